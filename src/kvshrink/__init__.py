@@ -1,0 +1,45 @@
+"""kvshrink: shrink the KV cache of a causal language model, in real bytes, and decode over the shrunken form.
+
+Read the tree in the order the data takes; each line may import only from the lines below it:
+
+    cli/         one module per command: demo, fit, generate, eval, inspect
+    eval/        tasks/<benchmark>.py (data and score), runner, tables and plots, stats
+    fit/         statistics (streamed moments), layer-by-layer run, closed forms, reconstruction training
+    attach/      model -> attention hook: taps, attention function, mask function, families
+    cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
+    methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py holds the few abstract roles; artifact.py
+    store/       where the bytes live: pages, token table, byte counts, files
+    kernels/     <op>/reference.py defines the op in plain torch
+    reference/   the bundled model; data/: bundled text and test cases; shapes.py, errors.py
+
+    model, tokenizer = kvshrink.reference_model()
+    artifact = kvshrink.fit(model, kvshrink.CSKV(keep=0.2, bits=4), text, tokenizer=tokenizer)
+    cache = kvshrink.make_cache(model, artifact)
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.report())
+"""
+
+from kvshrink.attach import attach, attached, detach, make_cache
+from kvshrink.cache import KVCache
+from kvshrink.errors import KVShrinkError
+from kvshrink.fit import fit
+from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.quant.rtn import RTN
+from kvshrink.reference import reference_model
+
+__all__ = [
+    "CSKV",
+    "RTN",
+    "Artifact",
+    "KVCache",
+    "KVShrinkError",
+    "StreamingLLM",
+    "attach",
+    "attached",
+    "detach",
+    "fit",
+    "make_cache",
+    "reference_model",
+]

@@ -1,0 +1,6 @@
+"""Model -> attention hook: what makes a transformers model read and write our cache."""
+
+from kvshrink.attach.factory import make_cache
+from kvshrink.attach.hook import attach, attached, detach
+
+__all__ = ["attach", "attached", "detach", "make_cache"]

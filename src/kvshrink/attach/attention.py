@@ -1,0 +1,94 @@
+"""The attention function and the mask function that transformers calls by the name "kvshrink".
+
+A call whose key carries a handle reads our cache; any other goes to the implementation that the model had before.
+Both functions are registered together: without the mask function transformers passes no mask and left padding is
+silently ignored.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvshrink.cache.attend import attend
+from kvshrink.errors import CacheError
+
+NAME = "kvshrink"
+PREVIOUS = "_kvshrink_previous"  # attribute of an attention module: the implementation its model had before
+
+
+def kvshrink_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output [b, s, q, d]. See transformers' AttentionInterface for the contract."""
+    handle = getattr(key, "_kvshrink", None)
+    if handle is None:
+        return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
+    if kwargs.get("output_attentions"):
+        raise CacheError("attention weights are never formed over a shrunken cache. Use output_attentions=False.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(query, key, value, attention_mask, scale, softcap, handle)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make the name known to transformers. Called by `attach`, not at import."""
+    AttentionInterface.register(NAME, kvshrink_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention, with our boolean mask in the form that it expects."""
+    previous = getattr(module, PREVIOUS, "sdpa")
+    extra = dict(kwargs) if softcap is None else {**kwargs, "softcap": softcap}
+    if previous == "eager":
+        call: Callable = _eager_of(module)
+        mask = _additive(mask, query, key)
+    else:
+        call = ALL_ATTENTION_FUNCTIONS[previous]
+        if "flash" in previous and mask is not None:
+            # flash takes the padding alone, [b, t]; the last new token sees all that is no pad
+            mask = mask[:, 0, -1]
+            mask = None if bool(mask.all()) else mask
+    return call(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
+
+
+def _eager_of(module: nn.Module) -> Callable:
+    import sys
+
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """0 where visible, the lowest number elsewhere. No mask means causal, aligned at the last token."""
+    s, t = query.shape[2], key.shape[2]
+    if mask is None:
+        if s == 1:
+            return None
+        mask = torch.ones(s, t, dtype=torch.bool, device=query.device).tril(t - s)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )

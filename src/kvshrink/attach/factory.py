@@ -1,0 +1,80 @@
+"""make_cache: one empty cache for a model, from a method or a fitted artifact."""
+
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvshrink.attach.families import key_value_weights, kv_heads, text_config
+from kvshrink.attach.hook import Attachment, attach
+from kvshrink.cache.cache import KVCache, digest
+from kvshrink.cache.layer import CompressedLayer
+from kvshrink.errors import ArtifactError, SettingError
+from kvshrink.methods._roles import Fitted, LayerShape, Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.store.tokens import TokenTable
+
+
+def make_cache(model: nn.Module, method: Method | Artifact) -> KVCache:
+    """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
+
+    Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
+    """
+    attachment = attach(model)
+    artifact = method if isinstance(method, Artifact) else Artifact(method, {})
+    _check(artifact, attachment)
+    table = TokenTable()
+    layers: list[CacheLayerMixin] = []
+    for i, shape in enumerate(shapes(attachment)):
+        if shape is None:
+            layers.append(DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window))
+        else:
+            fitted = _on_device(artifact, i, key_value_weights(attachment.layers[i].module)[0])
+            layers.append(CompressedLayer(artifact.method, shape, artifact.method.codecs(shape, fitted), table))
+    tensors = [artifact.layers[i][k] for i in sorted(artifact.layers) for k in sorted(artifact.layers[i])]
+    return KVCache(layers, artifact.method, table, attachment.fingerprint, _digest_once(artifact, tensors))
+
+
+def shapes(attachment: Attachment) -> list[LayerShape | None]:
+    """Shape of each layer's cache; None for a layer that stays as it is."""
+    out: list[LayerShape | None] = []
+    for info in attachment.layers:
+        module = info.module
+        shape = LayerShape(kv_heads(module), module.head_dim, key_value_weights(module)[0].dtype)
+        out.append(shape if info.compressed else None)
+    return out
+
+
+def _check(artifact: Artifact, attachment: Attachment) -> None:
+    wanted = {i for i, info in enumerate(attachment.layers) if info.compressed}
+    if not artifact.layers:
+        if artifact.method.needs_fit and wanted:
+            name = type(artifact.method).__name__
+            raise SettingError(
+                f"{name} must be fitted first: kvshrink.fit(model, {name}(...), texts), or `kvshrink fit`."
+            )
+        return
+    made_for = artifact.model.get("fingerprint")
+    if made_for != attachment.fingerprint or set(artifact.layers) != wanted:
+        raise ArtifactError(
+            f"the artifact was fitted on {artifact.model.get('name', 'another model')} ({str(made_for)[:8]}), "
+            f"this model is {attachment.fingerprint[:8]}. Fit one for this model."
+        )
+
+
+def _on_device(artifact: Artifact, layer: int, like: Tensor) -> Fitted:
+    """The layer's tensors on the model's device, moved once per artifact and device."""
+    if layer not in artifact.layers:
+        return {}
+    moved = artifact.__dict__.setdefault("_moved", {})
+    key = (layer, like.device)
+    if key not in moved:
+        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items()}
+    return moved[key]
+
+
+def _digest_once(artifact: Artifact, tensors: list[Tensor]) -> str:
+    """Hash of the artifact, computed once: caches are made per request."""
+    known = artifact.__dict__.get("_digest")
+    if known is None:
+        known = digest(artifact.method, tensors)
+        artifact.__dict__["_digest"] = known
+    return known

@@ -1,0 +1,180 @@
+"""Where a model family keeps what we need: key and value projections, norms, RoPE. Found by looking, then checked.
+
+Modules of one kind differ in four ways only: fused or separate projections, clipping (Olmo), a key norm over the whole
+width (Olmo2) or per head (Qwen3, Gemma3, Cohere), and the pairing of RoPE channels. `check_layer` recomputes one
+layer's keys and compares, so that a family which looks alike but is not gets refused, not approximated.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import UnsupportedModelError
+from kvshrink.shapes import Float
+
+INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
+MOVING = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length reached
+KINDS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One attention layer: its module, whether it is compressed (full attention), and its RoPE (None: no positions)."""
+
+    module: nn.Module
+    compressed: bool
+    rope: Rope | None
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules in layer order. Raises UnsupportedModelError if they are not one per layer."""
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and _takes_cache(m)]
+    config = text_config(model)
+    if hasattr(config, "kv_lora_rank"):
+        raise UnsupportedModelError(
+            f"{config.model_type} caches MLA latents, which are shrunken already. Use a GQA or MHA model."
+        )
+    layers = config.num_hidden_layers
+    if sorted(m.layer_idx for m in found) != list(range(layers)):
+        raise UnsupportedModelError(
+            f"{config.model_type}: {len(found)} attention modules for {layers} layers. Linear attention, "
+            "shared caches and encoder-decoder models are not supported."
+        )
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """'full_attention' or 'sliding_attention' per layer. Raises UnsupportedModelError on anything else."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kind = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+        kinds = [kind] * config.num_hidden_layers
+    if other := sorted(set(kinds) - KINDS):
+        raise UnsupportedModelError(
+            f"{config.model_type} has layers of kind {other}. Only full and sliding attention are supported."
+        )
+    return list(kinds)
+
+
+def layers_of(model: nn.Module) -> list[LayerInfo]:
+    """What we need to know of every layer. Raises UnsupportedModelError, before anything runs."""
+    config = text_config(model)
+    modules, kinds = attention_modules(model), layer_kinds(config)
+    rotary = rotary_module(model)
+    return [
+        LayerInfo(m, k == "full_attention", _rope(m, k, config, rotary)) for m, k in zip(modules, kinds, strict=True)
+    ]
+
+
+def rotary_module(model: nn.Module) -> nn.Module | None:
+    """The module that makes cos and sin, shared by all layers."""
+    return next((m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "config")), None)
+
+
+def key_value(module: nn.Module, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor, Tensor]:
+    """Keys before RoPE (bias, clipping and norm applied) and values, [b, h, s, d], as the module makes them."""
+    d, config = module.head_dim, module.config
+    if hasattr(module, "qkv_proj"):
+        n_q, n_kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        keys, values = module.qkv_proj(hidden)[..., n_q:].split(n_kv, -1)
+    else:
+        keys, values = module.k_proj(hidden), module.v_proj(hidden)
+    if (clip := getattr(config, "clip_qkv", None)) is not None:
+        keys, values = keys.clamp(-clip, clip), values.clamp(-clip, clip)
+    norm = getattr(module, "k_norm", None)
+    over_width = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() != d
+    if over_width:
+        keys = norm(keys)
+    keys = keys.unflatten(-1, (-1, d))
+    if norm is not None and not over_width:
+        keys = norm(keys)
+    return keys.transpose(1, 2), values.unflatten(-1, (-1, d)).transpose(1, 2)
+
+
+def key_value_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weights [n, hidden] of the key and value projections."""
+    if hasattr(module, "qkv_proj"):
+        n_kv = module.config.num_key_value_heads * module.head_dim
+        return module.qkv_proj.weight[-2 * n_kv : -n_kv], module.qkv_proj.weight[-n_kv:]
+    return module.k_proj.weight, module.v_proj.weight
+
+
+def kv_heads(module: nn.Module) -> int:
+    return key_value_weights(module)[0].shape[0] // module.head_dim
+
+
+def position_embeddings(model: nn.Module, positions: Tensor, like: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) as the model makes them for a layer of this kind."""
+    rotary = rotary_module(model)
+    if rotary is None:
+        return None
+    per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+    return rotary(like, positions, kind) if per_kind else rotary(like, positions)
+
+
+class _Probe:
+    """A stand-in for a cache that notes the key a module gives to it."""
+
+    key: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.key = key
+        return key, value
+
+
+@torch.no_grad()
+def check_layer(model: nn.Module, info: LayerInfo, kind: str) -> None:
+    """Recompute a layer's keys and compare with what the module gives. Raises UnsupportedModelError if they differ."""
+    module, config = info.module, text_config(model)
+    weight = key_value_weights(module)[0]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 3, config.hidden_size, generator=generator).to(weight)
+    positions = torch.tensor([[0, 5, 11]], device=weight.device)
+    probe = _Probe()
+    module(
+        hidden_states=hidden,
+        position_embeddings=position_embeddings(model, positions, hidden, kind),
+        attention_mask=None,
+        past_key_values=probe,
+        position_ids=positions,
+    )
+    keys = key_value(module, hidden)[0].float()
+    ours = keys if info.rope is None else info.rope.turn(keys, positions)
+    theirs = probe.key
+    if theirs is None or theirs.shape != ours.shape:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layer {module.layer_idx} does not give its keys to the cache as expected."
+        )
+    error = float((ours - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-6))
+    if not error <= (1e-4 if weight.dtype == torch.float32 else 4e-2):
+        raise UnsupportedModelError(
+            f"{config.model_type}: keys of layer {module.layer_idx} could not be recomputed "
+            f"(relative error {error:.2g}). Its projections, norms or RoPE differ from the supported families."
+        )
+
+
+def _rope(module: nn.Module, kind: str, config: PreTrainedConfig, rotary: nn.Module | None) -> Rope | None:
+    if rotary is None or not getattr(module, "use_rope", True):
+        return None
+    rope_type = rotary.rope_type[kind] if isinstance(rotary.rope_type, dict) else rotary.rope_type
+    if rope_type in MOVING:
+        raise UnsupportedModelError(
+            f"{config.model_type} uses {rope_type} RoPE, whose frequencies move with the length. "
+            "Only fixed ones (default, linear, llama3, yarn) can be undone."
+        )
+    prefix = f"{kind}_" if isinstance(rotary.rope_type, dict) else ""
+    frequencies = getattr(rotary, f"{prefix}inv_freq").detach().float().clone()
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    return Rope(frequencies, scaling, config.model_type in INTERLEAVED)
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return "past_key_values" in inspect.signature(module.forward).parameters

@@ -1,0 +1,217 @@
+"""The cache object a user holds: a transformers `Cache` whose layers are ours, with bytes, report, save and load."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvshrink.cache.layer import CompressedLayer, Staged
+from kvshrink.cache.report import Report, Row
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import ArtifactError, CacheError
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import Method
+from kvshrink.store import files
+from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.tokens import TokenTable
+
+VERSION = 1
+SLIDING = ("keys", "values")  # what a sliding-window layer of transformers holds
+
+
+class KVCache(Cache):
+    """One sequence batch's cache. Make it with `kvshrink.make_cache(model, method)`, give it as `past_key_values`."""
+
+    def __init__(
+        self, layers: list[CacheLayerMixin], method: Method, table: TokenTable, fingerprint: str, fitted: str
+    ) -> None:
+        super().__init__(layers=layers)
+        self.method, self.table = method, table
+        self.fingerprint = fingerprint  # of the model
+        self.fitted = fitted  # digest of the method's settings and tensors
+
+    # --- the model's side ---
+
+    def stage(
+        self,
+        layer_idx: int,
+        positions: Tensor,
+        real: Tensor | None,
+        rope: Rope | None,
+        own_attention: bool,
+        fingerprint: str,
+    ) -> None:
+        """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
+
+        positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CompressedLayer):
+            return
+        if fingerprint != self.fingerprint:
+            raise CacheError(
+                f"this cache was made for model {self.fingerprint[:8]}, not {fingerprint[:8]}. "
+                "Make one with make_cache(model, ...)."
+            )
+        if self.table.length == layer.seen:  # the step's first compressed layer adds the columns for all
+            self.table.append(positions, real)
+        elif layer.seen + positions.shape[1] != self.table.length:
+            raise CacheError(
+                f"layer {layer_idx} holds {layer.seen} tokens and the cache {self.table.length}: "
+                "a step was interrupted. Call reset()."
+            )
+        layer.staged = Staged(rope, own_attention)
+
+    @property
+    def compressed(self) -> list[CompressedLayer]:
+        """The layers that a method shrinks; sliding-window layers stay as they are."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    # --- batch and length, over layers and the token table together ---
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens: a negative count. A positive one is the length to keep (transformers < 5.20)."""
+        seen = self.get_seq_length()
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+        for layer in self.compressed:  # all or none
+            layer.check_crop(count)
+        for other in self.layers:
+            other.crop(-count)
+        if self.compressed:
+            self.table.crop(self.compressed[0].seen)
+
+    def reset(self) -> None:
+        """Forget everything; the object can be used again."""
+        super().reset()
+        self.table.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.table.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.table.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.table.map_rows(lambda t: t[indices.to(t.device)])
+
+    # --- bytes ---
+
+    def report(self) -> Report:
+        """Bytes per layer and purpose, measured, and the share of a full cache that they are."""
+        rows = []
+        b = self.table.positions.shape[0] if self.table.length else 0
+        name = name_of(self.method)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes))
+            else:
+                size = nbytes(_sliding(layer).values())
+                rows.append(Row(i, "sliding", layer.get_seq_length(), Held(window=size), size))
+        return Report(rows, nbytes(self.table.tensors()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes alive for this cache: payload, scales, window, sinks, positions."""
+        return self.report().nbytes
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, and the plain values as one JSON tensor: enough for `load_state_dict` on a like cache."""
+        plain: dict = {"version": VERSION, "model": self.fingerprint, "fitted": self.fitted, "layers": []}
+        plain["table"], tensors = self.table.state()
+        out = {f"table.{k}": t for k, t in tensors.items()}
+        for i, layer in enumerate(self.layers):
+            values: dict = {}
+            if isinstance(layer, CompressedLayer):
+                values, tensors = layer.state()
+            else:
+                tensors = _sliding(layer)
+                values = {"seen": layer.get_seq_length()}
+            plain["layers"].append(values)
+            out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
+        out["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
+        return out
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> "KVCache":
+        """Take over a saved state. Raises ArtifactError unless it is of this model, method and version."""
+        try:
+            plain = json.loads(bytes(state["plain"].tolist()))
+            found = (plain["version"], plain["model"], plain["fitted"], len(plain["layers"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                "not a kvshrink cache state: its description is missing or edited. Save it again."
+            ) from error
+        wanted = (VERSION, self.fingerprint, self.fitted, len(self.layers))
+        for what, have, want in zip(
+            ("version", "model", "method or artifact", "number of layers"), found, wanted, strict=True
+        ):
+            if have != want:
+                raise ArtifactError(
+                    f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
+                    "Use what it was made with."
+                )
+        try:
+            self._restore(plain, state)
+        except (KeyError, IndexError, TypeError) as error:
+            self.reset()
+            raise ArtifactError("the saved cache is incomplete: a tensor is missing. Save it again.") from error
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file; a failed save leaves the old file."""
+        files.write_tensors(Path(path), self.state_dict(), {"format": "kvshrink cache"})
+
+    def load(self, path: str | Path) -> "KVCache":
+        """Continue from a saved file, on a cache made with the same model and method."""
+        tensors, _ = files.read_tensors(Path(path))
+        return self.load_state_dict(tensors)
+
+    def _restore(self, plain: dict, state: dict[str, Tensor]) -> None:
+        device = next((t.device for t in _codec_tensors(self)), torch.device("cpu"))
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t.clone().to(device) for k, t in state.items() if k.startswith(prefix)}
+
+        self.table.restore(plain["table"], under("table."))
+        for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
+            tensors = under(f"layers.{i}.")
+            if isinstance(layer, CompressedLayer):
+                layer.restore(values, tensors)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                layer.reset()
+                if tensors:
+                    layer.lazy_initialization(tensors["keys"], tensors["values"])
+                    layer.keys, layer.values, layer.cumulative_length = (
+                        tensors["keys"],
+                        tensors["values"],
+                        values["seen"],
+                    )
+
+
+def digest(method: Method, tensors: Callable[[], list[Tensor]] | list[Tensor]) -> str:
+    """Short hash of a method's settings and fitted tensors."""
+    h = hashlib.sha256(json.dumps([name_of(method), method.settings()], sort_keys=True).encode())
+    for t in tensors if isinstance(tensors, list) else tensors():
+        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def _sliding(layer: CacheLayerMixin) -> dict[str, Tensor]:
+    return {k: t for k in SLIDING if isinstance(t := getattr(layer, k, None), Tensor)}
+
+
+def _codec_tensors(cache: KVCache) -> list[Tensor]:
+    pairs = [layer.codecs for layer in cache.compressed if layer.codecs is not None]
+    return [t for pair in pairs for codec in pair for t in vars(codec).values() if isinstance(t, Tensor)]
+
+
+def _short(x: object) -> str:
+    return x[:8] if isinstance(x, str) else str(x)

@@ -1,0 +1,242 @@
+"""One layer's cache: sinks, body and window, and the one loop that moves tokens from the window into the body.
+
+All per-sequence state of the library is in this class (and in the token table that a cache's layers share).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvshrink.cache.exact import Sinks, Window
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import CacheError
+from kvshrink.methods._roles import Codec, LayerShape, Method
+from kvshrink.shapes import Float
+from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.pages import Pages
+from kvshrink.store.tokens import TokenTable
+
+ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What `update` does not receive from the model: put on the layer by the hook, taken off by `update`."""
+
+    rope: Rope | None  # None: a layer without position encoding
+    own_attention: bool  # whether the model runs kvshrink's attention
+
+
+class Handle(NamedTuple):
+    """Rides on the key tensor that `update` returns: what attention must read besides that tensor."""
+
+    layer: "CompressedLayer"
+    rope: Rope | None
+    pages: int  # pages of the body before this step
+    first: int  # column of the returned tensor's first token
+
+
+class CompressedLayer(CacheLayerMixin):
+    """[sinks | body | window]: `codecs` encode what leaves the window; None drops it."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(
+        self, method: Method, shape: LayerShape, codecs: tuple[Codec, Codec] | None, table: TokenTable
+    ) -> None:
+        super().__init__()
+        self.method, self.shape, self.codecs, self.table = method, shape, codecs, table
+        self.staged: Staged | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self.window = Window(self.method.window + self.method.page)
+        self.sinks = Sinks(self.method.sinks)
+        self.pages = Pages(self.method.page)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if key_states.dtype != self.shape.dtype:
+            raise CacheError(
+                f"the cache was made for {self.shape.dtype}, the model gives {key_states.dtype}. Make a new cache."
+            )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append s tokens; return the exact ones, with a handle for the rest; or all, while nothing is encoded."""
+        staged, self.staged = self.staged, None
+        if staged is None:
+            raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        pages = len(self.pages)
+        keys, values = self.window.extend(key_states, value_states)
+        self.seen += key_states.shape[2]
+        first = self.seen - keys.shape[2]
+        if keys.shape[2] > self.window.capacity:
+            self._spill(keys, values, first, staged.rope)
+        if first == 0:
+            return keys, values
+        handle = Handle(self, staged.rope, pages, first)
+        if not staged.own_attention:
+            return self._materialise(keys, values, handle)
+        keys = keys.view_as(keys)
+        keys._kvshrink = handle  # type: ignore[attr-defined]
+        return keys, values
+
+    def _spill(self, keys: Tensor, values: Tensor, first: int, rope: Rope | None) -> None:
+        """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""
+        spare = keys.shape[2] - self.method.window
+        skip = 0
+        if not self.sinks.full:
+            wanted = self.sinks.wanted(self.table.positions[:, : self.seen] >= 0, first)[:, :spare]
+            skip = self._skip(wanted, first, spare)
+            out = skip + (spare - skip) // self.method.page * self.method.page
+            if out:
+                self.sinks.capture(keys, values, first, wanted[:, :out])
+        out = skip + (spare - skip) // self.method.page * self.method.page
+        if self.codecs is not None:
+            for start in range(skip, out, ENCODE_TOKENS):
+                part = slice(start, min(start + ENCODE_TOKENS, out))
+                self._encode(keys[:, :, part], values[:, :, part], first + start, rope)
+        self.window.keep(keys[:, :, out:], values[:, :, out:])
+
+    def _skip(self, wanted: Tensor, first: int, spare: int) -> int:
+        """Leading columns that no row needs in the body: each is a pad or a sink in every row."""
+        if not self.table.padded:
+            return max(0, min(self.sinks.size - first, spare))
+        real = self.table.positions[:, first : first + spare] >= 0
+        needed = (real & ~wanted).any(0)
+        return int(needed.int().argmax()) if bool(needed.any()) else spare
+
+    def _encode(self, keys: Tensor, values: Tensor, column: int, rope: Rope | None) -> None:
+        assert self.codecs is not None
+        key_codec, value_codec = self.codecs
+        positions = self.table.positions[:, column : column + keys.shape[2]]
+        if key_codec.site == "k_pre" and rope is not None:
+            keys = rope.turn_back(keys, positions)
+        valid = positions >= 0 if self.table.padded else None
+        stored = {f"k.{k}": t for k, t in key_codec.encode(keys, valid).items()}
+        stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
+        self.pages.append(stored, column)
+
+    def _materialise(self, keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
+        """All tokens at full width, for attention implementations other than ours: slower, equally right."""
+        from kvshrink.cache.attend import rebuild
+
+        if self.codecs is None:
+            raise CacheError(
+                f"{type(self.method).__name__} drops tokens, which the model's own attention cannot express. "
+                "Use model.set_attn_implementation('kvshrink')."
+            )
+        return rebuild(handle, keys, values)
+
+    # --- what transformers asks of a cache layer ---
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def check_crop(self, count: int) -> None:
+        """Raise CacheError if the last `count` tokens cannot be taken back."""
+        if count > self.seen:
+            raise CacheError(f"cannot crop {count} tokens: the cache holds {self.seen}. Crop fewer or call reset().")
+        if self.method.drops_tokens and self.window.count < count < self.seen and self.seen > self.window.count:
+            raise CacheError(
+                f"cannot crop {count} tokens: {type(self.method).__name__} holds only the last {self.window.count} "
+                "exactly and dropped what came before. Use a larger window."
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative count). A page that is cut stays short; nothing is encoded again."""
+        count = abs(tokens_to_remove)
+        self.check_crop(count)
+        if count == 0:
+            return
+        if count == self.seen:
+            self.reset()
+            return
+        self.seen -= count
+        self.window.count = max(0, self.window.count - count)
+        self.pages.crop(self.seen)
+        self.sinks.crop(self.seen)
+
+    def reset(self) -> None:
+        self._clear()
+        self.is_initialized = False
+        self.staged = None
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch operation, or a move between devices, to everything held."""
+        for part in (self.window, self.sinks, self.pages):
+            part.map(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_rows(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        self.map_rows(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.map_rows(lambda t: t.to(self.device, non_blocking=True))
+
+    # --- bytes and state ---
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.window.tensors().values(), *self.sinks.tensors().values(), *(t for _, t in self.pages.tensors())]
+
+    def held(self) -> Held:
+        """Bytes by purpose, from the storages that are alive."""
+        codecs = self.codecs or ()
+        side_names = {f"{s}.{name}" for s, c in zip("kv", codecs, strict=False) for name in c.side}
+        stored = self.pages.tensors()
+        return Held(
+            payload=nbytes(t for name, t in stored if name not in side_names),
+            side=nbytes(t for name, t in stored if name in side_names),
+            window=nbytes(self.window.tensors().values()),
+            sinks=nbytes(self.sinks.tensors().values()),
+        )
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """(plain values, tensors) from which `restore` rebuilds the layer."""
+        values, tensors = self.pages.state()
+        tensors = {f"pages.{k}": t for k, t in tensors.items()}
+        tensors |= {f"window.{k}": t for k, t in self.window.tensors().items()}
+        tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
+        return {"seen": self.seen, "window": self.window.count, "pages": values}, tensors
+
+    def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
+        self.reset()
+        self.seen, self.window.count = int(values["seen"]), int(values["window"])
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+        self.pages.restore(values["pages"], under("pages."))
+        if window := under("window."):
+            self.window.keys, self.window.values = window["keys"], window["values"]
+            self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
+        if sinks := under("sinks."):
+            self.sinks.keys, self.sinks.values, self.sinks.columns = sinks["keys"], sinks["values"], sinks["columns"]
+            self.sinks.full = bool((self.sinks.columns >= 0).all())

@@ -1,0 +1,73 @@
+"""What a cache holds, layer by layer and by purpose, beside what a full cache would."""
+
+from dataclasses import asdict, dataclass
+
+from kvshrink.store.bytes import Held, human
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: bytes held by purpose, and the bytes of the same tokens in a full cache."""
+
+    layer: int
+    kind: str  # the method's name, or "sliding" for a layer that stays as it is
+    tokens: int
+    held: Held
+    full: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """`kept` is the share of the full cache's bytes that is held, all layers, scales, window and sinks included."""
+
+    rows: list[Row]
+    table_bytes: int  # positions of the tokens, shared by all layers
+
+    @property
+    def held(self) -> Held:
+        return sum((r.held for r in self.rows), Held())
+
+    @property
+    def nbytes(self) -> int:
+        return self.held.total + self.table_bytes
+
+    @property
+    def full(self) -> int:
+        return sum(r.full for r in self.rows)
+
+    @property
+    def kept(self) -> float:
+        return self.nbytes / self.full if self.full else 0.0
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        rows = [{**asdict(r), "held": {**asdict(r.held), "total": r.held.total}} for r in self.rows]
+        return {
+            "layers": rows,
+            "positions": self.table_bytes,
+            "nbytes": self.nbytes,
+            "full": self.full,
+            "kept": self.kept,
+        }
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "tokens", "payload", "side", "window", "sinks", "total", "full", "kept")
+        lines = [head]
+        for r in self.rows:
+            lines.append(
+                (str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full))
+            )
+        tokens = str(max((r.tokens for r in self.rows), default=0))
+        lines.append(("positions", "", tokens, "", "", "", "", human(self.table_bytes), "", ""))
+        total = (*_cells(self.held)[:-1], human(self.nbytes))
+        lines.append(("all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cells(held: Held) -> tuple[str, ...]:
+    return tuple(human(x) for x in (held.payload, held.side, held.window, held.sinks, held.total))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %" if whole else "-"

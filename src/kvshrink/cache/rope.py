@@ -1,0 +1,35 @@
+"""The rotation of one layer's keys: frequencies and layout, enough to turn a key to any position and back."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvshrink.kernels.rope import rotate
+from kvshrink.shapes import Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """inv_freq: angle per position of each channel pair, [f]. scaling: YaRN's factor on cos and sin."""
+
+    inv_freq: Tensor
+    scaling: float
+    interleaved: bool
+
+    def __deepcopy__(self, memo: dict) -> "Rope":
+        return self
+
+    def cos_sin(self, positions: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t f"], Float[Tensor, "b t f"]]:
+        """Cosine and sine at positions, float32. A pad's position -1 is as good as any."""
+        angles = positions[..., None].float() * self.inv_freq
+        if self.scaling == 1.0:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+    def turn(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
+        """Keys as attention uses them, from keys before RoPE."""
+        return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=False)
+
+    def turn_back(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
+        """Keys before RoPE, from keys as attention uses them."""
+        return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=True)

@@ -1,0 +1,24 @@
+"""Text and benchmark files that ship with the package, so that every measurement runs offline.
+
+calibration.txt        book text to fit methods on
+heldout.txt            book text to measure on: perplexity, and the haystack of the retrieval tasks
+longeval/              official LongEval line cases
+
+Where each file comes from is in SOURCES.md beside it.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def path(name: str) -> Path:
+    """The file called `name`, for example ``path("heldout.txt")`` or ``path("longeval/200_lines.jsonl")``.
+
+    Raises FileNotFoundError, with the names there are, for any other name.
+    """
+    root = Path(str(files(__name__)))
+    found = root / name
+    if not found.is_file():
+        known = sorted(str(p.relative_to(root).as_posix()) for p in root.rglob("*") if p.suffix in (".txt", ".jsonl"))
+        raise FileNotFoundError(f"No data file {name!r} in kvshrink. Known: {', '.join(known)}.")
+    return found

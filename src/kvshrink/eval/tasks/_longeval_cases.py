@@ -1,0 +1,84 @@
+"""LongEval records: read from official files, generated in their form, and cut to fewer lines."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+from kvshrink import data
+from kvshrink.errors import EvalError
+from kvshrink.eval.tasks import _words
+from kvshrink.eval.tasks._common import depth, rng
+
+LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <([0-9]+)>$", re.MULTILINE)
+RECORD_END = "Now the record is over."
+LARGEST = 50_000  # upstream draws randint(1, 50000)
+SMALLEST_REFERENCE = 10_000  # the reference model was trained on numbers of five digits
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """A record as (key, number) pairs, the position of the asked line from 0, and the official question."""
+
+    lines: tuple[tuple[str, str], ...]
+    asked: int
+    question: str
+
+
+def official(n: int, path: str | Path | None) -> list[Case]:
+    """The first n cases of an official file (the bundled one if None). Raises EvalError if it does not hold them."""
+    source = data.path("longeval/200_lines.jsonl") if path is None else Path(path)
+    try:
+        rows = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"Cannot read LongEval cases from {source} ({error}). Give an official JSONL file.") from error
+    rows = [row for row in rows if row.strip()]
+    if not rows:
+        raise EvalError(f"{source} holds no LongEval cases. Give an official JSONL file as path=.")
+    if n > len(rows):
+        raise EvalError(f"{n} LongEval cases asked, {source.name} has {len(rows)}. Lower n or use official=False.")
+    return [_parse(row, f"{source.name}, case {i}") for i, row in enumerate(rows[:n])]
+
+
+def generated(n: int, seed: int, lines: int | None, smallest: int = 1) -> list[Case]:
+    """n records of `lines` lines with numbers from `smallest` to LARGEST; the asked positions are evenly spread.
+
+    Raises EvalError for more lines than there are keys.
+    """
+    if lines is None or lines > _words.LIMIT:
+        raise EvalError(f"longeval: lines={lines} for generated records. Use 1 to {_words.LIMIT}.")
+    return [_generate(seed, i, lines, smallest) for i in range(n)]
+
+
+def cut(case: Case, lines: int) -> Case:
+    """The window of `lines` lines in which the asked line has the depth it had in the record, rounded."""
+    whole = len(case.lines)
+    if lines > whole:
+        raise EvalError(f"longeval: lines={lines}, the record has {whole}. Use at most {whole}, or a larger file.")
+    asked = round(case.asked * (lines - 1) / max(1, whole - 1))
+    start = case.asked - asked
+    return replace(case, lines=case.lines[start : start + lines], asked=asked)
+
+
+def _parse(row: str, where: str) -> Case:
+    try:
+        case = json.loads(row)
+        record, mark, question = case["prompt"].partition(RECORD_END)
+        lines = tuple(LINE.findall(record))
+        asked = [key for key, _ in lines].index(case["random_idx"][0])
+        if not mark or lines[asked][1] != str(case["expected_number"]):
+            raise ValueError("the answer is not on the asked line")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise EvalError(f"{where} is not a LongEval line case ({error}). Give an official JSONL file.") from error
+    return Case(lines, asked, mark + question)
+
+
+def _generate(seed: int, index: int, lines: int, smallest: int) -> Case:
+    random = rng("longeval", seed, index)
+    numbers = random.sample(range(smallest, LARGEST + 1), lines)
+    record = tuple((key, str(number)) for key, number in zip(_words.keys(random, lines), numbers, strict=True))
+    asked = round(depth(index) * (lines - 1))
+    question = f"{RECORD_END} Tell me what is the <REGISTER_CONTENT> in line {record[asked][0]}? I need the number."
+    return Case(record, asked, question)

@@ -1,0 +1,5 @@
+"""Fitting: what a method learns about a model from text, layer by layer, from activations that are never stored."""
+
+from kvshrink.fit.fit import fit
+
+__all__ = ["fit"]

@@ -1,0 +1,52 @@
+"""Choose a layer's split between keys and values by what it does to the layer's attention output."""
+
+import torch
+from torch import Tensor, nn
+
+from kvshrink.cache.rope import Rope
+from kvshrink.methods._roles import LayerFacts
+from kvshrink.methods.lowrank.cskv import CSKV
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def choose_share(
+    method: CSKV, facts: LayerFacts, module: nn.Module, rope: Rope | None, inputs: list[dict]
+) -> tuple[float, dict[float, float]]:
+    """(best share, relative squared error of the attention output per share).
+
+    inputs: keyword arguments of the attention module for some calibration batches. The first half of a row is seen
+    through the codecs, the second half exactly, and the output of the second half is compared.
+    """
+    errors = {}
+    for share in SHARES:
+        fitted = method.fit_layer(facts, share)
+        codecs = method.codecs(facts.shape, fitted)
+        errors[share] = sum(_output_error(module, rope, codecs, kwargs) for kwargs in inputs) / len(inputs)
+    return min(errors, key=lambda s: errors[s]), errors
+
+
+class _Lossy:
+    """Stands in for a cache: the first half of what passes through it comes back as the codecs would give it."""
+
+    def __init__(self, codecs, rope: Rope | None, page: int) -> None:
+        self.codecs, self.rope, self.page = codecs, rope, page
+
+    def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        half = key.shape[2] // 2 // self.page * self.page
+        positions = torch.arange(half, device=key.device)[None].expand(key.shape[0], -1)
+        key_codec, value_codec = self.codecs
+        before = key[:, :, :half] if self.rope is None else self.rope.turn_back(key[:, :, :half], positions)
+        k = key_codec.decode(key_codec.encode(before, None), key.shape[1])
+        k = k if self.rope is None else self.rope.turn(k, positions)
+        v = value_codec.decode(value_codec.encode(value[:, :, :half], None), key.shape[1])
+        return torch.cat([k.to(key.dtype), key[:, :, half:]], 2), torch.cat([v.to(value.dtype), value[:, :, half:]], 2)
+
+
+@torch.no_grad()
+def _output_error(module: nn.Module, rope: Rope | None, codecs, kwargs: dict) -> float:
+    plain = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+    exact = module(**plain, past_key_values=None)[0]
+    lossy = module(**plain, past_key_values=_Lossy(codecs, rope, CSKV.page))[0]
+    tail = slice(exact.shape[1] // 2, None)
+    return float((exact[:, tail] - lossy[:, tail]).float().square().sum() / exact[:, tail].float().square().sum())

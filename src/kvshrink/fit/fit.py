@@ -1,0 +1,189 @@
+"""fit: a method's tensors for every layer of a model, from calibration text."""
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, kv_heads, layers_of, text_config
+from kvshrink.attach.hook import Fingerprint
+from kvshrink.errors import SettingError
+from kvshrink.fit.allocate import choose_share
+from kvshrink.fit.data import checked_rows, rows_hash, token_rows
+from kvshrink.fit.layerwise import LayerRunner
+from kvshrink.fit.reconstruct import train_layer
+from kvshrink.fit.resume import Checkpoint
+from kvshrink.fit.source import InMemory, OnDisk
+from kvshrink.fit.statistics import MomentStream, ScaleStream, residual
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import LayerFacts, LayerShape, Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.lowrank.cskv import CSKV
+
+PROBES = 4  # batches on which key_share="auto" compares attention outputs
+
+
+def fit(
+    model: nn.Module | str | Path,
+    method: Method,
+    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    tokenizer=None,
+    length: int = 1024,
+    batch: int = 1,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    log_with: str | None = None,
+) -> Artifact:
+    """Fit a method to a model. Only one layer's activations are held at a time.
+
+    model: a loaded model, or a folder or hub id whose weights are then read one layer at a time.
+    data: calibration text(s), cut into rows of `length` tokens, or token rows [rows, length].
+    batch: rows per forward pass. checkpoint: folder for finished layers; call again with it to resume.
+    log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
+    Raises DataError on too little text, UnsupportedModelError, SettingError.
+    """
+    if not method.needs_fit:
+        raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
+    source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
+    infos = layers_of(source.model)
+    if isinstance(data, str) or (not isinstance(data, Tensor) and data and isinstance(data[0], str)):
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source.name)
+        rows = token_rows(data, tokenizer, length, method.page)  # type: ignore[arg-type]
+    else:
+        rows = checked_rows(data, method.page)  # type: ignore[arg-type]
+    return _Fit(source, infos, method, rows, batch, progress, checkpoint, log_with).run()
+
+
+class _Fit:
+    """One run of `fit`."""
+
+    def __init__(
+        self,
+        source,
+        infos: list[LayerInfo],
+        method: Method,
+        rows: Tensor,
+        batch: int,
+        progress: bool,
+        checkpoint,
+        log_with,
+    ) -> None:
+        self.source, self.infos, self.method, self.rows = source, infos, method, rows
+        self.progress, self.log_with = progress, log_with
+        config = text_config(source.model)
+        job = {
+            "method": name_of(method),
+            **method.settings(),
+            "rows": rows_hash(rows),
+            "model": source.name,
+            "config": config.to_json_string(),
+        }
+        self.checkpoint = Checkpoint(checkpoint, job)
+        self.fingerprint = Fingerprint(config)
+        self.started = time.perf_counter()
+        self.batch = batch
+
+    def run(self) -> Artifact:
+        runner = LayerRunner(self.source, self.rows, self.batch)
+        layers: dict[int, dict[str, Tensor]] = {}
+        records = {}
+        for i in tqdm(range(runner.layers), desc="fit", unit="layer", disable=not self.progress):
+            info = self.infos[i]
+            with self.source.layer(i) as layer:
+                if i in (0, runner.layers - 1):
+                    self.fingerprint.add(info.module)
+                done = self.checkpoint.load(i) if info.compressed else None
+                if not info.compressed:
+                    runner.run(i, layer)
+                elif done is not None:
+                    layers[i], records[i] = done
+                    runner.run(i, layer)
+                else:
+                    layers[i], records[i] = self._layer(i, layer, runner)
+                    self.checkpoint.save(i, layers[i], records[i])
+        return Artifact(
+            self.method,
+            layers,
+            {"name": self.source.name, "fingerprint": self.fingerprint.value()},
+            {
+                "calibration": rows_hash(self.rows),
+                "tokens": self.rows.numel(),
+                "rows": list(self.rows.shape),
+                "seconds": round(time.perf_counter() - self.started, 2),
+                "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "layers": {str(i): r for i, r in records.items()},
+            },
+        )
+
+    def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, record of errors and seconds) of one loaded layer; moves the hidden states on."""
+        started = time.perf_counter()
+        method, info = self.method, self.infos[index]
+        auto = isinstance(method, CSKV) and method.key_share == "auto"
+        trains = isinstance(method, CSKV) and method.steps > 0
+        seen = _Watch(PROBES if auto else 0, trains)
+        runner.run(index, layer, seen)
+        facts = seen.facts(info.module)
+        record: dict = {}
+        if auto:
+            assert isinstance(method, CSKV)
+            share, errors = choose_share(method, facts, info.module, info.rope, seen.inputs)
+            fitted = method.fit_layer(facts, share)
+            record |= {"key_share": share, "share_errors": {str(k): v for k, v in errors.items()}}
+        else:
+            fitted = method.fit_layer(facts)
+        if trains:
+            assert isinstance(method, CSKV)
+            keys, values = torch.cat(seen.keys), torch.cat(seen.values)
+            label = f"layer {index}"
+            fitted, losses = train_layer(method, facts.shape, fitted, keys, values, label, self.progress, self.log_with)
+            record["loss"] = [losses[0], losses[-1]]
+        for side, moments in (("key", facts.key), ("value", facts.value)):
+            up = fitted[f"{side}_up"]
+            down = fitted.get(f"{side}_down", up.transpose(1, 2))
+            record[f"{side}_error"] = residual(moments, down, up, fitted[f"{side}_mean"])
+            fitted[f"{side}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        return {k: t.cpu() for k, t in fitted.items()}, record
+
+
+class _Watch:
+    """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
+
+    def __init__(self, probes: int, rows: bool) -> None:
+        self.key, self.value, self.scale = MomentStream(), MomentStream(), ScaleStream()
+        self.probes, self.rows = probes, rows
+        self.inputs: list[dict] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, kwargs: dict) -> None:
+        hidden = kwargs["hidden_states"]
+        keys, values = key_value(module, hidden)
+        self.key.add(keys.transpose(1, 2).flatten(2))
+        self.value.add(values.transpose(1, 2).flatten(2))
+        self.scale.add(hidden)
+        if len(self.inputs) < self.probes:
+            self.inputs.append(kwargs)
+        if self.rows:
+            self.keys.append(keys)
+            self.values.append(values)
+
+    def facts(self, module: nn.Module) -> LayerFacts:
+        key_weight, value_weight = key_value_weights(module)
+        shape = LayerShape(kv_heads(module), module.head_dim, key_weight.dtype)
+        return LayerFacts(
+            shape,
+            self.key.moments(),
+            self.value.moments(),
+            self.scale.mean(),
+            key_weight.detach(),
+            value_weight.detach(),
+        )

@@ -1,0 +1,111 @@
+"""Where a layer's weights come from while it is fitted: a model in memory, or a folder read one layer at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from kvshrink.errors import ArtifactError, KVShrinkError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class InMemory:
+    """A loaded model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        yield self.model.get_decoder().layers[index]
+
+
+class OnDisk:
+    """A saved model of which only the shapes are in memory. Weights are read when a layer is used, and let go after."""
+
+    def __init__(self, name: str | Path, dtype: torch.dtype | None = None) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder, self.name, self.dtype = local_folder(name), str(name), dtype
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+        self.files = _weight_files(self.folder)
+        self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        with self._loaded(self.model.get_input_embeddings()):
+            yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        layer = self.model.get_decoder().layers[index]
+        with self._loaded(layer):
+            yield layer
+
+    @contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        prefix = self.prefix[id(module)]
+        names = {f"{prefix}{n}": n for n in module.state_dict()}
+        missing = [n for n in names if n not in self.files]
+        if missing:
+            raise ArtifactError(
+                f"{self.folder} lacks {len(missing)} tensors of {prefix[:-1]} ({missing[0]}). "
+                "Load the model and pass it instead."
+            )
+        tensors = {}
+        for file in {self.files[n] for n in names}:
+            # tensors are views of the mapped file: nothing is copied, and unmapping frees all
+            with safe_open(file, framework="pt") as f:
+                tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
+        if self.dtype is not None:
+            tensors = {n: t.to(self.dtype) for n, t in tensors.items()}
+        module.load_state_dict(tensors, assign=True)
+        del tensors
+        try:
+            yield
+        finally:
+            empty = {n: torch.empty_like(t, device="meta") for n, t in module.state_dict().items()}
+            module.load_state_dict(empty, assign=True)
+
+
+def local_folder(name: str | Path) -> Path:
+    """A local folder, or the hub's copy in the local cache."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise KVShrinkError(
+            f"no model {str(name)!r}: no such folder, and the hub did not give one ({reason}). Check the path."
+        ) from error
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file}."""
+    try:
+        if (folder / INDEX).is_file():
+            return {n: folder / f for n, f in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        with safe_open(folder / SINGLE, framework="pt") as f:
+            return dict.fromkeys(f.keys(), folder / SINGLE)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder} has no readable safetensors weights: {error}. Save the model with save_pretrained."
+        ) from error

@@ -1,0 +1,49 @@
+"""Affine quantisation of a group: low = min, scale = (max - min) / (2^bits - 1), code = round((x - low) / scale).
+
+`low` is a float, not an integer zero point: the official CSKV code clamps its zero point into the code range, which
+clips every group whose values share one sign (relative error .36 instead of .013 at mean 6, deviation 1).
+"""
+
+import torch
+from torch import Tensor
+
+from kvshrink.errors import DataError
+from kvshrink.shapes import Bool, Float, UInt8
+
+SIDE = torch.float16  # dtype of scale and low
+
+
+def quantize(
+    x: Float[Tensor, "*rows k"], bits: int, valid: Bool[Tensor, "*rows k"] | None = None
+) -> tuple[UInt8[Tensor, "*rows k"], Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
+    """Codes, scale and low of groups along the last axis. Invalid elements (left pads) do not enter min and max.
+
+    Raises DataError on NaN, infinity, or a range that float16 side information cannot hold.
+    """
+    x = x.float()
+    if valid is None:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+    else:
+        any_valid = valid.any(-1, keepdim=True)
+        low = torch.where(valid, x, torch.inf).amin(-1, keepdim=True).where(any_valid, torch.zeros(()).to(x))
+        high = torch.where(valid, x, -torch.inf).amax(-1, keepdim=True).where(any_valid, torch.zeros(()).to(x))
+        x = torch.where(valid, x, low)
+    top = 2**bits - 1
+    scale16, low16 = ((high - low) / top).to(SIDE), low.to(SIDE)
+    if not bool((scale16.isfinite() & low16.isfinite()).all()):
+        raise DataError(
+            f"cannot quantise values in [{float(low.min()):.4g}, {float(high.max()):.4g}] to {bits} bits: "
+            "NaN, infinity or beyond float16's 65504. Check the model's activations or use bits=None."
+        )
+    # codes are taken against the stored, rounded scale and low, so that decode is the nearest point of the real grid;
+    # a constant group has scale 0 and code 0, and decodes to low
+    step = torch.where(scale16 > 0, scale16, torch.ones_like(scale16)).float()
+    codes = ((x - low16.float()) / step).round_().clamp_(0, top).to(torch.uint8)
+    return codes, scale16, low16
+
+
+def dequantize(
+    codes: UInt8[Tensor, "*rows k"], scale: Float[Tensor, "*rows 1"], low: Float[Tensor, "*rows 1"]
+) -> Float[Tensor, "*rows k"]:
+    """Float32 values of the codes."""
+    return codes.float().mul_(scale.float()).add_(low.float())

@@ -1,0 +1,37 @@
+"""Rotary position embedding (arXiv 2104.09864) on the first 2 * f channels of a head; the rest passes through.
+
+Two layouts exist: "half" pairs channel i with i + f (Llama and most), "interleaved" pairs 2i with 2i + 1 (GLM, Cohere).
+"""
+
+import torch
+from torch import Tensor
+
+from kvshrink.shapes import Float
+
+
+def rotate(
+    x: Float[Tensor, "b h t d"],
+    cos: Float[Tensor, "b t f"],
+    sin: Float[Tensor, "b t f"],
+    interleaved: bool,
+    inverse: bool,
+) -> Float[Tensor, "b h t d"]:
+    """x rotated by the angles of cos and sin, in float32. cos and sin carry the attention scaling m of YaRN.
+
+    The inverse divides by m^2, so that rotate(inverse) of rotate is x again.
+    """
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    if inverse:
+        norm = cos.square() + sin.square()
+        cos, sin = cos / norm, -sin / norm
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if interleaved:
+        a, b = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        a, b = slice(0, pairs), slice(pairs, 2 * pairs)
+    xa, xb = x[..., a].float(), x[..., b].float()
+    out[..., a] = (xa * cos).addcmul_(xb, sin, value=-1)
+    out[..., b] = (xb * cos).addcmul_(xa, sin)
+    out[..., 2 * pairs :] = x[..., 2 * pairs :]
+    return out

@@ -1,0 +1,1 @@
+"""Fewer tokens: what leaves the window is dropped."""

@@ -1,0 +1,34 @@
+"""StreamingLLM: keep the first tokens and the recent ones, drop what lies between. arXiv 2309.17453
+
+The baseline that every compressing method must beat at equal bytes. Departure: the paper renumbers the positions of the
+kept tokens, so that a stream may outlive the trained context; here tokens keep their own positions, so that `crop`,
+padding and several turns mean what they mean for a full cache.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method
+
+
+@final
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """`sinks` first tokens and at least `window` recent ones, exact; between window and window + 32 are held."""
+
+    window: int = 256
+    sinks: int = 4
+
+    drops_tokens: ClassVar[bool] = True
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:
+        return None
+
+    @classmethod
+    def within(cls, held_bytes: float, shape: LayerShape, sinks: int = 4) -> "StreamingLLM":
+        """The largest window whose buffer, sinks included, takes at most `held_bytes` in a layer of this shape."""
+        tokens = int((held_bytes - sinks * 4) // shape.token_bytes)
+        return cls(window=max(1, tokens - sinks - cls.page), sinks=sinks)
+
+
+METHOD = StreamingLLM

@@ -1,0 +1,97 @@
+"""A low-rank change of basis over groups of KV heads, and the closed forms that find it.
+
+Rows of G groups (a = n / G channels each: h / G heads) become latents z = (x - mean) @ down, and come back as
+z @ up + mean. An orthonormal basis has down = up^T and is stored once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._latents import Affine, Raw
+from kvshrink.methods._roles import Codec, Stored
+from kvshrink.shapes import Bool, Float
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BasisCodec(Codec):
+    """Rows projected on `down`, stored by `packing`, expanded by `up`. Tensors are float32."""
+
+    site: Literal["k_pre", "v"]
+    down: Float[Tensor, "G a r"]
+    up: Float[Tensor, "G r a"]
+    mean: Float[Tensor, "G a"]
+    packing: Raw | Affine
+    side = frozenset({"scale", "low"})
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.packing.width
+
+    def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
+        groups = self.mean.shape[0]
+        flat = rows.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # [b, G, t, a]
+        return (flat.float() - self.mean[:, None]) @ self.down
+
+    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.packing.store(self.project(rows), valid)
+
+    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        return self.packing.load(stored)
+
+    def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
+        groups = self.mean.shape[0]
+        members = heads // groups
+        if latent.shape[1] == groups:
+            rows = (latent @ self.up).add_(self.mean[:, None])  # [b, G, x, a]
+            return rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
+        up = self.up.unflatten(-1, (members, -1)).transpose(1, 2).flatten(0, 1)  # [h, r, d]
+        return latent @ up + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+
+    def page_bytes(self) -> int:
+        return self.packing.page_bytes()
+
+
+def principal(covariance: Float[Tensor, "n n"], groups: int, rank: int) -> Float[Tensor, "G r a"]:
+    """The `rank` directions of most variance of each group: the orthonormal basis of least squared error
+    (Eckart-Young), so the global optimum of CSKV's own loss without quantisation."""
+    return _top(torch.stack(_blocks(covariance, groups)), rank)
+
+
+def weighted_svd(
+    weight: Float[Tensor, "n hidden"], scale: Float[Tensor, "hidden"], groups: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """(down [G, a, r], up [G, r, a]) from the SVD of diag(scale) W: ASVD (arXiv 2312.05821), plain SVD with scale 1.
+
+    ASVD factors W = A B with A = diag(1/scale) U S^(1/2), B = S^(1/2) V^T. As A = W V S^(-1/2), the latent x A is
+    k V S^(-1/2): the same factorisation, read off the key instead of the layer input.
+    """
+    scaled = weight.double() * scale.double()
+    gram = scaled @ scaled.T
+    blocks = torch.stack(_blocks(gram, groups))
+    right = _top(blocks, rank)
+    # squared singular values along the kept directions; a direction of no energy keeps scale 1
+    power = (right @ blocks @ right.transpose(1, 2)).diagonal(dim1=1, dim2=2).clamp_min(0.0)
+    root = torch.where(power > 0, power, torch.ones_like(power)).pow(0.25)[:, :, None]
+    return (right / root).transpose(1, 2), right * root
+
+
+def orthonormal(groups: int, width: int, rank: int, seed: int) -> Float[Tensor, "G r a"]:
+    """Random orthonormal bases: the control that shows what an initialisation is worth."""
+    noise = torch.randn(groups, width, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(noise).Q.transpose(1, 2)
+
+
+def _blocks(matrix: Tensor, groups: int) -> list[Tensor]:
+    """Diagonal blocks of a [n, n] matrix, one per group of heads."""
+    size = matrix.shape[0] // groups
+    return [matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
+
+
+def _top(symmetric: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues as rows, [G, r, a], largest first."""
+    vectors = torch.linalg.eigh(symmetric.double()).eigenvectors
+    return vectors.flip(-1)[..., :rank].transpose(1, 2)

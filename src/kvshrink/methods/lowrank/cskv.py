@@ -1,0 +1,141 @@
+"""CSKV: channel shrinking for the KV cache. arXiv 2409.10593
+
+Keep a low-rank latent of every key and value and the recent tokens exact beside it. Keys are latent before RoPE and
+rebuilt a block at a time; values stay latent until after the softmax-weighted sum. Latents may be quantised: keys per
+channel over a page of 32 tokens, values per token.
+
+Departures from the paper: the basis is found in closed form by default (the optimum of the paper's own loss); the
+encoder reads the key, not the layer input, so biases and q/k norms are no obstacle; rows are centred; 4 sinks are
+exact; the zero point is a float (the official one is clamped); between 32 and 63 recent tokens are exact, not 1 to 32.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.errors import SettingError
+from kvshrink.methods._latents import packing
+from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Moments, require
+from kvshrink.methods.lowrank._basis import BasisCodec, orthonormal, principal, weighted_svd
+
+BITS = (8, 4, 3, 2)
+INITS = ("pca", "asvd", "svd", "random")
+ALPHA = 0.5  # ASVD's exponent on mean |x|
+
+
+@final
+@dataclass(frozen=True)
+class CSKV(Method):
+    """Channel shrinking.
+
+    keep:        share of channels kept, rank over KV width (the paper's 1 - ratio), averaged over keys and values.
+    bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
+    init:        "pca" (closed form), or the paper's "asvd", "svd", "random".
+    group_heads: KV heads that share one key basis; None: all, as the paper. 1 or 2 make decoding cheaper.
+    key_share:   share of the kept channels that goes to keys; "auto" lets `fit` choose it layer by layer.
+    steps:       optimiser steps of the paper's layer-wise reconstruction training after `init`; 0: none.
+    qat:         train through the quantiser (needs steps and bits).
+    lr:          learning rate of that training, linear decay to 0.
+    """
+
+    keep: float = 0.2
+    bits: int | None = None
+    init: Literal["pca", "asvd", "svd", "random"] = "pca"
+    group_heads: int | None = None
+    key_share: float | Literal["auto"] = 0.5
+    steps: int = 0
+    qat: bool = False
+    lr: float = 5e-5
+
+    needs_fit: ClassVar[bool] = True
+    value_group: ClassVar[int] = 64  # latent channels that share a value's scale
+
+    @classmethod
+    def paper(cls, keep: float = 0.2, bits: int | None = 4, steps: int = 12_000) -> "CSKV":
+        """The paper's own setting: ASVD, joint heads, window 32, reconstruction training, QAT where bits are few."""
+        return cls(keep=keep, bits=bits, init="asvd", window=32, sinks=0, steps=steps, qat=bits is not None)
+
+    def check(self) -> None:
+        super().check()
+        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
+        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
+        require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
+        share = self.key_share
+        ok = share == "auto" if isinstance(share, str) else 0 < share < 1
+        require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
+        require(self.group_heads is None or self.group_heads >= 1, f"group_heads={self.group_heads}", "Use 1 or more.")
+        require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
+        require(
+            not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."
+        )
+
+    def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
+        """(rank of each key group, rank of values): the one place where channels are rounded, down.
+
+        2 * keep * n channels are shared out; what one side cannot take (it has only n) goes to the other.
+        """
+        share = key_share if key_share is not None else 0.5 if self.key_share == "auto" else float(self.key_share)
+        n, total = shape.width, 2 * self.keep * shape.width
+        key = min(max(total * share, total - n), n)
+        groups = self._groups(shape)
+        rank_k, rank_v = int(key / groups + 1e-6), int(total - key + 1e-6)
+        if rank_k < 1 or rank_v < 1:
+            raise SettingError(
+                f"keep={self.keep} with key_share={share} gives key rank {rank_k} and value rank {rank_v} "
+                f"of {n} channels. Use keep of at least {max(1, groups) / n:.3g}."
+            )
+        return rank_k, rank_v
+
+    def fit_layer(self, facts: LayerFacts, key_share: float | None = None) -> dict[str, Tensor]:
+        """Basis of keys and values of one layer, before any training."""
+        rank_k, rank_v = self.ranks(facts.shape, key_share)
+        key = self._side(facts.key, facts.key_weight, facts.input_scale, self._groups(facts.shape), rank_k, seed=0)
+        value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, seed=1)
+        return {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        return self._codec("k_pre", "key", "channel", shape, fitted), self._codec("v", "value", "token", shape, fitted)
+
+    def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
+        """As promised by the rank rule alone where nothing is fitted yet."""
+        if fitted:
+            return super().bits_per_token(shape, fitted)
+        rank_k, rank_v = self.ranks(shape)
+        key = packing(self._groups(shape), rank_k, self.page, self.bits, "channel", self.value_group, shape.dtype)
+        value = packing(1, rank_v, self.page, self.bits, "token", self.value_group, shape.dtype)
+        return (key.page_bytes() + value.page_bytes()) * 8 / self.page
+
+    def _groups(self, shape: LayerShape) -> int:
+        size = self.group_heads or shape.heads
+        require(
+            shape.heads % size == 0, f"group_heads={size} with {shape.heads} KV heads", "Use a divisor of the heads."
+        )
+        return shape.heads // size
+
+    def _side(
+        self, moments: Moments, weight: Tensor, input_scale: Tensor, groups: int, rank: int, seed: int
+    ) -> dict[str, Tensor]:
+        mean = moments.mean.double().unflatten(0, (groups, -1))
+        down = None
+        if self.init == "pca":
+            up = principal(moments.covariance, groups, rank)
+        elif self.init == "random":
+            up = orthonormal(groups, mean.shape[1], rank, seed)
+        else:
+            scale = input_scale.double().add(1e-6).pow(ALPHA) if self.init == "asvd" else torch.ones_like(input_scale)
+            down, up = weighted_svd(weight, scale, groups, rank)
+            mean = torch.zeros_like(mean)  # the paper's factors have no bias
+        tensors = {"up": up, "mean": mean} | ({} if down is None else {"down": down})
+        return {k: t.float().contiguous() for k, t in tensors.items()}
+
+    def _codec(self, site: str, side: str, axis: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+        up, mean = fitted[f"{side}_up"], fitted[f"{side}_mean"]
+        down = fitted.get(f"{side}_down", up.transpose(1, 2))
+        groups, rank, _ = up.shape
+        stored = packing(groups, rank, self.page, self.bits, axis, self.value_group, shape.dtype)
+        return BasisCodec("v" if site == "v" else "k_pre", down, up, mean, stored)
+
+
+METHOD = CSKV

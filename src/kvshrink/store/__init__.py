@@ -1,0 +1,1 @@
+"""Where the bytes live: pages of encoded tokens, the token table, byte counts, files."""

@@ -1,0 +1,117 @@
+"""Encoded tokens in pages of equal size, taken as they come and never copied to grow.
+
+Every stored tensor has shape [b, p, ...], p pages. A prefill arrives as one extent of many pages, decoding adds
+extents of one page; readers get blocks: views of long extents, or short extents joined for the length of one read
+(a copy of compressed bytes only). `crop` may cut a page short; the page then stays short, and the next starts anew.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Stored = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive pages. `columns`: a slice if they cover consecutive columns in full, else one per slot, or -1."""
+
+    stored: Stored
+    columns: slice | Tensor
+    tokens: int  # slots in the block, dead ones included
+
+
+class Pages:
+    """A growing list of pages of `page` tokens each."""
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self.extents: list[dict[str, Tensor]] = []
+        self.first: list[int] = []  # column of each page's first token
+        self.used: list[int] = []  # tokens of each page that are still valid
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.used)
+
+    def append(self, stored: Stored, column: int) -> None:
+        """Add whole pages that cover the columns from `column` on."""
+        extent = dict(stored)
+        count = next(iter(extent.values())).shape[1]
+        self.extents.append(extent)
+        self.first += [column + i * self.page for i in range(count)]
+        self.used += [self.page] * count
+
+    def crop(self, length: int) -> None:
+        """Forget all columns from `length` on; nothing is encoded again."""
+        self.used = [max(0, min(u, length - f)) for f, u in zip(self.first, self.used, strict=True)]
+        keep = next((i for i, u in enumerate(self.used) if u == 0), len(self))
+        del self.first[keep:], self.used[keep:]
+        extents, self.extents = self.extents, []
+        for extent in extents:
+            pages = min(keep, next(iter(extent.values())).shape[1])
+            keep -= pages
+            if pages:
+                # clone, so that the pages cut off are really freed
+                whole = all(t.shape[1] == pages for t in extent.values())
+                self.extents.append(extent if whole else {k: t[:, :pages].clone() for k, t in extent.items()})
+
+    def blocks(self, tokens: int, limit: int | None = None) -> Iterator[Block]:
+        """The first `limit` pages (default all) in order, about `tokens` slots at a time."""
+        limit = len(self) if limit is None else limit
+        per_block, start = max(1, tokens // self.page), 0
+        held: list[dict[str, Tensor]] = []
+        for extent in self.extents:
+            count = next(iter(extent.values())).shape[1]
+            at = 0
+            while at < count and start + sum(_pages(e) for e in held) < limit:
+                room = per_block - sum(_pages(e) for e in held)
+                take = min(room, count - at, limit - start - sum(_pages(e) for e in held))
+                held.append({k: t[:, at : at + take] for k, t in extent.items()})
+                at += take
+                if take == room:
+                    yield self._block(held, start)
+                    start, held = start + per_block, []
+        if held:
+            yield self._block(held, start)
+
+    def _block(self, held: list[dict[str, Tensor]], start: int) -> Block:
+        stored = held[0] if len(held) == 1 else {k: torch.cat([e[k] for e in held], 1) for k in held[0]}
+        count = _pages(stored)
+        first, used = self.first[start : start + count], self.used[start : start + count]
+        if all(u == self.page for u in used) and first[-1] - first[0] == (count - 1) * self.page:
+            columns: slice | Tensor = slice(first[0], first[0] + count * self.page)
+        else:
+            slot = torch.arange(self.page)
+            columns = (torch.tensor(first)[:, None] + slot).masked_fill(slot >= torch.tensor(used)[:, None], -1)
+            columns = columns.flatten().to(next(iter(stored.values())).device)
+        return Block(stored, columns, count * self.page)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change to every stored tensor: a batch operation, or a move to another device."""
+        self.extents = [{k: change(t) for k, t in extent.items()} for extent in self.extents]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor) of everything stored."""
+        return [item for extent in self.extents for item in extent.items()]
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """(plain values, tensors) from which `restore` rebuilds the pages."""
+        tensors = {f"{i}.{k}": t for i, extent in enumerate(self.extents) for k, t in extent.items()}
+        return {"first": self.first, "used": self.used, "extents": len(self.extents)}, tensors
+
+    def restore(self, values: dict, tensors: Mapping[str, Tensor]) -> None:
+        self.first, self.used = list(values["first"]), list(values["used"])
+        self.extents = [{} for _ in range(values["extents"])]
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            self.extents[int(index)][key] = tensor
+
+
+def _pages(stored: Stored) -> int:
+    return next(iter(stored.values())).shape[1]

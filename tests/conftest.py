@@ -1,0 +1,28 @@
+"""Strict by default: fixed seed, NaN in every fresh float buffer, no network, one thread per worker."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+_empty, _new_empty = torch.empty, torch.Tensor.new_empty
+
+
+def _poison(out):
+    return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    torch.manual_seed(0)
+    with (
+        patch("torch.empty", lambda *a, **k: _poison(_empty(*a, **k))),
+        patch("torch.Tensor.new_empty", lambda *a, **k: _poison(_new_empty(*a, **k))),
+    ):
+        yield
