@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,100 +48,106 @@ def fit(
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
     Raises DataError on too little text, UnsupportedModelError, SettingError.
     """
-    if not method.needs_fit:
-        raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
+    return fit_all(model, [method], data, tokenizer, length, batch, progress, checkpoint, log_with)[0]
+
+
+def fit_all(
+    model: nn.Module | str | Path,
+    methods: Sequence[Method],
+    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    tokenizer=None,
+    length: int = 1024,
+    batch: int = 1,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    log_with: str | None = None,
+) -> list[Artifact]:
+    """As `fit`, for several methods in one pass over the text."""
+    for method in methods:
+        if not method.needs_fit:
+            raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
     source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
     infos = layers_of(source.model)
     if isinstance(data, str) or (not isinstance(data, Tensor) and data and isinstance(data[0], str)):
         tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source.name)
-        rows = token_rows(data, tokenizer, length, method.page)  # type: ignore[arg-type]
+        rows = token_rows(data, tokenizer, length, methods[0].page)  # type: ignore[arg-type]
     else:
-        rows = checked_rows(data, method.page)  # type: ignore[arg-type]
-    return _Fit(source, infos, method, rows, batch, progress, checkpoint, log_with).run()
+        rows = checked_rows(data, methods[0].page)  # type: ignore[arg-type]
+    job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
+    return job.run()
 
 
-class _Fit:
-    """One run of `fit`."""
+@dataclass
+class _Job:
+    """One run of `fit_all`."""
 
-    def __init__(
-        self,
-        source,
-        infos: list[LayerInfo],
-        method: Method,
-        rows: Tensor,
-        batch: int,
-        progress: bool,
-        checkpoint,
-        log_with,
-    ) -> None:
-        self.source, self.infos, self.method, self.rows = source, infos, method, rows
-        self.progress, self.log_with = progress, log_with
-        config = text_config(source.model)
-        job = {
-            "method": name_of(method),
-            **method.settings(),
-            "rows": rows_hash(rows),
-            "model": source.name,
-            "config": config.to_json_string(),
-        }
-        self.checkpoint = Checkpoint(checkpoint, job)
-        self.fingerprint = Fingerprint(config)
-        self.started = time.perf_counter()
-        self.batch = batch
+    source: InMemory | OnDisk
+    infos: list[LayerInfo]
+    methods: list[Method]
+    rows: Tensor
+    batch: int
+    progress: bool
+    log_with: str | None
+    folder: str | Path | None
 
-    def run(self) -> Artifact:
+    def run(self) -> list[Artifact]:
+        started = time.perf_counter()
+        config = text_config(self.source.model)
+        settings = [(name_of(m), m.settings()) for m in self.methods]
+        job = {"methods": settings, "rows": rows_hash(self.rows), "model": self.source.name, "config": config.to_dict()}
+        checkpoint, fingerprint = Checkpoint(self.folder, job), Fingerprint(config)
         runner = LayerRunner(self.source, self.rows, self.batch)
-        layers: dict[int, dict[str, Tensor]] = {}
-        records = {}
+        done: dict[int, list[tuple[dict[str, Tensor], dict]]] = {}
         for i in tqdm(range(runner.layers), desc="fit", unit="layer", disable=not self.progress):
-            info = self.infos[i]
             with self.source.layer(i) as layer:
                 if i in (0, runner.layers - 1):
-                    self.fingerprint.add(info.module)
-                done = self.checkpoint.load(i) if info.compressed else None
-                if not info.compressed:
-                    runner.run(i, layer)
-                elif done is not None:
-                    layers[i], records[i] = done
-                    runner.run(i, layer)
-                else:
-                    layers[i], records[i] = self._layer(i, layer, runner)
-                    self.checkpoint.save(i, layers[i], records[i])
-        return Artifact(
-            self.method,
-            layers,
-            {"name": self.source.name, "fingerprint": self.fingerprint.value()},
-            {
-                "calibration": rows_hash(self.rows),
-                "tokens": self.rows.numel(),
-                "rows": list(self.rows.shape),
-                "seconds": round(time.perf_counter() - self.started, 2),
-                "made": datetime.now(UTC).isoformat(timespec="seconds"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "layers": {str(i): r for i, r in records.items()},
-            },
-        )
+                    fingerprint.add(self.infos[i].module)
+                known = checkpoint.load(i, len(self.methods)) if self.infos[i].compressed else None
+                if known is None and self.infos[i].compressed:
+                    done[i] = self._layer(i, layer, runner)
+                    checkpoint.save(i, done[i])
+                    continue
+                if known is not None:
+                    done[i] = known
+                runner.run(i, layer)
+        seconds = time.perf_counter() - started
+        model = {"name": self.source.name, "fingerprint": fingerprint.value()}
+        return [self._artifact(n, method, done, model, seconds) for n, method in enumerate(self.methods)]
 
-    def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, record of errors and seconds) of one loaded layer; moves the hidden states on."""
-        started = time.perf_counter()
-        method, info = self.method, self.infos[index]
-        auto = isinstance(method, CSKV) and method.key_share == "auto"
-        trains = isinstance(method, CSKV) and method.steps > 0
-        seen = _Watch(PROBES if auto else 0, trains)
+    def _artifact(self, n: int, method: Method, done: dict, model: dict, seconds: float) -> Artifact:
+        provenance = {
+            "calibration": rows_hash(self.rows),
+            "rows": list(self.rows.shape),
+            "seconds": round(seconds, 2),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "layers": {str(i): results[n][1] for i, results in done.items()},
+        }
+        return Artifact(method, {i: results[n][0] for i, results in done.items()}, dict(model), provenance)
+
+    def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:
+        """(tensors, record of errors and seconds) per method of one loaded layer; moves the hidden states on."""
+        cskvs = [m for m in self.methods if isinstance(m, CSKV)]
+        seen = _Watch(
+            PROBES if any(m.key_share == "auto" for m in cskvs) else 0,
+            any(m.steps for m in cskvs),
+        )
         runner.run(index, layer, seen)
-        facts = seen.facts(info.module)
+        facts = seen.facts(self.infos[index].module)
+        return [self._fit_one(method, index, facts, seen) for method in self.methods]
+
+    def _fit_one(self, method: Method, index: int, facts: LayerFacts, seen: "_Watch") -> tuple[dict[str, Tensor], dict]:
+        started = time.perf_counter()
         record: dict = {}
-        if auto:
-            assert isinstance(method, CSKV)
+        info = self.infos[index]
+        if isinstance(method, CSKV) and method.key_share == "auto":
             share, errors = choose_share(method, facts, info.module, info.rope, seen.inputs)
             fitted = method.fit_layer(facts, share)
             record |= {"key_share": share, "share_errors": {str(k): v for k, v in errors.items()}}
         else:
             fitted = method.fit_layer(facts)
-        if trains:
-            assert isinstance(method, CSKV)
+        if isinstance(method, CSKV) and method.steps:
             keys, values = torch.cat(seen.keys), torch.cat(seen.values)
             label = f"layer {index}"
             fitted, losses = train_layer(method, facts.shape, fitted, keys, values, label, self.progress, self.log_with)

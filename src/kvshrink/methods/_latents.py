@@ -49,7 +49,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Affine:
-    """Latents as `bits`-bit codes. One scale per channel and page (axis "channel"), or per token and `group` ("token")."""
+    """Latents as `bits`-bit codes; one scale per channel and page (axis "channel") or per token and `group`."""
 
     groups: int
     width: int

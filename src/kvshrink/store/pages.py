@@ -16,7 +16,7 @@ Stored = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive pages. `columns`: a slice if they cover consecutive columns in full, else one per slot, or -1."""
+    """Some consecutive pages. `columns`: a slice if they cover a run of columns in full, else one per slot or -1."""
 
     stored: Stored
     columns: slice | Tensor

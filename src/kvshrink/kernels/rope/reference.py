@@ -31,7 +31,8 @@ def rotate(
     else:
         a, b = slice(0, pairs), slice(pairs, 2 * pairs)
     xa, xb = x[..., a].float(), x[..., b].float()
-    out[..., a] = (xa * cos).addcmul_(xb, sin, value=-1)
-    out[..., b] = (xb * cos).addcmul_(xa, sin)
+    # written in place: this runs over every key of the body in every decode step
+    torch.mul(xa, cos, out=out[..., a]).addcmul_(xb, sin, value=-1)
+    torch.mul(xb, cos, out=out[..., b]).addcmul_(xa, sin)
     out[..., 2 * pairs :] = x[..., 2 * pairs :]
     return out

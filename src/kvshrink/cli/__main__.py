@@ -1,0 +1,5 @@
+"""`python -m kvshrink.cli`."""
+
+from kvshrink.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""What commands share: loading models and text, method options, tables, the last JSON line."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvshrink.errors import DataError, KVShrinkError
+from kvshrink.eval import calibration
+from kvshrink.eval.entries import parse
+from kvshrink.methods._roles import Method
+from kvshrink.reference import FOLDER
+
+ModelOption = Annotated[str, typer.Option("--model", help="A folder, a hub id, or 'reference' (bundled).")]
+KeepOption = Annotated[float | None, typer.Option(help="Share of channels kept (rank over KV width).")]
+BitsOption = Annotated[int | None, typer.Option(help="Bits of a stored number; default: the model's own dtype.")]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="Calibration text file; default: a bundled book excerpt and records.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+SpecOption = Annotated[str, typer.Option("--method", help="A method, or name:setting=value,... (docs/methods.md).")]
+
+console = Console()
+
+
+def quiet() -> None:
+    """Keep library chatter out of a command's output."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="transformers")
+    from transformers.utils import logging as hf
+
+    hf.disable_progress_bar()
+
+
+def model_name(name: str) -> str:
+    return str(FOLDER) if name == "reference" else name
+
+
+def load(name: str):
+    """(model, tokenizer). Raises KVShrinkError in one line if there is no such model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    where = model_name(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto").eval()
+        return model, AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise KVShrinkError(f"cannot load model {name!r}: {reason}") from error
+
+
+def read_text(path: Path | None) -> list[str]:
+    """Calibration texts. Raises DataError if the file is missing, unreadable or empty."""
+    if path is None:
+        return calibration.default_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read text file {path}: {error}. Give a UTF-8 text file.") from error
+    if not text.strip():
+        raise DataError(f"text file {path} is empty. Give some 100 kB of text like what the model will read.")
+    return [text]
+
+
+def one_method(spec: str, keep: float | None, bits: int | None) -> Method:
+    """The method of --method, with --keep and --bits where the spec names no settings itself."""
+    given = {k: v for k, v in (("keep", keep), ("bits", bits)) if v is not None}
+    method = parse(spec, given).method
+    if not isinstance(method, Method):
+        raise KVShrinkError(f"{spec!r} is not a method that shrinks anything. See docs/methods.md.")
+    return method
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    table = Table(title=title or None, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(data: dict) -> None:
+    """The last line of a command with --json."""
+    print(json.dumps(data))

@@ -1,0 +1,70 @@
+"""kvshrink demo: the whole thing on the bundled model, in minutes and with no network."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvshrink.attach import make_cache
+from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
+from kvshrink.cli.evaluate import fitted
+from kvshrink.eval import plots, tasks
+from kvshrink.eval.entries import parse
+from kvshrink.eval.runner import Runner, fill
+from kvshrink.eval.summary import HEAD, cells, summarise
+from kvshrink.store import files
+
+SPECS = (
+    "full",
+    "cskv:keep=0.5",
+    "cskv:keep=0.2",
+    "cskv:keep=0.2,bits=4",
+    "streaming_llm:like=cskv keep=0.2 bits=4",
+    "rtn:bits=2",
+)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table, the plot and the artifact.")] = Path("demo"),
+    cases: Annotated[int, typer.Option(min=1, max=50, help="Cases per method and task.")] = 25,
+    json: JsonOption = False,
+) -> None:
+    """Fit CSKV on the bundled model, answer official LongEval cases and 4k passkeys from the shrunken cache."""
+    started = time.perf_counter()
+    model, tokenizer = load("reference")
+    console.print("Fitting CSKV in closed form on the bundled reference model (4 layers, 128 KV channels).")
+    entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, None)
+    runner = Runner(model, tokenizer, entries)
+    console.print("Answering. The context is compressed before the question is seen.")
+    outcomes = runner.run("longeval", tasks.get("longeval").samples(cases, 0), "LongEval, official, 30 lines")
+    outcomes += runner.run("passkey", tasks.get("passkey").samples(cases, 0), "passkey, 4k tokens")
+    results = summarise(outcomes)
+    print_table(HEAD, [cells(line) for line in results], "accuracy beside the bytes held, all included")
+    artifact = entries[3].method
+    artifact.save_pretrained(out / "artifact")  # type: ignore[union-attr]
+    _show_report(model, tokenizer, artifact)
+    data = {"seconds": round(time.perf_counter() - started, 1), "results": [line.to_dict() for line in results]}
+    files.write_json(out / "results.json", data)
+    plots.accuracy(results, out / "accuracy.png")
+    console.print(f"wrote {out}/accuracy.png, results.json and artifact/ in {data['seconds']:.0f} s")
+    if json:
+        print_json(data)
+
+
+def _show_report(model, tokenizer, artifact) -> None:
+    """One cache's bytes by layer and purpose, after a 4k prompt."""
+    import torch
+    from transformers import DynamicCache
+
+    from kvshrink.attach import attach
+
+    ids = torch.tensor([tokenizer(tasks.get("passkey").samples(1, 0)[0].context)["input_ids"]])
+    dense = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=dense, logits_to_keep=1)
+        cache = make_cache(model, artifact)
+        fill(cache, dense, attach(model))
+    console.print(
+        f"\nWhat CSKV keep=0.2 bits=4 holds after a prompt:\n{cache.report()}\n", markup=False, highlight=False
+    )

@@ -1,0 +1,103 @@
+"""kvshrink inspect: a model's or an artifact's KV budget as a table, and its singular values as a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from kvshrink.attach.families import key_value_weights, kv_heads, layers_of
+from kvshrink.cli._common import (
+    BitsOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    SpecOption,
+    console,
+    model_name,
+    one_method,
+    print_json,
+    print_table,
+    quiet,
+)
+from kvshrink.eval import plots
+from kvshrink.fit.source import OnDisk
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.store.bytes import human
+
+LENGTHS = (8192, 32768, 131072)
+
+
+def inspect(
+    model: ModelOption = "reference",
+    artifact: Annotated[Path | None, typer.Option(help="A fitted artifact instead of --method.")] = None,
+    method: SpecOption = "cskv",
+    keep: KeepOption = None,
+    bits: BitsOption = None,
+    out: Annotated[Path, typer.Option(help="The picture of singular values.")] = Path("spectra.png"),
+    json: JsonOption = False,
+) -> None:
+    """Bytes per token and at 8k, 32k and 128k tokens, full and shrunken, per layer; singular values as a PNG.
+
+    With an artifact the singular values are those of the calibration's keys and values, else those of the weights.
+    """
+    quiet()
+    fitted = Artifact.from_pretrained(artifact) if artifact else None
+    chosen = fitted.method if fitted else one_method(method, keep, bits)
+    source = OnDisk(model_name(model))
+    shapes, weights = _layers(source, spectra=fitted is None)
+    rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
+    head = ("layer", "kind", "B/token", "kept", *(f"{n // 1024}k full / kept" for n in LENGTHS))
+    print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
+    spectra = _fitted_spectra(fitted) if fitted else weights
+    what = "keys and values on the calibration text, centred" if fitted else "key and value projection weights"
+    plots.spectra(spectra, out, f"Singular values of {what}: {Path(model).name}")
+    if fitted:
+        console.print(f"fitted tensors: {human(fitted.nbytes)}, once per model, not per sequence")
+    console.print(f"wrote {out}")
+    if json:
+        print_json({"model": model, "method": name_of(chosen), "settings": chosen.settings(), "layers": rows})
+
+
+def _layers(source: OnDisk, spectra: bool):
+    """({layer: shape}, {layer: (key, value singular values)}) of the layers that a method would shrink."""
+    shapes, values = {}, {}
+    for i, info in enumerate(layers_of(source.model)):
+        if not info.compressed:
+            continue
+        with source.layer(i):
+            pair = key_value_weights(info.module)
+            shapes[i] = LayerShape(kv_heads(info.module), info.module.head_dim, pair[0].dtype)
+            if spectra:
+                values[i] = tuple(torch.linalg.svdvals(w.detach().float()).numpy() for w in pair)
+    return shapes, values
+
+
+def _row(index: int, shape: LayerShape, method: Method, artifact: Artifact | None) -> dict:
+    tensors = artifact.layers[index] if artifact else {}
+    row: dict = {"layer": index, "full_per_token": shape.token_bytes}
+    row["body_per_token"] = method.bits_per_token(shape, tensors) / 8
+    for n in LENGTHS:
+        row[str(n)] = [n * shape.token_bytes, method.layer_bytes(shape, tensors, n)]
+    return row
+
+
+def _total(rows: list[dict]) -> dict:
+    keys = [k for k in rows[0] if k != "layer"] if rows else []
+    total: dict = {"layer": "all"}
+    for k in keys:
+        lists = isinstance(rows[0][k], list)
+        total[k] = [sum(r[k][i] for r in rows) for i in (0, 1)] if lists else sum(r[k] for r in rows)
+    return total
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    body, full = row["body_per_token"], row["full_per_token"]
+    lengths = (f"{human(a)} / {human(b)} ({100 * b / a:.1f} %)" for a, b in (row[str(n)] for n in LENGTHS))
+    return (str(row["layer"]), "", f"{full} / {body:.0f}", f"{100 * body / full:.1f} %", *lengths)
+
+
+def _fitted_spectra(artifact: Artifact) -> dict:
+    return {i: (t["key_spectrum"].numpy(), t["value_spectrum"].numpy()) for i, t in artifact.layers.items()}
