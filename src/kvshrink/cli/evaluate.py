@@ -20,7 +20,7 @@ from kvshrink.eval import plots, tasks
 from kvshrink.eval.entries import FULL, Entry, parse
 from kvshrink.eval.runner import Runner
 from kvshrink.eval.summary import HEAD, cells, summarise
-from kvshrink.fit.fit import fit_all
+from kvshrink.fit.job import fit_all
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files

@@ -20,7 +20,7 @@ from kvshrink.cli._common import (
     quiet,
     read_text,
 )
-from kvshrink.fit.fit import fit_all
+from kvshrink.fit.job import fit_all
 from kvshrink.store.bytes import human
 
 CHECKPOINT = ".unfinished"

@@ -22,7 +22,7 @@ from kvshrink.cli._common import (
 from kvshrink.errors import DataError
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.tasks import Sample
-from kvshrink.fit.fit import fit_all
+from kvshrink.fit.job import fit_all
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 

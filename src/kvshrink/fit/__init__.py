@@ -1,5 +1,5 @@
 """Fitting: what a method learns about a model from text, layer by layer, from activations that are never stored."""
 
-from kvshrink.fit.fit import fit, fit_all
+from kvshrink.fit.job import fit, fit_all
 
 __all__ = ["fit", "fit_all"]

@@ -43,7 +43,7 @@ def quantize(
 
 
 def dequantize(
-    codes: UInt8[Tensor, "*rows k"], scale: Float[Tensor, "*rows 1"], low: Float[Tensor, "*rows 1"]
-) -> Float[Tensor, "*rows k"]:
-    """Float32 values of the codes."""
+    codes: UInt8[Tensor, "*all"], scale: Float[Tensor, "*#all"], low: Float[Tensor, "*#all"]
+) -> Float[Tensor, "*all"]:
+    """Float32 values of the codes; scale and low are spread over the axis of their group."""
     return codes.float().mul_(scale.float()).add_(low.float())

@@ -1,0 +1,210 @@
+"""Fitting: the statistics, the bound, the layer-by-layer run, resume, and what bad input gets."""
+
+import json
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+import kvshrink
+from kvshrink import CSKV, RTN
+from kvshrink.attach.families import attention_modules, key_value
+from kvshrink.errors import DataError, SettingError
+from kvshrink.fit import fit_all
+from kvshrink.fit.layerwise import LayerRunner
+from kvshrink.fit.source import InMemory
+from kvshrink.fit.statistics import MomentStream, residual
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 61,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+@pytest.fixture
+def rows():
+    return torch.randint(0, 61, (6, 64), generator=torch.Generator().manual_seed(1))
+
+
+def test_streamed_moments_are_the_moments_also_far_from_zero():
+    x = torch.randn(300, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 100
+    stream = MomentStream()
+    for part in x.float().split(77):
+        stream.add(part)
+    moments = stream.moments()
+    assert moments.count == 300
+    torch.testing.assert_close(moments.mean, x.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.covariance, x.T.cov(correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_residual_is_the_error_measured_on_the_rows():
+    x = torch.randn(200, 6) @ torch.randn(6, 6) + 3
+    stream = MomentStream()
+    stream.add(x)
+    down, up, mean = torch.randn(2, 3, 2) / 2, torch.randn(2, 2, 3) / 2, torch.randn(2, 3)
+    parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g] @ up[g] + mean[g] for g in range(2)]
+    wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert residual(stream.moments(), down, up, mean) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, Gemma3ForCausalLM], ids=lambda c: c.__name__)
+def test_the_layer_by_layer_run_gives_what_the_model_computes(cls, rows):
+    """Gemma3 mixes layer kinds, masks and rotary embeddings, and scales its embeddings."""
+    torch.manual_seed(0)
+    if cls is LlamaForCausalLM:
+        net = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    else:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        net = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=16, layer_types=kinds)).eval()
+    seen = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, a, k: seen.__setitem__(m.layer_idx, k["hidden_states"]), with_kwargs=True)
+        for m in attention_modules(net)
+    ]
+    with torch.no_grad():
+        net(input_ids=rows)
+    wanted = dict(seen)
+    for hook in hooks:
+        hook.remove()
+    runner = LayerRunner(InMemory(net), rows, batch=4)  # 4 and a ragged 2
+    for i, layer in enumerate(net.get_decoder().layers):
+        got = []
+        runner.run(i, layer, lambda m, k, got=got: got.append(k["hidden_states"]))
+        torch.testing.assert_close(torch.cat(got), wanted[i], rtol=1e-5, atol=1e-5)
+
+
+def test_closed_form_is_a_bound_on_the_calibration_text(model, rows):
+    """Also for the paper's training: nothing of this rank can be nearer."""
+    methods = [CSKV(keep=k, init=i) for k in (0.5, 0.25) for i in ("pca", "asvd", "svd", "random")]
+    methods += [CSKV(keep=k, init="asvd", steps=60, lr=1e-2) for k in (0.5, 0.25)]
+    fitted = fit_all(model, methods, rows, progress=False)
+    for keep in (0.5, 0.25):
+        group = [a for a in fitted if a.method.keep == keep]
+        best = group[0].provenance["layers"]
+        for other in group[1:]:
+            for i, record in other.provenance["layers"].items():
+                for side in ("key_error", "value_error"):
+                    assert best[i][side] <= record[side] * (1 + 1e-6), (keep, other.method, i, side)
+        untrained, trained = group[1], group[-1]
+        for i, record in trained.provenance["layers"].items():
+            assert record["loss"][1] < record["loss"][0]
+            assert record["key_error"] < untrained.provenance["layers"][i]["key_error"]
+
+
+def test_quantisation_aware_training_lowers_the_error_it_trains(model, rows):
+    plain, aware = fit_all(
+        model, [CSKV(keep=0.5, bits=2), CSKV(keep=0.5, bits=2, steps=300, lr=3e-3, qat=True)], rows, progress=False
+    )
+    runner = LayerRunner(InMemory(model), rows, batch=6)
+    taken = []
+    runner.run(0, model.get_decoder().layers[0], lambda m, k: taken.extend(key_value(m, k["hidden_states"])))
+    error = {}
+    for artifact in (plain, aware):
+        shape = kvshrink.make_cache(model, artifact).layers[0].shape
+        codecs = artifact.method.codecs(shape, artifact.layers[0])
+        error[artifact] = sum(
+            float((c.decode(c.encode(x, None), 2) - x).square().mean()) for c, x in zip(codecs, taken, strict=True)
+        )
+    assert error[aware] < 0.95 * error[plain]
+    kvshrink.detach(model)
+
+
+def test_auto_key_share_is_chosen_per_layer_and_kept(model, rows):
+    artifact = kvshrink.fit(model, CSKV(keep=0.25, key_share="auto"), rows, progress=False)
+    for i, record in artifact.provenance["layers"].items():
+        best = min(record["share_errors"], key=record["share_errors"].get)
+        assert float(best) == record["key_share"]
+        ranks = artifact.method.ranks(kvshrink.make_cache(model, artifact).layers[0].shape, record["key_share"])
+        assert (artifact.layers[int(i)]["key_up"].shape[1], artifact.layers[int(i)]["value_up"].shape[1]) == ranks
+    kvshrink.detach(model)
+
+
+def test_from_disk_layer_by_layer_is_the_same_fit(model, rows, tmp_path):
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")  # several files
+    method = CSKV(keep=0.5, bits=4)
+    here = kvshrink.fit(model, method, rows, progress=False)
+    there = kvshrink.fit(tmp_path / "model", method, rows, progress=False)
+    assert there.model["fingerprint"] == here.model["fingerprint"]
+    for i, layer in here.layers.items():
+        for name, tensor in layer.items():
+            torch.testing.assert_close(there.layers[i][name], tensor, rtol=1e-5, atol=1e-6)
+    kvshrink.make_cache(model, there)
+    kvshrink.detach(model)
+
+
+class _Interrupt(Exception):
+    pass
+
+
+def test_an_interrupted_fit_resumes_and_gives_the_same(model, rows, tmp_path, monkeypatch):
+    from kvshrink.fit import job as module
+
+    method = CSKV(keep=0.5)
+    whole = kvshrink.fit(model, method, rows, progress=False)
+    run, calls = module._Job._layer, []
+
+    def stops(self, index, layer, runner):
+        if index == 2 and 2 not in calls:
+            calls.append(index)
+            raise _Interrupt
+        calls.append(index)
+        return run(self, index, layer, runner)
+
+    monkeypatch.setattr(module._Job, "_layer", stops)
+    with pytest.raises(_Interrupt):
+        kvshrink.fit(model, method, rows, progress=False, checkpoint=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "layer_000_0.safetensors").write_bytes(b"damaged")
+    calls.append("again")
+    resumed = kvshrink.fit(model, method, rows, progress=False, checkpoint=tmp_path)
+    assert calls[calls.index("again") + 1 :] == [0, 2], "layer 1 is taken from the checkpoint, damaged layer 0 is not"
+    for i, layer in whole.layers.items():
+        assert all(torch.equal(resumed.layers[i][k], t) for k, t in layer.items())
+    calls.append("other job")
+    kvshrink.fit(model, CSKV(keep=0.25), rows, progress=False, checkpoint=tmp_path)
+    assert calls[calls.index("other job") + 1 :] == [0, 1, 2], "another job's layers are not taken"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("", "empty"),
+        (["  \n"], "empty"),
+        ("too short", "tokens, less than a page of 32"),
+        (torch.zeros(0, 40, dtype=torch.long), "shape"),
+        (torch.zeros(2, 20, dtype=torch.long), "page of 32"),
+    ],
+)
+def test_too_little_text_is_refused(model, data, reason):
+    tokenizer = kvshrink.reference_model()[1]
+    with pytest.raises(DataError, match=reason):
+        kvshrink.fit(model, CSKV(), data, tokenizer=tokenizer, progress=False)
+
+
+def test_nothing_to_fit_and_nan_weights_are_refused(rows):
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    with pytest.raises(SettingError, match="needs no fit"):
+        kvshrink.fit(net, RTN(), rows, progress=False)
+    torch.nn.init.constant_(net.model.layers[1].self_attn.k_proj.weight, float("nan"))
+    with pytest.raises(DataError, match="NaN"):
+        kvshrink.fit(net, CSKV(keep=0.5), rows, progress=False)
+
+
+def test_artifact_knows_where_it_came_from(model, rows):
+    artifact = kvshrink.fit(model, CSKV(keep=0.5), rows, progress=False)
+    assert artifact.provenance["rows"] == [6, 64]
+    assert json.dumps(artifact.provenance)
+    assert set(artifact.provenance["layers"]) == {"0", "1", "2"}
