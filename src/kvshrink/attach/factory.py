@@ -1,6 +1,8 @@
 """make_cache: one empty cache for a model, from a method or a fitted artifact."""
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvshrink.attach.families import key_value_weights, kv_heads, text_config
@@ -13,7 +15,7 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.store.tokens import TokenTable
 
 
-def make_cache(model: nn.Module, method: Method | Artifact) -> KVCache:
+def make_cache(model: Any, method: Method | Artifact) -> KVCache:
     """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
 
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.

@@ -7,9 +7,10 @@ layer's keys and compares, so that a family which looks alike but is not gets re
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
@@ -25,16 +26,16 @@ KINDS = {"full_attention", "sliding_attention"}
 class LayerInfo:
     """One attention layer: its module, whether it is compressed (full attention), and its RoPE (None: no positions)."""
 
-    module: nn.Module
+    module: Any
     compressed: bool
     rope: Rope | None
 
 
-def text_config(model: nn.Module) -> PreTrainedConfig:
+def text_config(model: Any) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: Any) -> list[Any]:
     """The self-attention modules in layer order. Raises UnsupportedModelError if they are not one per layer."""
     found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and _takes_cache(m)]
     config = text_config(model)
@@ -64,7 +65,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
     return list(kinds)
 
 
-def layers_of(model: nn.Module) -> list[LayerInfo]:
+def layers_of(model: Any) -> list[LayerInfo]:
     """What we need to know of every layer. Raises UnsupportedModelError, before anything runs."""
     config = text_config(model)
     modules, kinds = attention_modules(model), layer_kinds(config)
@@ -74,12 +75,12 @@ def layers_of(model: nn.Module) -> list[LayerInfo]:
     ]
 
 
-def rotary_module(model: nn.Module) -> nn.Module | None:
+def rotary_module(model: Any) -> Any:
     """The module that makes cos and sin, shared by all layers."""
     return next((m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "config")), None)
 
 
-def key_value(module: nn.Module, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor, Tensor]:
+def key_value(module: Any, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor, Tensor]:
     """Keys before RoPE (bias, clipping and norm applied) and values, [b, h, s, d], as the module makes them."""
     d, config = module.head_dim, module.config
     if hasattr(module, "qkv_proj"):
@@ -99,7 +100,7 @@ def key_value(module: nn.Module, hidden: Float[Tensor, "b s hidden"]) -> tuple[T
     return keys.transpose(1, 2), values.unflatten(-1, (-1, d)).transpose(1, 2)
 
 
-def key_value_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
+def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
     """Weights [n, hidden] of the key and value projections."""
     if hasattr(module, "qkv_proj"):
         n_kv = module.config.num_key_value_heads * module.head_dim
@@ -107,11 +108,11 @@ def key_value_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.k_proj.weight, module.v_proj.weight
 
 
-def kv_heads(module: nn.Module) -> int:
+def kv_heads(module: Any) -> int:
     return key_value_weights(module)[0].shape[0] // module.head_dim
 
 
-def position_embeddings(model: nn.Module, positions: Tensor, like: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
+def position_embeddings(model: Any, positions: Tensor, like: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) as the model makes them for a layer of this kind."""
     rotary = rotary_module(model)
     if rotary is None:
@@ -131,7 +132,7 @@ class _Probe:
 
 
 @torch.no_grad()
-def check_layer(model: nn.Module, info: LayerInfo, kind: str) -> None:
+def check_layer(model: Any, info: LayerInfo, kind: str) -> None:
     """Recompute a layer's keys and compare with what the module gives. Raises UnsupportedModelError if they differ."""
     module, config = info.module, text_config(model)
     weight = key_value_weights(module)[0]
@@ -161,7 +162,7 @@ def check_layer(model: nn.Module, info: LayerInfo, kind: str) -> None:
         )
 
 
-def _rope(module: nn.Module, kind: str, config: PreTrainedConfig, rotary: nn.Module | None) -> Rope | None:
+def _rope(module: Any, kind: str, config: PreTrainedConfig, rotary: Any) -> Rope | None:
     if rotary is None or not getattr(module, "use_rope", True):
         return None
     rope_type = rotary.rope_type[kind] if isinstance(rotary.rope_type, dict) else rotary.rope_type
@@ -176,5 +177,5 @@ def _rope(module: nn.Module, kind: str, config: PreTrainedConfig, rotary: nn.Mod
     return Rope(frequencies, scaling, config.model_type in INTERLEAVED)
 
 
-def _takes_cache(module: nn.Module) -> bool:
+def _takes_cache(module: Any) -> bool:
     return "past_key_values" in inspect.signature(module.forward).parameters

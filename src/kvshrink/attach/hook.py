@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
@@ -30,7 +31,7 @@ class Attachment:
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-def attach(model: nn.Module) -> Attachment:
+def attach(model: Any) -> Attachment:
     """Let the model read and write kvshrink caches. Other caches and training are not touched.
 
     Raises UnsupportedModelError, before anything is changed, if the model's keys cannot be understood.
@@ -61,7 +62,7 @@ def attach(model: nn.Module) -> Attachment:
     return attachment
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Undo `attach`. Caches made for the model can no longer be used with it."""
     attachment = getattr(model, ATTRIBUTE, None)
     if attachment is None:
@@ -76,7 +77,7 @@ def detach(model: nn.Module) -> None:
 
 
 @contextmanager
-def attached(model: nn.Module) -> Iterator[nn.Module]:
+def attached(model: Any) -> Iterator[Any]:
     """The model attached for the length of a `with` block."""
     was = hasattr(model, ATTRIBUTE)
     attach(model)
@@ -101,7 +102,7 @@ class Fingerprint:
         )
         self.hash = hashlib.sha256(json.dumps([getattr(config, n, None) for n in names]).encode())
 
-    def add(self, module: nn.Module) -> None:
+    def add(self, module: Any) -> None:
         """The first layer's attention module, then the last one's."""
         weight = key_value_weights(module)[0].detach()
         # a float32 and a bfloat16 copy of one model are the same model
@@ -112,7 +113,7 @@ class Fingerprint:
         return self.hash.hexdigest()[:16]
 
 
-def fingerprint(model: nn.Module, layers: list[LayerInfo]) -> str:
+def fingerprint(model: Any, layers: list[LayerInfo]) -> str:
     """Fingerprint of a loaded model."""
     result = Fingerprint(text_config(model))
     for index in sorted({0, len(layers) - 1}):
@@ -127,7 +128,7 @@ class _Stage:
         self.index, self.rope, self.model = info.module.layer_idx, info.rope, model
         self.compressed = info.compressed
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
         if not self.compressed or not isinstance(cache, KVCache):
             return
@@ -162,7 +163,7 @@ def _real(mask: Tensor | None, b: int, s: int, seen: int) -> Tensor | None:
     return None if bool(new.all()) else new
 
 
-def _check_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _check_input(module: Any, args: tuple, kwargs: dict) -> None:
     """Pre-hook of the decoder: what would silently give wrong tokens is refused."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class KVCache(Cache):
     def __init__(
         self, layers: list[CacheLayerMixin], method: Method, table: TokenTable, fingerprint: str, fitted: str
     ) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=list(layers))
         self.method, self.table = method, table
         self.fingerprint = fingerprint  # of the model
         self.fitted = fitted  # digest of the method's settings and tensors
@@ -80,7 +81,7 @@ class KVCache(Cache):
         for layer in self.compressed:  # all or none
             layer.check_crop(count)
         for other in self.layers:
-            other.crop(-count)
+            other.crop(-count)  # type: ignore[union-attr]
         if self.compressed:
             self.table.crop(self.compressed[0].seen)
 
@@ -90,7 +91,7 @@ class KVCache(Cache):
         self.table.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.table.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -113,7 +114,7 @@ class KVCache(Cache):
                 rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes))
             else:
                 size = nbytes(_sliding(layer).values())
-                rows.append(Row(i, "sliding", layer.get_seq_length(), Held(window=size), size))
+                rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
         return Report(rows, nbytes(self.table.tensors()))
 
     @property
@@ -134,7 +135,7 @@ class KVCache(Cache):
                 values, tensors = layer.state()
             else:
                 tensors = _sliding(layer)
-                values = {"seen": layer.get_seq_length()}
+                values = {"seen": self.get_seq_length(i)}
             plain["layers"].append(values)
             out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
         out["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
@@ -204,7 +205,7 @@ def digest(method: Method, tensors: Callable[[], list[Tensor]] | list[Tensor]) -
     return h.hexdigest()[:16]
 
 
-def _sliding(layer: CacheLayerMixin) -> dict[str, Tensor]:
+def _sliding(layer: Any) -> dict[str, Tensor]:
     return {k: t for k in SLIDING if isinstance(t := getattr(layer, k, None), Tensor)}
 
 

@@ -52,7 +52,7 @@ class Report:
 
     def __str__(self) -> str:
         head = ("layer", "kind", "tokens", "payload", "side", "window", "sinks", "total", "full", "kept")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for r in self.rows:
             lines.append(
                 (str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full))

@@ -1,6 +1,8 @@
 """The command line: one module per command. Errors are one line and exit code 2; an interrupt says how to go on."""
 
+import functools
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -13,19 +15,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("demo")(demo.demo)
-app.command("fit")(fit.fit)
-app.command("generate")(generate.generate)
-app.command("eval")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with our errors and an interrupt turned into one line, before typer answers them its own way."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KVShrinkError as error:
+            print(f"kvshrink: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("kvshrink: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+COMMANDS = {
+    "demo": demo.demo,
+    "fit": fit.fit,
+    "generate": generate.generate,
+    "eval": evaluate.evaluate,
+    "inspect": inspect.inspect,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(_guarded(command))
 
 
 def main() -> None:
-    try:
-        app()
-    except KVShrinkError as error:
-        print(f"kvshrink: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("kvshrink: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
-        sys.exit(130)
+    app()

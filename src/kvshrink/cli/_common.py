@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ TextOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 SpecOption = Annotated[str, typer.Option("--method", help="A method, or name:setting=value,... (docs/methods.md).")]
 
-console = Console()
+# a pipe or a file has no width of its own; tables would be squeezed to 80 columns
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def quiet() -> None:

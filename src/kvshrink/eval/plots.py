@@ -38,7 +38,7 @@ def accuracy(lines: Sequence[Line], path: Path) -> None:
         axis.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
     axes[0][0].set_ylabel("accuracy")
     axes[0][0].set_ylim(-0.03, 1.05)
-    known = {}
+    known: dict = {}
     for axis in axes[0]:
         known |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axes[0][0].legend(known.values(), known.keys(), loc="lower right", fontsize=8)

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import shapes
+from kvshrink.attach.hook import Attachment
 from kvshrink.cache import KVCache
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import prompt, tasks
@@ -51,7 +53,7 @@ class Outcome:
 class Runner:
     """A model with the methods to compare on it."""
 
-    def __init__(self, model: nn.Module, tokenizer, entries: Sequence[Entry], query_aware: bool = False) -> None:
+    def __init__(self, model: Any, tokenizer, entries: Sequence[Entry], query_aware: bool = False) -> None:
         entry_list.check(entries)
         self.model, self.tokenizer, self.entries, self.query_aware = model, tokenizer, list(entries), query_aware
         self.attachment = attach(model)
@@ -77,32 +79,20 @@ class Runner:
                     _append(out, outcome)
         return [results[label, i] for label in labels for i in range(len(samples))]
 
-    @torch.inference_mode()
     def _sample(
         self, title: str, index: int, sample: Sample, done: dict[str, Outcome], score: Callable[[Sample, str], float]
     ) -> Iterator[Outcome]:
         context, question = prompt.encode(sample, self.tokenizer)
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([context + question], device=device)
+        ids = torch.tensor([context + question], device=next(self.model.parameters()).device)
         # with the question in view only its last token is left to feed; without, the whole question
-        split = ids.shape[1] - 1 if self.query_aware else len(context)
-        dense = DynamicCache(config=self.model.config)
-        self.model(input_ids=ids[:, :split], past_key_values=dense, use_cache=True, logits_to_keep=1)
+        dense = self._prefill(ids[:, : ids.shape[1] - 1 if self.query_aware else len(context)])
         held = {label: o.nbytes for label, o in done.items()}
         for entry in self.entries:
             if entry.label in done:
                 continue
             started = time.perf_counter()
             cache = self._cache(entry, held, dense)
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=sample.max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or 0,
-            )
-            text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            text = self._answer(ids, cache, sample.max_new_tokens)
             size, full = _bytes(cache)
             held[entry.label] = size
             yield Outcome(
@@ -118,6 +108,25 @@ class Runner:
                 seconds=round(time.perf_counter() - started, 4),
             )
 
+    @torch.inference_mode()
+    def _prefill(self, ids: Tensor) -> DynamicCache:
+        dense = DynamicCache(config=self.model.config)
+        self.model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1)
+        return dense
+
+    @torch.inference_mode()
+    def _answer(self, ids: Tensor, cache: KVCache | DynamicCache, max_new_tokens: int) -> str:
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    @torch.inference_mode()
     def _cache(self, entry: Entry, held: dict[str, int], dense: DynamicCache) -> KVCache | DynamicCache:
         """The entry's cache, filled with the prefilled context."""
         if entry.method is None:
@@ -131,7 +140,7 @@ class Runner:
         return cache
 
 
-def fill(cache: KVCache, dense: DynamicCache, attachment) -> None:
+def fill(cache: KVCache, dense: Any, attachment: Attachment) -> None:
     """Give an empty cache the keys and values of an unpadded prefill, layer by layer, as the model would."""
     for i, info in enumerate(attachment.layers):
         keys, values = dense.layers[i].keys, dense.layers[i].values
@@ -144,7 +153,7 @@ def fill(cache: KVCache, dense: DynamicCache, attachment) -> None:
         cache.update(keys, values, i)
 
 
-def _bytes(cache: KVCache | DynamicCache) -> tuple[int, int]:
+def _bytes(cache: Any) -> tuple[int, int]:
     """(bytes held, bytes of the full cache)."""
     if isinstance(cache, KVCache):
         report = cache.report()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -183,7 +184,7 @@ class _Watch:
             self.keys.append(keys)
             self.values.append(values)
 
-    def facts(self, module: nn.Module) -> LayerFacts:
+    def facts(self, module: Any) -> LayerFacts:
         key_weight, value_weight = key_value_weights(module)
         shape = LayerShape(kv_heads(module), module.head_dim, key_weight.dtype)
         return LayerFacts(

@@ -44,7 +44,8 @@ def train_layer(
         for step in range(method.steps):
             row = slice(step % len(keys), step % len(keys) + 1)
             codecs = method.codecs(shape, params)
-            loss = sum(_error(c, x[row, :, :usable], method.qat) for c, x in zip(codecs, (keys, values), strict=True))
+            losses_kv = [_error(c, x[row, :, :usable], method.qat) for c, x in zip(codecs, (keys, values), strict=True)]
+            loss = torch.stack(losses_kv).sum()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(params.values(), 1.0)
             optimizer.step()

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from kvshrink.errors import ArtifactError, KVShrinkError
 
@@ -17,7 +18,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class InMemory:
     """A loaded model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
 
@@ -39,7 +40,7 @@ class OnDisk:
 
         self.folder, self.name, self.dtype = local_folder(name), str(name), dtype
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+            self.model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
 
@@ -64,7 +65,7 @@ class OnDisk:
                 f"{self.folder} lacks {len(missing)} tensors of {prefix[:-1]} ({missing[0]}). "
                 "Load the model and pass it instead."
             )
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for file in {self.files[n] for n in names}:
             # tensors are views of the mapped file: nothing is copied, and unmapping frees all
             with safe_open(file, framework="pt") as f:

@@ -31,7 +31,8 @@ def check_count(task: str, n: int) -> None:
 
 def leading_digits(text: str) -> str:
     """The output up to the first character that is not a digit: "4244>, line" -> "4244"."""
-    return re.match("[0-9]*", text)[0]
+    found = re.match("[0-9]+", text)
+    return found[0] if found else ""
 
 
 def first_integer(text: str) -> int | None:

@@ -1,0 +1,136 @@
+"""The command line as a user meets it: output, the last JSON line, files, and one-line errors with exit code 2."""
+
+import json
+import sys
+
+import pytest
+
+from kvshrink import cli, data
+from kvshrink.methods.artifact import Artifact
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the program as the shell would: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["kvshrink", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(data.path("calibration.txt").read_text(encoding="utf-8")[:12_000])
+    return file
+
+
+def test_fit_inspect_generate_and_eval_work_together(run, text, tmp_path):
+    code, out, _ = run("fit", "--keep", 0.25, "--bits", 4, "--text", text, "--length", 256, "--out", "art", "--json")
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert set(record["layers"]) == {"0", "1", "2", "3"}
+    assert Artifact.from_pretrained(tmp_path / "art").method.keep == 0.25
+    assert not (tmp_path / "art" / ".unfinished").exists()
+
+    code, out, _ = run("inspect", "--artifact", "art", "--out", "s.png", "--json")
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    full, shrunken = record["layers"][0]["32768"]
+    assert (full, shrunken / full < 0.09) == (32768 * 512, True)
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+    prompt = tmp_path / "p.txt"
+    prompt.write_text(data.path("heldout.txt").read_text(encoding="utf-8")[:1500])
+    args = ("generate", "--artifact", "art", "--prompt-file", prompt, "--max-new-tokens", 4, "--json")
+    code, out, _ = run(*args)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert 0 < record["kept"] < 0.4
+    assert record["output"]
+
+    args = ("eval", "--artifact", "art", "--method", "rtn:bits=4", "--cases", 2, "--lines", 8, "--out", "e", "--json")
+    code, out, _ = run(*args)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert [r["method"] for r in record["results"]] == ["full", "rtn bits=4", "art"]
+    assert (tmp_path / "e" / "accuracy.png").exists()
+    assert run(*args)[1].splitlines()[-1] == out.splitlines()[-1], "a second run resumes and changes nothing"
+
+
+def test_inspect_of_a_model_shows_every_layer_and_writes_the_picture(run, tmp_path):
+    code, out, _ = run("inspect", "--keep", 0.2, "--json")
+    assert code == 0
+    layers = json.loads(out.splitlines()[-1])["layers"]
+    assert [r["layer"] for r in layers] == [0, 1, 2, 3]
+    assert layers[0]["body_per_token"] == 2 * 25 * 2
+    assert (tmp_path / "spectra.png").exists()
+
+
+@pytest.mark.slow
+def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
+    code, out, _ = run("demo", "--cases", 1, "--json")
+    assert code == 0
+    results = json.loads(out.splitlines()[-1])["results"]
+    assert len(results) == 12
+    assert {"accuracy.png", "results.json", "artifact"} <= {p.name for p in (tmp_path / "demo").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["fit", "--out", "a", "--method", "cskvv"], "Did you mean 'cskv'"),
+        (["fit", "--out", "a", "--keep", "1.5"], "keep=1.5"),
+        (["fit", "--out", "a", "--keep", "0.0001"], "key rank 0"),
+        (["fit", "--out", "a", "--bits", "5"], "bits=5"),
+        (["fit", "--out", "a", "--method", "rtn"], "needs no fit"),
+        (["fit", "--out", "a", "--method", "full"], "not a method"),
+        (["fit", "--out", "a", "--text", "nowhere.txt"], "cannot read text file"),
+        (["fit", "--out", "a", "--model", "nowhere/at-all"], "no model"),
+        (["eval", "--model", "./nowhere"], "cannot load model"),
+        (["eval", "--task", "nope"], "nope"),
+        (["eval", "--path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "--artifact", "nowhere"], "no artifact"),
+        (["eval", "--method", "streaming_llm:like=x"], "no entry 'x'"),
+        (["generate", "--prompt", " "], "prompt is empty"),
+        (["generate"], "either by --prompt"),
+        (["inspect", "--artifact", "nowhere"], "no artifact"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, args, reason):
+    code, _, err = run(*args)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("kvshrink: ")
+    assert reason in last
+    assert "Traceback" not in err
+
+
+def test_empty_text_is_refused(run, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    code, _, err = run("fit", "--out", "a", "--text", "empty.txt")
+    assert (code, "is empty" in err) == (2, True)
+
+
+def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvshrink.cli.fit.fit_all", stop)
+    code, _, err = run("fit", "--out", "a")
+    assert (code, "Run the same command again" in err) == (130, True)
+
+
+def test_usage_errors_exit_with_2(run):
+    assert run("nonsense")[0] == 2
+    assert run("fit")[0] == 2

@@ -1,0 +1,106 @@
+"""The tree stays honest: imports only go down, docs list every method, kernels agree with their meaning."""
+
+import ast
+import re
+from pathlib import Path
+
+import kvshrink
+from kvshrink import methods
+
+ROOT = Path(kvshrink.__file__).parent
+REPO = Path(__file__).parents[1]
+# low to high; a package may import from itself and from what stands before it
+LAYERS = "errors shapes data reference kernels store methods cache attach fit eval cli".split()
+SOURCES = sorted(p for p in ROOT.rglob("*.py"))
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules of kvshrink that a file imports, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvshrink":
+            parts = node.module.split(".")
+            found += [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            found += [a.name.split(".")[1] for a in node.names if a.name.startswith("kvshrink.")]
+    return found
+
+
+def test_imports_only_go_down():
+    checked = 0
+    for path in SOURCES:
+        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        for there in _imports(path):
+            assert there in LAYERS, f"{path}: what is {there}? Add it to LAYERS."
+            assert LAYERS.index(there) <= LAYERS.index(here), f"{path.name} ({here}) imports upward from {there}"
+            checked += 1
+    assert checked > 100
+
+
+def test_the_map_in_the_docstring_lists_every_package():
+    packages = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    for name in packages:
+        assert f"{name}/" in kvshrink.__doc__, f"{name}/ is missing from kvshrink's docstring"
+
+
+def test_public_names_are_few_and_documented():
+    assert len(kvshrink.__all__) <= 12
+    for name in kvshrink.__all__:
+        assert getattr(kvshrink, name).__doc__, name
+
+
+def test_docs_have_one_row_per_method():
+    page = (REPO / "docs" / "methods.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, flags=re.M)
+    assert sorted(listed) == sorted(methods.names()), "add or remove a row in docs/methods.md"
+
+
+def test_every_method_has_a_test_of_its_name():
+    for name in methods.names():
+        assert (REPO / "tests" / "methods" / f"test_{name}.py").is_file(), name
+
+
+def test_files_stay_small():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    assert not long, f"split these files: {long}"
+    roles = (ROOT / "methods" / "_roles.py").read_text().splitlines()
+    assert len(roles) <= 200
+
+
+def test_every_kernel_offers_exactly_what_its_reference_offers():
+    """Read, not imported: a machine without the device must be able to check this."""
+    references = list((ROOT / "kernels").glob("*/reference.py"))
+    assert len(references) >= 4
+    for reference in references:
+        for other in set(reference.parent.glob("*.py")) - {reference, reference.parent / "__init__.py"}:
+            assert _public(other) == _public(reference), f"{other.parent.name}/{other.name}"
+
+
+def _public(path: Path) -> dict[str, list[str]]:
+    """{function name: argument names} of a file's public functions."""
+    body = ast.parse(path.read_text()).body
+    return {f.name: [a.arg for a in f.args.args] for f in body if isinstance(f, ast.FunctionDef) and f.name[0] != "_"}
+
+
+def test_every_module_says_what_it_is():
+    for path in SOURCES:
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_nothing_is_pickled_and_no_machine_is_named():
+    tracked = [*SOURCES, *REPO.glob("docs/**/*.md"), *REPO.glob("*.md"), *REPO.glob("bench/**/*.py")]
+    for path in tracked:
+        text = path.read_text()
+        assert "import pickle" not in text
+        assert "torch.save(" not in text
+        assert not re.search(r"/(home|root|Users|work)/\w", text), f"{path} names a machine's path"
+
+
+def test_numbers_in_the_readme_have_a_json_behind_them():
+    """Every results file that README and docs point to is committed."""
+    for page in [REPO / "README.md", *REPO.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
