@@ -139,7 +139,8 @@ class _Stage:
         if positions is None:
             raise CacheError(f"{type(module).__name__} got no position_ids. Call the model, not the layer.")
         own = module.config._attn_implementation == NAME
-        real = _real(kwargs.get("attention_mask"), b, s, seen)
+        # the token table is one for all layers; only the step's first compressed layer extends it
+        real = _real(kwargs.get("attention_mask"), b, s, seen) if cache.table.length == seen else None
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:
             rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)

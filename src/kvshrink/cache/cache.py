@@ -1,5 +1,6 @@
 """The cache object a user holds: a transformers `Cache` whose layers are ours, with bytes, report, save and load."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
 VERSION = 1
@@ -34,6 +36,15 @@ class KVCache(Cache):
         self.method, self.table = method, table
         self.fingerprint = fingerprint  # of the model
         self.fitted = fitted  # digest of the method's settings and tensors
+
+    @lasting
+    def __deepcopy__(self, memo: dict) -> "KVCache":
+        """A fork: sequences are copied, settings and fitted tensors are shared."""
+        fork = self.__class__.__new__(self.__class__)
+        memo[id(self)] = fork
+        for name, value in vars(self).items():
+            setattr(fork, name, copy.deepcopy(value, memo))
+        return fork
 
     # --- the model's side ---
 
@@ -175,6 +186,7 @@ class KVCache(Cache):
         tensors, _ = files.read_tensors(Path(path))
         return self.load_state_dict(tensors)
 
+    @lasting
     def _restore(self, plain: dict, state: dict[str, Tensor]) -> None:
         device = next((t.device for t in _codec_tensors(self)), torch.device("cpu"))
 

@@ -16,6 +16,7 @@ from kvshrink.errors import CacheError
 from kvshrink.methods._roles import Codec, LayerShape, Method
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.lasting import lasting
 from kvshrink.store.pages import Pages
 from kvshrink.store.tokens import TokenTable
 
@@ -69,6 +70,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
+    @lasting
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,8 @@ class CompressedLayer(CacheLayerMixin):
         if keys.shape[2] > self.window.capacity:
             self._spill(keys, values, first, staged.rope)
         if first == 0:
-            return keys, values
+            whole = keys.shape[2] == key_states.shape[2]
+            return (key_states, value_states) if whole else (keys, values)
         handle = Handle(self, staged.rope, pages, first)
         if not staged.own_attention:
             return self._materialise(keys, values, handle)
@@ -161,6 +164,7 @@ class CompressedLayer(CacheLayerMixin):
                 "exactly and dropped what came before. Use a larger window."
             )
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative count). A page that is cut stays short; nothing is encoded again."""
         count = abs(tokens_to_remove)
@@ -180,6 +184,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.staged = None
 
+    @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
         for part in (self.window, self.sinks, self.pages):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.shapes import Bool, Int
+from kvshrink.store.lasting import lasting
 
 CHUNK = 256  # columns taken at a time; the table is small enough to be copied when it grows
 
@@ -26,6 +27,7 @@ class TokenTable:
         assert self._positions is not None, "the table is empty"
         return self._positions[:, : self.length]
 
+    @lasting
     def append(self, positions: Int[Tensor, "b s"], real: Bool[Tensor, "b s"] | None) -> None:
         """Add s columns. `real` is False at pads; None means that no column is one."""
         if real is not None:
@@ -45,6 +47,7 @@ class TokenTable:
         """Forget all columns from `length` on."""
         self.length = min(self.length, length)
 
+    @lasting
     def map_rows(self, change) -> None:
         """Apply a batch operation such as index_select to the rows."""
         if self._positions is not None:
