@@ -34,7 +34,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "fit": fit.fit,
     "generate": generate.generate,
