@@ -3,7 +3,7 @@
     python bench/accuracy.py --out docs/results        # about 40 minutes on 2 cores; run again to resume
 
 The context is compressed before the question is seen. One pass over the default calibration text fits all methods.
-StreamingLLM rows hold at most the bytes of the row that they name, sample by sample.
+A StreamingLLM row holds the bytes of the row that it names, sample by sample, to within 3 % and rounded in its favour.
 """
 
 import argparse

@@ -1,15 +1,13 @@
-"""Where a model family keeps what we need: key and value projections, norms, RoPE. Found by looking, then checked.
+"""Where a model family keeps what we need: projections, norms, RoPE. Found by looking, then checked (check.py).
 
 Modules of one kind differ in four ways only: fused or separate projections, clipping (Olmo), a key norm over the whole
-width (Olmo2) or per head (Qwen3, Gemma3, Cohere), and the pairing of RoPE channels. `check_layer` recomputes one
-layer's keys and compares, so that a family which looks alike but is not gets refused, not approximated.
+width (Olmo2) or per head (Qwen3, Gemma3, Cohere), and the pairing of RoPE channels.
 """
 
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -119,47 +117,6 @@ def position_embeddings(model: Any, positions: Tensor, like: Tensor, kind: str) 
         return None
     per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     return rotary(like, positions, kind) if per_kind else rotary(like, positions)
-
-
-class _Probe:
-    """A stand-in for a cache that notes the key a module gives to it."""
-
-    key: Tensor | None = None
-
-    def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.key = key
-        return key, value
-
-
-@torch.no_grad()
-def check_layer(model: Any, info: LayerInfo, kind: str) -> None:
-    """Recompute a layer's keys and compare with what the module gives. Raises UnsupportedModelError if they differ."""
-    module, config = info.module, text_config(model)
-    weight = key_value_weights(module)[0]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 3, config.hidden_size, generator=generator).to(weight)
-    positions = torch.tensor([[0, 5, 11]], device=weight.device)
-    probe = _Probe()
-    module(
-        hidden_states=hidden,
-        position_embeddings=position_embeddings(model, positions, hidden, kind),
-        attention_mask=None,
-        past_key_values=probe,
-        position_ids=positions,
-    )
-    keys = key_value(module, hidden)[0].float()
-    ours = keys if info.rope is None else info.rope.turn(keys, positions)
-    theirs = probe.key
-    if theirs is None or theirs.shape != ours.shape:
-        raise UnsupportedModelError(
-            f"{config.model_type}: layer {module.layer_idx} does not give its keys to the cache as expected."
-        )
-    error = float((ours - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-6))
-    if not error <= (1e-4 if weight.dtype == torch.float32 else 4e-2):
-        raise UnsupportedModelError(
-            f"{config.model_type}: keys of layer {module.layer_idx} could not be recomputed "
-            f"(relative error {error:.2g}). Its projections, norms or RoPE differ from the supported families."
-        )
 
 
 def _rope(module: Any, kind: str, config: PreTrainedConfig, rotary: Any) -> Rope | None:

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
 from kvshrink.attach.attention import NAME, PREVIOUS, register
-from kvshrink.attach.families import LayerInfo, check_layer, key_value_weights, layer_kinds, layers_of, text_config
+from kvshrink.attach.check import check_attention, check_keys
+from kvshrink.attach.families import LayerInfo, key_value_weights, layer_kinds, layers_of, text_config
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError, UnsupportedModelError
 
@@ -45,10 +46,11 @@ def attach(model: Any) -> Attachment:
             f"attention implementation {previous!r} is not supported. Load the model with 'sdpa'."
         )
     layers, kinds = layers_of(model), layer_kinds(text_config(model))
-    for wanted in (True, False):  # one layer with RoPE, one without, as far as there are any
-        index = next((i for i, x in enumerate(layers) if x.compressed and (x.rope is not None) == wanted), None)
-        if index is not None:
-            check_layer(model, layers[index], kinds[index])
+    # one layer with RoPE and one without, as far as there are any
+    kept = [i for i, x in enumerate(layers) if x.compressed]
+    probes = {layers[i].rope is not None: i for i in reversed(kept)}.values()
+    for i in probes:
+        check_keys(model, layers[i], kinds[i])
     attachment = Attachment(layers, kinds, fingerprint(model, layers), previous)
     register()
     for info in layers:
@@ -58,7 +60,13 @@ def attach(model: Any) -> Attachment:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     attachment.hooks.append(decoder.register_forward_pre_hook(_check_input, with_kwargs=True))
     setattr(model, ATTRIBUTE, attachment)
-    model.set_attn_implementation(NAME)
+    try:
+        model.set_attn_implementation(NAME)
+        for i in probes:
+            check_attention(model, layers[i], kinds[i], attachment.fingerprint)
+    except BaseException:
+        detach(model)
+        raise
     return attachment
 
 
@@ -144,7 +152,7 @@ class _Stage:
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:
             rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
-        cache.stage(self.index, positions.to(torch.int32).expand(b, s), real, rope, own, self.model)
+        cache.stage(self.index, positions.to(torch.int32), real, rope, own, self.model)
 
 
 def _real(mask: Tensor | None, b: int, s: int, seen: int) -> Tensor | None:
@@ -174,6 +182,7 @@ def _check_input(module: Any, args: tuple, kwargs: dict) -> None:
     given = args[0] if given is None and args else given
     if given is None:
         return
+    cache.check_whole()
     b, s = given.shape[:2]
     seen = cache.get_seq_length()
     if b == 0 or s == 0:

@@ -79,7 +79,7 @@ class _View:
             own = torch.arange(seen - s + at, seen - s + at + count, device=device)
             self.rows = (torch.arange(seen, device=device) <= own[:, None])[None, None]
 
-    def columns(self, columns: slice | Tensor) -> Bool[Tensor, "b #h #x t"] | None:
+    def columns(self, columns: slice | Tensor) -> Bool[Tensor, "#b #h #x t"] | None:
         """Visibility of these columns (a slice, or an index per slot [t] or per row [b, t]; -1 is taken as 0)."""
         if self.rows is None:
             return None
@@ -151,6 +151,7 @@ def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
             fold(state, q, keys, latent, _visible(block, view), softcap)
             for state, (q, view) in zip(states, slices, strict=True)
         ]
+        del keys, latent  # not alive beside the next block's
     done = [finish(state) for state in states]
     return [[(value_codec.expand(out, heads), lse) for out, lse in done]]
 

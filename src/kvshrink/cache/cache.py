@@ -69,14 +69,13 @@ class KVCache(Cache):
                 f"this cache was made for model {self.fingerprint[:8]}, not {fingerprint[:8]}. "
                 "Make one with make_cache(model, ...)."
             )
-        if self.table.length == layer.seen:  # the step's first compressed layer adds the columns for all
-            self.table.append(positions, real)
-        elif layer.seen + positions.shape[1] != self.table.length:
-            raise CacheError(
-                f"layer {layer_idx} holds {layer.seen} tokens and the cache {self.table.length}: "
-                "a step was interrupted. Call reset()."
-            )
-        layer.staged = Staged(rope, own_attention)
+        layer.staged = Staged(positions, real, rope, own_attention)
+
+    def check_whole(self) -> None:
+        """Raise CacheError if the layers hold different numbers of tokens."""
+        seen = [layer.get_seq_length() for layer in self.layers]  # type: ignore[union-attr]
+        if len({*seen, *([self.table.length] if self.compressed else [])}) > 1:
+            raise CacheError(f"layers hold {min(seen)} to {max(seen)} tokens: a step was interrupted. Call reset().")
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -91,7 +90,7 @@ class KVCache(Cache):
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
         for layer in self.compressed:  # all or none
             layer.check_crop(count)
-        for other in self.layers:
+        for other in sorted(self.layers, key=lambda x: isinstance(x, CompressedLayer)):  # those that may refuse first
             other.crop(-count)  # type: ignore[union-attr]
         if self.compressed:
             self.table.crop(self.compressed[0].seen)
@@ -149,6 +148,7 @@ class KVCache(Cache):
                 values = {"seen": self.get_seq_length(i)}
             plain["layers"].append(values)
             out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
+        plain["tensors"] = {k: list(t.shape) for k, t in sorted(out.items())}
         out["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
         return out
 
@@ -157,6 +157,7 @@ class KVCache(Cache):
         try:
             plain = json.loads(bytes(state["plain"].tolist()))
             found = (plain["version"], plain["model"], plain["fitted"], len(plain["layers"]))
+            plain["tensors"].items()
         except (KeyError, ValueError, TypeError) as error:
             raise ArtifactError(
                 "not a kvshrink cache state: its description is missing or edited. Save it again."
@@ -170,11 +171,11 @@ class KVCache(Cache):
                     f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
                     "Use what it was made with."
                 )
-        try:
-            self._restore(plain, state)
-        except (KeyError, IndexError, TypeError) as error:
-            self.reset()
-            raise ArtifactError("the saved cache is incomplete: a tensor is missing. Save it again.") from error
+        given = {k: list(t.shape) for k, t in sorted(state.items()) if k != "plain"}
+        if given != plain["tensors"]:
+            wrong = sorted(set(given) ^ set(plain["tensors"])) or [k for k in given if given[k] != plain["tensors"][k]]
+            raise ArtifactError(f"the saved cache is incomplete or edited ({wrong[0]}). Save it again.")
+        self._restore(plain, state)
         return self
 
     def save(self, path: str | Path) -> None:

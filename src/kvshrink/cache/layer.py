@@ -27,6 +27,8 @@ ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies s
 class Staged:
     """What `update` does not receive from the model: put on the layer by the hook, taken off by `update`."""
 
+    positions: Tensor  # int32 [b or 1, s]
+    real: Tensor | None  # bool [b, s], False at pads; None if there are none
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
 
@@ -80,6 +82,7 @@ class CompressedLayer(CacheLayerMixin):
             raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._count(staged, *key_states.shape[::2])
         pages = len(self.pages)
         keys, values = self.window.extend(key_states, value_states)
         self.seen += key_states.shape[2]
@@ -95,6 +98,16 @@ class CompressedLayer(CacheLayerMixin):
         keys = keys.view_as(keys)
         keys._kvshrink = handle  # type: ignore[attr-defined]
         return keys, values
+
+    def _count(self, staged: Staged, b: int, s: int) -> None:
+        """Enter the new columns into the token table, which the step's first compressed layer does for all."""
+        if self.table.length == self.seen:
+            self.table.append(staged.positions.expand(b, s), staged.real)
+        elif self.seen + s != self.table.length:
+            raise CacheError(
+                f"this layer holds {self.seen} tokens and the cache {self.table.length}: a step was interrupted. "
+                "Call reset()."
+            )
 
     def _spill(self, keys: Tensor, values: Tensor, first: int, rope: Rope | None) -> None:
         """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""

@@ -8,41 +8,64 @@ import numpy as np
 from kvshrink.errors import EvalError
 from kvshrink.eval.summary import Line
 
-COLOURS = {"full": "#222222", "cskv": "#0072b2", "rtn": "#d55e00", "streaming_llm": "#009e73"}
-MARKS = {"full": "*", "cskv": "o", "rtn": "s", "streaming_llm": "^"}
+# label, colour, mark and fill of a method in the plot of accuracy, by the first rule that fits its name
+STYLES = (
+    ("full", "full cache", "#222222", "*", True),
+    ("streaming_llm", "StreamingLLM", "#009e73", "^", True),
+    ("rtn", "plain int", "#d55e00", "s", True),
+    ("key_share=auto", "CSKV, 4 bits, key_share auto", "#56b4e9", "D", False),
+    ("bits=", "CSKV, few bits", "#0072b2", "o", False),
+    ("cskv", "CSKV, 16 bits", "#0072b2", "o", True),
+    ("", "other", "#888888", "x", True),
+)
+COLUMNS = 3
 
 
 def accuracy(lines: Sequence[Line], path: Path) -> None:
     """Accuracy with its 95 % interval against kept bytes (log axis), one panel per task."""
     plt = _pyplot()
     names = list(dict.fromkeys(line.task for line in lines))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names) + 1.2, 4.2), squeeze=False, sharey=True)
-    for axis, name in zip(axes[0], names, strict=True):
-        for line in (x for x in lines if x.task == name):
-            family = line.method.split()[0]
-            below, above = line.accuracy - line.low, line.high - line.accuracy
-            axis.errorbar(
-                100 * line.kept,
-                line.accuracy,
-                yerr=[[max(0.0, below)], [max(0.0, above)]],
-                fmt=MARKS.get(family, "D"),
-                color=COLOURS.get(family, "#888888"),
-                mfc="white" if "bits=" in line.method and family == "cskv" else None,
-                capsize=2,
-                label=family,
-            )
-        axis.set_xscale("log")
-        axis.set_xlabel("bytes kept, % of the full cache (measured)")
-        axis.set_title(name)
-        axis.grid(alpha=0.3)
-        axis.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
-    axes[0][0].set_ylabel("accuracy")
-    axes[0][0].set_ylim(-0.03, 1.05)
-    known: dict = {}
-    for axis in axes[0]:
-        known |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axes[0][0].legend(known.values(), known.keys(), loc="lower right", fontsize=8)
+    # one panel is left free for the legend
+    rows, columns = -(-(len(names) + 1) // COLUMNS), min(COLUMNS, len(names) + 1)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.7 * rows), squeeze=False, sharey=True)
+    panels = list(grid.flat)
+    handles: dict = {}
+    for axis, name in zip(panels, names, strict=False):
+        handles |= _panel(axis, [line for line in lines if line.task == name])
+        axis.set_title(name, fontsize=10)
+    for axis in panels[len(names) :]:
+        axis.axis("off")
+    for row in grid:
+        row[0].set_ylabel("accuracy")
+    panels[0].set_ylim(-0.03, 1.05)
+    panels[len(names)].legend(handles.values(), handles.keys(), loc="center", frameon=False)
     _save(figure, path, plt)
+
+
+def _panel(axis, lines: Sequence[Line]) -> dict:
+    """One task; returns a handle per label."""
+    handles: dict = {}
+    for key, label, colour, mark, filled in STYLES:
+        known = [line for line in lines if key in line.method and _style(line)[1] == label]
+        points = sorted(known, key=lambda line: line.kept)
+        if not points:
+            continue
+        kept = [100 * p.kept for p in points]
+        below = [max(0.0, p.accuracy - p.low) for p in points]
+        above = [max(0.0, p.high - p.accuracy) for p in points]
+        axis.errorbar(kept, [p.accuracy for p in points], yerr=[below, above], fmt="none", ecolor=colour, alpha=0.3)
+        style = {"color": colour, "marker": mark, "ms": 6, "lw": 1, "mfc": colour if filled else "white"}
+        (handles[label],) = axis.plot(kept, [p.accuracy for p in points], **style)
+    axis.set_xscale("log")
+    axis.set_xlim(5, 120)
+    axis.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+    axis.set_xlabel("bytes kept, % of the full cache (measured)", fontsize=9)
+    axis.grid(alpha=0.3)
+    return handles
+
+
+def _style(line: Line) -> tuple:
+    return next(style for style in STYLES if style[0] in line.method)
 
 
 def spectra(layers: Mapping[int, tuple[np.ndarray, np.ndarray]], path: Path, title: str) -> None:

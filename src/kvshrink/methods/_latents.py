@@ -34,7 +34,9 @@ class Raw:
         data = latent.to(self.dtype)
         if not bool(data.isfinite().all()):
             raise DataError(f"keys or values are NaN or beyond {self.dtype}'s range. Check the model's activations.")
-        return {"latent": data.unflatten(2, (-1, self.page)).transpose(1, 2).contiguous()}
+        # a copy even where none is needed for the layout: a view would keep the model's whole tensor alive
+        pages = data.unflatten(2, (-1, self.page)).transpose(1, 2)
+        return {"latent": pages.clone(memory_format=torch.contiguous_format)}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return stored["latent"].transpose(1, 2).flatten(2, 3).float()

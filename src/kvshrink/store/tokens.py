@@ -44,8 +44,10 @@ class TokenTable:
         self.length = end
 
     def crop(self, length: int) -> None:
-        """Forget all columns from `length` on."""
+        """Forget all columns from `length` on. An empty table takes a batch of any size."""
         self.length = min(self.length, length)
+        if self.length == 0:
+            self.reset()
 
     @lasting
     def map_rows(self, change) -> None:

@@ -33,7 +33,7 @@ def fold(
     query: Float[Tensor, "b h x d"],
     keys: Float[Tensor, "b h t d"],
     values: Float[Tensor, "b G t r"],
-    visible: Bool[Tensor, "b #h #x t"] | None,
+    visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
 ) -> Running:
     """The state after one more block of t keys. The query comes scaled; a row may see nothing of a block."""

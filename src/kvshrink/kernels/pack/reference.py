@@ -49,5 +49,8 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*r
         three = packed.unflatten(-1, (-1, 3)).int()
         word = three[..., 0] | (three[..., 1] << 8) | (three[..., 2] << 16)
         return torch.stack([((word >> (3 * i)) & 7).to(torch.uint8) for i in range(8)], -1).flatten(-2)
-    mask = 2**bits - 1
-    return torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1).flatten(-2)
+    codes = torch.empty(*packed.shape, 8 // bits, dtype=torch.uint8, device=packed.device)
+    # written in place: this runs over the whole body in every decode step
+    for i in range(8 // bits):
+        torch.bitwise_right_shift(packed, bits * i, out=codes[..., i])
+    return codes.bitwise_and_(2**bits - 1).flatten(-2)

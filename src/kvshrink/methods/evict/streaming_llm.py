@@ -8,7 +8,7 @@ padding and several turns mean what they mean for a full cache.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method
+from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, require
 
 
 @final
@@ -26,9 +26,14 @@ class StreamingLLM(Method):
 
     @classmethod
     def within(cls, held_bytes: float, shape: LayerShape, sinks: int = 4) -> "StreamingLLM":
-        """The largest window whose buffer, sinks included, takes at most `held_bytes` in a layer of this shape."""
-        tokens = int((held_bytes - sinks * 4) // shape.token_bytes)
-        return cls(window=max(1, tokens - sinks - cls.page), sinks=sinks)
+        """The largest window whose buffer, sinks included, takes at most `held_bytes` in a layer of this shape.
+
+        Raises SettingError if not even a window of one token does.
+        """
+        window = int((held_bytes - sinks * 4) // shape.token_bytes) - sinks - cls.page
+        least = (1 + cls.page + sinks) * shape.token_bytes + sinks * 4
+        require(window >= 1, f"StreamingLLM within {held_bytes:.0f} bytes a layer", f"It takes at least {least}.")
+        return cls(window=window, sinks=sinks)
 
 
 METHOD = StreamingLLM
