@@ -10,6 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+pytest_plugins = ["tests.scenarios.summary"]  # prints the count of lossless scenarios, also under xdist
+
 torch.set_num_threads(1)
 _empty, _new_empty = torch.empty, torch.Tensor.new_empty
 

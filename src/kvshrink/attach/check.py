@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, kv_heads, position_embeddings, text_config
+from kvshrink.attach.families import (
+    LayerInfo,
+    compute_dtype,
+    key_value,
+    key_value_weights,
+    kv_heads,
+    position_embeddings,
+    text_config,
+)
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import UnsupportedModelError
@@ -57,7 +65,7 @@ def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) ->
     positions = torch.arange(TOKENS, device=hidden.device)[None]
     wanted = _run(model, info, kind, hidden, positions, None)[:, -1]
     method, table = RTN(bits=None, window=1, sinks=2), TokenTable()
-    shape = LayerShape(kv_heads(module), module.head_dim, key_value_weights(module)[0].dtype)
+    shape = LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
     layers: list = [CompressedLayer(method, shape, method.codecs(shape, {}), table)]
     # a module reaches its cache layer by its own index
     cache = KVCache(layers * (module.layer_idx + 1), method, table, fingerprint, "check")
@@ -70,30 +78,36 @@ def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) ->
 
 def _hidden(model: Any, info: LayerInfo) -> Tensor:
     config, generator = text_config(model), torch.Generator().manual_seed(0)
-    return torch.randn(1, TOKENS, config.hidden_size, generator=generator).to(key_value_weights(info.module)[0])
+    noise = torch.randn(1, TOKENS, config.hidden_size, generator=generator)
+    return noise.to(key_value_weights(info.module)[0].device, compute_dtype(info.module))
 
 
 def _run(model: Any, info: LayerInfo, kind: str, hidden: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """The attention module on its own. Raises UnsupportedModelError if it needs more than what we give it."""
-    embeddings = position_embeddings(model, positions, hidden, kind)
+    module, embeddings = info.module, position_embeddings(model, positions, hidden, kind)
+    training = module.training
+    module.eval()  # dropout would make two runs differ
     try:
-        return info.module(
-            hidden_states=hidden,
-            position_embeddings=embeddings,
-            attention_mask=None,
-            past_key_values=cache,
-            position_ids=positions,
-        )[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return module(
+                hidden_states=hidden,
+                position_embeddings=embeddings,
+                attention_mask=None,
+                past_key_values=cache,
+                position_ids=positions,
+            )[0]
     except (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError) as error:
         raise UnsupportedModelError(
             f"{text_config(model).model_type}: the attention of layer {info.module.layer_idx} cannot run on its own "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). It is of an unknown kind."
         ) from error
+    finally:
+        module.train(training)
 
 
 def _compare(model: Any, info: LayerInfo, ours: Tensor, theirs: Tensor, what: str, reason: str) -> None:
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
-    full = key_value_weights(info.module)[0].dtype == torch.float32
+    full = compute_dtype(info.module) == torch.float32
     if not error <= (1e-4 if full else 4e-2):
         raise UnsupportedModelError(
             f"{text_config(model).model_type}: {what} of layer {info.module.layer_idx} could not be recomputed "

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -104,6 +105,14 @@ def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
         n_kv = module.config.num_key_value_heads * module.head_dim
         return module.qkv_proj.weight[-2 * n_kv : -n_kv], module.qkv_proj.weight[-n_kv:]
     return module.k_proj.weight, module.v_proj.weight
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """The dtype of the module's keys and values. Weights stored as integers (bitsandbytes) do not tell it."""
+    dtype = key_value_weights(module)[0].dtype
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    return getattr(module.config, "dtype", None) or torch.get_default_dtype()
 
 
 def kv_heads(module: Any) -> int:
