@@ -84,10 +84,10 @@ class KVCache(Cache):
 
     # --- batch and length, over layers and the token table together ---
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens: a negative count. A positive one is the length to keep (transformers < 5.20)."""
-        seen = self.get_seq_length()
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Take back the last tokens: a negative count. A positive one is the length to keep (older transformers)."""
+        given, seen = int(tokens_to_remove), self.get_seq_length()
+        count = -given if given <= 0 else max(0, seen - given)
         for layer in self.compressed:  # all or none
             layer.check_crop(count)
         for other in sorted(self.layers, key=lambda x: isinstance(x, CompressedLayer)):  # those that may refuse first
