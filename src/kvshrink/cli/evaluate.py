@@ -1,5 +1,7 @@
 """kvshrink eval: accuracy of methods on a retrieval task, beside the bytes that they really hold."""
 
+import hashlib
+import json as json_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,9 +70,10 @@ def evaluate(
     net, tokenizer = load(model)
     entries = fitted([Entry(FULL, None), *(e for e in entries if e.method is not None)], net, tokenizer, text)
     runner = Runner(net, tokenizer, entries, query_aware)
-    results = summarise(runner.run(task, samples, task, out / "outcomes.jsonl" if out else None))
-    print_table(HEAD, [cells(line) for line in results])
     data = {"model": model, "task": task, "seed": seed, "query_aware": query_aware, "settings": _plain(settings)}
+    rows = out / f"outcomes-{_key(data, entries)}.jsonl" if out else None
+    results = summarise(runner.run(task, samples, task, rows))
+    print_table(HEAD, [cells(line) for line in results])
     data["results"] = [line.to_dict() for line in results]
     if out is not None:
         files.write_json(out / "results.json", data)
@@ -86,6 +89,12 @@ def fitted(entries: list[Entry], model, tokenizer, text: Path | None) -> list[En
         return entries
     made = dict(zip(map(id, todo), fit_all(model, todo, read_text(text), tokenizer, batch=4), strict=True))
     return [Entry(e.label, made.get(id(e.method), e.method), e.like) for e in entries]
+
+
+def _key(data: dict, entries: list[Entry]) -> str:
+    """Names the file of outcomes by all that they depend on, so that a resumed run never takes another one's."""
+    fitted_by = [e.method.provenance.get("calibration") for e in entries if isinstance(e.method, Artifact)]
+    return hashlib.sha256(json_module.dumps([data, fitted_by], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _plain(settings: dict) -> dict:

@@ -62,7 +62,7 @@ def principal(covariance: Float[Tensor, "n n"], groups: int, rank: int) -> Float
 
 
 def weighted_svd(
-    weight: Float[Tensor, "n hidden"], scale: Float[Tensor, "hidden"], groups: int, rank: int
+    weight: Float[Tensor, "n hidden"], scale: Float[Tensor, " hidden"], groups: int, rank: int
 ) -> tuple[Tensor, Tensor]:
     """(down [G, a, r], up [G, r, a]) from the SVD of diag(scale) W: ASVD (arXiv 2312.05821), plain SVD with scale 1.
 
