@@ -1,0 +1,52 @@
+"""Caches without a model: method, fitted tensors and shape are enough."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvshrink.cache.cache import KVCache
+from kvshrink.cache.layer import CompressedLayer
+from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method
+from kvshrink.store.tokens import TokenTable
+
+
+def make(method: Method, shape: LayerShape, fitted: list[Fitted]) -> KVCache:
+    """A cache with one layer for each entry of `fitted`."""
+    return assemble(method, shape, [method.codecs(shape, f) for f in fitted])
+
+
+def assemble(method: Method, shape: LayerShape, codecs: Sequence[tuple[Codec, Codec] | None]) -> KVCache:
+    """A cache with one layer for each pair of codecs."""
+    table = TokenTable()
+    layers = [CompressedLayer(method, shape, pair, table) for pair in codecs]
+    return KVCache(layers, method, table, "model", "fitted")
+
+
+def bases(shape: LayerShape, rank_k: int, rank_v: int, groups: int = 1, mean: float = 0.0, seed: int = 0) -> dict:
+    """Fitted tensors of CSKV: random orthonormal bases, `groups` of them for the keys, means of deviation `mean`."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "key_up": orthonormal(groups, shape.width // groups, rank_k, g),
+        "key_mean": torch.randn(groups, shape.width // groups, generator=g) * mean,
+        "value_up": orthonormal(1, shape.width, rank_v, g),
+        "value_mean": torch.randn(1, shape.width, generator=g) * mean,
+    }
+
+
+def orthonormal(groups: int, width: int, rank: int, generator: torch.Generator) -> Tensor:
+    """[G, r, a] with orthonormal rows."""
+    noise = torch.randn(groups, width, rank, generator=generator)
+    return torch.linalg.qr(noise).Q.transpose(1, 2).contiguous()
+
+
+def feed(cache: KVCache, keys: list[Tensor], values: list[Tensor], rope=None, real=None, own: bool = True) -> list:
+    """Give s new tokens to all layers, positions counted on from the columns; what `update` returned, per layer."""
+    b, _, s, _ = keys[0].shape
+    seen = cache.get_seq_length()
+    positions = torch.arange(seen, seen + s, dtype=torch.int32).expand(b, s)
+    out = []
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        cache.stage(i, positions, real, rope, own, "model")
+        out.append(cache.update(k, v, i))
+    return out

@@ -1,0 +1,258 @@
+"""Drives a two-layer cache and two oracles through the same operations and compares what attention would be shown."""
+
+import copy
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvshrink.cache import attend as attend_module
+from kvshrink.cache.cache import KVCache
+from kvshrink.cache.layer import Handle
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import CacheError
+from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.quant.rtn import RTN
+from tests.cache.build import assemble, bases
+from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
+from tests.cache.oracle import Dense, Lossy, Oracle, attention
+
+HEADS, DIM, QUERIES, LAYERS = 2, 8, 4, 2
+SHAPE = LayerShape(HEADS, DIM, torch.float32)
+TOLERANCE = 1e-4
+CHUNK = 256  # columns that the token table takes at a time
+ROPES = [
+    Rope(torch.tensor([1.0, 0.3, 0.05, 0.01]), 1.0, False),
+    Rope(torch.tensor([1.0, 0.2]), 1.3, True),  # YaRN's scaling on half of the channels
+    None,
+]
+METHODS = {
+    "cskv_lossless": (CSKV(keep=1.0), 16),
+    "cskv_int4": (CSKV(keep=0.5, bits=4), 8),
+    "rtn_raw": (RTN(bits=None), 0),
+    "rtn_int4": (RTN(bits=4), 0),
+    "streaming_llm": (StreamingLLM(), 0),
+}
+
+
+class Machine:
+    """One sequence of operations."""
+
+    def __init__(self, name: str, setup: Setup, tally: Counter, folder: Path) -> None:
+        base = METHODS[name][0]
+        heads = {"group_heads": HEADS // setup.groups} if isinstance(base, CSKV) else {}
+        self.method: Method = type(base)(**base.settings() | {"window": setup.window, "sinks": setup.sinks} | heads)
+        self.codecs, self.page_bytes = _codecs(name, setup.groups, base.page)
+        self.setup, self.rope, self.tally, self.folder = setup, ROPES[setup.rope], tally, folder
+        attend_module.BLOCK_ELEMENTS = setup.block * SHAPE.width
+        attend_module.SCORE_ELEMENTS = 120 * QUERIES * setup.block
+        self.cache, self.oracles = self.new_cache(), self.new_oracles()
+        self.columns = 0  # that the token table has room for
+        self.rows = setup.rows
+        self.steps, self.compared = 0, False
+        self.left: list[tuple[KVCache, list[Oracle]]] = []  # caches that were copied: they must stay as they were
+
+    def new_cache(self) -> KVCache:
+        return assemble(self.method, SHAPE, self.codecs)
+
+    def new_oracles(self) -> list[Oracle]:
+        rules = (self.setup.window, self.setup.sinks, self.method.page, HEADS, DIM)
+        return [Oracle(*rules, None if pair is None else _lossy(self.method, pair, self.rope)) for pair in self.codecs]
+
+    @property
+    def seen(self) -> int:
+        return self.oracles[0].seen
+
+    def apply(self, op: Op) -> None:
+        self.steps += 1
+        self.tally[type(op).__name__.lower()] += 1
+        getattr(self, "_" + type(op).__name__.lower())(op)
+        self.compared = not isinstance(op, Update)  # an update compares what it returns, not what it leaves
+        if self.compared:
+            self.probe(self.cache, self.oracles, self.steps % 2)
+
+    def finish(self) -> None:
+        """What the last update left, and every cache that was left behind."""
+        if not self.compared:
+            self.probe(self.cache, self.oracles, self.steps % 2)
+        self.check_bytes()
+        for left in self.left:
+            self.probe(*left, 0)
+
+    # --- operations ---
+
+    def _update(self, op: Update) -> None:
+        b, s = self.rows, op.tokens
+        before = [row.real for row in self.oracles[0].rows] if self.seen else [[]] * b
+        real = np.arange(s) >= np.minimum([*op.pads, 0][:b], s - 1)[:, None]
+        if op.holes:
+            real &= np.random.default_rng(self.steps).random((b, s)) > 0.3
+            real[:, -1] = True
+        count = np.array([sum(row) for row in before])[:, None] + real.cumsum(1)
+        positions = np.where(real, self.setup.offset + count - 1, -1).astype(np.int32)
+        staged = torch.from_numpy(np.where(real, positions, 1).astype(np.int32))  # what models are given at pads
+        given = torch.from_numpy(real) if op.masked or not real.all() else None
+        loud = torch.where(torch.from_numpy(real), 1.0, 1000.0)  # a pad that entered a minimum or a sum would show
+        g = torch.Generator().manual_seed(self.steps)
+        for i, oracle in enumerate(self.oracles):
+            k, v = torch.randn(2, b, HEADS, s, DIM, generator=g) * loud[:, None, :, None]
+            own = self.method.drops_tokens or op.own == i
+            self.cache.stage(i, staged, given, self.rope, own, "model")
+            keys, values = self.cache.update(k.clone(), v.clone(), i)
+            oracle.extend(k.numpy(), v.numpy(), positions)
+            handle = getattr(keys, "_kvshrink", None)
+            assert (handle is not None) == (own and oracle.exact < oracle.seen)
+            if handle is None:
+                _compare(keys, values, oracle.dense())
+            else:
+                self.compare_attention(keys, values, handle, oracle, s, op.masked, op.additive)
+            pages = oracle.pages
+            oracle.spill()
+            self.tally["pages"] += oracle.pages - pages
+        if self.seen > self.columns:
+            self.columns = -(-self.seen // CHUNK) * CHUNK
+
+    def _crop(self, op: Crop) -> None:
+        count, held = min(op.tokens, self.seen), self.oracles[0].exact
+        count = self.seen - count if op.by_length else count
+        argument = op.tokens if op.by_length else -count
+        if self.method.drops_tokens and held < count < self.seen:
+            with pytest.raises(CacheError, match=f"cannot crop {count} tokens"):
+                self.cache.crop(argument)
+            self.tally["crop refused"] += 1
+            return
+        self.cache.crop(argument)
+        self.tally["crop into the body"] += held < count < self.seen
+        for oracle in self.oracles:
+            oracle.crop(count)
+        if self.seen == 0:  # as good as new: the next batch may be of any size
+            self.columns, self.rows = 0, self.setup.rows
+
+    def _reorder(self, op: Reorder) -> None:
+        rows = [op.rows[i % len(op.rows)] % self.rows for i in range(self.rows)]
+        self.cache.reorder_cache(torch.tensor(rows))
+        self._rows(rows)
+
+    def _select(self, op: Select) -> None:
+        rows = [i % self.rows for i in op.rows]
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self._rows(rows)
+
+    def _repeat(self, op: Repeat) -> None:
+        if self.rows <= 2:
+            self.cache.batch_repeat_interleave(2)
+            self._rows([i for i in range(self.rows) for _ in range(2)])
+
+    def _rows(self, rows: list[int]) -> None:
+        for oracle in self.oracles:
+            if oracle.rows:
+                oracle.select(rows)
+        if self.columns:  # an empty cache has no rows yet
+            self.rows = len(rows)
+
+    def _copy(self, op: Copy) -> None:
+        self.left.append((self.cache, [o.copy() for o in self.oracles]))
+        self.cache = copy.deepcopy(self.cache)
+        assert all(layer.table is self.cache.table for layer in self.cache.compressed)
+
+    def _reload(self, op: Reload) -> None:
+        other = self.new_cache()
+        if op.into_used:
+            other = copy.deepcopy(self.cache)
+            other.crop(-min(3, other.get_seq_length()) if not self.method.drops_tokens else 0)
+        if op.file:
+            self.cache.save(self.folder / "cache.safetensors")
+            self.cache = other.load(self.folder / "cache.safetensors")
+        else:
+            self.cache = other.load_state_dict(self.cache.state_dict())
+        for oracle in self.oracles:
+            oracle.look_for_sinks()
+
+    def _reset(self, op: Reset) -> None:
+        self.cache.reset()
+        self.oracles, self.columns, self.rows = self.new_oracles(), 0, self.setup.rows
+
+    # --- comparisons ---
+
+    def probe(self, cache: KVCache, oracles: list[Oracle], rebuilt: int) -> None:
+        """Without adding a token: one layer is materialised, the other one read by attention."""
+        assert cache.get_seq_length() == oracles[0].seen
+        assert cache.get_mask_sizes(5, 0) == (oracles[0].seen + 5, 0)
+        if oracles[0].seen == 0:
+            return
+        for i, (layer, oracle) in enumerate(zip(cache.compressed, oracles, strict=True)):
+            keys, values = layer.window.view()
+            assert keys.shape[2] == oracle.exact
+            handle = Handle(layer, self.rope, len(layer.pages), oracle.seen - oracle.exact)
+            if i == rebuilt:
+                _compare(*attend_module.rebuild(handle, keys, values), oracle.dense())
+            else:
+                self.compare_attention(keys, values, handle, oracle, min(2, oracle.seen), False, False)
+
+    def compare_attention(
+        self, keys, values, handle: Handle, oracle: Oracle, s: int, masked: bool, additive: bool
+    ) -> None:
+        dense = oracle.dense()
+        b, seen = dense.shown.shape
+        query = torch.randn(b, QUERIES, s, DIM, generator=torch.Generator().manual_seed(seen))
+        real = np.array([row.real for row in oracle.rows])
+        mask = None
+        if masked or not real[:, handle.first :].all():  # pads that have left the window are known to the cache
+            causal = np.arange(seen) <= np.arange(seen - s, seen)[:, None]
+            mask = torch.from_numpy(real[:, None, None] & causal)
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+        softcap = self.setup.softcap
+        out = attend_module.attend(query, keys, values, mask, DIM**-0.5, softcap, handle)
+        assert out.isfinite().all(), "attention is NaN or infinite somewhere, pads included"
+        wanted = attention(query.numpy(), dense, DIM**-0.5, softcap)
+        asked = real[:, seen - s :]  # what a pad itself attends to is nobody's business
+        _close(out.numpy().swapaxes(1, 2)[asked], wanted.swapaxes(1, 2)[asked], "attention output")
+
+    def check_bytes(self) -> None:
+        token, w = SHAPE.token_bytes, self.setup.window + self.method.page
+        oracle = self.oracles[0]
+        sinks = oracle.took_sinks * self.setup.sinks * (token + 4)
+        layer = (oracle.seen > 0) * w * token + sinks + oracle.pages * self.page_bytes
+        assert self.cache.nbytes == self.rows * (LAYERS * layer + 4 * self.columns)
+
+
+@cache
+def _codecs(name: str, groups: int, page: int) -> tuple[list, int]:
+    """(codecs of each layer, bytes of a page)."""
+    method, rank = METHODS[name]
+    fitted = [bases(SHAPE, rank // groups, rank, groups, mean=0.5, seed=i) if rank else {} for i in range(LAYERS)]
+    return [method.codecs(SHAPE, f) for f in fitted], int(method.bits_per_token(SHAPE, fitted[0]) * page / 8)
+
+
+def _lossy(method: Method, codecs, rope: Rope | None) -> Lossy:
+    """Through the codec, which has tests of its own; a lossless method gives back what it got."""
+    if getattr(method, "bits", None) is None:
+        return lambda keys, values, positions: (keys, values)
+    key_codec, value_codec = codecs
+    turned = rope if key_codec.site == "k_pre" else None
+
+    def through(keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k, v, p = torch.from_numpy(keys), torch.from_numpy(values), torch.from_numpy(positions)
+        k = k if turned is None else turned.turn_back(k, p)
+        k = key_codec.decode(key_codec.encode(k, p >= 0), HEADS)
+        k = k if turned is None else turned.turn(k, p)
+        return k.numpy(), value_codec.decode(value_codec.encode(v, p >= 0), HEADS).numpy()
+
+    return through
+
+
+def _compare(keys: torch.Tensor, values: torch.Tensor, dense: Dense) -> None:
+    assert keys.shape == dense.keys.shape
+    at = np.nonzero(dense.shown)
+    for got, want, what in ((keys, dense.keys, "keys"), (values, dense.values, "values")):
+        _close(got.numpy().swapaxes(1, 2)[at], want.swapaxes(1, 2)[at], what)
+
+
+def _close(got: np.ndarray, want: np.ndarray, what: str) -> None:
+    worst = float(np.abs(got - want).max(initial=0.0))
+    assert worst < TOLERANCE, f"{what} differ by {worst:.3g}"

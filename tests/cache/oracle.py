@@ -1,0 +1,168 @@
+"""What a cache layer must show, worked out again with plain lists of tokens and the written rules.
+
+The rules: at least `window` recent tokens are exact; when more than `window + page` tokens are, the oldest leave in
+whole pages, but while sinks are still wanted, leading columns that are a pad or a sink in every row leave without a
+page; the first `sinks` real tokens of a row stay exact for ever; a crop shortens what is there, and nothing is encoded
+twice. A pad is any column that the mask hides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+# keys, values [b, h, t, d], positions [b, t] (-1 at pads) -> keys and values as they come back from their pages
+Lossy = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Token(NamedTuple):
+    """A column of one row; a pad has position -1."""
+
+    column: int
+    position: int
+    key: np.ndarray  # [h, d], as attention uses it
+    value: np.ndarray
+
+
+class Dense(NamedTuple):
+    """All columns of a layer, and which of them attention may read."""
+
+    keys: np.ndarray  # [b, h, seen, d]
+    values: np.ndarray
+    shown: np.ndarray  # bool [b, seen]
+
+
+@dataclass
+class Row:
+    """One sequence of the batch."""
+
+    real: list[bool] = field(default_factory=list)  # per column: no pad
+    sinks: list[Token] = field(default_factory=list)
+    pages: list[list[Token]] = field(default_factory=list)
+    window: list[Token] = field(default_factory=list)
+
+    def copy(self) -> "Row":
+        return Row(list(self.real), list(self.sinks), [list(p) for p in self.pages], list(self.window))
+
+    def is_sink(self, column: int, sinks: int) -> bool:
+        return self.real[column] and sum(self.real[: column + 1]) <= sinks
+
+    def needs(self, column: int, sinks: int) -> bool:
+        """Whether the column must be in a page for this row."""
+        return self.real[column] and not self.is_sink(column, sinks)
+
+    def shown(self, sinks: int) -> list[Token]:
+        """Real tokens, each once: a sink is read exactly, never from its page."""
+        body = [t for page in self.pages for t in page if not self.is_sink(t.column, sinks)]
+        return [t for t in (*self.sinks, *body, *self.window) if t.position >= 0]
+
+
+class Oracle:
+    """One layer of h heads and d channels. `lossy` says what a page becomes, None that its tokens are dropped."""
+
+    def __init__(self, window: int, sinks: int, page: int, h: int, d: int, lossy: Lossy | None) -> None:
+        self.settings = (window, sinks, page, h, d, lossy)
+        self.window, self.sinks, self.page, self.h, self.d, self.lossy = self.settings
+        self.rows: list[Row] = []
+        self.seen = 0
+        self.took_sinks = False  # storage for sinks is taken with the first spill
+        self.full = sinks == 0  # no row wants a sink any more; batch operations do not look again
+
+    def extend(self, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
+        """New tokens [b, h, s, d] join the window; a position of -1 is a pad."""
+        if self.seen == 0:
+            self.rows = [Row() for _ in positions]
+        for row, k, v, p in zip(self.rows, keys, values, positions, strict=True):
+            row.real += [bool(x >= 0) for x in p]
+            row.window += [Token(self.seen + i, int(p[i]), k[:, i], v[:, i]) for i in range(len(p))]
+        self.seen += positions.shape[1]
+
+    def spill(self) -> None:
+        """Let whole pages leave a window that has grown beyond `window + page`."""
+        held = self.exact
+        if held <= self.window + self.page:
+            return
+        first, spare = self.seen - held, held - self.window
+        no_page = 0
+        if not self.full:
+            while no_page < spare and not any(row.needs(first + no_page, self.sinks) for row in self.rows):
+                no_page += 1
+        out = no_page + (spare - no_page) // self.page * self.page
+        self.took_sinks |= self.sinks > 0
+        for row in self.rows:
+            row.sinks += [t for t in row.window[:out] if row.is_sink(t.column, self.sinks)]
+        self.look_for_sinks()
+        if self.lossy is not None and out > no_page:
+            self._encode(no_page, out)
+        for row in self.rows:
+            del row.window[:out]
+
+    def look_for_sinks(self) -> None:
+        self.full = self.sinks == 0 or (self.took_sinks and all(len(row.sinks) == self.sinks for row in self.rows))
+
+    def _encode(self, start: int, end: int) -> None:
+        tokens = [row.window[start:end] for row in self.rows]
+        keys = np.stack([np.stack([t.key for t in row], 1) for row in tokens])
+        values = np.stack([np.stack([t.value for t in row], 1) for row in tokens])
+        keys, values = self.lossy(keys, values, np.array([[t.position for t in row] for row in tokens], np.int32))
+        for row, old, k, v in zip(self.rows, tokens, keys, values, strict=True):
+            new = [Token(t.column, t.position, k[:, i], v[:, i]) for i, t in enumerate(old)]
+            row.pages += [new[i : i + self.page] for i in range(0, len(new), self.page)]
+
+    def crop(self, count: int) -> None:
+        """Take the last `count` columns back; taking all of them back is starting anew."""
+        self.seen -= count
+        self.rows = self.rows if self.seen else []
+        for row in self.rows:
+            del row.real[self.seen :]
+            row.sinks = [t for t in row.sinks if t.column < self.seen]
+            row.window = [t for t in row.window if t.column < self.seen]
+            row.pages = [cut for page in row.pages if (cut := [t for t in page if t.column < self.seen])]
+        self.took_sinks &= self.seen > 0
+        self.look_for_sinks()
+
+    def select(self, indices: list[int]) -> None:
+        self.rows = [self.rows[i].copy() for i in indices]
+
+    def copy(self) -> "Oracle":
+        other = Oracle(*self.settings)
+        other.rows, other.seen = [r.copy() for r in self.rows], self.seen
+        other.took_sinks, other.full = self.took_sinks, self.full
+        return other
+
+    @property
+    def exact(self) -> int:
+        """Tokens in the window."""
+        return len(self.rows[0].window) if self.rows else 0
+
+    @property
+    def pages(self) -> int:
+        return len(self.rows[0].pages) if self.rows else 0
+
+    def dense(self) -> Dense:
+        """What is there, column by column; zero where nothing is shown."""
+        keys = np.zeros((len(self.rows), self.h, self.seen, self.d), np.float32)
+        values, shown = keys.copy(), np.zeros((len(self.rows), self.seen), bool)
+        for i, row in enumerate(self.rows):
+            tokens = row.shown(self.sinks)
+            columns = [t.column for t in tokens]
+            assert len(set(columns)) == len(columns), "the oracle itself shows a token twice"
+            if tokens:
+                keys[i][:, columns] = np.stack([t.key for t in tokens], 1)
+                values[i][:, columns] = np.stack([t.value for t in tokens], 1)
+                shown[i, columns] = True
+        return Dense(keys, values, shown)
+
+
+def attention(query: np.ndarray, dense: Dense, scaling: float, softcap: float | None) -> np.ndarray:
+    """Plain causal softmax attention in float64: the last s columns' queries [b, q, s, d] over the shown tokens."""
+    s, seen, members = query.shape[2], dense.keys.shape[2], query.shape[1] // dense.keys.shape[1]
+    keys, values = (x.repeat(members, 1).astype(float) for x in (dense.keys, dense.values))
+    scores = query.astype(float) @ keys.swapaxes(-1, -2) * scaling
+    if softcap is not None:
+        scores = np.tanh(scores / softcap) * softcap
+    visible = dense.shown[:, None, None, :] & (np.arange(seen) <= np.arange(seen - s, seen)[:, None])
+    scores = np.where(visible, scores, -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * visible
+    return weights @ values / np.maximum(weights.sum(-1, keepdims=True), 1e-300)

@@ -1,0 +1,29 @@
+"""What a method may learn a layer from, made of random rows."""
+
+import pytest
+import torch
+
+from kvshrink.fit.statistics import MomentStream
+from kvshrink.methods._roles import LayerFacts, LayerShape
+
+
+@pytest.fixture
+def facts_of():
+    """A function from a layer's shape (and perhaps key and value rows [tokens, n]) to its LayerFacts."""
+
+    def make(shape: LayerShape, keys=None, values=None, hidden: int = 12) -> LayerFacts:
+        g = torch.Generator().manual_seed(7)
+        n = shape.width
+        mixing = torch.randn(n, n, generator=g)  # channels that vary together, as a model's do
+        keys = torch.randn(300, n, generator=g) @ mixing + 1 if keys is None else keys
+        values = torch.randn(300, n, generator=g) @ mixing - 1 if values is None else values
+        moments = []
+        for rows in (keys, values):
+            stream = MomentStream()
+            for part in rows.split(100):
+                stream.add(part)
+            moments.append(stream.moments())
+        weights = torch.randn(2, n, hidden, generator=g)
+        return LayerFacts(shape, *moments, torch.rand(hidden, generator=g), weights[0], weights[1])
+
+    return make

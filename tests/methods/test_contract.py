@@ -1,0 +1,211 @@
+"""What every method must satisfy. A new method file is picked up here without editing this file."""
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvshrink import methods
+from kvshrink.errors import DataError
+from kvshrink.kernels.pack.reference import WIDTHS
+from kvshrink.methods._roles import LayerShape
+from kvshrink.store.bytes import nbytes
+from tests.cache.build import feed, make
+
+SHAPES = [(1, 16), (2, 8), (4, 20)]  # KV heads, head dim; not only powers of two
+TRIED = {"bits": (None, *reversed(WIDTHS)), "keep": (0.5,)}  # settings tried wherever a method has them and takes them
+
+
+def cases() -> list:
+    """Every method, and every value of TRIED that it does not refuse."""
+    found = []
+    for name in methods.names():
+        fields = {f.name for f in dataclasses.fields(methods.get(name))}
+        keep = {"keep": TRIED["keep"][0]} if "keep" in fields else {}
+        for bits in TRIED["bits"] if "bits" in fields else ("-",):
+            settings = keep | ({} if bits == "-" else {"bits": bits})
+            try:
+                found.append(pytest.param(methods.build(name, settings), id=f"{name}-{bits}"))
+            except methods.SettingError:
+                continue
+    return found
+
+
+@pytest.fixture(params=cases())
+def method(request):
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=lambda s: f"h{s[0]}d{s[1]}")
+def shape(request):
+    return LayerShape(*request.param, torch.float32)
+
+
+@pytest.fixture
+def fit(facts_of):
+    """A function from method and shape to fitted tensors."""
+    return lambda method, shape: method.fit_layer(facts_of(shape)) if method.needs_fit else {}
+
+
+@pytest.fixture
+def codecs(method, shape, fit):
+    """The method's codecs; a method that drops tokens has none, and nothing to test here."""
+    pair = method.codecs(shape, fit(method, shape))
+    assert (pair is None) == method.drops_tokens
+    return pair or ()
+
+
+def rows_of(shape, pages: int, b: int = 2) -> torch.Tensor:
+    return (torch.randn(b, shape.heads, pages * 32, shape.head_dim) * 2 + 1).to(shape.dtype)
+
+
+def test_every_file_is_found():
+    folder = Path(methods.__file__).parent
+    files = {p.stem for p in folder.glob("*/*.py") if not p.stem.startswith("_")}
+    assert set(methods.names()) == files
+    assert {methods.name_of(p.values[0]) for p in cases()} == files, "no setting of some method could be built"
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_round_trip_keeps_shape_and_input(codecs, shape, pages):
+    for codec in codecs:
+        rows = rows_of(shape, pages)
+        before = rows.clone()
+        back = codec.decode(codec.encode(rows, None), shape.heads)
+        assert back.shape == rows.shape
+        assert back.dtype == torch.float32
+        assert back.isfinite().all()
+        assert torch.equal(rows, before), "encode must not change its input"
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages):
+    for codec in codecs:
+        stored = codec.encode(rows_of(shape, pages), None)
+        assert sum(t.nbytes for t in stored.values()) == nbytes(stored.values()) == 2 * pages * codec.page_bytes()
+        assert all(t.shape[:2] == (2, pages) for t in stored.values())
+        assert codec.side <= set(stored) | {"scale", "low"}
+
+
+def test_pages_do_not_hold_on_to_the_model_s_tensors(codecs, shape):
+    """A page that is a view of the prompt's keys would keep all of them alive."""
+    for codec in codecs:
+        stored = codec.encode(rows_of(shape, 5, b=1)[:, :, :32], None)
+        assert nbytes(stored.values()) == codec.page_bytes()
+
+
+def test_promised_bits_are_those_of_the_pages(method, shape, fit):
+    fitted = fit(method, shape)
+    pair = method.codecs(shape, fitted)
+    promised = method.bits_per_token(shape, fitted)
+    assert promised == (sum(c.page_bytes() for c in pair) * 8 / method.page if pair else 0)
+    assert promised < shape.token_bytes * 8 or getattr(method, "bits", 0) in (None, 8), "a method must save bytes"
+
+
+@pytest.mark.parametrize("b", [1, 2])
+def test_a_layer_holds_what_the_method_promises(method, shape, fit, b):
+    """After a prefill of any length: shorter than the window, up to the brim of its buffer, beyond it."""
+    fitted, capacity = fit(method, shape), method.window + method.page
+    lengths = (1, method.window, capacity, capacity + 1, capacity + method.sinks, capacity + method.sinks + 1)
+    for tokens in (*lengths, capacity + 3 * method.page, capacity + 4 * method.page - 1):
+        cache = make(method, shape, [fitted])
+        rows = torch.randn(b, shape.heads, tokens, shape.head_dim)
+        feed(cache, [rows], [rows.clone()])
+        held, promised = cache.layers[0].held().total, method.layer_bytes(shape, fitted, tokens, b)
+        assert held == promised, f"{tokens} tokens"
+        assert cache.nbytes == held + b * 4 * (-(-tokens // 256) * 256)
+
+
+def test_pages_appended_one_by_one_equal_all_at_once(codecs, shape):
+    for codec in codecs:
+        rows = rows_of(shape, 4)
+        whole = codec.decode(codec.encode(rows, None), shape.heads)
+        parts = [codec.decode(codec.encode(part, None), shape.heads) for part in rows.split(32, 2)]
+        torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_dtypes_lose_little_against_float32(method, shape, fit, dtype):
+    fitted, small = fit(method, shape), dataclasses.replace(shape, dtype=dtype)
+    for codec, wide in zip(method.codecs(small, fitted) or (), method.codecs(shape, fitted) or (), strict=True):
+        rows = rows_of(small, 2)
+        stored = codec.encode(rows, None)
+        assert sum(t.nbytes for t in stored.values()) == 4 * codec.page_bytes()
+        back, want = codec.decode(stored, 4), wide.decode(wide.encode(rows.float(), None), 4)
+        assert (back - want).norm() / want.norm() < 2 ** (-10 if dtype == torch.float16 else -7)
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
+def test_left_pads_do_not_matter(codecs, shape, junk):
+    valid = torch.arange(64) >= torch.tensor([[0], [5], [32], [64]])  # none, some, a whole page, everything
+    for codec in codecs:
+        rows = rows_of(shape, 2, b=4)
+        pad = ~valid[:, None, :, None]
+        clean = codec.encode(rows.masked_fill(pad, 0.0), valid)
+        dirty = codec.encode(rows.masked_fill(pad, junk), valid)
+        for key, tensor in clean.items():
+            assert torch.equal(tensor, dirty[key])
+        assert codec.decode(dirty, shape.heads).isfinite().all()
+
+
+def test_values_that_are_not_finite_are_refused(codecs, shape):
+    for codec in codecs:
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            rows = rows_of(shape, 2)
+            rows[1, -1, 40, 3] = bad
+            for valid in (None, torch.ones(2, 64, dtype=torch.bool)):
+                with pytest.raises(DataError, match=r"^[^\n]+$"):
+                    codec.encode(rows, valid)
+
+
+def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape):
+    """A constant group has scale 0 and must not divide by it."""
+    for codec in codecs:
+        row = rows_of(shape, 1, b=1)[:, :, :1]
+        back = codec.decode(codec.encode(row.expand(-1, -1, 32, -1), None), shape.heads)
+        assert torch.equal(back, back[:, :, :1].expand_as(back))
+        latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, 32, -1), None)))
+        centre = codec.expand(latent, shape.heads)
+        torch.testing.assert_close(codec.decode(codec.encode(centre, None), shape.heads), centre, atol=1e-5, rtol=0)
+
+
+def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, facts_of):
+    """What is in the body is never touched again: the same tensors, bit for bit."""
+    shape = LayerShape(2, 8, torch.float32)
+    cache = make(method, shape, [method.fit_layer(facts_of(shape)) if method.needs_fit else {}])
+    layer = cache.layers[0]
+
+    def append(tokens: int) -> None:
+        k, v = torch.randn(2, 1, 2, tokens, 8)
+        feed(cache, [k], [v])
+
+    append(300)
+    before = layer.pages.tensors()
+    copies = [t.clone() for _, t in before]
+    assert bool(before) != method.drops_tokens
+    while layer.seen < 1300:
+        append(1 if layer.seen < 380 else 20)
+    after = layer.pages.tensors()[: len(before)]
+    for (_, then), (_, now), copy in zip(before, after, copies, strict=True):
+        assert then is now
+        assert torch.equal(now, copy)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_form(name):
+    """Frozen, final, documented with its source; settings survive JSON."""
+    cls = methods.get(name)
+    module = importlib.import_module(methods.names()[name])
+    assert cls.__dataclass_params__.frozen
+    assert getattr(cls, "__final__", False), "methods are final: wrap, do not subclass"
+    assert re.search(r"\b\d{4}\.\d{5}\b|baseline", module.__doc__), "name the paper's arXiv id, or say 'baseline'"
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "the docstring that dataclass makes says nothing"
+    method = cls()
+    assert methods.build(name, json.loads(json.dumps(method.settings()))) == method
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.window = 1
