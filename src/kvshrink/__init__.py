@@ -4,8 +4,8 @@ Read the tree in the order the data takes; each line may import only from the li
 
     cli/         one module per command: demo, fit, generate, eval, inspect
     eval/        tasks/<benchmark>.py (data and score), runner, tables and plots, stats
-    fit/         statistics (streamed moments), layer-by-layer run, closed forms, reconstruction training
-    attach/      model -> attention hook: taps, attention function, mask function, families
+    fit/         statistics (streamed moments), layer-by-layer run, key/value split, reconstruction training
+    attach/      model -> attention hook: attention function, mask function, families, self-check
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
     methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py holds the few abstract roles; artifact.py
     store/       where the bytes live: pages, token table, byte counts, files

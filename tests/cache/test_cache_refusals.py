@@ -54,6 +54,13 @@ def test_a_model_that_is_not_attached():
         new().update(*rows(5), 0)
 
 
+def test_a_step_that_was_staged_once_counts_once():
+    cache = new()
+    feed(cache, rows(5), rows(5))
+    with pytest.raises(CacheError, match="not attached"):
+        cache.update(*rows(5), 0)
+
+
 def test_another_model():
     message = "this cache was made for model model, not someothe. "
     with pytest.raises(CacheError, match=exactly(message + "Make one with make_cache(model, ...).")):

@@ -11,7 +11,7 @@ from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods._roles import Fitted, LayerShape, Method
-from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.artifact import SPECTRUM, Artifact
 from kvshrink.store.tokens import TokenTable
 
 
@@ -20,6 +20,10 @@ def make_cache(model: Any, method: Method | Artifact) -> KVCache:
 
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
+    if not isinstance(method, Method | Artifact):
+        raise SettingError(
+            f"{method!r} is neither a method nor an artifact. Pass an object, such as kvshrink.RTN(bits=4)."
+        )
     attachment = attach(model)
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     _check(artifact, attachment)
@@ -31,8 +35,9 @@ def make_cache(model: Any, method: Method | Artifact) -> KVCache:
         else:
             fitted = _on_device(artifact, i, key_value_weights(attachment.layers[i].module)[0])
             layers.append(CompressedLayer(artifact.method, shape, artifact.method.codecs(shape, fitted), table))
-    tensors = [artifact.layers[i][k] for i in sorted(artifact.layers) for k in sorted(artifact.layers[i])]
-    return KVCache(layers, artifact.method, table, attachment.fingerprint, _digest_once(artifact, tensors))
+    device = key_value_weights(attachment.layers[0].module)[0].device
+    fitted_by = digest_of(artifact)
+    return KVCache(layers, artifact.method, table, attachment.fingerprint, fitted_by, device)
 
 
 def shapes(attachment: Attachment) -> list[LayerShape | None]:
@@ -69,14 +74,15 @@ def _on_device(artifact: Artifact, layer: int, like: Tensor) -> Fitted:
     moved = artifact.__dict__.setdefault("_moved", {})
     key = (layer, like.device)
     if key not in moved:
-        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items()}
+        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(SPECTRUM)}
     return moved[key]
 
 
-def _digest_once(artifact: Artifact, tensors: list[Tensor]) -> str:
-    """Hash of the artifact, computed once: caches are made per request."""
+def digest_of(method: Method | Artifact) -> str:
+    """Hash of a method's settings and fitted tensors; an artifact's is computed once."""
+    artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     known = artifact.__dict__.get("_digest")
     if known is None:
-        known = digest(artifact.method, tensors)
-        artifact.__dict__["_digest"] = known
+        tensors = [artifact.layers[i][k] for i in sorted(artifact.layers) for k in sorted(artifact.layers[i])]
+        known = artifact.__dict__["_digest"] = digest(artifact.method, tensors)
     return known

@@ -113,9 +113,9 @@ class Fingerprint:
     def add(self, module: Any) -> None:
         """The first layer's attention module, then the last one's."""
         weight = key_value_weights(module)[0].detach()
-        # a float32 and a bfloat16 copy of one model are the same model
-        weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
-        self.hash.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # signs alone: they survive a change between float32, bfloat16 and float16, and hardly any two models share them
+        bits = torch.signbit(weight) if weight.is_floating_point() else weight
+        self.hash.update(bits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
     def value(self) -> str:
         return self.hash.hexdigest()[:16]
@@ -150,8 +150,8 @@ class _Stage:
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = _real(kwargs.get("attention_mask"), b, s, seen) if cache.table.length == seen else None
         rope = self.rope
-        if rope is not None and rope.inv_freq.device != hidden.device:
-            rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
+        if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
+            rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
         cache.stage(self.index, positions.to(torch.int32), real, rope, own, self.model)
 
 

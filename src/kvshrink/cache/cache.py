@@ -30,9 +30,16 @@ class KVCache(Cache):
     """One sequence batch's cache. Make it with `kvshrink.make_cache(model, method)`, give it as `past_key_values`."""
 
     def __init__(
-        self, layers: list[CacheLayerMixin], method: Method, table: TokenTable, fingerprint: str, fitted: str
+        self,
+        layers: list[CacheLayerMixin],
+        method: Method,
+        table: TokenTable,
+        fingerprint: str,
+        fitted: str,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(layers=list(layers))
+        self.device = torch.device(device)
         self.method, self.table = method, table
         self.fingerprint = fingerprint  # of the model
         self.fitted = fitted  # digest of the method's settings and tensors
@@ -74,7 +81,8 @@ class KVCache(Cache):
     def check_whole(self) -> None:
         """Raise CacheError if the layers hold different numbers of tokens."""
         seen = [layer.get_seq_length() for layer in self.layers]  # type: ignore[union-attr]
-        if len({*seen, *([self.table.length] if self.compressed else [])}) > 1:
+        same = len({*seen, *([self.table.length] if self.compressed else [])}) == 1
+        if not same or not all(layer.whole for layer in self.compressed):
             raise CacheError(f"layers hold {min(seen)} to {max(seen)} tokens: a step was interrupted. Call reset().")
 
     @property
@@ -136,7 +144,13 @@ class KVCache(Cache):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, and the plain values as one JSON tensor: enough for `load_state_dict` on a like cache."""
-        plain: dict = {"version": VERSION, "model": self.fingerprint, "fitted": self.fitted, "layers": []}
+        plain: dict = {
+            "version": VERSION,
+            "model": self.fingerprint,
+            "fitted": self.fitted,
+            "dtype": self._dtype(),
+            "layers": [],
+        }
         plain["table"], tensors = self.table.state()
         out = {f"table.{k}": t for k, t in tensors.items()}
         for i, layer in enumerate(self.layers):
@@ -156,16 +170,15 @@ class KVCache(Cache):
         """Take over a saved state. Raises ArtifactError unless it is of this model, method and version."""
         try:
             plain = json.loads(bytes(state["plain"].tolist()))
-            found = (plain["version"], plain["model"], plain["fitted"], len(plain["layers"]))
+            found = (plain["version"], plain["model"], plain["fitted"], plain["dtype"], len(plain["layers"]))
             plain["tensors"].items()
         except (KeyError, ValueError, TypeError) as error:
             raise ArtifactError(
                 "not a kvshrink cache state: its description is missing or edited. Save it again."
             ) from error
-        wanted = (VERSION, self.fingerprint, self.fitted, len(self.layers))
-        for what, have, want in zip(
-            ("version", "model", "method or artifact", "number of layers"), found, wanted, strict=True
-        ):
+        wanted = (VERSION, self.fingerprint, self.fitted, self._dtype(), len(self.layers))
+        names = ("version", "model", "method or artifact", "dtype", "number of layers")
+        for what, have, want in zip(names, found, wanted, strict=True):
             if have != want:
                 raise ArtifactError(
                     f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
@@ -187,12 +200,13 @@ class KVCache(Cache):
         tensors, _ = files.read_tensors(Path(path))
         return self.load_state_dict(tensors)
 
+    def _dtype(self) -> str:
+        return str(self.compressed[0].shape.dtype) if self.compressed else ""
+
     @lasting
     def _restore(self, plain: dict, state: dict[str, Tensor]) -> None:
-        device = next((t.device for t in _codec_tensors(self)), torch.device("cpu"))
-
         def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t.clone().to(device) for k, t in state.items() if k.startswith(prefix)}
+            return {k.removeprefix(prefix): t.clone().to(self.device) for k, t in state.items() if k.startswith(prefix)}
 
         self.table.restore(plain["table"], under("table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
@@ -220,11 +234,6 @@ def digest(method: Method, tensors: Callable[[], list[Tensor]] | list[Tensor]) -
 
 def _sliding(layer: Any) -> dict[str, Tensor]:
     return {k: t for k in SLIDING if isinstance(t := getattr(layer, k, None), Tensor)}
-
-
-def _codec_tensors(cache: KVCache) -> list[Tensor]:
-    pairs = [layer.codecs for layer in cache.compressed if layer.codecs is not None]
-    return [t for pair in pairs for codec in pair for t in vars(codec).values() if isinstance(t, Tensor)]
 
 
 def _short(x: object) -> str:

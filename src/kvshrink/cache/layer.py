@@ -60,6 +60,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.seen = 0
+        self.whole = True  # False while, and after, an update that did not come to its end
         self.window = Window(self.method.window + self.method.page)
         self.sinks = Sinks(self.method.sinks)
         self.pages = Pages(self.method.page)
@@ -83,12 +84,14 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._count(staged, *key_states.shape[::2])
+        self.whole = False
         pages = len(self.pages)
         keys, values = self.window.extend(key_states, value_states)
         self.seen += key_states.shape[2]
         first = self.seen - keys.shape[2]
         if keys.shape[2] > self.window.capacity:
             self._spill(keys, values, first, staged.rope)
+        self.whole = True
         if first == 0:
             whole = keys.shape[2] == key_states.shape[2]
             return (key_states, value_states) if whole else (keys, values)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvshrink.errors import DataError, KVShrinkError
+from kvshrink.errors import DataError, KVShrinkError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.entries import parse
 from kvshrink.methods._roles import Method
@@ -51,11 +52,19 @@ def load(name: str):
     quiet()
     where = model_name(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto").eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto").eval().to(device)
         return model, AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise KVShrinkError(f"cannot load model {name!r}: {reason}") from error
+
+
+def refuse_beside(artifact: Path | None, **options: object) -> None:
+    """An artifact has its settings; options that would change them must not be silently ignored."""
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if artifact is not None and given:
+        raise SettingError(f"{', '.join(given)} cannot change the artifact {artifact}. Leave it out, or fit another.")
 
 
 def read_text(path: Path | None) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kvshrink.attach.factory import digest_of
 from kvshrink.cli._common import (
     BitsOption,
     JsonOption,
@@ -71,7 +72,7 @@ def evaluate(
     entries = fitted([Entry(FULL, None), *(e for e in entries if e.method is not None)], net, tokenizer, text)
     runner = Runner(net, tokenizer, entries, query_aware)
     data = {"model": model, "task": task, "seed": seed, "query_aware": query_aware, "settings": _plain(settings)}
-    rows = out / f"outcomes-{_key(data, entries)}.jsonl" if out else None
+    rows = out / f"outcomes-{_key(data, entries, samples, runner.attachment.fingerprint)}.jsonl" if out else None
     results = summarise(runner.run(task, samples, task, rows))
     print_table(HEAD, [cells(line) for line in results])
     data["results"] = [line.to_dict() for line in results]
@@ -91,10 +92,11 @@ def fitted(entries: list[Entry], model, tokenizer, text: Path | None) -> list[En
     return [Entry(e.label, made.get(id(e.method), e.method), e.like) for e in entries]
 
 
-def _key(data: dict, entries: list[Entry]) -> str:
+def _key(data: dict, entries: list[Entry], samples: list, model: str) -> str:
     """Names the file of outcomes by all that they depend on, so that a resumed run never takes another one's."""
-    fitted_by = [e.method.provenance.get("calibration") for e in entries if isinstance(e.method, Artifact)]
-    return hashlib.sha256(json_module.dumps([data, fitted_by], sort_keys=True).encode()).hexdigest()[:8]
+    methods = [(e.label, e.like, None if e.method is None else digest_of(e.method)) for e in entries]
+    prompts = [(s.prompt, s.answers) for s in samples]
+    return hashlib.sha256(json_module.dumps([data, methods, prompts, model]).encode()).hexdigest()[:8]
 
 
 def _plain(settings: dict) -> dict:

@@ -18,6 +18,7 @@ from kvshrink.cli._common import (
     one_method,
     print_json,
     read_text,
+    refuse_beside,
 )
 from kvshrink.errors import DataError
 from kvshrink.eval.prompt import encode
@@ -41,12 +42,13 @@ def generate(
 ) -> None:
     """Generate greedily with a shrunken cache and print what it held beside a full one."""
     given = _prompt(prompt, prompt_file)
+    refuse_beside(artifact, keep=keep, bits=bits, text=text)
     chosen: Method | Artifact = Artifact.from_pretrained(artifact) if artifact else one_method(method, keep, bits)
     net, tokenizer = load(model)
     if isinstance(chosen, Method) and chosen.needs_fit:
         chosen = fit_all(net, [chosen], read_text(text), tokenizer, batch=4)[0]
-    context, _ = encode(Sample(given, "", "", (), 0, {}), tokenizer)
-    ids = torch.tensor([context])
+    context, rest = encode(Sample(given, "", "", (), 0, {}), tokenizer)
+    ids = torch.tensor([context + rest], device=net.device)  # the rest is the end of a chat template
     cache = make_cache(net, chosen)
     with torch.inference_mode():
         out = net.generate(

@@ -19,7 +19,9 @@ from kvshrink.cli._common import (
     print_json,
     print_table,
     quiet,
+    refuse_beside,
 )
+from kvshrink.errors import ArtifactError, UnsupportedModelError
 from kvshrink.eval import plots
 from kvshrink.fit.source import OnDisk
 from kvshrink.methods import name_of
@@ -44,12 +46,19 @@ def inspect(
     With an artifact the singular values are those of the calibration's keys and values, else those of the weights.
     """
     quiet()
+    refuse_beside(artifact, keep=keep, bits=bits)
     fitted = Artifact.from_pretrained(artifact) if artifact else None
     chosen = fitted.method if fitted else one_method(method, keep, bits)
     source = OnDisk(model_name(model))
     shapes, weights = _layers(source, spectra=fitted is None)
+    if not shapes:
+        raise UnsupportedModelError(f"{model} has no full-attention layer: there is nothing to shrink.")
+    widths = {i: t["value_mean"].shape[-1] for i, t in fitted.layers.items()} if fitted else {}
+    if fitted and widths != {i: shape.width for i, shape in shapes.items()}:
+        made_for = fitted.model.get("name", "another model")
+        raise ArtifactError(f"the artifact was fitted on {made_for}, not on {model}. Pass that model by --model.")
     rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
-    head = ("layer", "kind", "B/token", "kept", *(f"{n // 1024}k full / kept" for n in LENGTHS))
+    head = ("layer", "method", "B/token full / body", "kept", *(f"{n // 1024}k full / kept" for n in LENGTHS))
     print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
     spectra = _fitted_spectra(fitted) if fitted else weights
     what = "keys and values on the calibration text, centred" if fitted else "key and value projection weights"
@@ -77,7 +86,7 @@ def _layers(source: OnDisk, spectra: bool):
 
 def _row(index: int, shape: LayerShape, method: Method, artifact: Artifact | None) -> dict:
     tensors = artifact.layers[index] if artifact else {}
-    row: dict = {"layer": index, "full_per_token": shape.token_bytes}
+    row: dict = {"layer": index, "method": name_of(method), "full_per_token": shape.token_bytes}
     row["body_per_token"] = method.bits_per_token(shape, tensors) / 8
     for n in LENGTHS:
         row[str(n)] = [n * shape.token_bytes, method.layer_bytes(shape, tensors, n)]
@@ -85,8 +94,8 @@ def _row(index: int, shape: LayerShape, method: Method, artifact: Artifact | Non
 
 
 def _total(rows: list[dict]) -> dict:
-    keys = [k for k in rows[0] if k != "layer"] if rows else []
-    total: dict = {"layer": "all"}
+    keys = [k for k in rows[0] if k not in ("layer", "method")]
+    total: dict = {"layer": "all", "method": rows[0]["method"]}
     for k in keys:
         lists = isinstance(rows[0][k], list)
         total[k] = [sum(r[k][i] for r in rows) for i in (0, 1)] if lists else sum(r[k] for r in rows)
@@ -96,7 +105,7 @@ def _total(rows: list[dict]) -> dict:
 def _cells(row: dict) -> tuple[str, ...]:
     body, full = row["body_per_token"], row["full_per_token"]
     lengths = (f"{human(a)} / {human(b)} ({100 * b / a:.1f} %)" for a, b in (row[str(n)] for n in LENGTHS))
-    return (str(row["layer"]), "", f"{full} / {body:.0f}", f"{100 * body / full:.1f} %", *lengths)
+    return (str(row["layer"]), row["method"], f"{full} / {body:.0f}", f"{100 * body / full:.1f} %", *lengths)
 
 
 def _fitted_spectra(artifact: Artifact) -> dict:

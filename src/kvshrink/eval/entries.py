@@ -1,11 +1,12 @@
 """The methods of a comparison: by text such as "cskv:keep=0.2,bits=4", or as objects."""
 
 import ast
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvshrink.errors import SettingError
-from kvshrink.methods import build
+from kvshrink.methods import build, get
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
@@ -16,7 +17,7 @@ LIKE = "like"
 @dataclass(frozen=True)
 class Entry:
     """One row of a comparison. method None is the full cache. `like` names an entry whose measured bytes this one,
-    a StreamingLLM, must not exceed: its window is set sample by sample."""
+    a StreamingLLM, is given to within 3 %: its window is set sample by sample."""
 
     label: str
     method: Method | Artifact | None
@@ -26,7 +27,7 @@ class Entry:
 def parse(text: str, defaults: dict | None = None) -> Entry:
     """ "name", "name:setting=value,..." or "streaming_llm:like=<label of another entry>".
 
-    `defaults` are settings for a bare name. Raises SettingError on anything that is no method or setting.
+    `defaults` are settings that the text may override. Raises SettingError on anything that is no method or setting.
     """
     name, _, rest = text.partition(":")
     if name == FULL and not rest:
@@ -34,7 +35,9 @@ def parse(text: str, defaults: dict | None = None) -> Entry:
     if name == "streaming_llm" and rest.startswith(f"{LIKE}="):
         like = rest.removeprefix(f"{LIKE}=")
         return Entry(f"{name} as {like}", build(name, {}), like)
-    settings = dict(defaults or {}) if not rest else {}
+    # a bare name must take every default; one with settings of its own takes those that it has
+    fields = {f.name for f in dataclasses.fields(get(name))}
+    settings = {k: v for k, v in (defaults or {}).items() if not rest or k in fields}
     for part in _split(rest):
         key, equals, value = part.partition("=")
         if not equals:

@@ -101,7 +101,13 @@ def _pyplot():
 
 
 def _save(figure, path: Path, plt) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.tight_layout()
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise EvalError(
+            f"cannot write picture {path}: {str(error).splitlines()[0]}. Use .png or .svg."
+        ) from error
+    finally:
+        plt.close(figure)

@@ -22,6 +22,7 @@ from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import shapes
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache import KVCache
+from kvshrink.errors import EvalError
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import prompt, tasks
 from kvshrink.eval.entries import Entry
@@ -163,9 +164,14 @@ def _bytes(cache: Any) -> tuple[int, int]:
 
 
 def _append(out: Path, outcome: Outcome) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as f:
-        f.write(json.dumps(asdict(outcome)) + "\n")
+    """Add a line; first end one that an interrupt cut off, so that it does not spoil this one."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cut = out.is_file() and out.read_bytes()[-1:] not in (b"", b"\n")
+        with out.open("a") as f:
+            f.write(("\n" if cut else "") + json.dumps(asdict(outcome)) + "\n")
+    except OSError as error:
+        raise EvalError(f"cannot write {out}: {error.strerror}. Choose another folder.") from error
 
 
 def _read(out: Path | None) -> list[Outcome]:

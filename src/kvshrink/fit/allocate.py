@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshrink.cache.rope import Rope
+from kvshrink.errors import SettingError
 from kvshrink.methods._roles import LayerFacts
 from kvshrink.methods.lowrank.cskv import CSKV
 
@@ -20,9 +21,14 @@ def choose_share(
     """
     errors = {}
     for share in SHARES:
-        fitted = method.fit_layer(facts, share)
+        try:
+            fitted = method.fit_layer(facts, share)
+        except SettingError:
+            continue  # too few channels for one side at this share
         codecs = method.codecs(facts.shape, fitted)
         errors[share] = sum(_output_error(module, rope, codecs, kwargs) for kwargs in inputs) / len(inputs)
+    if not errors:
+        method.ranks(facts.shape)  # says what is wrong
     return min(errors, key=lambda s: errors[s]), errors
 
 

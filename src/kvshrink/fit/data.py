@@ -24,6 +24,8 @@ def token_rows(texts: str | Sequence[str], tokenizer, length: int, page: int) ->
         raise DataError(
             f"the calibration text has {len(ids)} tokens, less than a page of {page}. Give some 100 kB of text."
         )
+    if length <= page:
+        raise DataError(f"rows of {length} tokens are no longer than a page of {page}. Use {page + 1} or more.")
     body = min(length - len(bos), len(ids))
     rows = [bos + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
     return torch.tensor(rows)
@@ -31,7 +33,12 @@ def token_rows(texts: str | Sequence[str], tokenizer, length: int, page: int) ->
 
 def checked_rows(batches: Tensor | Sequence[Tensor], page: int) -> Int[Tensor, "rows length"]:
     """Token rows as given: [rows, length], or a sequence of such batches of one length."""
-    rows = batches if isinstance(batches, Tensor) else torch.cat([torch.atleast_2d(b) for b in batches])
+    if not isinstance(batches, Tensor):
+        widths = {b.shape[-1] for b in batches}
+        if len(widths) != 1:
+            raise DataError(f"token batches have lengths {sorted(widths)[:4]}. Give rows of one length.")
+        batches = torch.cat([torch.atleast_2d(b) for b in batches])
+    rows = batches
     if rows.dim() != 2 or rows.numel() == 0 or rows.shape[1] < page + 1:
         raise DataError(
             f"token batches have shape {tuple(rows.shape)}; give [rows, length] with length above a page of {page}."
@@ -41,4 +48,5 @@ def checked_rows(batches: Tensor | Sequence[Tensor], page: int) -> Int[Tensor, "
 
 def rows_hash(rows: Tensor) -> str:
     """Which calibration text it was, for the artifact's provenance."""
-    return hashlib.sha256(rows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:16]
+    ids = rows.to("cpu", torch.int64).contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{tuple(rows.shape)}".encode() + ids).hexdigest()[:16]

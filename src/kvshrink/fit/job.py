@@ -12,9 +12,17 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, kv_heads, layers_of, text_config
+from kvshrink.attach.families import (
+    LayerInfo,
+    compute_dtype,
+    key_value,
+    key_value_weights,
+    kv_heads,
+    layers_of,
+    text_config,
+)
 from kvshrink.attach.hook import Fingerprint
-from kvshrink.errors import SettingError
+from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
 from kvshrink.fit.layerwise import LayerRunner
@@ -27,6 +35,7 @@ from kvshrink.methods._roles import LayerFacts, LayerShape, Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 
+TRACKERS = ("tensorboard", "trackio")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
 
@@ -70,12 +79,24 @@ def fit_all(
     source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
     infos = layers_of(source.model)
     if isinstance(data, str) or (not isinstance(data, Tensor) and data and isinstance(data[0], str)):
-        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source.name)
+        tokenizer = tokenizer or _tokenizer(source.name)
         rows = token_rows(data, tokenizer, length, methods[0].page)  # type: ignore[arg-type]
     else:
         rows = checked_rows(data, methods[0].page)  # type: ignore[arg-type]
+    if any(getattr(m, "key_share", None) == "auto" for m in methods) and rows.shape[1] < 2 * methods[0].page:
+        need = 2 * methods[0].page
+        raise DataError(f"key_share='auto' compares halves of rows: {rows.shape[1]} tokens a row are less than {need}.")
+    if log_with not in (None, *TRACKERS):
+        raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
     return job.run()
+
+
+def _tokenizer(name: str):
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{name} has no tokenizer. Pass tokenizer=, or token rows instead of text.") from error
 
 
 @dataclass
@@ -103,10 +124,11 @@ class _Job:
             with self.source.layer(i) as layer:
                 if i in (0, runner.layers - 1):
                     fingerprint.add(self.infos[i].module)
-                known = checkpoint.load(i, len(self.methods)) if self.infos[i].compressed else None
+                weights = _weights_hash(config, self.infos[i])
+                known = checkpoint.load(i, len(self.methods), weights) if self.infos[i].compressed else None
                 if known is None and self.infos[i].compressed:
                     done[i] = self._layer(i, layer, runner)
-                    checkpoint.save(i, done[i])
+                    checkpoint.save(i, done[i], weights)
                     continue
                 if known is not None:
                     done[i] = known
@@ -162,6 +184,13 @@ class _Job:
         return {k: t.cpu() for k, t in fitted.items()}, record
 
 
+def _weights_hash(config, info: LayerInfo) -> str:
+    """Of the layer's key weights: a checkpoint of other weights must not be taken."""
+    result = Fingerprint(config)
+    result.add(info.module)
+    return result.value()
+
+
 class _Watch:
     """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
 
@@ -186,7 +215,7 @@ class _Watch:
 
     def facts(self, module: Any) -> LayerFacts:
         key_weight, value_weight = key_value_weights(module)
-        shape = LayerShape(kv_heads(module), module.head_dim, key_weight.dtype)
+        shape = LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
         return LayerFacts(
             shape,
             self.key.moments(),

@@ -81,8 +81,8 @@ class LayerRunner:
         return hidden
 
     @torch.no_grad()
-    def run(self, index: int, layer: nn.Module, watch: Watch | None = None, write: bool = True) -> None:
-        """All rows through one loaded layer. `watch` sees its attention's input; `write` moves the hidden states on."""
+    def run(self, index: int, layer: nn.Module, watch: Watch | None = None) -> None:
+        """Move all rows through one loaded layer. `watch` sees its attention's input."""
         attention = next(m for m in layer.modules() if hasattr(m, "o_proj"))
         hook = None
         if watch is not None:
@@ -91,8 +91,7 @@ class LayerRunner:
             for part in self._slices():
                 x = self.hidden[part]
                 out = layer(x, **self.kwargs[len(x)][index])
-                if write:
-                    self.hidden[part] = out[0] if isinstance(out, tuple) else out
+                self.hidden[part] = out[0] if isinstance(out, tuple) else out
         finally:
             if hook is not None:
                 hook.remove()

@@ -18,8 +18,8 @@ class Checkpoint:
         self.folder = None if folder is None else Path(folder)
         self.key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def load(self, layer: int, methods: int) -> list[tuple[dict[str, Tensor], dict]] | None:
-        """(tensors, record) per method of a layer that this very job has finished before, or None."""
+    def load(self, layer: int, methods: int, weights: str) -> list[tuple[dict[str, Tensor], dict]] | None:
+        """(tensors, record) per method of a layer that this job has finished before with these weights, or None."""
         results = []
         for n in range(methods):
             file = self._file(layer, n)
@@ -29,16 +29,16 @@ class Checkpoint:
                 tensors, metadata = files.read_tensors(file)
             except ArtifactError:
                 return None  # a damaged checkpoint costs one layer, not the fit
-            if metadata.get("job") != self.key:
+            if (metadata.get("job"), metadata.get("weights")) != (self.key, weights):
                 return None
             results.append((tensors, json.loads(metadata["record"])))
         return results
 
-    def save(self, layer: int, results: list[tuple[dict[str, Tensor], dict]]) -> None:
+    def save(self, layer: int, results: list[tuple[dict[str, Tensor], dict]], weights: str) -> None:
         for n, (tensors, record) in enumerate(results):
             file = self._file(layer, n)
             if file is not None:
-                files.write_tensors(file, tensors, {"job": self.key, "record": json.dumps(record)})
+                files.write_tensors(file, tensors, {"job": self.key, "weights": weights, "record": json.dumps(record)})
 
     def clear(self) -> None:
         """Delete the checkpoint; the artifact is saved."""

@@ -34,13 +34,17 @@ class InMemory:
 class OnDisk:
     """A saved model of which only the shapes are in memory. Weights are read when a layer is used, and let go after."""
 
-    def __init__(self, name: str | Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, name: str | Path) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.folder, self.name, self.dtype = local_folder(name), str(name), dtype
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+        self.folder, self.name = local_folder(name), str(name)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise KVShrinkError(f"{self.folder} is no saved causal language model: {reason}") from error
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
 
@@ -70,8 +74,6 @@ class OnDisk:
             # tensors are views of the mapped file: nothing is copied, and unmapping frees all
             with safe_open(file, framework="pt") as f:
                 tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
-        if self.dtype is not None:
-            tensors = {n: t.to(self.dtype) for n, t in tensors.items()}
         module.load_state_dict(tensors, assign=True)
         del tensors
         try:

@@ -118,8 +118,10 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
-        require(isinstance(self.window, int) and self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(isinstance(self.sinks, int) and self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        whole("window", self.window)
+        whole("sinks", self.sinks)
+        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
+        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
 
     def __post_init__(self) -> None:
         self.check()
@@ -140,6 +142,16 @@ class Method(ABC):
             return batch * window
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
         return batch * (window + sinks + int(pages * self.bits_per_token(shape, fitted) * self.page / 8))
+
+
+def whole(name: str, value: object) -> None:
+    """Raise SettingError unless the value is an int, or None where a setting may be left out."""
+    require(value is None or type(value) is int, f"{name}={value!r}", "Use a whole number.")
+
+
+def number(name: str, value: object) -> None:
+    """Raise SettingError unless the value is a number."""
+    require(type(value) in (int, float), f"{name}={value!r}", "Use a number.")
 
 
 def require(ok: bool, what: str, remedy: str) -> None:

@@ -17,6 +17,7 @@ from kvshrink.methods._roles import Fitted, Method
 from kvshrink.store import files
 
 VERSION = 1
+SPECTRUM = "_spectrum"  # ending of tensors that are only for looking at
 CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
 KEYS = {"version", "method", "settings", "layers", "model", "provenance", "weights_sha256"}
 
@@ -36,29 +37,25 @@ class Artifact:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the fitted tensors: held once per model, not per sequence."""
-        return sum(t.nbytes for layer in self.layers.values() for t in layer.values())
+        """Bytes of the fitted tensors that a cache reads: held once per model, not per sequence."""
+        return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(SPECTRUM))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the artifact to a folder. A failed save leaves what was there."""
         folder = Path(folder)
         tensors = {f"{i}.{k}": t for i, layer in self.layers.items() for k, t in layer.items()}
         digest = _digest(tensors)
-        # the tensors carry the digest as well, so that a crash between the two files is noticed, not loaded
-        files.write_tensors(folder / WEIGHTS, tensors, {"sha256": digest})
         layers = {str(i): {k: list(t.shape) for k, t in layer.items()} for i, layer in self.layers.items()}
-        files.write_json(
-            folder / CONFIG,
-            {
-                "version": VERSION,
-                "method": name_of(self.method),
-                "settings": self.method.settings(),
-                "layers": layers,
-                "model": self.model,
-                "provenance": self.provenance,
-                "weights_sha256": digest,
-            },
-        )
+        description = {
+            "version": VERSION,
+            "method": name_of(self.method),
+            "settings": self.method.settings(),
+            "layers": layers,
+            "model": self.model,
+            "provenance": self.provenance,
+            "weights_sha256": digest,
+        }
+        files.write_all({folder / WEIGHTS: files.tensors_of(tensors), folder / CONFIG: files.json_of(description)})
         return folder
 
     @classmethod

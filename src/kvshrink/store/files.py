@@ -12,38 +12,50 @@ from torch import Tensor
 
 from kvshrink.errors import ArtifactError
 
+Put = Callable[[Path], object]  # writes one file
 
-def write(path: Path, put: Callable[[Path], object]) -> None:
-    """Let `put` write a temporary file beside `path`, then rename it. On any failure the old file stays as it was.
+
+def write_all(puts: Mapping[Path, Put]) -> None:
+    """Write files that belong together: all to temporary names, then all renamed. On a failure the old ones stay.
 
     Raises ArtifactError when the disk is full or the folder cannot be written.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    parts = {Path(p): Path(p).with_name(f".{Path(p).name}.{os.getpid()}.part") for p in puts}
+    path = next(iter(parts))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(part)
-        with part.open("rb+") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            puts[path](part)
+            with part.open("rb+") as f:
+                os.fsync(f.fileno())
+        for path, part in parts.items():
+            part.replace(path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write {path}: {_reason(error)}. Free some space or choose another folder."
-        ) from error
+        reason = _reason(error)
+        raise ArtifactError(f"cannot write {path}: {reason}. Free some space or choose another folder.") from error
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def json_of(data: object) -> Put:
+    text = json.dumps(data, indent=1) + "\n"
+    return lambda part: part.write_text(text)
+
+
+def tensors_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Put:
+    """A safetensors file. Views are copied, so that a file never holds more than it shows."""
+    plain = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
+    return lambda part: save_file(plain, part, metadata=dict(metadata or {}))
 
 
 def write_json(path: Path, data: object) -> None:
-    text = json.dumps(data, indent=1) + "\n"
-    write(path, lambda part: part.write_text(text))
+    write_all({Path(path): json_of(data)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file. Views are copied, so that a file never holds more than it shows."""
-    plain = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
-    write(path, lambda part: save_file(plain, part, metadata=dict(metadata)))
+    write_all({Path(path): tensors_of(tensors, metadata)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

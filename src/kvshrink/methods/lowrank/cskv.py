@@ -6,7 +6,7 @@ channel over a page of 32 tokens, values per token.
 
 Departures from the paper: the basis is found in closed form by default (the optimum of the paper's own loss); the
 encoder reads the key, not the layer input, so biases and q/k norms are no obstacle; rows are centred; 4 sinks are
-exact; the zero point is a float (the official one is clamped); between 32 and 63 recent tokens are exact, not 1 to 32.
+exact; the zero point is a float (the official one is clamped); between 32 and 64 recent tokens are exact, not 1 to 32.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._latents import packing
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Moments, require
+from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Moments, number, require, whole
 from kvshrink.methods.lowrank._basis import BasisCodec, orthonormal, principal, weighted_svd
 
 BITS = (8, 4, 3, 2)
@@ -59,13 +59,18 @@ class CSKV(Method):
 
     def check(self) -> None:
         super().check()
+        number("keep", self.keep)
+        number("lr", self.lr)
         require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
         require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
         require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
         share = self.key_share
-        ok = share == "auto" if isinstance(share, str) else 0 < share < 1
+        ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
         require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
         require(self.group_heads is None or self.group_heads >= 1, f"group_heads={self.group_heads}", "Use 1 or more.")
+        whole("steps", self.steps)
+        whole("bits", self.bits)
+        whole("group_heads", self.group_heads)
         require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
         require(
             not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."
@@ -84,7 +89,7 @@ class CSKV(Method):
         if rank_k < 1 or rank_v < 1:
             raise SettingError(
                 f"keep={self.keep} with key_share={share} gives key rank {rank_k} and value rank {rank_v} "
-                f"of {n} channels. Use keep of at least {max(1, groups) / n:.3g}."
+                f"of {n} channels. Use keep of at least {max(groups / share, 1 / (1 - share)) / (2 * n):.3g}."
             )
         return rank_k, rank_v
 
@@ -122,7 +127,7 @@ class CSKV(Method):
         if self.init == "pca":
             up = principal(moments.covariance, groups, rank)
         elif self.init == "random":
-            up = orthonormal(groups, mean.shape[1], rank, seed)
+            up = orthonormal(groups, mean.shape[1], rank, seed).to(mean.device)
         else:
             scale = input_scale.double().add(1e-6).pow(ALPHA) if self.init == "asvd" else torch.ones_like(input_scale)
             down, up = weighted_svd(weight, scale, groups, rank)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._latents import Affine, Raw, packing
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, Stored, require
+from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, Stored, require, whole
 from kvshrink.shapes import Bool, Float
 
 
@@ -52,6 +52,8 @@ class RTN(Method):
 
     def check(self) -> None:
         super().check()
+        whole("bits", self.bits)
+        whole("group", self.group)
         require(self.bits is None or self.bits in WIDTHS, f"bits={self.bits}", f"Use None or one of {WIDTHS}.")
         require(self.key_axis in ("channel", "token"), f"key_axis={self.key_axis!r}", "Use 'channel' or 'token'.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
