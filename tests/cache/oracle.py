@@ -8,6 +8,7 @@ twice. A pad is any column that the mask hides.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -45,16 +46,14 @@ class Row:
     def copy(self) -> "Row":
         return Row(list(self.real), list(self.sinks), [list(p) for p in self.pages], list(self.window))
 
-    def is_sink(self, column: int, sinks: int) -> bool:
-        return self.real[column] and sum(self.real[: column + 1]) <= sinks
-
-    def needs(self, column: int, sinks: int) -> bool:
-        """Whether the column must be in a page for this row."""
-        return self.real[column] and not self.is_sink(column, sinks)
+    def wanted(self, sinks: int) -> list[int]:
+        """Columns of the first real tokens."""
+        return list(islice((column for column, real in enumerate(self.real) if real), sinks))
 
     def shown(self, sinks: int) -> list[Token]:
         """Real tokens, each once: a sink is read exactly, never from its page."""
-        body = [t for page in self.pages for t in page if not self.is_sink(t.column, sinks)]
+        wanted = self.wanted(sinks)
+        body = [t for page in self.pages for t in page if t.column not in wanted]
         return [t for t in (*self.sinks, *body, *self.window) if t.position >= 0]
 
 
@@ -84,14 +83,16 @@ class Oracle:
         if held <= self.window + self.page:
             return
         first, spare = self.seen - held, held - self.window
-        no_page = 0
-        if not self.full:
-            while no_page < spare and not any(row.needs(first + no_page, self.sinks) for row in self.rows):
-                no_page += 1
+        wanted, no_page = [row.wanted(self.sinks) for row in self.rows], 0
+        while not self.full and no_page < spare:
+            column = first + no_page
+            if any(row.real[column] and column not in w for row, w in zip(self.rows, wanted, strict=True)):
+                break
+            no_page += 1
         out = no_page + (spare - no_page) // self.page * self.page
         self.took_sinks |= self.sinks > 0
-        for row in self.rows:
-            row.sinks += [t for t in row.window[:out] if row.is_sink(t.column, self.sinks)]
+        for row, columns in zip(self.rows, wanted, strict=True):
+            row.sinks += [t for t in row.window[:out] if t.column in columns]
         self.look_for_sinks()
         if self.lossy is not None and out > no_page:
             self._encode(no_page, out)

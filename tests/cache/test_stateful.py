@@ -81,7 +81,7 @@ def test_stories(name, story, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_random_operations(name, tmp_path, capsys):
+def test_random_operations(name, tmp_path, capsys, record_property):
     tally: Counter = Counter()
     count = -(-SEQUENCES // len(METHODS))
 
@@ -105,3 +105,4 @@ def test_random_operations(name, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(tally.items())))
     assert tally["sequences"] >= count
+    record_property("sequences", tally["sequences"])  # summary.py adds them up

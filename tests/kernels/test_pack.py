@@ -5,11 +5,11 @@ from kvshrink.errors import SettingError
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.kernels.pack.reference import WIDTHS
 
-GOLDEN = {  # worked out by hand from the format: code i in bits [i * bits, (i + 1) * bits) of a little-endian word
-    1: ([1, 0, 1, 1, 0, 0, 0, 1], [0x8D]),
-    2: ([1, 2, 3, 0, 0, 1, 2, 3], [0x39, 0xE4]),
+GOLDEN = {  # worked out by hand: 3 bits in a little-endian word, 1, 2 and 4 bits in planes
+    1: ([1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 0], [0xD3, 0x1A]),
+    2: ([1, 2, 3, 0, 0, 1, 2, 3], [0x8D, 0xD2]),
     3: ([1, 2, 3, 4, 5, 6, 7, 0], [0xD1, 0x58, 0x1F]),
-    4: ([1, 2, 15, 0, 9, 8, 7, 6], [0x21, 0x0F, 0x89, 0x67]),
+    4: ([1, 2, 15, 0, 9, 8, 7, 6], [0x91, 0x82, 0x7F, 0x60]),
     8: ([1, 2, 255, 0, 9, 8, 7, 6], [1, 2, 255, 0, 9, 8, 7, 6]),
 }
 
@@ -34,11 +34,19 @@ def test_golden_bytes(bits):
     assert unpack(torch.tensor(packed, dtype=torch.uint8), bits).tolist() == codes
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_format_is_one_little_endian_word_per_eight_codes(bits):
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_planes(bits):
+    """Byte j holds codes j, j + m, j + 2m, ... of m bytes, the first in its lowest bits."""
     codes = torch.randint(0, 2**bits, (40,), dtype=torch.uint8)
-    word = sum(int(c) << (i * bits) for i, c in enumerate(codes))
-    assert bytes(pack(codes, bits).tolist()) == word.to_bytes(5 * bits, "little")
+    m = 5 * bits
+    planes = [sum(int(c) << (i * bits) for i, c in enumerate(codes[j::m])) for j in range(m)]
+    assert pack(codes, bits).tolist() == planes
+
+
+def test_three_bits_are_little_endian_words_of_eight_codes():
+    codes = torch.randint(0, 8, (40,), dtype=torch.uint8)
+    words = [sum(int(c) << (3 * i) for i, c in enumerate(eight)) for eight in codes.split(8)]
+    assert bytes(pack(codes, 3).tolist()) == b"".join(word.to_bytes(3, "little") for word in words)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -181,6 +182,8 @@ def test_values_stay_latent_until_after_the_weighted_sum(facts_of):
         ({"keep": 1.2}, r"keep=1\.2 is not possible\. Use a share of channels above 0, up to 1\."),
         ({"keep": float("nan")}, r"keep=nan is not possible\. Use a share .*"),
         ({"bits": 5}, r"bits=5 is not possible\. Use None or one of \(8, 4, 3, 2\)\."),
+        ({"bits": 4.0}, r"bits=4\.0 is not possible\. Use a whole number\."),
+        ({"steps": 1.5}, r"steps=1\.5 is not possible\. Use a whole number\."),
         ({"init": "qr"}, r"init='qr' is not possible\. Use one of \('pca', 'asvd', 'svd', 'random'\)\."),
         ({"key_share": 1.0}, r"key_share=1\.0 is not possible\. Use a share between 0 and 1, or 'auto'\."),
         ({"key_share": "half"}, r"key_share='half' is not possible\. Use a share between 0 and 1, or 'auto'\."),
@@ -202,11 +205,29 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_ranks_that_round_to_zero_are_refused():
-    with pytest.raises(SettingError, match=r"^keep=0\.01 .* rank 0 .* 32 channels\. Use keep of at least 0\.0312\.$"):
+    with pytest.raises(SettingError, match=r"^keep=0\.01 .* key rank 0 and value rank 0 of 32 channels\. Use keep of "):
         CSKV(keep=0.01).ranks(SMALL)
     with pytest.raises(SettingError, match=r"key rank 0 and value rank 2 .* at least 0\.125\.$"):
         CSKV(keep=0.08, group_heads=1).ranks(SMALL)
-    assert CSKV(keep=0.125, group_heads=1).ranks(SMALL) == (1, 4), "the remedy must work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({}, SMALL),
+        ({"group_heads": 1}, SMALL),
+        ({"key_share": 0.3}, SMALL),
+        ({}, LLAMA31),
+        ({"key_share": 0.7}, LLAMA2),
+    ],
+)
+def test_the_keep_that_a_refusal_names_is_enough(settings, shape):
+    with pytest.raises(SettingError) as refusal:
+        CSKV(keep=1e-4, **settings).ranks(shape)
+    named = float(re.search(r"at least ([\d.e-]+)\.$", str(refusal.value)).group(1))
+    assert min(CSKV(keep=named, **settings).ranks(shape)) >= 1
+    with pytest.raises(SettingError):
+        CSKV(keep=named * 0.98, **settings).ranks(shape)
 
 
 def test_group_heads_must_divide_the_heads():

@@ -63,6 +63,8 @@ def test_bits_by_hand():
     [
         ({"bits": 5}, r"bits=5 is not possible\. Use None or one of \(1, 2, 3, 4, 8\)\."),
         ({"key_axis": "head"}, r"key_axis='head' is not possible\. Use 'channel' or 'token'\."),
+        ({"bits": True}, r"bits=True is not possible\. Use a whole number\."),
+        ({"group": 1.5}, r"group=1\.5 is not possible\. Use a whole number\."),
         ({"group": 0}, r"group=0 is not possible\. Use at least 1 channel\."),
         ({"window": 0}, r"window=0 is not possible\. Use at least 1 token\."),
         ({"sinks": -1}, r"sinks=-1 is not possible\. Use 0 or more tokens\."),

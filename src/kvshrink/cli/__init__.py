@@ -28,9 +28,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             print(f"kvshrink: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(
-                "kvshrink: interrupted. Run fit, or eval with --out, again to go on.", file=sys.stderr
-            )
+            print("kvshrink: interrupted. Run fit, or eval with --out, again to go on.", file=sys.stderr)
             sys.exit(130)
 
     return run

@@ -106,8 +106,6 @@ def _save(figure, path: Path, plt) -> None:
         figure.tight_layout()
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
-        raise EvalError(
-            f"cannot write picture {path}: {str(error).splitlines()[0]}. Use .png or .svg."
-        ) from error
+        raise EvalError(f"cannot write picture {path}: {str(error).splitlines()[0]}. Use .png or .svg.") from error
     finally:
         plt.close(figure)

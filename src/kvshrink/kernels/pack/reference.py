@@ -1,7 +1,8 @@
-"""The packed format: `bits` bytes hold 8 codes, code i in bits [i * bits, (i + 1) * bits) of that little-endian word.
+"""The packed format: n codes of `bits` bits in exactly n * bits / 8 bytes, for any n that is a multiple of 8.
 
-So 3-bit codes take exactly 3 bits: 8 codes in 3 bytes, none left over, for any number of codes that is a multiple of 8.
-A page has 32 tokens, so a whole page always is.
+1, 2 and 4 bits lie in planes: byte j of m holds codes j, j + m, j + 2m, ..., the first in its lowest bits. So packing
+and unpacking move whole runs of bytes. 3 bits are truly 3: each 3 bytes are a little-endian word of 8 codes.
+A page has 32 tokens, so a whole page always packs without a gap.
 """
 
 import torch
@@ -33,11 +34,10 @@ def pack(codes: UInt8[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows byt
         eight = codes.unflatten(-1, (-1, 8)).int()
         word = sum(eight[..., i] << (3 * i) for i in range(8))
         return torch.stack([(word >> (8 * j)) & 0xFF for j in range(3)], -1).to(torch.uint8).flatten(-2)
-    per_byte = 8 // bits
-    parts = codes.unflatten(-1, (size, per_byte))
-    packed = parts[..., 0].clone()
-    for i in range(1, per_byte):
-        packed |= parts[..., i] << (bits * i)
+    planes = codes.unflatten(-1, (8 // bits, size))
+    packed = planes[..., 0, :].clone()
+    for i in range(1, 8 // bits):
+        packed |= planes[..., i, :] << (bits * i)
     return packed
 
 
@@ -49,8 +49,6 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*r
         three = packed.unflatten(-1, (-1, 3)).int()
         word = three[..., 0] | (three[..., 1] << 8) | (three[..., 2] << 16)
         return torch.stack([((word >> (3 * i)) & 7).to(torch.uint8) for i in range(8)], -1).flatten(-2)
-    codes = torch.empty(*packed.shape, 8 // bits, dtype=torch.uint8, device=packed.device)
-    # written in place: this runs over the whole body in every decode step
-    for i in range(8 // bits):
-        torch.bitwise_right_shift(packed, bits * i, out=codes[..., i])
-    return codes.bitwise_and_(2**bits - 1).flatten(-2)
+    # this runs over the whole body in every decode step
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1)
