@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--quanto", action="store_true", help="also QuantizedCache (needs optimum-quanto)"
-    )
+    parser.add_argument("--quanto", action="store_true", help="also QuantizedCache (needs optimum-quanto)")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     args = parser.parse_args()
     case = Case(args.model, args.tokens, getattr(torch, args.dtype))
