@@ -9,6 +9,7 @@ encoder reads the key, not the layer input, so biases and q/k norms are no obsta
 exact; the zero point is a float (the official one is clamped); between 32 and 64 recent tokens are exact, not 1 to 32.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -87,9 +88,11 @@ class CSKV(Method):
         groups = self._groups(shape)
         rank_k, rank_v = int(key / groups + 1e-6), int(total - key + 1e-6)
         if rank_k < 1 or rank_v < 1:
+            least = max(groups / share, 1 / (1 - share)) / (2 * n)
+            scale = 10 ** (2 - math.floor(math.log10(least)))  # three digits, rounded up so that they are enough
             raise SettingError(
                 f"keep={self.keep} with key_share={share} gives key rank {rank_k} and value rank {rank_v} "
-                f"of {n} channels. Use keep of at least {max(groups / share, 1 / (1 - share)) / (2 * n):.3g}."
+                f"of {n} channels. Use keep of at least {math.ceil(least * scale - 1e-6) / scale:g}."
             )
         return rank_k, rank_v
 
