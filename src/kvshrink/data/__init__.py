@@ -2,7 +2,7 @@
 
 calibration.txt        book text to fit methods on
 heldout.txt            book text to measure on: perplexity, and the haystack of the retrieval tasks
-longeval/              official LongEval line cases
+longeval/              official LongEval line cases, and the conversations that its topic cases are made of
 
 Where each file comes from is in SOURCES.md beside it.
 """

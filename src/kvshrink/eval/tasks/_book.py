@@ -1,4 +1,4 @@
-"""A sentence hidden in book text: the loop that passkey and needle share. Each of them only words its needle."""
+"""Sentences hidden in book text: the loop of passkey, needle and the like. Each of them only words its sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,53 +8,63 @@ from typing import Any, final
 
 from kvshrink import data
 from kvshrink.errors import EvalError
-from kvshrink.eval.tasks import Sample
-from kvshrink.eval.tasks._common import check_count, depth, rng
+from kvshrink.eval.tasks import Count, Sample
+from kvshrink.eval.tasks._common import check_count, depth, fill, rng
 
-# The fewest characters a token seen in 500-token stretches of the bundled book, with the bundled tokenizer (3072
-# entries; the mean is 3.36, so prompts fill 85 % of `tokens` on average). Larger vocabularies reach 4 and more: raise
-# it there.
-CHARS_PER_TOKEN = 2.9
-FIXED_CHARS_PER_TOKEN = 2.0  # the same for instruction, needle and question, whose digits are a token each
-SHORTEST = 100  # characters of book text
+SHORTEST = 20  # words of text
 
 
 @final
 @dataclass(frozen=True)
-class Needle:
-    """The texts of one sample. `intro` opens the context, `sentence` is hidden in it, `answer` is in the sentence."""
+class Hidden:
+    """The texts of one sample.
+
+    intro:     opens the context.
+    sentences: (depth, sentence) pairs in the order of the text; the depths do not fall.
+    """
 
     intro: str
-    sentence: str
+    sentences: tuple[tuple[float, str], ...]
     question: str
     answer_prefix: str
     answer: str
+    metric: str
+    max_new_tokens: int
     meta: dict[str, Any]
 
 
 def samples(
     task: str,
-    word: Callable[[Random], Needle],
+    word: Callable[[Random, float], Hidden],
     n: int,
     seed: int,
+    text: list[str],
     tokens: int,
-    chars_per_token: float,
-    path: str | Path | None,
+    count: Count,
+    at: float | None = None,
+    at_stop: bool = False,
 ) -> list[Sample]:
-    """n samples at evenly spread depths. Prompt, bos and generated answer stay below `tokens`.
+    """n samples whose prompt, bos and generated answer fill `tokens`. word(random, depth) gives the texts of one.
 
-    Raises EvalError if the text cannot be read, or `tokens` leaves no room for it or needs more of it than there is.
+    text:    the words to hide in.
+    at:      one depth for all, from 0 to 1; None spreads them evenly.
+    at_stop: a sentence is moved back to the last full stop; if not, it may stand inside one of the text.
+
+    Raises EvalError if `tokens` leaves no room for the text, or needs more of it than there is.
     """
     check_count(task, n)
-    text = load(path)
-    return [_hide(task, word, text, seed, i, tokens, chars_per_token) for i in range(n)]
+    if at is not None and not 0 <= at <= 1:
+        raise EvalError(f"{task}: depth={at}. Use 0 (start) to 1 (end), or None to spread the samples.")
+    if len(text) <= SHORTEST:
+        raise EvalError(f"{task}: the text to hide in has {len(text)} words. Give a longer text as path=.")
+    return [_hide(task, word, seed, i, text, tokens, count, at, at_stop) for i in range(n)]
 
 
-def load(path: str | Path | None) -> str:
-    """The text of `path` (the bundled heldout.txt if None) on one line. Raises EvalError if it cannot be read."""
+def words(path: str | Path | None) -> list[str]:
+    """The words of `path` (the bundled heldout.txt if None). Raises EvalError if it cannot be read."""
     source = data.path("heldout.txt") if path is None else Path(path)
     try:
-        return " ".join(source.read_text(encoding="utf-8").split())
+        return source.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise EvalError(f"Cannot read the book text {source} ({error}). Give a UTF-8 text file as path=.") from error
 
@@ -64,40 +74,42 @@ def digits(random: Random, n: int) -> str:
     return str(random.randrange(10 ** (n - 1), 10**n))
 
 
-def split(text: str, share: float) -> tuple[str, str]:
-    """`text` in two at the last word border within its first `share` of characters."""
-    border = max(0, (text + " ").rfind(" ", 0, round(share * len(text)) + 1))
-    return text[:border], text[border:].strip()
-
-
-def _passage(text: str, random: Random, chars: int) -> str:
-    """Fewer than `chars` characters of `text`, cut at word borders."""
-    at = random.randrange(len(text) - chars + 1)
-    cut = text[at : at + chars]
-    return cut[cut.find(" ") + 1 : cut.rfind(" ")]
+def insert(text: list[str], sentences: tuple[tuple[float, str], ...], at_stop: bool) -> str:
+    """The words with each sentence at its depth, joined by spaces."""
+    parts: list[str] = []
+    done = 0
+    for share, sentence in sentences:
+        at = round(share * len(text))
+        while at_stop and at > done and not text[at - 1].endswith("."):
+            at -= 1
+        parts += [*text[done:at], sentence]
+        done = at
+    return " ".join(parts + text[done:])
 
 
 def _hide(
-    task: str, word: Callable[[Random], Needle], text: str, seed: int, index: int, tokens: int, chars_per_token: float
+    task: str,
+    word: Callable[[Random, float], Hidden],
+    seed: int,
+    index: int,
+    text: list[str],
+    tokens: int,
+    count: Count,
+    at: float | None,
+    at_stop: bool,
 ) -> Sample:
     random = rng(task, seed, index)
-    needle = word(random)
-    max_new_tokens = len(needle.answer) + 3
-    parts = (needle.intro, needle.sentence, needle.question, needle.answer_prefix)
-    # a space or line break after each part; 1 for bos
-    fixed = (len("".join(parts)) + len(parts)) / FIXED_CHARS_PER_TOKEN + max_new_tokens + 1
-    chars = int((tokens - fixed) * chars_per_token)
-    if chars < SHORTEST:
-        raise EvalError(
-            f"{task}: tokens={tokens} leaves {max(0, chars)} characters for book text "
-            f"(chars_per_token={chars_per_token}), at least {SHORTEST} are needed. Raise tokens."
-        )
-    if chars > len(text):
-        raise EvalError(
-            f"{task}: tokens={tokens} needs {chars} characters of book text, the file has {len(text)}. "
-            "Lower tokens or give a longer text as path=."
-        )
-    before, after = split(_passage(text, random, chars), depth(index))
-    context = " ".join(part for part in (needle.intro, before, needle.sentence, after) if part) + "\n"
-    meta = {"index": index, "depth": depth(index), **needle.meta}
-    return Sample(context, needle.question, needle.answer_prefix, (needle.answer,), max_new_tokens, meta)
+    share = depth(index) if at is None else at
+    hidden = word(random, share)
+    start = random.random()
+
+    def make(size: int) -> list[Sample]:
+        first = round(start * (len(text) - size))
+        context = hidden.intro + insert(text[first : first + size], hidden.sentences, at_stop) + "\n"
+        meta = {"index": index, "depth": share, **hidden.meta}
+        answers, limit = (hidden.answer,), hidden.max_new_tokens
+        return [Sample(context, hidden.question, hidden.answer_prefix, answers, hidden.metric, limit, meta)]
+
+    # a word is at least a token, so `tokens` words are too many
+    most = min(len(text), tokens)
+    return fill(task, make, SHORTEST, most, "words of text", tokens, count, " or give a longer text as path=")[0]

@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import final
 
 from kvshrink import data
@@ -15,6 +17,23 @@ LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <([0-9]+)>$", re.MULTILINE)
 RECORD_END = "Now the record is over."
 LARGEST = 50_000  # upstream draws randint(1, 50000)
 SMALLEST_REFERENCE = 10_000  # the reference model was trained on numbers of five digits
+LETTERS, LETTERS_A_KEY = "ABCDEF", 6
+
+
+def _letters(random: Random, n: int) -> list[str]:
+    """n distinct words of six letters from A to F: the digits of a number in base 6."""
+    codes = random.sample(range(len(LETTERS) ** LETTERS_A_KEY), n)
+    places = [len(LETTERS) ** i for i in range(LETTERS_A_KEY)]
+    return ["".join(LETTERS[code // place % len(LETTERS)] for place in places) for code in codes]
+
+
+# keys of each style: how many there are, and n distinct ones
+STYLES: dict[str, tuple[int, Callable[[Random, int], list[str]]]] = {
+    "noun": (_words.LIMIT, _words.keys),
+    "numeric": (LARGEST, lambda random, n: [str(i + 1) for i in range(n)]),
+    "abc": (len(LETTERS) ** LETTERS_A_KEY, _letters),
+    "uuid": (LARGEST, _words.uuids),
+}
 
 
 @final
@@ -42,14 +61,24 @@ def official(n: int, path: str | Path | None) -> list[Case]:
     return [_parse(row, f"{source.name}, case {i}") for i, row in enumerate(rows[:n])]
 
 
-def generated(n: int, seed: int, lines: int | None, smallest: int = 1) -> list[Case]:
-    """n records of `lines` lines with numbers from `smallest` to LARGEST; the asked positions are evenly spread.
+def generated(seed: int, index: int, style: str, smallest: int, lines: int) -> Case:
+    """Record `index`: `lines` lines with numbers from `smallest` to LARGEST; the asked positions are evenly spread.
 
-    Raises EvalError for more lines than there are keys.
+    Raises EvalError for more lines than there are keys or numbers.
     """
-    if lines is None or lines > _words.LIMIT:
-        raise EvalError(f"longeval: lines={lines} for generated records. Use 1 to {_words.LIMIT}.")
-    return [_generate(seed, i, lines, smallest) for i in range(n)]
+    if lines > limit(style, smallest):
+        raise EvalError(f"longeval: lines={lines} of style={style}. Use 1 to {limit(style, smallest)}.")
+    random = rng("longeval", seed, index)
+    numbers = random.sample(range(smallest, LARGEST + 1), lines)
+    record = tuple(zip(STYLES[style][1](random, lines), map(str, numbers), strict=True))
+    asked = round(depth(index) * (lines - 1))
+    question = f"{RECORD_END} Tell me what is the <REGISTER_CONTENT> in line {record[asked][0]}? I need the number."
+    return Case(record, asked, question)
+
+
+def limit(style: str, smallest: int) -> int:
+    """The most lines that a generated record can have."""
+    return min(STYLES[style][0], LARGEST + 1 - smallest)
 
 
 def cut(case: Case, lines: int) -> Case:
@@ -73,12 +102,3 @@ def _parse(row: str, where: str) -> Case:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise EvalError(f"{where} is not a LongEval line case ({error}). Give an official JSONL file.") from error
     return Case(lines, asked, mark + question)
-
-
-def _generate(seed: int, index: int, lines: int, smallest: int) -> Case:
-    random = rng("longeval", seed, index)
-    numbers = random.sample(range(smallest, LARGEST + 1), lines)
-    record = tuple((key, str(number)) for key, number in zip(_words.keys(random, lines), numbers, strict=True))
-    asked = round(depth(index) * (lines - 1))
-    question = f"{RECORD_END} Tell me what is the <REGISTER_CONTENT> in line {record[asked][0]}? I need the number."
-    return Case(record, asked, question)

@@ -1,6 +1,7 @@
-"""Two lists of plain words, and keys made of them."""
+"""Keys: pairs of two lists of plain words, and random identifiers."""
 
 import random
+from uuid import UUID
 
 ADJECTIVES = """
 able ancient angry bare bitter blank bold brave brief bright broad calm careful clean clever cold common cool cruel
@@ -29,3 +30,8 @@ def keys(rng: random.Random, n: int) -> list[str]:
     # each round of 100 pairs the words anew, one step further along the second list
     pairs = [f"{left[j % 100]}-{right[(j + j // 100) % 100]}" for j in range(n)]
     return rng.sample(pairs, n)
+
+
+def uuids(rng: random.Random, n: int) -> list[str]:
+    """n random identifiers of 36 characters, as uuid4 writes them."""
+    return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(n)]
