@@ -5,7 +5,7 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -107,6 +107,11 @@ class Method(ABC):
     page: ClassVar[int] = 32
     needs_fit: ClassVar[bool] = False
     drops_tokens: ClassVar[bool] = False
+    dial: ClassVar[str | None] = None  # the setting that a byte budget moves
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> Sequence:
+        """Values of the dial for a cache of `tokens` tokens, the one with the fewest bytes first."""
+        return ()
 
     @abstractmethod
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshrink.shapes import Bool, Int
 from kvshrink.store.lasting import lasting
 
+BYTES_PER_TOKEN = 4  # an int32 position
 CHUNK = 256  # columns taken at a time; the table is small enough to be copied when it grows
 
 

@@ -51,6 +51,7 @@ class CSKV(Method):
     lr: float = 5e-5
 
     needs_fit: ClassVar[bool] = True
+    dial: ClassVar[str] = "keep"
     value_group: ClassVar[int] = 64  # latent channels that share a value's scale
 
     @classmethod
@@ -76,6 +77,9 @@ class CSKV(Method):
         require(
             not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."
         )
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        return [channels / shape.width for channels in range(1, shape.width + 1)]
 
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
         """(rank of each key group, rank of values): the one place where channels are rounded, down.

@@ -5,7 +5,7 @@ The axes are KIVI's (arXiv 2402.02750), without its residual scheme.
 """
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
@@ -49,6 +49,11 @@ class RTN(Method):
     bits: int | None = 4
     key_axis: Literal["channel", "token"] = "channel"
     group: int = 32
+
+    dial: ClassVar[str] = "bits"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
+        return (*sorted(WIDTHS), None)
 
     def check(self) -> None:
         super().check()

@@ -1,0 +1,85 @@
+"""A method's setting that holds a given share of the full cache's bytes: comparisons are made at equal real bytes.
+
+Bytes are the method's own arithmetic (`Method.layer_bytes`, which a contract test holds against the live tensors), with
+window, sinks, scales and positions. Outcomes report what was measured.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any
+
+from kvshrink.attach import attach
+from kvshrink.attach.factory import shapes
+from kvshrink.attach.families import text_config
+from kvshrink.errors import SettingError
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.store.tokens import BYTES_PER_TOKEN
+
+TOLERANCE = 0.05  # a target counts as reached within 5 % of it
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A method at a budget. kept: bytes it promises over the full cache's; reached: whether that is the target."""
+
+    method: Method
+    kept: float
+    reached: bool
+
+
+def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
+    """`method` with its dial (CSKV's keep, RTN's bits, ...) set so that `tokens` tokens take `target` of full bytes.
+
+    The largest setting that stays under the target; where that is not within TOLERANCE of it, the nearest one.
+    Raises SettingError for a target outside (0, 1], or if no setting fits the model.
+    """
+    if not 0 < target <= 1:
+        raise SettingError(f"kept={target} is not possible. Use a share of bytes above 0, up to 1.")
+    room = _Room.of(model, tokens)
+    values = method.dial_values(room.layers[0], tokens) if method.dial else (None,)
+
+    def setting(i: int) -> Method:
+        return replace(method, **{method.dial: values[i]}) if method.dial else method
+
+    above = bisect_right(range(len(values)), target, key=lambda i: room.kept(setting(i)))
+    near = {i: kept for i in (above - 1, above) if 0 <= i < len(values) and (kept := room.kept(setting(i))) > 0}
+    if not near:
+        raise SettingError(f"{name_of(method)} has no setting for this model's {room.layers[0].width} KV channels.")
+    below = near.get(above - 1, 0.0)
+    best = above - 1 if below >= (1 - TOLERANCE) * target else min(near, key=lambda i: abs(log(near[i] / target)))
+    return Reached(setting(best), near[best], abs(near[best] / target - 1) <= TOLERANCE)
+
+
+def promised(method: Method, model: Any, tokens: int) -> float:
+    """Share of the full cache's bytes that the method promises to hold for this many tokens; 0 if it does not fit."""
+    return _Room.of(model, tokens).kept(method)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay."""
+
+    layers: list[LayerShape]
+    tokens: int
+    fixed: int
+
+    @classmethod
+    def of(cls, model: Any, tokens: int) -> "_Room":
+        all_shapes = shapes(attach(model))
+        layers = [shape for shape in all_shapes if shape is not None]
+        if not layers:
+            raise SettingError("this model has no full-attention layer: there is nothing to shrink.")
+        sliding = len(all_shapes) - len(layers)
+        length = min(tokens, (getattr(text_config(model), "sliding_window", None) or 1) - 1)
+        return cls(layers, tokens, sliding * length * layers[0].token_bytes)
+
+    def kept(self, method: Method) -> float:
+        """Share of bytes that the method promises to hold; 0 for a setting that is too small for the model."""
+        try:
+            held = sum(method.layer_bytes(shape, {}, self.tokens) for shape in self.layers)
+        except SettingError:
+            return 0.0
+        full = self.tokens * sum(shape.token_bytes for shape in self.layers)
+        return (held + BYTES_PER_TOKEN * self.tokens + self.fixed) / (full + self.fixed)
