@@ -44,7 +44,7 @@ def attend(
 
 
 def rebuild(handle: Handle, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of all columns at full width; pads and columns that nothing was stored for are zero."""
+    """Keys and values of all columns at full width: zero where nothing was stored, anything at (masked) pads."""
     layer, first = handle.layer, handle.first
     b, h, w, d = keys.shape
     all_keys, all_values = keys.new_zeros(b, h, first + w, d), values.new_zeros(b, h, first + w, values.shape[3])

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +223,10 @@ class KVCache(Cache):
                     )
 
 
-def digest(method: Method, tensors: Callable[[], list[Tensor]] | list[Tensor]) -> str:
+def digest(method: Method, tensors: list[Tensor]) -> str:
     """Short hash of a method's settings and fitted tensors."""
     h = hashlib.sha256(json.dumps([name_of(method), method.settings()], sort_keys=True).encode())
-    for t in tensors if isinstance(tensors, list) else tensors():
+    for t in tensors:
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 

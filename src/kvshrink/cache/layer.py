@@ -114,15 +114,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def _spill(self, keys: Tensor, values: Tensor, first: int, rope: Rope | None) -> None:
         """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""
-        spare = keys.shape[2] - self.method.window
-        skip = 0
+        spare, page = keys.shape[2] - self.method.window, self.method.page
+        wanted, skip = None, 0
         if not self.sinks.full:
             wanted = self.sinks.wanted(self.table.positions[:, : self.seen] >= 0, first)[:, :spare]
             skip = self._skip(wanted, first, spare)
-            out = skip + (spare - skip) // self.method.page * self.method.page
-            if out:
-                self.sinks.capture(keys, values, first, wanted[:, :out])
-        out = skip + (spare - skip) // self.method.page * self.method.page
+        out = skip + (spare - skip) // page * page
+        if wanted is not None and out:
+            self.sinks.capture(keys, values, first, wanted[:, :out])
         if self.codecs is not None:
             for start in range(skip, out, ENCODE_TOKENS):
                 part = slice(start, min(start + ENCODE_TOKENS, out))
