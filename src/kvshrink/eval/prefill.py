@@ -1,0 +1,47 @@
+"""One exact prefill for all caches of a comparison.
+
+Every method's prefill is the model's own exact attention, so it runs once; each cache is then given the same keys and
+values through its own `update`, as the model would give them.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvshrink.attach.hook import Attachment
+from kvshrink.cache import KVCache
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads."""
+    dense = DynamicCache(config=model.config)
+    given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
+    model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
+    return dense
+
+
+@torch.inference_mode()
+def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None = None) -> None:
+    """Give an empty cache the keys and values of a prefill, layer by layer. mask as for `prefill`."""
+    for i, info in enumerate(attachment.layers):
+        keys, values = dense.layers[i].keys, dense.layers[i].values
+        if not info.compressed:
+            cache.layers[i] = copy.deepcopy(dense.layers[i])
+            continue
+        b, _, t, _ = keys.shape
+        if mask is None:
+            positions = torch.arange(t, device=keys.device)[None].expand(b, -1)
+        else:
+            positions = positions_of(mask)
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        cache.stage(i, positions.to(torch.int32), real, info.rope, True, attachment.fingerprint)
+        cache.update(keys, values, i)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions as `generate` makes them: tokens are counted from 0, pads are at 0."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
