@@ -1,10 +1,11 @@
 """What commands share: loading models and text, method options, tables, the last JSON line."""
 
+import functools
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,23 @@ SpecOption = Annotated[str, typer.Option("--method", help="A method, or name:set
 
 # a pipe or a file has no width of its own; tables would be squeezed to 80 columns
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with our errors and an interrupt turned into one line, before typer answers them its own way."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KVShrinkError as error:
+            print(f"kvshrink: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("kvshrink: interrupted. Run fit, or eval with --out, again to go on.", file=sys.stderr)
+            sys.exit(130)
+
+    return run
 
 
 def quiet() -> None:

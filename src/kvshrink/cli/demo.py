@@ -4,14 +4,16 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from kvshrink.attach import make_cache
-from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
-from kvshrink.cli.evaluate import fitted
-from kvshrink.eval import plots, tasks
+from kvshrink.attach import attach, make_cache
+from kvshrink.cli._common import JsonOption, console, load, print_json, print_table, read_text
+from kvshrink.eval import plots, prompt, tasks
 from kvshrink.eval.entries import parse
-from kvshrink.eval.runner import Runner, fill
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.prefill import fill, prefill
+from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import HEAD, cells, summarise
 from kvshrink.store import files
 
@@ -34,16 +36,19 @@ def demo(
     started = time.perf_counter()
     model, tokenizer = load("reference")
     console.print("Fitting CSKV in closed form on the bundled reference model (4 layers, 128 KV channels).")
-    entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, None)
+    entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, read_text(None))
     runner = Runner(model, tokenizer, entries)
     console.print("Answering. The context is compressed before the question is seen.")
-    outcomes = runner.run("longeval", tasks.get("longeval").samples(cases, 0), "LongEval, official, 30 lines")
-    outcomes += runner.run("passkey", tasks.get("passkey").samples(cases, 0), "passkey, 4k tokens")
-    results = summarise(outcomes)
+    count = prompt.counter(tokenizer)
+    lines = tasks.get("longeval").samples(cases, 0, lines=30)
+    keys = tasks.get("passkey").samples(cases, 0, tokens=4000, count=count)
+    outcomes = runner.run(Job("LongEval, official, 30 lines"), lines)
+    outcomes += runner.run(Job("passkey, 4k tokens"), keys)
+    results = summarise(outcomes, entries)
     print_table(HEAD, [cells(line) for line in results], "accuracy beside the bytes held, all included")
     artifact = entries[3].method
     artifact.save_pretrained(out / "artifact")  # type: ignore[union-attr]
-    _show_report(model, tokenizer, artifact)
+    _show_report(model, tokenizer, artifact, keys[0].context)
     data = {"seconds": round(time.perf_counter() - started, 1), "results": [line.to_dict() for line in results]}
     files.write_json(out / "results.json", data)
     plots.accuracy(results, out / "accuracy.png")
@@ -52,19 +57,11 @@ def demo(
         print_json(data)
 
 
-def _show_report(model, tokenizer, artifact) -> None:
+def _show_report(model, tokenizer, artifact, context: str) -> None:
     """One cache's bytes by layer and purpose, after a 4k prompt."""
-    import torch
-    from transformers import DynamicCache
-
-    from kvshrink.attach import attach
-
-    ids = torch.tensor([tokenizer(tasks.get("passkey").samples(1, 0)[0].context)["input_ids"]])
-    dense = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(input_ids=ids, past_key_values=dense, logits_to_keep=1)
-        cache = make_cache(model, artifact)
-        fill(cache, dense, attach(model))
+    ids = torch.tensor([tokenizer(context)["input_ids"]], device=model.device)
+    cache = make_cache(model, artifact)
+    fill(cache, prefill(model, ids), attach(model))
     console.print(
         f"\nWhat CSKV keep=0.2 bits=4 holds after a prompt:\n{cache.report()}\n", markup=False, highlight=False
     )

@@ -21,6 +21,7 @@ from kvshrink.cli._common import (
     read_text,
 )
 from kvshrink.fit.job import fit_all
+from kvshrink.fit.resume import clear
 from kvshrink.store.bytes import human
 
 CHECKPOINT = ".unfinished"
@@ -45,9 +46,7 @@ def fit(
     checkpoint = out / CHECKPOINT
     artifact = fit_all(where, [chosen], texts, None, length, batch, True, checkpoint, log_with)[0]
     artifact.save_pretrained(out)
-    from kvshrink.fit.resume import Checkpoint
-
-    Checkpoint(checkpoint, {}).clear()
+    clear(checkpoint)
     records = artifact.provenance["layers"]
     rows = [(i, method, f"{r['key_error']:.4f}", f"{r['value_error']:.4f}") for i, r in records.items()]
     print_table(

@@ -47,7 +47,7 @@ def generate(
     net, tokenizer = load(model)
     if isinstance(chosen, Method) and chosen.needs_fit:
         chosen = fit_all(net, [chosen], read_text(text), tokenizer, batch=4)[0]
-    context, rest = encode(Sample(given, "", "", (), 0, {}), tokenizer)
+    context, rest = encode(Sample(given, "", "", (), "", 0, {}), tokenizer)
     ids = torch.tensor([context + rest], device=net.device)  # the rest is the end of a chat template
     cache = make_cache(net, chosen)
     with torch.inference_mode():

@@ -11,39 +11,73 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
 FULL = "full"
+ZEROS = "zeros"
+CONTROLS = (FULL, ZEROS)
 LIKE = "like"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a comparison. method None is the full cache. `like` names an entry whose measured bytes this one,
-    a StreamingLLM, is given to within 3 %: its window is set sample by sample."""
+    """One row of a comparison.
+
+    method: None is a control: "full" is the uncompressed cache; "zeros" is it with the context's keys and values
+            set to zero, whose score is that of a guess.
+    like:   names an entry before it whose measured bytes this one, a StreamingLLM, is given sample by sample.
+    series:  what rows at several budgets have in common.
+    target:  the share of bytes asked for; reached: within 5 % of it; setting: what the budget chose, "keep=0.31".
+    """
 
     label: str
     method: Method | Artifact | None
     like: str | None = None
+    series: str = ""
+    target: float | None = None
+    reached: bool = True
+    setting: str = ""
 
 
 def parse(text: str, defaults: dict | None = None) -> Entry:
-    """ "name", "name:setting=value,..." or "streaming_llm:like=<label of another entry>".
+    """ "full", "zeros", "name", "name:setting=value,..." or "streaming_llm:like=<label of another entry>".
 
     `defaults` are settings that the text may override. Raises SettingError on anything that is no method or setting.
     """
     name, _, rest = text.partition(":")
-    if name == FULL and not rest:
-        return Entry(FULL, None)
+    if name in CONTROLS and not rest:
+        return Entry(name, None)
     if name == "streaming_llm" and rest.startswith(f"{LIKE}="):
         like = rest.removeprefix(f"{LIKE}=")
         return Entry(f"{name} as {like}", build(name, {}), like)
     # a bare name must take every default; one with settings of its own takes those that it has
     fields = {f.name for f in dataclasses.fields(get(name))}
     settings = {k: v for k, v in (defaults or {}).items() if not rest or k in fields}
-    for part in _split(rest):
+    settings |= parse_settings(rest)
+    return Entry(_label(name, settings), build(name, settings))
+
+
+def parse_settings(text: str) -> dict[str, object]:
+    """ "keep=0.2,bits=4" as a dict. Raises SettingError on a part without "="."""
+    settings = {}
+    for part in _split(text):
         key, equals, value = part.partition("=")
         if not equals:
-            raise SettingError(f"{text!r}: {part!r} is no setting. Write name:setting=value,setting=value.")
+            raise SettingError(f"{part!r} is no setting. Write name:setting=value,setting=value.")
         settings[key.strip()] = _value(value.strip())
-    return Entry(_label(name, settings), build(name, settings))
+    return settings
+
+
+def specs(text: str) -> list[str]:
+    """The methods of "cskv,rtn:bits=4,group=64,streaming_llm": a part without a name of its own is a setting of the
+    method before it."""
+    found: list[str] = []
+    for part in _split(text):
+        setting = "=" in part and ":" not in part.partition("=")[0]
+        if setting and found:
+            found[-1] += ("," if ":" in found[-1] else ":") + part.strip()
+        else:
+            found.append(part.strip())
+    if not found:
+        raise SettingError("no method is named. Write name,name:setting=value (docs/methods.md).")
+    return found
 
 
 def check(entries: Sequence[Entry]) -> None:

@@ -1,76 +1,141 @@
-"""Outcomes to the plain table that users read: method, accuracy, kept fraction in real bytes, bytes per token."""
+"""Outcomes to the lines of a table: score and interval, real bytes, time, and the comparison with the full cache."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean, median
 
-from kvshrink.eval.runner import Outcome
-from kvshrink.eval.stats import wilson
+from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.outcomes import Outcome
+from kvshrink.eval.stats import bootstrap, paired, wilson
+
+SEED = 0  # of bootstrap resamples
+
+
+@dataclass(frozen=True)
+class Against:
+    """A method beside the full cache on the same samples.
+
+    lost, won: samples right with the full cache and wrong here, and the other way round (right: score of .5 or more).
+    delta:     mean difference of the scores, with its 95 % paired bootstrap interval.
+    p:         exact McNemar test, where scores are 0 or 1.
+    time:      median over samples of the time per token, as a multiple of the full cache's in the same run.
+    """
+
+    lost: int
+    won: int
+    delta: float
+    delta_low: float
+    delta_high: float
+    p: float | None
+    time: float
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one task. low and high: 95 % Wilson interval; kept: mean over samples of bytes held / full."""
+    """One method on one task, in one mode, at one length.
+
+    low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap.
+    kept:      mean over samples of bytes held / full. target, reached and setting as in Entry.
+    """
 
     task: str
+    mode: str
+    length: int
     method: str
+    series: str
+    target: float | None
+    reached: bool
+    setting: str
     cases: int
-    accuracy: float
+    score: float
     low: float
     high: float
+    interval: str
     kept: float
     bytes_per_token: float
     tokens: float
-    seconds: float
+    seconds_per_token: float
+    against: Against | None
 
     def to_dict(self) -> dict:
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        """Plain values, for JSON."""
+        row = asdict(self)
+        row |= row.pop("against") or dict.fromkeys(Against.__dataclass_fields__)
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def summarise(outcomes: Sequence[Outcome]) -> list[Line]:
-    """One line per task and method, in order of first appearance."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+def summarise(outcomes: Sequence[Outcome], entries: Sequence[Entry] = ()) -> list[Line]:
+    """One line per task, mode, length and method, in order of first appearance."""
+    known = {e.label: e for e in entries}
+    tasks: dict[tuple[str, str, int], dict[str, list[Outcome]]] = {}
     for o in outcomes:
-        groups.setdefault((o.task, o.method), []).append(o)
-    lines = []
-    for (task, method), group in groups.items():
-        n, hits = len(group), sum(o.score for o in group)
-        low, high = wilson(int(hits), n)
-        lines.append(
-            Line(
-                task=task,
-                method=method,
-                cases=n,
-                accuracy=hits / n,
-                low=low,
-                high=high,
-                kept=sum(o.kept for o in group) / n,
-                bytes_per_token=sum(o.nbytes / o.tokens for o in group) / n,
-                tokens=sum(o.tokens for o in group) / n,
-                seconds=sum(o.seconds for o in group) / n,
-            )
-        )
-    return lines
+        tasks.setdefault((o.task, o.mode, o.length), {}).setdefault(o.method, []).append(o)
+    return [
+        _line(group, known.get(method, Entry(method, None)), methods.get(FULL))
+        for methods in tasks.values()
+        for method, group in methods.items()
+    ]
 
 
-HEAD = ("task", "method", "cases", "accuracy", "95 % interval", "kept", "bytes/token")
+def _line(group: list[Outcome], entry: Entry, full: list[Outcome] | None) -> Line:
+    scores = [o.score for o in group]
+    binary = set(scores) <= {0.0, 1.0}
+    low, high = wilson(round(sum(scores)), len(scores)) if binary else bootstrap(scores, SEED)
+    first = group[0]
+    return Line(
+        task=first.task,
+        mode=first.mode,
+        length=first.length,
+        method=first.method,
+        series=entry.series or first.method,
+        target=entry.target,
+        reached=entry.reached,
+        setting=entry.setting,
+        cases=len(group),
+        score=mean(scores),
+        low=low,
+        high=high,
+        interval="wilson" if binary else "bootstrap",
+        kept=mean(o.kept for o in group),
+        bytes_per_token=mean(o.nbytes / o.tokens for o in group),
+        tokens=mean(o.tokens for o in group),
+        seconds_per_token=median(o.seconds for o in group),
+        against=None if full is None or first.method == FULL else _against(group, full),
+    )
+
+
+def _against(group: list[Outcome], full: list[Outcome]) -> Against | None:
+    by_index = {o.index: o for o in full}
+    pairs = [(o, by_index[o.index]) for o in group if o.index in by_index]
+    if not pairs:
+        return None
+    ours, theirs = [o.score for o, _ in pairs], [f.score for _, f in pairs]
+    deltas = [a - b for a, b in zip(ours, theirs, strict=True)]
+    low, high = bootstrap(deltas, SEED)
+    binary = {*ours, *theirs} <= {0.0, 1.0}
+    return Against(
+        lost=sum(o.score < 0.5 <= f.score for o, f in pairs),
+        won=sum(f.score < 0.5 <= o.score for o, f in pairs),
+        delta=mean(deltas),
+        delta_low=low,
+        delta_high=high,
+        p=paired(ours, theirs).p if binary else None,
+        time=median(o.seconds / f.seconds for o, f in pairs),
+    )
+
+
+HEAD = ("task", "method", "cases", "score", "95 % interval", "kept", "bytes/token", "lost/won")
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    """A line as text, in the order of HEAD."""
-    interval = f"{line.low:.2f}-{line.high:.2f}"
-    kept = f"{100 * line.kept:.1f} %"
+    """A line as text, in the order of HEAD. lost/won: answers that flipped against the full cache."""
     return (
         line.task,
         line.method,
         str(line.cases),
-        f"{line.accuracy:.2f}",
-        interval,
-        kept,
+        f"{line.score:.2f}",
+        f"{line.low:.2f}-{line.high:.2f}",
+        f"{100 * line.kept:.1f} %",
         f"{line.bytes_per_token:.0f}",
+        "" if line.against is None else f"{line.against.lost}/{line.against.won}",
     )
-
-
-def markdown(lines: Sequence[Line]) -> str:
-    """A Markdown table."""
-    rows = [HEAD, tuple("---" for _ in HEAD), *(cells(line) for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

@@ -40,10 +40,11 @@ class Checkpoint:
             if file is not None:
                 files.write_tensors(file, tensors, {"job": self.key, "weights": weights, "record": json.dumps(record)})
 
-    def clear(self) -> None:
-        """Delete the checkpoint; the artifact is saved."""
-        if self.folder is not None and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-
     def _file(self, layer: int, method: int) -> Path | None:
         return None if self.folder is None else self.folder / f"layer_{layer:03d}_{method}.safetensors"
+
+
+def clear(folder: str | Path) -> None:
+    """Delete a checkpoint whose artifact is saved."""
+    if Path(folder).is_dir():
+        shutil.rmtree(folder)

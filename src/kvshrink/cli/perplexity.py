@@ -1,0 +1,71 @@
+"""kvshrink eval perplexity: perplexity, and divergence from the full cache's predictions, in a named mode."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kvshrink.cli._common import (
+    BitsOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    TextOption,
+    load,
+    print_json,
+    print_table,
+    read_text,
+)
+from kvshrink.eval.entries import Entry, parse
+from kvshrink.eval.fidelity import Fidelity, fidelity
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.measure import held_out
+from kvshrink.eval.perplexity import scored_bytes
+from kvshrink.methods.artifact import Artifact
+
+DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "rtn"]
+HEAD = ("method", "perplexity", "full", "difference of NLL", "KL mean", "KL 99 %", "top-1", "bits/byte", "kept")
+
+
+def perplexity(
+    model: ModelOption = "reference",
+    method: Annotated[list[str] | None, typer.Option("--method", help="Repeatable: name:setting=value,...")] = None,
+    artifact: Annotated[list[Path] | None, typer.Option(help="Repeatable: a fitted artifact.")] = None,
+    keep: KeepOption = None,
+    bits: BitsOption = None,
+    text: TextOption = None,
+    on: Annotated[Path | None, typer.Option(help="Text to score; default: the bundled held-out book.")] = None,
+    mode: Annotated[
+        Literal["decode", "chunked", "prefix_compressed", "simulated"],
+        typer.Option(help="decode: token by token; chunked; prefix_compressed: one forward; simulated: saves no byte."),
+    ] = "decode",
+    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens a forward, for chunked (32).")] = None,
+    prefix: Annotated[int, typer.Option(min=0, help="Tokens before the scored ones.")] = 1920,
+    scored: Annotated[int, typer.Option(min=1, help="Tokens scored of each text.")] = 128,
+    documents: Annotated[int, typer.Option(min=1, help="Texts, evenly spread.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of where texts begin, and of intervals.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Score text through a shrunken cache. One exact prefill of it all would score the uncompressed model: refused."""
+    given = {k: v for k, v in (("keep", keep), ("bits", bits)) if v is not None}
+    entries = [parse(spec, given) for spec in (method or ([] if artifact else DEFAULT))]
+    entries += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
+    net, tokenizer = load(model)
+    rows = held_out(tokenizer, prefix + scored, documents, scored, seed, on)
+    ready = fitted(entries, net, tokenizer, read_text(text))
+    size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
+    methods = {e.label: e.method for e in ready}
+    found = fidelity(net, methods, rows, prefix=prefix, mode=mode, chunk=chunk, n_bytes=size, seed=seed)
+    any_of = next(iter(found.values()))
+    step = "" if any_of.chunk is None else f", {any_of.chunk} tokens a forward"
+    title = f"mode {mode}{step}: {scored} tokens of each of {documents} texts, after {prefix}"
+    print_table(HEAD, [_cells(label, x) for label, x in found.items()], title)
+    if json:
+        print_json({"model": model, "prefix": prefix, "methods": {k: x.to_dict() for k, x in found.items()}})
+
+
+def _cells(label: str, x: Fidelity) -> tuple[str, ...]:
+    interval = "" if x.dnll_low is None else f" ({x.dnll_low:+.4f} to {x.dnll_high:+.4f})"
+    kept = "no byte saved" if x.kept is None else f"{100 * x.kept:.1f} %"
+    numbers = (f"{x.ppl:.3f}", f"{x.ppl_full:.3f}", f"{x.dnll:+.4f}{interval}", f"{x.kl_mean:.5f}", f"{x.kl_p99:.4f}")
+    return label, *numbers, f"{100 * x.top1:.1f} %", f"{x.bits_per_byte:.4f}", kept

@@ -1,0 +1,90 @@
+"""kvshrink eval suite: every offline task, methods at equal real bytes, one page as the result."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table, read_text
+from kvshrink.errors import SettingError
+from kvshrink.eval import report
+from kvshrink.eval.entries import specs
+from kvshrink.eval.suite import Settings, Suite
+
+METHODS = "cskv,cskv:bits=4,rtn,streaming_llm"
+
+
+def suite(
+    model: ModelOption = "reference",
+    methods: Annotated[
+        str, typer.Option(help="name,name:setting=value,...: a budget sets what is not given.")
+    ] = METHODS,
+    kept: Annotated[
+        str, typer.Option(help="Budgets: bytes held over the full cache's, everything counted.")
+    ] = "0.2,0.1,0.06",
+    tasks: Annotated[str, typer.Option(help="Names or titles, such as passkey,ruler,ruler/vt; none: all.")] = "",
+    stored: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: a task with a file, longbench:subset=qasper,path=FILE.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens; none: the model's context (to 4096), its half, its quarter.")
+    ] = "",
+    modes: Annotated[str, typer.Option(help="Of agnostic, aware, multi_turn.")] = "agnostic,multi_turn",
+    cases: Annotated[int, typer.Option(min=1, help="Samples per task, length and method.")] = 10,
+    documents: Annotated[int, typer.Option(min=0, help="Held-out texts for fidelity; 0: none.")] = 4,
+    scored: Annotated[int, typer.Option(min=1, help="Tokens of each text that are compared.")] = 128,
+    text: TextOption = None,
+    seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Contexts that go through the model together.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for results and report; run again to resume.")] = Path("suite"),
+    json: JsonOption = False,
+) -> None:
+    """Run all offline tasks that the model's context allows, and fidelity, at equal real bytes; write a report."""
+    settings = Settings(
+        model=model,
+        methods=tuple(specs(methods)),
+        kept=tuple(_numbers("kept", kept, float)),
+        tasks=tuple(_list(tasks)),
+        stored=tuple(stored or ()),
+        lengths=tuple(_numbers("lengths", lengths, int)),
+        modes=tuple(_list(modes)),
+        cases=cases,
+        documents=documents,
+        scored=scored,
+        seed=seed,
+        batch=batch,
+    )
+    net, tokenizer = load(model)
+    data = Suite(settings, net, tokenizer, read_text(text), out).run(_command(settings, text))
+    page = report.build(out)
+    head, rows = report.overview(data)
+    print_table(head, rows)
+    for failure in data["failures"]:
+        console.print(f"failed: {failure['method']} on {failure['task']}: {failure['error']}", markup=False)
+    console.print(f"wrote {page}")
+    if json:
+        print_json({"out": str(out), "report": str(page), "failures": data["failures"], "lines": data["lines"]})
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(name: str, text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in _list(text)]
+    except ValueError as error:
+        raise SettingError(f"--{name} {text!r}: give numbers with commas between them.") from error
+
+
+def _command(s: Settings, text: Path | None) -> str:
+    """What makes these results again."""
+    parts = ["kvshrink eval suite", f"--model {s.model}", f'--methods "{",".join(s.methods)}"']
+    parts += [
+        f"--{name} {','.join(map(str, value))}"
+        for name in ("kept", "tasks", "lengths", "modes")
+        if (value := getattr(s, name))
+    ]
+    parts += [f'--stored "{x}"' for x in s.stored]
+    parts += [f"--{name} {getattr(s, name)}" for name in ("cases", "documents", "scored", "seed", "batch")]
+    return " ".join(parts + ([f"--text {text}"] if text else []))

@@ -1,0 +1,121 @@
+"""Which samples a suite runs: every generated task and its variants, and stored ones whose file is given."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from types import ModuleType
+from typing import Any
+
+from kvshrink.errors import EvalError
+from kvshrink.eval import prompt, tasks
+from kvshrink.eval.entries import parse_settings
+from kvshrink.eval.tasks import Sample
+
+NEAR = 0.15  # a task whose samples are this much shorter than asked has a length of its own
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A task with settings, under the title that results carry: "passkey", "ruler/vt"."""
+
+    title: str
+    name: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a task. length: tokens asked for, or what they have if that is much less; tokens: their mean."""
+
+    title: str
+    length: int
+    tokens: int
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A task that cannot be had at a length, and why."""
+
+    task: str
+    length: int
+    reason: str
+
+
+def choices(wanted: Sequence[str] = (), stored: Sequence[str] = ()) -> list[Choice]:
+    """The tasks called `wanted` ("ruler", "ruler/vt"; none: all generated ones), and stored ones
+    ("longbench:subset=qasper,path=FILE").
+
+    Raises EvalError on a name that is not known.
+    """
+    every = [c for name in tasks.names("generated") for c in _variants(name)]
+    for name in wanted:
+        if not any(name in (c.title, c.name) for c in every):
+            raise EvalError(f"no offline task {name!r}. Known: {', '.join(c.title for c in every)}.")
+    found = [c for c in every if not wanted or c.title in wanted or c.name in wanted]
+    for text in stored:
+        name, _, rest = text.partition(":")
+        tasks.get(name)
+        settings = parse_settings(rest)
+        found.append(Choice(f"{name}/{settings['subset']}" if "subset" in settings else name, name, settings))
+    return found
+
+
+def gather(
+    chosen: Sequence[Choice], lengths: Sequence[int], cases: int, seed: int, tokenizer, reference: bool
+) -> tuple[list[Samples], list[Skipped]]:
+    """`cases` samples of every task at every length that it can have (a few more where they share a context).
+
+    reference: whether the model is the bundled one, which has wordings of its own.
+    """
+    made: dict[tuple[str, int], Samples] = {}
+    skipped = []
+    for length in lengths:
+        for choice in chosen:
+            module = tasks.get(choice.name)
+            try:
+                settings = arguments(module, choice.settings, length, tokenizer, reference)
+                samples = module.samples(cases, seed, **settings)
+            except EvalError as error:
+                skipped.append(Skipped(choice.title, length, str(error)))
+                continue
+            samples = _whole_contexts(samples, cases)
+            sizes = [sum(map(len, prompt.encode(s, tokenizer))) + s.max_new_tokens for s in samples]
+            if max(sizes) > length:
+                skipped.append(Skipped(choice.title, length, f"its longest sample takes {max(sizes)} tokens"))
+                continue
+            tokens = round(mean(sizes))
+            label = length if tokens >= (1 - NEAR) * length else round(tokens, -2)
+            # the same short samples come again at every length
+            made.setdefault((choice.title, label), Samples(choice.title, label, tokens, samples))
+    return list(made.values()), skipped
+
+
+def _whole_contexts(samples: list[Sample], cases: int) -> list[Sample]:
+    """The first `cases` samples, and the rest of the last one's context."""
+    end = cases
+    while end < len(samples) and samples[end].context == samples[end - 1].context:
+        end += 1
+    return samples[:end]
+
+
+def arguments(module: ModuleType, given: Mapping[str, Any], tokens: int, tokenizer, reference: bool) -> dict[str, Any]:
+    """What a task's samples() is called with: `given`, and length, counter and wording where it takes them.
+
+    Raises EvalError on a setting that the task does not have.
+    """
+    takes = list(inspect.signature(module.samples).parameters)
+    name = module.__name__.rsplit(".", 1)[1]
+    if wrong := [key for key in given if key not in takes]:
+        raise EvalError(f"task {name} has no setting {wrong[0]!r}. It has: {', '.join(takes[2:])}.")
+    room = tokens - prompt.overhead(tokenizer)
+    offered = {"tokens": room, "count": prompt.counter(tokenizer), "wording": "reference" if reference else "official"}
+    return {key: value for key, value in offered.items() if key in takes} | dict(given)
+
+
+def _variants(name: str) -> list[Choice]:
+    variants = getattr(tasks.get(name), "VARIANTS", None)
+    if variants is None:
+        return [Choice(name, name, {})]
+    return [Choice(f"{name}/{variant}", name, dict(settings)) for variant, settings in variants.items()]
