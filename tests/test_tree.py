@@ -6,6 +6,7 @@ from pathlib import Path
 
 import kvshrink
 from kvshrink import methods
+from kvshrink.eval import tasks
 
 ROOT = Path(kvshrink.__file__).parent
 REPO = Path(__file__).parents[1]
@@ -55,6 +56,13 @@ def test_docs_have_one_row_per_method():
     page = (REPO / "docs" / "methods.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", page, flags=re.M)
     assert sorted(listed) == sorted(methods.names()), "add or remove a row in docs/methods.md"
+
+
+def test_docs_have_one_row_per_task():
+    page = (REPO / "docs" / "evaluation.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, flags=re.M)
+    modes = {"agnostic", "aware", "multi_turn", "decode", "chunked", "prefix_compressed", "simulated"}
+    assert sorted(set(listed) - modes) == tasks.names(), "add or remove a row in docs/evaluation.md"
 
 
 def test_every_method_has_a_test_of_its_name():

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from kvshrink import cli, data
+from kvshrink.eval.runner import Runner
 from kvshrink.methods.artifact import Artifact
 
 
@@ -58,7 +59,8 @@ def test_fit_inspect_generate_and_eval_work_together(run, text, tmp_path):
     assert 0 < record["kept"] < 0.4
     assert record["output"]
 
-    args = ("eval", "--artifact", "art", "--method", "rtn:bits=4", "--cases", 2, "--lines", 8, "--out", "e", "--json")
+    args = ("eval", "--task", "longeval:lines=8", "--artifact", "art", "--method", "rtn:bits=4", "--cases", 2)
+    args = (*args, "--out", "e", "--json")
     code, out, _ = run(*args)
     assert code == 0
     record = json.loads(out.splitlines()[-1])
@@ -74,6 +76,37 @@ def test_inspect_of_a_model_shows_every_layer_and_writes_the_picture(run, tmp_pa
     assert [r["layer"] for r in layers] == [0, 1, 2, 3]
     assert layers[0]["body_per_token"] == 2 * 25 * 2
     assert (tmp_path / "spectra.png").exists()
+
+
+def test_the_suite_ends_in_a_page_and_goes_on_after_an_interrupt(run, text, tmp_path, monkeypatch):
+    args = ["eval", "suite", "--methods", "rtn,cskv:bits=4,window=16", "--kept", 0.3, "--tasks", "passkey/book,copy"]
+    args += ["--lengths", 400, "--cases", 2, "--documents", 2, "--scored", 8, "--text", text, "--out", "s", "--json"]
+    inner, seen = Runner._answer, []
+
+    def stop(self, *rest):
+        seen.append(1)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return inner(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_answer", stop)
+        code, _, err = run(*args)
+    assert (code, "again to go on" in err) == (130, True)
+    code, out, _ = run(*args)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert len(record["lines"]) == 2 * 4
+    rows = (tmp_path / "s" / "outcomes.jsonl").read_text().splitlines()
+    assert len(rows) == len({json.loads(row)["key"] for row in rows}) == 2 * 2 * 4
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "cskv bits=4 window=16" in page
+
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert results["settings"]["command"].startswith('kvshrink eval suite --model reference --methods "rtn,cskv:')
+    (tmp_path / "s" / "report.html").unlink()
+    assert run("report", "s")[0] == 0
+    assert (tmp_path / "s" / "report.html").read_text() == page
 
 
 @pytest.mark.slow
@@ -98,7 +131,20 @@ def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
         (["fit", "--out", "a", "--model", "nowhere/at-all"], "no model"),
         (["eval", "--model", "./nowhere"], "cannot load model"),
         (["eval", "--task", "nope"], "nope"),
-        (["eval", "--path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "--task", "longeval:path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "--task", "longeval:lines"], "no setting"),
+        (["eval", "--task", "passkey:colour=red"], "no setting 'colour'"),
+        (["eval", "--task", "passkey", "--mode", "multi_turn"], "several questions"),
+        (["eval", "--task", "passkey", "--tokens", "70"], "tokens=70"),
+        (["eval", "--task", "longbench"], "path="),
+        (["eval", "suite", "--methods", "nope"], "no method 'nope'"),
+        (["eval", "suite", "--methods", ","], "no method is named"),
+        (["eval", "suite", "--kept", "much"], "--kept 'much'"),
+        (["eval", "suite", "--kept", ""], "at least one"),
+        (["eval", "suite", "--tasks", "nope"], "no offline task 'nope'"),
+        (["eval", "suite", "--lengths", "20"], "scored=128"),
+        (["eval", "suite", "--modes", "twice"], "mode 'twice'"),
+        (["report", "nowhere"], "nowhere"),
         (["eval", "--artifact", "nowhere"], "no artifact"),
         (["eval", "--method", "streaming_llm:like=x"], "no entry 'x'"),
         (["generate", "--prompt", " "], "prompt is empty"),

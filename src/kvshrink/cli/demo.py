@@ -9,7 +9,7 @@ import typer
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.cli._common import JsonOption, console, load, print_json, print_table, read_text
-from kvshrink.eval import plots, prompt, tasks
+from kvshrink.eval import prompt, report, tasks
 from kvshrink.eval.entries import parse
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.prefill import fill, prefill
@@ -51,7 +51,7 @@ def demo(
     _show_report(model, tokenizer, artifact, keys[0].context)
     data = {"seconds": round(time.perf_counter() - started, 1), "results": [line.to_dict() for line in results]}
     files.write_json(out / "results.json", data)
-    plots.accuracy(results, out / "accuracy.png")
+    report.accuracy(results, "agnostic", out / "accuracy.png")
     console.print(f"wrote {out}/accuracy.png, results.json and artifact/ in {data['seconds']:.0f} s")
     if json:
         print_json(data)

@@ -18,7 +18,7 @@ from kvshrink.cli._common import (
     print_table,
     read_text,
 )
-from kvshrink.eval import plots, tasks
+from kvshrink.eval import report, tasks
 from kvshrink.eval.catalogue import arguments
 from kvshrink.eval.entries import FULL, Entry, parse, parse_settings
 from kvshrink.eval.fitting import fitted
@@ -88,7 +88,7 @@ def evaluate(
     data = {"model": model, "task": task, "seed": seed, "mode": mode, "results": [line.to_dict() for line in results]}
     if out is not None:
         files.write_json(out / "results.json", data)
-        plots.accuracy(results, out / "accuracy.png")
+        report.accuracy(results, mode, out / "accuracy.png")
     if json:
         print_json(data)
 

@@ -41,7 +41,8 @@ def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
     values = method.dial_values(room.layers[0], tokens) if method.dial else (None,)
 
     def setting(i: int) -> Method:
-        return replace(method, **{method.dial: values[i]}) if method.dial else method
+        changes: dict[str, Any] = {method.dial: values[i]} if method.dial else {}
+        return replace(method, **changes)
 
     above = bisect_right(range(len(values)), target, key=lambda i: room.kept(setting(i)))
     near = {i: kept for i in (above - 1, above) if 0 <= i < len(values) and (kept := room.kept(setting(i))) > 0}

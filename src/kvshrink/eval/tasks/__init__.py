@@ -65,7 +65,7 @@ def get(name: str) -> ModuleType:
 
 
 def _paths(kind: str | None) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for k in KINDS if kind is None else (kind,):
         package = importlib.import_module(f"{__name__}.{k}")
         found |= {m.name: f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
