@@ -2,8 +2,8 @@
 
 Read the tree in the order the data takes; each line may import only from the lines below it:
 
-    cli/         one module per command: demo, fit, generate, eval, inspect
-    eval/        tasks/<benchmark>.py (data and score), runner, tables and plots, stats
+    cli/         one module per command: demo, fit, generate, eval (suite, perplexity), report, inspect, lm-eval
+    eval/        tasks/ and metrics/, runner and suite, perplexity, fidelity, lm-eval plug-in, report/
     fit/         statistics (streamed moments), layer-by-layer run, key/value split, reconstruction training
     attach/      model -> attention hook: attention function, mask function, families, self-check
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp

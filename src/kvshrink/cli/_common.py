@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvshrink.errors import DataError, KVShrinkError, SettingError
-from kvshrink.eval import calibration
+from kvshrink.errors import KVShrinkError, SettingError
 from kvshrink.eval.entries import parse
 from kvshrink.methods._roles import Method
 from kvshrink.reference import FOLDER
@@ -83,19 +82,6 @@ def refuse_beside(artifact: Path | None, **options: object) -> None:
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if artifact is not None and given:
         raise SettingError(f"{', '.join(given)} cannot change the artifact {artifact}. Leave it out, or fit another.")
-
-
-def read_text(path: Path | None) -> list[str]:
-    """Calibration texts. Raises DataError if the file is missing, unreadable or empty."""
-    if path is None:
-        return calibration.default_text()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text file {path}: {error}. Give a UTF-8 text file.") from error
-    if not text.strip():
-        raise DataError(f"text file {path} is empty. Give some 100 kB of text like what the model will read.")
-    return [text]
 
 
 def one_method(spec: str, keep: float | None, bits: int | None) -> Method:

@@ -8,8 +8,8 @@ import torch
 import typer
 
 from kvshrink.attach import attach, make_cache
-from kvshrink.cli._common import JsonOption, console, load, print_json, print_table, read_text
-from kvshrink.eval import prompt, report, tasks
+from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
+from kvshrink.eval import calibration, prompt, report, tasks
 from kvshrink.eval.entries import parse
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.prefill import fill, prefill
@@ -36,7 +36,7 @@ def demo(
     started = time.perf_counter()
     model, tokenizer = load("reference")
     console.print("Fitting CSKV in closed form on the bundled reference model (4 layers, 128 KV channels).")
-    entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, read_text(None))
+    entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, calibration.texts(None))
     runner = Runner(model, tokenizer, entries)
     console.print("Answering. The context is compressed before the question is seen.")
     count = prompt.counter(tokenizer)

@@ -16,9 +16,8 @@ from kvshrink.cli._common import (
     load,
     print_json,
     print_table,
-    read_text,
 )
-from kvshrink.eval import report, tasks
+from kvshrink.eval import calibration, report, tasks
 from kvshrink.eval.catalogue import arguments
 from kvshrink.eval.entries import FULL, Entry, parse, parse_settings
 from kvshrink.eval.fitting import fitted
@@ -80,7 +79,7 @@ def evaluate(
     settings = arguments(module, parse_settings(rest), tokens, tokenizer, model == "reference")
     samples = module.samples(cases, seed, **settings)
     todo = [Entry(FULL, None), *(e for e in entries if e.label != FULL)]
-    ready = fitted(todo, net, tokenizer, read_text(text))
+    ready = fitted(todo, net, tokenizer, calibration.texts(text))
     runner = Runner(net, tokenizer, ready, batch)
     outcomes = runner.run(Job(task, mode, tokens), samples, Log(out / "outcomes.jsonl" if out else None))
     results = summarise(outcomes, ready)

@@ -18,8 +18,8 @@ from kvshrink.cli._common import (
     print_json,
     print_table,
     quiet,
-    read_text,
 )
+from kvshrink.eval import calibration
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.store.bytes import human
@@ -42,7 +42,7 @@ def fit(
     """Fit a method to a model and save it. Weights are read one layer at a time; run again to resume."""
     quiet()
     chosen = one_method(method, keep, bits)
-    texts, where = read_text(text), model_name(model)
+    texts, where = calibration.texts(text), model_name(model)
     checkpoint = out / CHECKPOINT
     artifact = fit_all(where, [chosen], texts, None, length, batch, True, checkpoint, log_with)[0]
     artifact.save_pretrained(out)

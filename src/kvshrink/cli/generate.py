@@ -17,10 +17,10 @@ from kvshrink.cli._common import (
     load,
     one_method,
     print_json,
-    read_text,
     refuse_beside,
 )
 from kvshrink.errors import DataError
+from kvshrink.eval import calibration
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.tasks import Sample
 from kvshrink.fit.job import fit_all
@@ -46,7 +46,7 @@ def generate(
     chosen: Method | Artifact = Artifact.from_pretrained(artifact) if artifact else one_method(method, keep, bits)
     net, tokenizer = load(model)
     if isinstance(chosen, Method) and chosen.needs_fit:
-        chosen = fit_all(net, [chosen], read_text(text), tokenizer, batch=4)[0]
+        chosen = fit_all(net, [chosen], calibration.texts(text), tokenizer, batch=4)[0]
     context, rest = encode(Sample(given, "", "", (), "", 0, {}), tokenizer)
     ids = torch.tensor([context + rest], device=net.device)  # the rest is the end of a chat template
     cache = make_cache(net, chosen)

@@ -14,8 +14,8 @@ from kvshrink.cli._common import (
     load,
     print_json,
     print_table,
-    read_text,
 )
+from kvshrink.eval import calibration
 from kvshrink.eval.entries import Entry, parse
 from kvshrink.eval.fidelity import Fidelity, fidelity
 from kvshrink.eval.fitting import fitted
@@ -52,7 +52,7 @@ def perplexity(
     entries += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
     net, tokenizer = load(model)
     rows = held_out(tokenizer, prefix + scored, documents, scored, seed, on)
-    ready = fitted(entries, net, tokenizer, read_text(text))
+    ready = fitted(entries, net, tokenizer, calibration.texts(text))
     size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
     methods = {e.label: e.method for e in ready}
     found = fidelity(net, methods, rows, prefix=prefix, mode=mode, chunk=chunk, n_bytes=size, seed=seed)

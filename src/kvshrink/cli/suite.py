@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table, read_text
+from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table
 from kvshrink.errors import SettingError
-from kvshrink.eval import report
+from kvshrink.eval import calibration, report
 from kvshrink.eval.entries import specs
 from kvshrink.eval.suite import Settings, Suite
 
@@ -55,7 +55,7 @@ def suite(
         batch=batch,
     )
     net, tokenizer = load(model)
-    data = Suite(settings, net, tokenizer, read_text(text), out).run(_command(settings, text))
+    data = Suite(settings, net, tokenizer, calibration.texts(text), out).run(_command(settings, text))
     page = report.build(out)
     head, rows = report.overview(data)
     print_table(head, rows)

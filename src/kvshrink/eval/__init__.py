@@ -1,1 +1,4 @@
-"""Evaluation: tasks (data and score), a runner that forces the compressed cache to be read, tables and plots."""
+"""Evaluation at equal real bytes: tasks, metrics, a runner that makes every score read the cache, fidelity, reports.
+
+The path of a suite: catalogue -> budget -> fitting -> prefill -> runner -> summary -> report.
+"""

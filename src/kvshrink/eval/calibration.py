@@ -4,7 +4,10 @@ At low rank the text matters: a basis fitted on prose alone loses record-like co
 some records are mixed in. They are generated (seed apart from the tests', five-digit numbers), never official cases.
 """
 
+from pathlib import Path
+
 from kvshrink import data
+from kvshrink.errors import DataError
 from kvshrink.eval import tasks
 
 SEED = 20_409_105  # far from any seed a test uses
@@ -20,3 +23,16 @@ def default_text(book_chars: int = 120_000) -> list[str]:
     for i, sample in enumerate(made):
         out += [book[i * step : (i + 1) * step], f"\n{sample.prompt}{sample.answers[0]}>\n"]
     return out
+
+
+def texts(path: str | Path | None) -> list[str]:
+    """The texts of a file, or the default ones. Raises DataError if it is missing, unreadable or empty."""
+    if path is None:
+        return default_text()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read text file {path}: {error}. Give a UTF-8 text file.") from error
+    if not text.strip():
+        raise DataError(f"text file {path} is empty. Give some 100 kB of text like what the model will read.")
+    return [text]

@@ -27,7 +27,8 @@ from kvshrink.attach import make_cache
 from kvshrink.attach.factory import digest_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError
-from kvshrink.eval.harness_method import method_of, text_of
+from kvshrink.eval import calibration
+from kvshrink.eval.harness_method import method_of
 from kvshrink.eval.harness_usage import Usage, describe, shrunken
 from kvshrink.fit import fit
 from kvshrink.methods import name_of
@@ -85,7 +86,7 @@ class KVShrinkLM(HFLM):
         if self.world_size > 1:
             raise EvalError(f"{self.world_size} processes run, 1 is possible. Start without accelerate launch.")
         if isinstance(found, Method) and (found.needs_fit or text is not None):
-            found = fit(self.model, found, text_of(text), self.tokenizer, batch=4)
+            found = fit(self.model, found, calibration.texts(text), self.tokenizer, batch=4)
         make_cache(self.model, found)  # what cannot work is refused before any task is loaded
         self.method, self.chunk = found, chunk
         self.usage: dict[str, Usage] = {}

@@ -1,9 +1,6 @@
 """The arguments of lm-eval's model `kvshrink` that say which method, and on what text it is fitted."""
 
-from pathlib import Path
-
-from kvshrink.errors import DataError, EvalError, SettingError
-from kvshrink.eval import calibration
+from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.entries import parse
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
@@ -30,13 +27,3 @@ def method_of(
             f"{given!r} is not a method of its own. For the full cache use --model hf, or method=rtn:bits=None."
         )
     return entry.method
-
-
-def text_of(path: str | None) -> list[str]:
-    """The texts of a file, or the bundled ones. Raises DataError if it cannot be read."""
-    if path is None:
-        return calibration.default_text()
-    try:
-        return [Path(path).read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text file {path}: {error}. Give a UTF-8 text file.") from error
