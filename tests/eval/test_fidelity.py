@@ -51,15 +51,22 @@ def test_numbers_of_two_documents_by_hand():
     assert (x.documents, x.positions, x.mode, x.chunk) == (2, 8, "decode", 1)
     assert (x.kl_mean, x.kl_median, x.kl_max) == (16, 3.5, 107)
     assert (x.kl_p95, x.kl_p99, x.kl_p999) == tuple(np.percentile([0, 1, 2, 3, 4, 5, 6, 107], [95, 99, 99.9]))
-    assert (x.kl_low, x.kl_high) == bootstrap([1.5, 30.5], 0)
+    # Student's t: mean -+ 12.706 |difference| / 2; a divergence is never below 0
+    assert (x.kl_low, x.kl_high) == pytest.approx((0, 16 + 12.706 * 29 / 2))
     assert (x.nll, x.nll_full, x.dnll) == (2.75, 2, 0.75)
-    assert (x.dnll_low, x.dnll_high) == bootstrap([1, 0.5], 0) == (0.5, 1)
+    assert (x.dnll_low, x.dnll_high) == pytest.approx((0.75 - 12.706 / 4, 0.75 + 12.706 / 4))
     assert (x.ppl, x.ppl_full) == pytest.approx((np.exp(2.75), np.exp(2)))
     assert x.bits_per_byte == pytest.approx(22 / np.log(2) / 10)
     assert (x.top1, x.top5) == pytest.approx((1, 0.8))
     assert x.dp_rms == pytest.approx(0.3 / 2)
     assert (x.trajectory_prefix, x.trajectory_agreement, x.trajectory_tokens) == (3, 7 / 8, 4)
     assert (x.exercised, x.kept) == pytest.approx((0.75, 0.6))
+
+
+def test_many_documents_are_resampled():
+    rows = [track([float(i)], [float(i)], [0.0]) for i in range(30)]
+    x = summary(rows, [], "decode", 1)
+    assert (x.kl_low, x.kl_high) == bootstrap([float(i) for i in range(30)], 0)
 
 
 def test_one_document_has_no_interval_and_a_simulation_keeps_no_bytes():

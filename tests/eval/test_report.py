@@ -15,6 +15,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval import report
 from kvshrink.eval.report import markdown, results
 from kvshrink.eval.report.notes import holm
+from kvshrink.eval.report.page import _best
 from kvshrink.eval.report.standings import pooled, standings
 from tests.eval import synthetic_results as synthetic
 
@@ -232,7 +233,7 @@ def test_settings_failures_and_notes_are_there(full):
     p = [e["p"] for e in data["lines"] if e["p"] is not None and e["series"] != "zeros"]
     assert f"{len(p)} exact McNemar tests" in page.text
     assert f"{sum(v < 0.05 for v in p)} have p < 0.05, {holm(p)} still" in page.text
-    assert "rtn @0.06: the method has no setting that small" in page.text
+    assert "rtn @0.06: the method has no setting at that size" in page.text
 
 
 def test_names_are_escaped_everywhere(odd):
@@ -334,8 +335,32 @@ def test_standings_compare_with_the_full_cache_on_the_same_lines():
     assert found["full"].delta_low is None
     alone = {s.method: s for s in standings(synthetic.results(tasks=("copy",)))}
     assert alone["rtn @0.2"].delta_low is None, "one task says nothing about tasks"
-    order = [s.mean.score for s in standings(data) if s.target == 0.1]
-    assert order == sorted(order, reverse=True)
+    order = [(s.lines < s.all_lines, -s.mean.score) for s in standings(data) if s.target == 0.1]
+    assert order == sorted(order), "the highest first, those with lines missing after them"
+
+
+def test_a_method_that_has_only_its_best_lines_left_is_not_the_best():
+    data = synthetic.results()
+    own = [e for e in data["lines"] if e["method"] == "rtn @0.2"]
+    data["lines"] = [e for e in data["lines"] if e["method"] != "rtn @0.2" or e is own[0]]
+    own[0]["score"] = 1.0
+    board = standings(data)
+    assert max(board, key=lambda s: s.mean.score * (s.series not in ("full", "zeros"))).method == "rtn @0.2"
+    assert not any(b["method"] == "rtn @0.2" for b in _best(board))
+
+
+def test_bytes_that_miss_the_budget_on_both_sides_do_not_reach_it():
+    line = {"target": 0.1, "kept": 0.06}
+    assert not results.reached([line, {**line, "kept": 0.14}])
+    assert results.reached([{**line, "kept": 0.098}, {**line, "kept": 0.103}])
+    assert results.reached([{**line, "target": None}])
+
+
+def test_without_its_zeros_line_a_task_is_not_called_impossible():
+    data = synthetic.results()
+    task = synthetic.TASKS[0]
+    data["lines"] = [e for e in data["lines"] if e["task"] != task or e["series"] != "zeros"]
+    assert any(e["task"] == task for e in results.telling(data, "agnostic"))
 
 
 def test_holm_counts_like_its_paper():

@@ -1,21 +1,25 @@
 """The runner: it reads what the cache holds, resumes, isolates failures, and compares at equal bytes."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from kvshrink import RTN, StreamingLLM, make_cache
 from kvshrink.attach import attach
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import prompt, tasks
+from kvshrink.eval import runner as runner_module
 from kvshrink.eval.entries import Entry, check, parse, specs
 from kvshrink.eval.outcomes import Log
 from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.rounds import left_pad
+from kvshrink.eval.rounds import groups, left_pad
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import cells, summarise
+from tests.scenarios import families
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,16 @@ def test_the_given_prefill_is_the_models_own(reference, samples, pads):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_sliding_layer_is_counted_and_copied_as_what_it_holds():
+    """transformers leaves it as a view of the whole prompt, which would keep every byte of it alive."""
+    model = families.subject("gemma3")
+    dense = prefill(model, torch.randint(5, 60, (1, 90)))
+    for layer in dense.layers:
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+        assert layer.values.untyped_storage().nbytes() == layer.values.nbytes
+    assert dense.layers[0].keys.shape[2] < 90 == dense.layers[1].keys.shape[2]
+
+
 def test_an_interrupted_run_goes_on_and_redoes_nothing(reference, samples, tmp_path, monkeypatch):
     out, runner = tmp_path / "outcomes.jsonl", Runner(*reference, ENTRIES[:3])
     whole = runner.run(JOB, samples)
@@ -147,31 +161,81 @@ def test_an_interrupted_run_goes_on_and_redoes_nothing(reference, samples, tmp_p
     assert len(made) == 6
 
 
-def test_another_prompt_mode_or_method_is_run_again(reference, samples):
-    runner = Runner(*reference, ENTRIES[:3])
-    keys = {runner.key(Job("longeval", mode), e, s) for mode in ("agnostic", "aware") for e in ENTRIES for s in samples}
-    assert len(keys) == 2 * len(ENTRIES) * len(samples)
-    other = replace(samples[0], context=samples[0].context.replace("1", "2"))
-    assert runner.key(JOB, ENTRIES[0], other) != runner.key(JOB, ENTRIES[0], samples[0])
-    assert Runner(*reference, ENTRIES, batch=2).key(JOB, ENTRIES[0], samples[0]) not in keys
+def test_all_that_an_answer_depends_on_is_in_its_key(reference, samples):
+    model, tokenizer = reference
+
+    def keys(sample=samples[0], mode="agnostic", batch=1, entries=ENTRIES, tokens=tokenizer, net=model):
+        (group,) = groups([sample], mode, tokens, batch)
+        found = Runner(net, tokens, entries, batch).keys(Job("x", mode), group)
+        return [key for by_case in found.values() for key in by_case.values()]
+
+    first = samples[0]
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[2].self_attn.q_proj.weight[3, 4] *= 2
+        other.model.layers[2].self_attn.q_proj.weight *= 1.001
+    found = [
+        *keys(),
+        *keys(mode="aware"),
+        *keys(batch=2),
+        *keys(replace(first, context=first.context.replace("1", "2"))),
+        *keys(replace(first, answers=("1",))),
+        *keys(replace(first, metric="first_integer")),
+        *keys(replace(first, max_new_tokens=9)),
+        *keys(replace(first, meta={**first.meta, "labels": ["a"]})),
+        *keys(tokens=templated),
+        *keys(net=other),
+    ]
+    assert len(set(found)) == len(found) == 10 * len(ENTRIES)
+    assert keys() == keys()
+    # a label is only a name: two budgets may come to one setting
+    assert keys(entries=[Entry("a", RTN(bits=3))]) == keys(entries=[Entry("b", RTN(bits=3))])
+
+
+def test_generation_is_greedy_whatever_the_model_s_own_settings_say(reference, samples):
+    model, tokenizer = reference
+    wanted = outputs(Runner(model, tokenizer, ENTRIES[:1]).run(JOB, samples), "full")
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id, repetition_penalty=3.0, do_sample=True, temperature=5.0, max_new_tokens=1
+    )
+    try:
+        assert outputs(Runner(model, tokenizer, ENTRIES[:1]).run(JOB, samples), "full") == wanted
+        assert model.generation_config.repetition_penalty == 3.0, "put back"
+    finally:
+        model.generation_config = own
+
+
+def test_a_row_ends_at_its_own_end_and_limit():
+    assert runner_module._cut([5, 6, 1, 9, 9], 4, {1}) == [5, 6]
+    assert runner_module._cut([5, 6, 7, 1], 2, {1}) == [5, 6]
+    assert runner_module._cut([5, 6], 4, {None}) == [5, 6]
 
 
 def test_a_failing_method_is_recorded_and_the_others_go_on(reference, samples, monkeypatch):
-    inner = Runner._cache
+    inner, made = Runner._cache, []
 
     def broken(self, entry, *rest):
-        if entry.label == "same":
+        made.append(entry.label)
+        if entry.label == "same" and made.count("same") == 2:
             raise RuntimeError("out of memory\nand a long story")
         return inner(self, entry, *rest)
 
     monkeypatch.setattr(Runner, "_cache", broken)
     runner = Runner(*reference, ENTRIES[:3], isolate=True)
     outcomes = runner.run(JOB, samples)
-    assert {o.method for o in outcomes} == {"full", "rtn bits=2"}
+    assert {o.method for o in outcomes} == {"full", "rtn bits=2"}, "half a task is no score, either"
     (failure,) = runner.failures
     assert (failure.method, failure.task, failure.error) == ("same", "longeval", "RuntimeError: out of memory")
+    made.clear()
     with pytest.raises(RuntimeError, match="out of memory"):
         Runner(*reference, ENTRIES[:3]).run(JOB, samples)
+    monkeypatch.setattr(runner_module, "prefill", lambda *a: 1 / 0)
+    runner = Runner(*reference, ENTRIES[:3], isolate=True)
+    assert runner.run(JOB, samples) == []
+    assert {f.method for f in runner.failures} == {"full", "same", "rtn bits=2"}
 
 
 def test_summary_counts_bytes_intervals_and_flips(reference, samples):
@@ -190,6 +254,17 @@ def test_summary_counts_bytes_intervals_and_flips(reference, samples):
     graded = summarise([replace(o, score=0.5 if o.method == "full" else 0.25) for o in outcomes[:8]])
     assert [(x.interval, x.low, x.high) for x in graded] == [("bootstrap", 0.5, 0.5), ("bootstrap", 0.25, 0.25)]
     assert graded[1].against.p is None
+    assert (rtn.to_dict()["removed"], rtn.to_dict()["x_factor"]) == pytest.approx(
+        (1 - rtn.kept, 1 / rtn.kept), abs=1e-5
+    )
+
+
+def test_questions_about_one_context_are_no_independent_samples(reference, samples):
+    outcomes = Runner(*reference, ENTRIES[:2]).run(JOB, samples)
+    clustered = [replace(o, context=o.index // 2, score=float(o.index < 2)) for o in outcomes]
+    full, same = summarise(clustered)
+    assert (full.score, full.interval, full.low, full.high) == (0.5, "clusters", 0.0, 1.0)
+    assert same.against.p is None
 
 
 def test_a_folder_that_cannot_be_written_is_named(reference, samples, tmp_path):
@@ -247,6 +322,27 @@ def test_a_chat_template_goes_around_context_and_question(samples):
     # a benchmark may run a task without the template
     plain = replace(samples[0], meta={"chat": False})
     assert "".join(map(chr, prompt.encode(plain, _Templated())[0])) == plain.context
+
+
+def test_a_question_that_follows_gets_no_space_in_front_of_it():
+    """SentencePiece puts one before whatever it is given; the context's last line break has it already."""
+
+    class Pieces:
+        bos_token_id = None
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(c) for c in "\u2581" + text.replace(" ", "\u2581")]}
+
+        def convert_ids_to_tokens(self, i):
+            return chr(i)
+
+    sample = tasks.Sample("one two\n", "What is it?", " It is", ("three",), "topic", 4, {})
+    context, ((question, answer),) = prompt.encode_turns([sample], Pieces())
+    assert "".join(map(chr, question)) == "What\u2581is\u2581it?\u2581It\u2581is"
+    assert "".join(map(chr, context)) == "\u2581one\u2581two\n"
+    assert "".join(map(chr, answer)).lstrip("\u2581") == "three"
+    assert prompt.reference_answer(replace(sample, answers=("a", "b"))) == " a"
+    assert prompt.reference_answer(replace(sample, answers=("a", "b"), metric="set_f1")) == " a, b"
 
 
 def test_turns_go_through_a_chat_template(shared):

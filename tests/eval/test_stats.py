@@ -1,7 +1,7 @@
 import pytest
 
 from kvshrink.errors import EvalError
-from kvshrink.eval.stats import Paired, bootstrap, paired, wilson
+from kvshrink.eval.stats import Paired, bootstrap, paired, student, wilson
 
 
 def test_wilson_by_hand():
@@ -91,3 +91,16 @@ def test_bootstrap_refuses_no_or_bad_values(values):
 def test_bootstrap_refuses_no_resamples():
     with pytest.raises(EvalError, match="0 resamples"):
         bootstrap([1.0], seed=0, n=0)
+
+
+def test_student_by_hand_and_in_the_limit():
+    # mean 2.5, deviation sqrt(5/3), t(3) = 3.182
+    assert student([1, 2, 3, 4]) == pytest.approx((2.5 - 3.182 * (5 / 3) ** 0.5 / 2, 2.5 + 3.182 * (5 / 3) ** 0.5 / 2))
+    many = [0.0, 1.0] * 200
+    assert student(many) == pytest.approx(bootstrap(many, seed=0), abs=0.01)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("inf")]])
+def test_student_needs_two_finite_values(values):
+    with pytest.raises(EvalError, match="student"):
+        student(values)

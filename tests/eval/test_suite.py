@@ -114,7 +114,7 @@ def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeyp
     assert len({r["key"] for r in rows}) == len(rows) == 5 + len(counted)
 
     def plain(data):
-        timed = ("seconds_per_token", "time")
+        timed = ("seconds_per_token", "time", "encode")
         return [{k: v for k, v in x.items() if k not in timed} for x in data["lines"]]
 
     assert plain(resumed) == plain(whole)
@@ -175,6 +175,11 @@ def test_every_task_fits_its_length_or_says_why_not(reference):
         ({"modes": ("awake",)}, "mode 'awake'"),
         ({"tasks": ("nope",)}, "no offline task 'nope'"),
         ({"stored": ("nope:path=x",)}, "No task 'nope'"),
+        ({"methods": ("rtn:bits=4",)}, "bits is what the budget sets"),
+        ({"lengths": (9000,)}, "model's context of 4096"),
+        ({"stored": ("longbench:subset=qasper,path=nowhere.jsonl",)}, "no file or folder nowhere.jsonl"),
+        ({"stored": ("passkey:colour=red",)}, "no setting 'colour'"),
+        ({"stored": ("passkey:path=README.md", "passkey:path=README.md")}, "two tasks are called"),
         ({"lengths": (10,), "documents": 0}, "no task fits"),
         ({"lengths": (100,), "scored": 100}, "scored"),
     ],
@@ -184,6 +189,37 @@ def test_a_suite_that_cannot_run_is_refused_before_it_starts(reference, texts, t
     with pytest.raises((SettingError, EvalError), match=reason):
         Suite(Settings(**base | changes), *reference, texts, tmp_path).run("x")
     assert not (tmp_path / "results.json").exists()
+
+
+class _NoTurns:
+    """A tokenizer whose chat template drops earlier answers."""
+
+    def __init__(self, tokenizer):
+        self.inner, self.chat_template = tokenizer, "x"
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"{messages[0]['content']} {len(messages)}"
+
+
+def test_a_mode_that_a_task_cannot_have_is_skipped_with_the_reason(reference, texts, tmp_path):
+    model, tokenizer = reference
+    settings = Settings("reference", ("rtn",), (0.3,), ("scbench_like/mf",), lengths=(600,), cases=1, documents=0)
+    data = Suite(settings, model, _NoTurns(tokenizer), texts, tmp_path / "a").run("x")
+    assert {x["mode"] for x in data["lines"]} == {"agnostic"}
+    (skipped,) = data["skipped"]
+    assert "mode multi_turn: the chat template changes earlier turns" in skipped["reason"]
+    # a conversation that would go beyond the context
+    long = replace(settings, lengths=(4096,), modes=("multi_turn",), tasks=("scbench_like/vt",))
+    suite = Suite(long, model, tokenizer, texts, tmp_path / "b")
+    samples, found = gather(suite.chosen, (4096,), 1, 0, tokenizer, reference=True)
+    assert suite._jobs(samples, found) == []
+    assert "more than the model's context of 4096" in found[0].reason
 
 
 def test_the_default_lengths_come_from_the_model(reference):

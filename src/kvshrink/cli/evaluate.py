@@ -18,10 +18,11 @@ from kvshrink.cli._common import (
     print_table,
 )
 from kvshrink.eval import calibration, report, tasks
-from kvshrink.eval.catalogue import arguments
+from kvshrink.eval.catalogue import arguments, check_context
 from kvshrink.eval.entries import FULL, Entry, parse, parse_settings
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.outcomes import Log
+from kvshrink.eval.prompt import encode
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import HEAD, cells, summarise
 from kvshrink.methods.artifact import Artifact
@@ -38,7 +39,7 @@ def evaluate(
     context: Context,
     model: ModelOption = "reference",
     task: Annotated[
-        str, typer.Option(help="A task, or task:setting=value,... (docs/tasks.md).")
+        str, typer.Option(help="A task, or task:setting=value,... (docs/evaluation.md).")
     ] = "longeval:official=True,lines=30",
     method: Annotated[
         list[str] | None,
@@ -78,6 +79,7 @@ def evaluate(
     net, tokenizer = load(model)
     settings = arguments(module, parse_settings(rest), tokens, tokenizer, model == "reference")
     samples = module.samples(cases, seed, **settings)
+    check_context(net, max(sum(map(len, encode(s, tokenizer))) + s.max_new_tokens for s in samples))
     todo = [Entry(FULL, None), *(e for e in entries if e.label != FULL)]
     ready = fitted(todo, net, tokenizer, calibration.texts(text))
     runner = Runner(net, tokenizer, ready, batch)

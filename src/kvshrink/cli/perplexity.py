@@ -16,6 +16,7 @@ from kvshrink.cli._common import (
     print_table,
 )
 from kvshrink.eval import calibration
+from kvshrink.eval.catalogue import check_context
 from kvshrink.eval.entries import Entry, parse
 from kvshrink.eval.fidelity import Fidelity, fidelity
 from kvshrink.eval.fitting import fitted
@@ -51,7 +52,8 @@ def perplexity(
     entries = [parse(spec, given) for spec in (method or ([] if artifact else DEFAULT))]
     entries += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
     net, tokenizer = load(model)
-    rows = held_out(tokenizer, prefix + scored, documents, scored, seed, on)
+    check_context(net, prefix + scored)
+    rows = held_out(tokenizer, prefix + scored, documents, seed, on)
     ready = fitted(entries, net, tokenizer, calibration.texts(text))
     size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
     methods = {e.label: e.method for e in ready}

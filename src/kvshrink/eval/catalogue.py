@@ -3,10 +3,12 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from types import ModuleType
 from typing import Any
 
+from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
 from kvshrink.eval import prompt, tasks
 from kvshrink.eval.entries import parse_settings
@@ -56,9 +58,15 @@ def choices(wanted: Sequence[str] = (), stored: Sequence[str] = ()) -> list[Choi
     found = [c for c in every if not wanted or c.title in wanted or c.name in wanted]
     for text in stored:
         name, _, rest = text.partition(":")
-        tasks.get(name)
         settings = parse_settings(rest)
-        found.append(Choice(f"{name}/{settings['subset']}" if "subset" in settings else name, name, settings))
+        _check(tasks.get(name), settings)
+        if not settings.get("hub") and not Path(str(settings.get("path"))).exists():
+            raise EvalError(f"{text!r}: no file or folder {settings.get('path')}. Give path=, or hub=True to download.")
+        parts = [str(v) for k, v in settings.items() if k not in ("path", "hub")]
+        found.append(Choice("/".join([name, *parts]), name, settings))
+    titles = [c.title for c in found]
+    if twice := [t for t in titles if titles.count(t) > 1]:
+        raise EvalError(f"two tasks are called {twice[0]!r}. Give them another setting, or run them apart.")
     return found
 
 
@@ -69,7 +77,7 @@ def gather(
 
     reference: whether the model is the bundled one, which has wordings of its own.
     """
-    made: dict[tuple[str, int], Samples] = {}
+    made: dict[tuple[str, tuple[str, ...]], Samples] = {}
     skipped = []
     for length in lengths:
         for choice in chosen:
@@ -86,9 +94,11 @@ def gather(
                 skipped.append(Skipped(choice.title, length, f"its longest sample takes {max(sizes)} tokens"))
                 continue
             tokens = round(mean(sizes))
-            label = length if tokens >= (1 - NEAR) * length else round(tokens, -2)
+            label = length if tokens >= (1 - NEAR) * length else round(tokens, -2) or tokens
             # the same short samples come again at every length
-            made.setdefault((choice.title, label), Samples(choice.title, label, tokens, samples))
+            made.setdefault(
+                (choice.title, tuple(s.prompt for s in samples)), Samples(choice.title, label, tokens, samples)
+            )
     return list(made.values()), skipped
 
 
@@ -105,13 +115,31 @@ def arguments(module: ModuleType, given: Mapping[str, Any], tokens: int, tokeniz
 
     Raises EvalError on a setting that the task does not have.
     """
-    takes = list(inspect.signature(module.samples).parameters)
-    name = module.__name__.rsplit(".", 1)[1]
-    if wrong := [key for key in given if key not in takes]:
-        raise EvalError(f"task {name} has no setting {wrong[0]!r}. It has: {', '.join(takes[2:])}.")
+    takes = _check(module, given)
     room = tokens - prompt.overhead(tokenizer)
     offered = {"tokens": room, "count": prompt.counter(tokenizer), "wording": "reference" if reference else "official"}
     return {key: value for key, value in offered.items() if key in takes} | dict(given)
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that the model was made for, None if it does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def check_context(model: Any, tokens: int) -> None:
+    """Raise EvalError if so many tokens are more than the model was made for."""
+    most = context_of(model)
+    if most is not None and tokens > most:
+        raise EvalError(f"{tokens} tokens are more than the model's context of {most}. Use fewer.")
+
+
+def _check(module: ModuleType, given: Mapping[str, Any]) -> list[str]:
+    """The settings that a task takes. Raises EvalError on one that it does not."""
+    takes = list(inspect.signature(module.samples).parameters)
+    if wrong := [key for key in given if key not in takes]:
+        name = module.__name__.rsplit(".", 1)[1]
+        raise EvalError(f"task {name} has no setting {wrong[0]!r}. It has: {', '.join(takes[2:])}.")
+    return takes
 
 
 def _variants(name: str) -> list[Choice]:

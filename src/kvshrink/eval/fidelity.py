@@ -2,7 +2,7 @@
 
 KL divergence is the headline, since perplexity may fall while predictions drift: arXiv 2407.09141 (changed answers go
 with KL), llama.cpp's --kl-divergence. Every document scores the same number of tokens, so that each counts the same;
-intervals are 95 % bootstrap over documents, the difference in NLL paired.
+intervals are 95 % over documents, the difference in NLL paired.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import bits_per_byte, chunk_of, tracks
-from kvshrink.eval.stats import bootstrap
+from kvshrink.eval.stats import bootstrap, student
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, opened
 
 NEAREST, WIDER = 32, 4  # distances from the prefix end: up to 32 tokens, then 4 times as far each
 DIGITS = 6
+FEW = 20  # documents, up to which intervals are Student's
 
 
 @final
@@ -27,7 +28,7 @@ DIGITS = 6
 class Fidelity:
     """One method over some documents. Nats, per scored token; *_full is the full cache, d* is this minus full.
 
-    *_low, *_high:       95 % bootstrap interval over documents; None for a single document.
+    *_low, *_high:       95 % interval over documents: Student's t up to 20, else bootstrap; None for a single one.
     top1, top5:          share of positions with the same likeliest token; mean share of the five likeliest in common.
     dp_rms:              root mean square change of the true token's probability.
     trajectory_prefix:   tokens that greedy generation has in common from the start, mean over documents, of
@@ -122,6 +123,7 @@ def summary(
         np.stack([getattr(x, name) for x in documents]) for name in ("kl", "nll", "nll_full", "top1", "top5", "dp")
     )
     kl_low, kl_high = _interval(kl, seed)
+    kl_low = None if kl_low is None else max(0.0, kl_low)  # a divergence is never below 0
     dnll_low, dnll_high = _interval(nll - nll_full, seed)
     median, p95, p99, p999 = (float(np.quantile(kl, q)) for q in (0.5, 0.95, 0.99, 0.999))
     kept = [x.kept for x in documents if x.kept is not None]
@@ -201,4 +203,5 @@ def _greedy(model: Any, cache: Any, token: Tensor, count: int) -> np.ndarray:
 
 def _interval(values: np.ndarray, seed: int) -> tuple[float, float] | tuple[None, None]:
     """Of the mean over documents; one document says nothing about others."""
-    return (None, None) if len(values) < 2 else bootstrap(values.mean(1).tolist(), seed)
+    means = values.mean(1).tolist()
+    return (None, None) if len(means) < 2 else bootstrap(means, seed) if len(means) > FEW else student(means)

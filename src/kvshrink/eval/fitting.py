@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvshrink.attach import attach
 from kvshrink.eval.entries import Entry
+from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import key_of
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
@@ -34,7 +34,8 @@ def _fit(
         return (
             dict(zip(methods, fit_all(model, methods, texts, tokenizer, batch=BATCH), strict=True)) if methods else {}
         )
-    where = {m: folder / f"{name_of(m)}-{_key(m, model, texts)}" for m in methods}
+    identity = model_key(model)
+    where = {m: folder / f"{name_of(m)}-{_key(m, identity, texts)}" for m in methods}
     made = {m: Artifact.from_pretrained(place) for m, place in where.items() if place.is_dir()}
     todo = [m for m in methods if m not in made]
     if todo:
@@ -47,5 +48,5 @@ def _fit(
     return made
 
 
-def _key(method: Method, model: Any, texts: Sequence[str]) -> str:
-    return key_of(name_of(method), method.settings(), attach(model).fingerprint, str(model.dtype), list(texts))
+def _key(method: Method, identity: str, texts: Sequence[str]) -> str:
+    return key_of(name_of(method), method.settings(), identity, list(texts))

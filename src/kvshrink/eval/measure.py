@@ -1,7 +1,8 @@
 """Fidelity, per-layer error and memory of a comparison's methods on held-out text, resumable record by record."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvshrink import data
-from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary, trajectories
+from kvshrink.eval.identity import model_key
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
 from kvshrink.eval.outcomes import Failure, Log, key_of
@@ -46,24 +47,30 @@ class Meter:
     def __init__(self, model: Any, tokenizer, documents: int, scored: int, seed: int, log: Log) -> None:
         self.model, self.tokenizer, self.log = model, tokenizer, log
         self.documents, self.scored, self.seed = documents, scored, seed
-        self.model_key = (attach(model).fingerprint, str(model.dtype))
+        self.model_key = model_key(model)
 
     def run(self, plans: dict[int, Sequence[Entry]]) -> Measured:
         """The entries of each length, controls left out; a method that fails is listed and the others go on."""
         out = Measured([], [], [], [])
         todo = [(n, e) for n, entries in plans.items() for e in entries if e.method is not None]
-        texts = {n: held_out(self.tokenizer, n, self.documents, self.scored, self.seed) for n in plans}
+        texts = {n: held_out(self.tokenizer, n, self.documents, self.seed) for n in plans}
         for length in plans:
             out.memory.append(
                 {**_named(Entry(FULL, None, series=FULL), length), **self._memory(None, texts[length][0])}
             )
         for length, entry in tqdm(todo, desc="fidelity", unit="method"):
-            try:
+            with self._isolated(entry.label, length, out):
                 self._entry(entry, length, texts[length], out)
-            except Exception as error:  # the other methods go on
-                line = (str(error).splitlines() or [""])[0]
-                out.failures.append(Failure(entry.label, "fidelity", length, f"{type(error).__name__}: {line}"))
         return out
+
+    @contextmanager
+    def _isolated(self, label: str, length: int, out: Measured) -> Iterator[None]:
+        """List a failure, and let the other methods go on."""
+        try:
+            yield
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            out.failures.append(Failure(label, "fidelity", length, f"{type(error).__name__}: {line}"))
 
     def _entry(self, entry: Entry, length: int, texts: list[Tensor], out: Measured) -> None:
         prefix, method = length - self.scored, entry.method
@@ -119,15 +126,11 @@ class Meter:
         return self.log.rows[key]
 
 
-def held_out(
-    tokenizer, length: int, documents: int, scored: int, seed: int, path: str | Path | None = None
-) -> list[Tensor]:
-    """Texts [1, length], evenly spread over the file `path` (default: the bundled held-out book).
+def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path | None = None) -> list[Tensor]:
+    """`documents` texts [1, length], evenly spread over the file `path` (default: the bundled held-out book).
 
     Raises EvalError if they do not fit, or the file cannot be read.
     """
-    if scored >= length - 1:
-        raise EvalError(f"scored={scored} of texts of {length} tokens leaves no prefix. Lower scored or raise lengths.")
     ids = tokenizer(book(path), add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = len(ids) - (length - len(bos))

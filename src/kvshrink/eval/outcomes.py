@@ -12,7 +12,8 @@ from kvshrink.errors import EvalError
 class Outcome:
     """One sample through one cache.
 
-    key:     hash of all that the answer depends on: prompt, model, method and its fitted tensors, mode.
+    key:     hash of all that the answer depends on: token ids, model, method and its fitted tensors, mode.
+    context: number of the context; several answers about one context are no independent samples.
     length:  tokens that were asked for; tokens: how many the cache had seen at the end.
     nbytes:  bytes held at the end, a batch's shared out over its rows; full: of a full cache for the same tokens.
     seconds: per generated token, the question's forward included.
@@ -25,6 +26,7 @@ class Outcome:
     length: int
     method: str
     index: int
+    context: int
     depth: float | None
     score: float
     output: str

@@ -21,7 +21,15 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
     model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
+    for layer in dense.layers:
+        # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
+        layer.keys, layer.values = _own(layer.keys), _own(layer.values)  # type: ignore[union-attr]
     return dense
+
+
+def _own(tensor: Any) -> Any:
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
 
 
 @torch.inference_mode()

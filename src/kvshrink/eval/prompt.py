@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import Count, Sample
 
+SPACE = "\u2581"  # how SentencePiece writes a space
+ALL_OF = ("string_match_all", "set_f1")  # metrics whose answer is all references together
 MARK = "\u241e"  # stands for the border between context and question while a chat template is applied
 
 
@@ -30,15 +32,25 @@ def encode_turns(samples: Sequence[Sample], tokenizer) -> tuple[list[int], list[
         questions = [f"{end}{s.question}{s.answer_prefix}" for end, s in zip(ends, samples, strict=True)]
         texts = samples[0].context, [(q, reference_answer(s)) for q, s in zip(questions, samples, strict=True)]
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in texts[1]]
+    return bos + tokenizer(texts[0], add_special_tokens=False)["input_ids"], turns
 
-    return bos + ids(texts[0]), [(ids(question), ids(answer)) for question, answer in texts[1]]
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text that follows another one."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return ids
+    if not text.startswith(" ") and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(SPACE):
+        # SentencePiece puts a space before whatever it is given; behind a line break it has put it there already
+        before = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"][len(before) :]
+    return ids
 
 
 def reference_answer(sample: Sample) -> str:
-    """The answer as it stands after the prefix."""
-    answer = ", ".join(sample.answers)
+    """The answer as it stands after the prefix: all references where the metric wants all, else the first."""
+    answer = ", ".join(sample.answers if sample.metric in ALL_OF else sample.answers[:1])
     return f" {answer}" if sample.answer_prefix[-1:].isalnum() or sample.answer_prefix.endswith(":") else answer
 
 

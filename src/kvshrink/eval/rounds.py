@@ -33,6 +33,19 @@ class Group:
     def cases(self) -> list[Case]:
         return [case for cases in self.rounds for case in cases]
 
+    def reads(self) -> dict[int, list[list[int]]]:
+        """Per case the token ids that its answer depends on: context, what was fed before, question."""
+        found = {}
+        for n, (cases, questions) in enumerate(zip(self.rounds, self.questions, strict=True)):
+            for row, ((i, _), question) in enumerate(zip(cases, questions, strict=True)):
+                found[i] = [self.contexts[row], *self.feeds[:n], question]
+        return found
+
+    def tokens(self) -> int:
+        """The most tokens that a cache of this group sees, answers included."""
+        sizes = {i: sum(map(len, parts)) for i, parts in self.reads().items()}
+        return max(sizes[i] + sample.max_new_tokens for i, sample in self.cases)
+
 
 def groups(samples: Sequence[Sample], mode: str, tokenizer, batch: int) -> Iterator[Group]:
     """The samples of a task as groups. Rows are batched only where each context has one question.

@@ -14,13 +14,14 @@ holds. Where asked, a method that fails is recorded and left out of that task, w
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
@@ -28,6 +29,7 @@ from kvshrink.cache import KVCache
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import metrics
 from kvshrink.eval.entries import ZEROS, Entry
+from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
@@ -51,15 +53,25 @@ class Runner:
 
     batch:   contexts that go through the model together, left-padded. Pads change which tokens share a page.
     isolate: record a method's failure in `failures` and go on, instead of raising.
+    identity: the model's `model_key`, if it is known.
     """
 
-    def __init__(self, model: Any, tokenizer, entries: Sequence[Entry], batch: int = 1, isolate: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer,
+        entries: Sequence[Entry],
+        batch: int = 1,
+        isolate: bool = False,
+        identity: str | None = None,
+    ) -> None:
         entry_list.check(entries)
         self.model, self.tokenizer, self.entries = model, tokenizer, list(entries)
         self.batch, self.isolate = batch, isolate
         self.attachment = attach(model)
         self.shape = next((s for s in shapes(self.attachment) if s is not None), None)
         self.failures: list[Failure] = []
+        self.model_key = identity or model_key(model)
 
     def run(
         self, job: Job, samples: Sequence[Sample], log: Log | None = None, bar: tqdm | None = None
@@ -67,46 +79,66 @@ class Runner:
         """All entries on all samples, entry by entry; what the log holds is not run again. The bar counts answers."""
         log = log or Log(None)
         asked = list(groups(samples, job.mode, self.tokenizer, self.batch))
+        keys = [self.keys(job, group) for group in asked]
         own = bar if bar is not None else tqdm(total=len(samples) * len(self.entries), desc=job.title, unit="answer")
         failed: dict[str, str] = {}
-        for group in asked:
-            known = sum(log.outcome(self.key(job, e, s)) is not None for e in self.entries for _, s in group.cases)
+        for group, by_label in zip(asked, keys, strict=True):
+            known = sum(key in log.rows for by_case in by_label.values() for key in by_case.values())
             own.update(known)
             if known < len(self.entries) * len(group.cases):
-                for outcome in self._group(job, group, log, failed):
+                for outcome in self._group(job, group, by_label, log, failed):
                     log.add_outcome(outcome)
                     own.update()
         if bar is None:
             own.close()
         self.failures += [Failure(label, job.title, job.length, error) for label, error in failed.items()]
-        found = ((e, log.outcome(self.key(job, e, s))) for e in self.entries for s in samples)
-        # two budgets may have come to the same setting: one run answers for both
-        return [replace(outcome, method=entry.label) for entry, outcome in found if outcome is not None]
+        found = [
+            # two budgets may have come to the same setting: one run answers for both
+            replace(Outcome(**log.rows[key]), method=entry.label)
+            for entry in self.entries
+            if entry.label not in failed
+            for by_label in keys
+            for key in by_label[entry.label].values()
+        ]
+        place = {entry.label: n for n, entry in enumerate(self.entries)}
+        return sorted(found, key=lambda o: (place[o.method], o.index))
 
-    def key(self, job: Job, entry: Entry, sample: Sample) -> str:
-        """A hash of all that an outcome depends on: a resumed run takes no other's."""
-        method = entry.label if entry.method is None else digest_of(entry.method)
-        place = (job.title, job.mode, job.length, sample.meta.get("index"), sample.meta.get("turn"), self.batch)
-        text = (sample.context, sample.question, sample.answer_prefix, sample.answers, sample.metric)
-        model = (self.attachment.fingerprint, str(self.model.dtype))
-        return key_of(model, method, entry.like, place, text, sample.max_new_tokens)
+    def keys(self, job: Job, group: Group) -> dict[str, dict[int, str]]:
+        """{label: {case: hash of all that the outcome depends on}}: a resumed run takes no other's."""
+        found: dict[str, dict[int, str]] = {}
+        for entry in self.entries:
+            method = entry.label if entry.method is None else digest_of(entry.method)
+            shared = (self.model_key, str(self.model.dtype), method, entry.like, job.title, job.mode, job.length)
+            found[entry.label] = {
+                i: key_of(shared, self.batch, reads, sample.answers, sample.metric, sample.max_new_tokens, sample.meta)
+                for (i, sample), reads in zip(group.cases, group.reads().values(), strict=True)
+            }
+        return found
 
-    def _group(self, job: Job, group: Group, log: Log, failed: dict[str, str]) -> Iterator[Outcome]:
-        ids, mask = left_pad(group.contexts, self._pad, next(self.model.parameters()).device)
-        dense = prefill(self.model, ids, None if bool(mask.all()) else mask)
+    def _group(
+        self, job: Job, group: Group, keys: dict[str, dict[int, str]], log: Log, failed: dict[str, str]
+    ) -> Iterator[Outcome]:
+        try:
+            ids, mask = left_pad(group.contexts, self._pad, next(self.model.parameters()).device)
+            dense = prefill(self.model, ids, None if bool(mask.all()) else mask)
+        except Exception as error:
+            if not self.isolate:
+                raise
+            failed |= {entry.label: _line(error) for entry in self.entries if entry.label not in failed}
+            return
         held: dict[str, int] = {}  # bytes of a row
         for entry in self.entries:
-            keys = {i: self.key(job, entry, sample) for i, sample in group.cases}
-            rows = [o for key in keys.values() if (o := log.outcome(key)) is not None]
-            if len(rows) < len(keys) and entry.label not in failed:
+            own = keys[entry.label]
+            rows = [Outcome(**log.rows[key]) for key in own.values() if key in log.rows]
+            if len(rows) < len(own) and entry.label not in failed:
                 try:
-                    for outcome in self._entry(job, group, entry, keys, log, (dense, ids, mask), held):
+                    for outcome in self._entry(job, group, entry, own, log, (dense, ids, mask), held):
                         rows.append(outcome)
                         yield outcome
                 except Exception as error:
                     if not self.isolate:
                         raise
-                    failed[entry.label] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                    failed[entry.label] = _line(error)
             if rows:
                 held[entry.label] = rows[-1].nbytes - BYTES_PER_TOKEN * rows[-1].tokens
 
@@ -122,17 +154,17 @@ class Runner:
     ) -> Iterator[Outcome]:
         """One entry's answers to the rounds of a group that are not known yet."""
         dense, ids, mask = filled
-        started = time.perf_counter()
+        started = _now(ids)
         cache = self._cache(entry, held, dense, mask)
-        encode = time.perf_counter() - started
-        todo = [any(log.outcome(keys[i]) is None for i, _ in cases) for cases in group.rounds]
+        encode = _now(ids) - started
+        todo = [any(keys[i] not in log.rows for i, _ in cases) for cases in group.rounds]
         last = max(n for n, wanted in enumerate(todo) if wanted)
         for n, (cases, questions) in enumerate(zip(group.rounds, group.questions, strict=True)):
             if n > last:
                 return
             if todo[n]:
                 fork = cache if n == last else copy.deepcopy(cache)
-                texts, seconds = self._answer(ids, mask, questions, fork, max(s.max_new_tokens for _, s in cases))
+                texts, seconds = self._answer(ids, mask, questions, fork, [s.max_new_tokens for _, s in cases])
                 size, full = _bytes(fork)
                 for (i, sample), text in zip(cases, texts, strict=True):
                     yield Outcome(
@@ -142,6 +174,7 @@ class Runner:
                         length=job.length,
                         method=entry.label,
                         index=i,
+                        context=sample.meta.get("context", i),
                         depth=sample.meta.get("depth"),
                         score=metrics.score(sample, text),
                         output=text,
@@ -161,23 +194,22 @@ class Runner:
 
     @torch.inference_mode()
     def _answer(
-        self, ids: Tensor, mask: Tensor, questions: list[list[int]], cache: KVCache | DynamicCache, limit: int
+        self, ids: Tensor, mask: Tensor, questions: list[list[int]], cache: KVCache | DynamicCache, limits: list[int]
     ) -> tuple[list[str], float]:
-        """(texts, seconds per token) of greedy answers after the rows that the cache holds."""
+        """(texts, seconds per token) of greedy answers after the rows that the cache holds, a limit of tokens each."""
         asked, shown = left_pad(questions, self._pad, ids.device)
         ids, mask = torch.cat([ids, asked], 1), torch.cat([mask, shown], 1)
-        started = time.perf_counter()
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=limit,
-            do_sample=False,
-            pad_token_id=self._pad,
-        )
-        seconds = time.perf_counter() - started
-        new = out[:, ids.shape[1] :]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True), seconds / max(1, new.shape[1])
+        eos = self.model.generation_config.eos_token_id
+        started = _now(ids)
+        with _greedy(self.model, eos, self._pad):
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max(limits)
+            )
+        seconds = _now(ids) - started
+        ends = set(eos) if isinstance(eos, list) else {eos}
+        rows = [_cut(row, limit, ends) for row, limit in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return texts, seconds / max(1, out.shape[1] - ids.shape[1])
 
     @torch.inference_mode()
     def _feed(self, ids: Tensor, mask: Tensor, tokens: list[int], cache: Any) -> tuple[Tensor, Tensor]:
@@ -197,10 +229,45 @@ class Runner:
         method = entry.method
         if entry.like is not None and self.shape is not None:
             layers = sum(info.compressed for info in self.attachment.layers)
-            method = StreamingLLM.within(held[entry.like] / layers, self.shape)
+            # sliding-window layers are the same in every cache
+            fixed = sum(
+                (x.keys.nbytes + x.values.nbytes) // len(mask)  # type: ignore[union-attr]
+                for x, info in zip(dense.layers, self.attachment.layers, strict=True)
+                if not info.compressed
+            )
+            method = StreamingLLM.within((held[entry.like] - fixed) / layers, self.shape)
         cache = make_cache(self.model, method)
         fill(cache, dense, self.attachment, None if bool(mask.all()) else mask)
         return cache
+
+
+@contextmanager
+def _greedy(model: Any, eos: int | list[int] | None, pad: int) -> Iterator[None]:
+    """Generation without the model's own settings: a repetition penalty or sampling would not be greedy, and
+    `generate` takes whatever it is not told from them."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=False)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _now(like: Tensor) -> float:
+    """Seconds, after the device has done what it was given."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+def _cut(row: list[int], limit: int, ends: set) -> list[int]:
+    """The answer of a row: up to its own limit and end, behind which a batch goes on with pads."""
+    row = row[:limit]
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _bytes(cache: Any) -> tuple[int, int]:

@@ -59,6 +59,24 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     return Paired(pairs.count((True, True)), only_a, only_b, pairs.count((False, False)), min(1.0, 2 * tail / 2**d))
 
 
+# two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; for few values, where a percentile bootstrap is far too narrow."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size < 2 or not np.isfinite(x).all():
+        raise EvalError(
+            f"student: {x.size} values, {int(np.isfinite(x).sum())} finite. Give two or more finite numbers."
+        )
+    half = (T95[x.size - 2] if x.size - 1 <= len(T95) else 1.96) * float(x.std(ddof=1)) / sqrt(x.size)
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
 def bootstrap(values: Sequence[float], seed: int, n: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `values`, from n resamples.
 

@@ -21,21 +21,21 @@ import torch
 from tqdm import tqdm
 
 from kvshrink.attach import attach
-from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.budget import TOLERANCE, at_kept, promised
-from kvshrink.eval.catalogue import Choice, Samples, choices, gather
-from kvshrink.eval.entries import FULL, ZEROS, Entry, parse
+from kvshrink.eval.catalogue import Choice, Samples, Skipped, check_context, choices, context_of, gather
+from kvshrink.eval.entries import FULL, ZEROS, Entry, parse, parse_settings
 from kvshrink.eval.fitting import fitted
+from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import Measured, Meter, held_out
 from kvshrink.eval.outcomes import Failure, Log, Outcome
-from kvshrink.eval.rounds import AGNOSTIC, MODES, MULTI_TURN, shares_contexts
+from kvshrink.eval.report.results import FORMAT
+from kvshrink.eval.rounds import AGNOSTIC, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import Line, summarise
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 
-FORMAT = "kvshrink results 1"
 LONGEST = 4096  # tokens, unless longer ones are asked for
 
 
@@ -70,6 +70,8 @@ class Settings:
             entry = parse(text)
             if not isinstance(entry.method, Method) or entry.like:
                 raise SettingError(f"{text!r}: name methods that shrink; full and zeros are always there.")
+            if entry.method.dial in parse_settings(text.partition(":")[2]):
+                raise SettingError(f"{text!r}: {entry.method.dial} is what the budget sets. Leave it out.")
         for name, given in (("methods", self.methods), ("kept", self.kept), ("modes", self.modes)):
             if not given or len(set(given)) < len(given):
                 raise SettingError(f"{name}={','.join(map(str, given))!r}: name at least one, and none twice.")
@@ -88,18 +90,23 @@ class Suite:
         self.chosen: list[Choice] = choices(settings.tasks, settings.stored)
         self.log = Log(self.out / "outcomes.jsonl")
         self.failures: list[Failure] = []
+        check_context(model, max(self.settings.lengths))
+        if settings.documents and settings.scored > min(self.settings.lengths) - 2:
+            least = min(self.settings.lengths)
+            raise EvalError(f"scored={settings.scored} of texts of {least} tokens leaves no prefix. Lower scored.")
 
     def run(self, command: str) -> dict:
         """Everything; returns what results.json holds. command: how to make it again."""
         s = self.settings
         reference = s.model == "reference"
         for length in s.lengths if s.documents else ():  # refused now rather than after hours
-            held_out(self.tokenizer, length, s.documents, s.scored, s.seed)
+            held_out(self.tokenizer, length, s.documents, s.seed)
         samples, skipped = gather(self.chosen, s.lengths, s.cases, s.seed, self.tokenizer, reference)
         if not samples and not s.documents:
             raise EvalError(f"no task fits {max(s.lengths)} tokens: {skipped[0].reason if skipped else 'none chosen'}")
         plans = self._entries(samples)
-        lines, grid = self._answers(samples, plans)
+        jobs = self._jobs(samples, skipped)
+        lines, grid = self._answers(jobs, plans)
         measured = self._measured(plans)
         data = {
             "format": FORMAT,
@@ -129,15 +136,32 @@ class Suite:
     def _artifacts(self) -> Path:
         return self.out / "artifacts"
 
-    def _answers(self, samples: Sequence[Samples], plans: dict[int, list[Entry]]) -> tuple[list[Line], list[dict]]:
-        jobs = [(x, mode) for x in samples for mode in self.settings.modes]
-        jobs = [(x, mode) for x, mode in jobs if mode != MULTI_TURN or shares_contexts(x.samples)]
+    def _jobs(self, samples: Sequence[Samples], skipped: list[Skipped]) -> list[tuple[Samples, str]]:
+        """Every task in every mode that it can have; the rest is added to `skipped`."""
+        jobs = []
+        for x in samples:
+            for mode in self.settings.modes:
+                if mode == MULTI_TURN and not shares_contexts(x.samples):
+                    continue
+                try:
+                    longest = max(g.tokens() for g in groups(x.samples, mode, self.tokenizer, self.settings.batch))
+                    check_context(self.model, longest)
+                except EvalError as error:  # a template that has no turns, a conversation beyond the context
+                    skipped.append(Skipped(x.title, x.length, f"mode {mode}: {error}"))
+                    continue
+                jobs.append((x, mode))
+        return jobs
+
+    def _answers(
+        self, jobs: Sequence[tuple[Samples, str]], plans: dict[int, list[Entry]]
+    ) -> tuple[list[Line], list[dict]]:
         lines, grid = [], []
         total = sum(len(x.samples) * len(plans[x.tokens]) for x, _ in jobs)
+        identity, batch = model_key(self.model), self.settings.batch
         with tqdm(total=total, unit="answer") as bar:
             for x, mode in jobs:
                 bar.set_description(f"{x.title} {x.length} {mode}")
-                runner = Runner(self.model, self.tokenizer, plans[x.tokens], self.settings.batch, isolate=True)
+                runner = Runner(self.model, self.tokenizer, plans[x.tokens], batch, isolate=True, identity=identity)
                 outcomes = runner.run(Job(x.title, mode, x.length), x.samples, self.log, bar)
                 self.failures += runner.failures
                 lines += summarise(outcomes, plans[x.tokens])
@@ -193,7 +217,7 @@ class _Budgets:
 
 
 def _lengths(model: Any) -> tuple[int, ...]:
-    most = min(getattr(text_config(model), "max_position_embeddings", LONGEST), LONGEST)
+    most = min(context_of(model) or LONGEST, LONGEST)
     return most // 4, most // 2, most
 
 

@@ -17,7 +17,7 @@ class Against:
 
     lost, won: samples right with the full cache and wrong here, and the other way round (right: score of .5 or more).
     delta:     mean difference of the scores, with its 95 % paired bootstrap interval.
-    p:         exact McNemar test, where scores are 0 or 1.
+    p:         exact McNemar test, where scores are 0 or 1 and every sample has a context of its own.
     time:      median over samples of the time per token, as a multiple of the full cache's in the same run.
     """
 
@@ -34,7 +34,9 @@ class Against:
 class Line:
     """One method on one task, in one mode, at one length.
 
-    low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap.
+    low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap; where contexts have
+               several questions, a bootstrap over contexts ("clusters"), whose questions are not independent.
+    encode:    median seconds to compress the context.
     kept:      mean over samples of bytes held / full. target, reached and setting as in Entry.
     """
 
@@ -55,11 +57,12 @@ class Line:
     bytes_per_token: float
     tokens: float
     seconds_per_token: float
+    encode: float
     against: Against | None
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
-        row = asdict(self)
+        row = asdict(self) | {"removed": 1 - self.kept, "x_factor": 1 / self.kept}
         row |= row.pop("against") or dict.fromkeys(Against.__dataclass_fields__)
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
@@ -79,8 +82,7 @@ def summarise(outcomes: Sequence[Outcome], entries: Sequence[Entry] = ()) -> lis
 
 def _line(group: list[Outcome], entry: Entry, full: list[Outcome] | None) -> Line:
     scores = [o.score for o in group]
-    binary = set(scores) <= {0.0, 1.0}
-    low, high = wilson(round(sum(scores)), len(scores)) if binary else bootstrap(scores, SEED)
+    low, high, interval = _interval(scores, group)
     first = group[0]
     return Line(
         task=first.task,
@@ -95,11 +97,12 @@ def _line(group: list[Outcome], entry: Entry, full: list[Outcome] | None) -> Lin
         score=mean(scores),
         low=low,
         high=high,
-        interval="wilson" if binary else "bootstrap",
+        interval=interval,
         kept=mean(o.kept for o in group),
         bytes_per_token=mean(o.nbytes / o.tokens for o in group),
         tokens=mean(o.tokens for o in group),
         seconds_per_token=median(o.seconds for o in group),
+        encode=median(o.encode for o in group),
         against=None if full is None or first.method == FULL else _against(group, full),
     )
 
@@ -111,8 +114,9 @@ def _against(group: list[Outcome], full: list[Outcome]) -> Against | None:
         return None
     ours, theirs = [o.score for o, _ in pairs], [f.score for _, f in pairs]
     deltas = [a - b for a, b in zip(ours, theirs, strict=True)]
-    low, high = bootstrap(deltas, SEED)
-    binary = {*ours, *theirs} <= {0.0, 1.0}
+    clusters = _clusters(deltas, [o for o, _ in pairs])
+    low, high = bootstrap(clusters or deltas, SEED)
+    binary = {*ours, *theirs} <= {0.0, 1.0} and not clusters
     return Against(
         lost=sum(o.score < 0.5 <= f.score for o, f in pairs),
         won=sum(f.score < 0.5 <= o.score for o, f in pairs),
@@ -122,6 +126,24 @@ def _against(group: list[Outcome], full: list[Outcome]) -> Against | None:
         p=paired(ours, theirs).p if binary else None,
         time=median(o.seconds / f.seconds for o, f in pairs),
     )
+
+
+def _interval(scores: list[float], group: list[Outcome]) -> tuple[float, float, str]:
+    """(low, high, kind) of the mean score."""
+    if clusters := _clusters(scores, group):
+        return *bootstrap(clusters, SEED), "clusters"
+    if set(scores) <= {0.0, 1.0}:
+        return *wilson(round(sum(scores)), len(scores)), "wilson"
+    return *bootstrap(scores, SEED), "bootstrap"
+
+
+def _clusters(values: list[float], group: list[Outcome]) -> list[float]:
+    """Mean value of each context, if contexts have several questions; else nothing."""
+    by_context: dict[int, list[float]] = {}
+    for value, outcome in zip(values, group, strict=True):
+        by_context.setdefault(outcome.context, []).append(value)
+    means = [mean(v) for v in by_context.values()]
+    return means if 1 < len(means) < len(values) else []
 
 
 HEAD = ("task", "method", "cases", "score", "95 % interval", "kept", "bytes/token", "lost/won")

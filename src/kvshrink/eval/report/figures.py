@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvshrink.eval import plots
-from kvshrink.eval.report.results import CONTROLS, FULL, ZEROS, budget, of, reached, targets, telling, unique
+from kvshrink.eval.entries import CONTROLS, FULL, ZEROS
+from kvshrink.eval.report.results import budget, of, reached, targets, telling, unique
 from kvshrink.eval.report.standings import Mean, Standing, pooled
 from kvshrink.eval.report.style import Style
 
@@ -65,9 +66,10 @@ def accuracy(results: dict, styles: Styles, mode: str) -> Any:
 def length(results: dict, styles: Styles, mode: str) -> Any:
     """Mean score against length, one panel per budget, over the tasks that have every length."""
     lines = [e for e in telling(results, mode) if e["length"] is not None]
-    lengths = sorted(unique(e["length"] for e in lines))
-    everywhere = [t for t in unique(e["task"] for e in lines) if {e["length"] for e in of(lines, task=t)} == {*lengths}]
-    lines = [e for e in lines if e["task"] in everywhere]
+    asked = results["settings"].get("lengths") or []  # not those of tasks that have a length of their own
+    lengths = sorted(n for n in unique(e["length"] for e in lines) if n in asked)
+    everywhere = [t for t in unique(e["task"] for e in lines) if {e["length"] for e in of(lines, task=t)} >= {*lengths}]
+    lines = [e for e in lines if e["task"] in everywhere and e["length"] in lengths]
     if len(lengths) < 2 or not lines:
         return None
     budgets = targets(lines) or [None]

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from kvshrink.eval import plots
+from kvshrink.eval.entries import CONTROLS, FULL
 from kvshrink.eval.report.figures import KEPT, hollow, kept_axis, legend, short
-from kvshrink.eval.report.results import CONTROLS, FULL, budget, of, targets, unique
+from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.style import INK, Style
 
 FLOOR = 1e-6  # a log axis has no zero

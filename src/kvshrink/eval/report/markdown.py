@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvshrink.errors import EvalError
+from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report import tables
 from kvshrink.eval.report.notes import KEPT
-from kvshrink.eval.report.results import CONTROLS, budget, fidelity_groups, known, modes, read_file, silent, unique
+from kvshrink.eval.report.results import budget, fidelity_groups, known, modes, read_file, silent, unique
 from kvshrink.eval.report.standings import Standing, standings
 from kvshrink.store import files
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kvshrink.eval.report.results import CONTROLS, ZEROS, known, modes, silent, unique
+from kvshrink.eval.entries import CONTROLS, ZEROS
+from kvshrink.eval.report.results import known, modes, silent, unique
 from kvshrink.eval.report.standings import Standing
 
 KEPT = (
@@ -43,7 +44,7 @@ def notes(results: dict, board: Sequence[Standing]) -> list[tuple[str, str]]:
         found.append(
             (
                 "Budgets not reached",
-                f"{', '.join(missed)}: the method has no setting that small and stands at its nearest one. Its marks "
+                f"{', '.join(missed)}: the method has no setting at that size and stands at its nearest one. Its marks "
                 "are hollow; compare it at the bytes that it holds, not under its heading.",
             )
         )
@@ -66,7 +67,8 @@ def _silent(results: dict) -> str:
         return ""
     return (
         "Where the full cache is not above zeros (95 % paired interval) the model cannot do the task and no method has "
-        f"anything to lose; such lines are shown and not averaged: {'; '.join(left)}."
+        f"anything to lose; such lines are shown and not averaged: {'; '.join(left)}. The choice looks at full and "
+        "zeros alone, but on the same samples: full is a little flattered where cases are few."
     )
 
 
@@ -82,7 +84,8 @@ def holm(p: Sequence[float], alpha: float = ALPHA) -> int:
 
 def _intervals() -> str:
     return (
-        "All are 95 %. A task's score: Wilson where scores are 0 or 1, else a percentile bootstrap over cases. Its "
+        "All are 95 %. A task's score: Wilson where scores are 0 or 1, else a percentile bootstrap over cases, or over "
+        "contexts where one has several questions. Fidelity: Student's t over documents, bootstrap above 20. A score's "
         "difference to the full cache: a paired bootstrap over the same cases. A mean over tasks or lengths: the "
         "intervals of its parts combined as of independent samples (MOVER), which says how sure the mean of these "
         "tasks is. The difference of means: a bootstrap over tasks, each with all its lengths and paired with the full "

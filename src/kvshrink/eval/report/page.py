@@ -8,19 +8,10 @@ from typing import Any
 
 from kvshrink.errors import EvalError
 from kvshrink.eval import plots
+from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report import figures, figures_cache, tables
 from kvshrink.eval.report.notes import KEPT, notes
-from kvshrink.eval.report.results import (
-    CONTROLS,
-    budget,
-    entries,
-    fidelity_groups,
-    modes,
-    of,
-    series,
-    telling,
-    unique,
-)
+from kvshrink.eval.report.results import budget, fidelity_groups, modes, of, reached, series, telling, unique
 from kvshrink.eval.report.standings import Standing
 from kvshrink.eval.report.style import PALETTE, RC, Picture, Style, picture, styles
 
@@ -71,9 +62,9 @@ def _of_scores(results: dict, board: Sequence[Standing], look: Mapping[str, Styl
 
 
 def _of_cache(results: dict, look: Mapping[str, Style]) -> Iterator[Planned]:
-    missed = {e["method"] for e in entries(results) if e.get("reached") is False}
     for i, group in enumerate(fidelity_groups(results)):
         where = f"{group[0]['mode']}, length {group[0]['length']}"
+        missed = {e["method"] for e in group if not reached([e])}
         place, name = ("hero", "kl") if i == 0 else ("fidelity", f"kl-{i + 1}")
         yield place, name, KL.format(where), partial(figures_cache.divergence, group, look, missed)
         if i == 0:
@@ -157,10 +148,11 @@ def of_mode(board: Sequence[Standing], mode: str) -> list[Standing]:
 
 
 def _best(board: Sequence[Standing]) -> list[dict]:
-    """Per budget the method with the highest mean score among those that reached it."""
+    """Per budget the method with the highest mean score among those that reached it and have all lines."""
     best = []
     for target in unique(s.target for s in board if s.series not in CONTROLS):
         own = [s for s in board if s.target == target and s.series not in CONTROLS and s.reached]
+        own = [s for s in own if s.lines == s.all_lines]
         if not own:
             continue
         s = max(own, key=lambda s: s.mean.score)

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kvshrink.errors import ArtifactError, EvalError
+from kvshrink.eval.budget import TOLERANCE
+from kvshrink.eval.entries import CONTROLS, ZEROS
 from kvshrink.store import files
 
 FORMAT = "kvshrink results 1"
 NAME = "results.json"
-FULL, ZEROS = "full", "zeros"
-CONTROLS = (FULL, ZEROS)
 MAIN_MODE = "agnostic"
-TOLERANCE = 0.05  # of a budget
 AGAIN = "Run `kvshrink eval suite` again to write it."
 
 _ENTRY = ("method", "series", "target", "length")
@@ -88,23 +87,24 @@ def modes(results: dict) -> list[str]:
 
 def telling(results: dict, mode: str) -> list[dict]:
     """The lines of a mode on whose task and length the full cache is above a cache of zeros: its paired interval leaves
-    0 out. Elsewhere the model cannot do the task, and a method has nothing to lose. All lines if zeros was not run."""
+    0 out, or zeros was not run. Elsewhere the model cannot do the task, and a method has nothing to lose."""
     lines = of(results["lines"], mode=mode)
     zeros = of(lines, series=ZEROS)
-    above = {(e["task"], e["length"]) for e in zeros if e["delta_high"] is not None and e["delta_high"] < 0}
-    return [e for e in lines if (e["task"], e["length"]) in above] if zeros else lines
+    below = {(e["task"], e["length"]) for e in zeros if e["delta_high"] is None or e["delta_high"] >= 0}
+    return [e for e in lines if (e["task"], e["length"]) not in below]
 
 
 def silent(results: dict) -> list[str]:
     """What `telling` leaves out, "task, length, mode"."""
-    left = [e for m in modes(results) for e in of(results["lines"], mode=m) if e not in telling(results, m)]
-    return unique(f"{e['task']} {e['length']} {e['mode']}" for e in left)
+    names = [f"{e['task']} {e['length']} {e['mode']}" for e in results["lines"]]
+    told = {f"{e['task']} {e['length']} {m}" for m in modes(results) for e in telling(results, m)}
+    return unique(name for name in names if name not in told)
 
 
 def reached(lines: Sequence[dict]) -> bool:
-    """Whether a method's mean of measured bytes is within 5 % of its budget, if it has one."""
+    """Whether a method's measured bytes are within 5 % of its budget, as a mean over lines, if it has one."""
     target, kept = lines[0]["target"], known(e["kept"] for e in lines)
-    return not target or not kept or abs(sum(kept) / len(kept) / target - 1) <= TOLERANCE
+    return not target or not kept or sum(abs(k / target - 1) for k in kept) / len(kept) <= TOLERANCE
 
 
 def entries(results: dict) -> list[dict]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 
-from kvshrink.eval.report.results import CONTROLS, FULL, fidelity_groups, known, modes, of, reached, telling, unique
+from kvshrink.eval.entries import CONTROLS, FULL
+from kvshrink.eval.report.results import fidelity_groups, known, modes, of, reached, telling, unique
 from kvshrink.eval.stats import bootstrap
 
 
@@ -70,7 +71,11 @@ def standings(results: dict) -> list[Standing]:
         lines = telling(results, mode)
         found += [s for m in unique(e["method"] for e in lines) if (s := _standing(results, lines, m)) is not None]
     rank = {mode: i for i, mode in enumerate(modes(results))}
-    return sorted(found, key=lambda s: (rank[s.mode], s.series not in CONTROLS, -_budget(s), -s.mean.score))
+    # a method without some of its lines has a mean over other tasks
+    part = {id(s): s.lines < s.all_lines for s in found}
+    return sorted(
+        found, key=lambda s: (rank[s.mode], s.series not in CONTROLS, -_budget(s), part[id(s)], -s.mean.score)
+    )
 
 
 def _standing(results: dict, lines: list[dict], method: str) -> Standing | None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvshrink.eval.report.results import CONTROLS, budget, of, targets, unique
+from kvshrink.eval.entries import CONTROLS
+from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.standings import Standing
 from kvshrink.store.bytes import human
 
