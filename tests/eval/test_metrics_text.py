@@ -61,7 +61,7 @@ def test_chinese_f1_by_words_and_by_characters(jieba):
 def test_chinese_scores_name_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     for name in ("qa_f1_zh", "rouge_l_zh", "gated_f1_zh", "rouge_l_stop_zh"):
-        with pytest.raises(EvalError, match=r"jieba .*pip install jieba"):
+        with pytest.raises(EvalError, match=r"jieba .*pip install 'kvshrink\[zh\]'"):
             score(name, "天气", "天气", keywords="")
 
 

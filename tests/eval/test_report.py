@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import typer
@@ -361,6 +362,14 @@ def test_without_its_zeros_line_a_task_is_not_called_impossible():
     task = synthetic.TASKS[0]
     data["lines"] = [e for e in data["lines"] if e["task"] != task or e["series"] != "zeros"]
     assert any(e["task"] == task for e in results.telling(data, "agnostic"))
+
+
+def test_the_leaderboard_in_the_docs_is_that_of_the_committed_results(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    copied = tmp_path / "leaderboard.md"
+    copied.write_text((docs / "leaderboard.md").read_text())
+    report.write_leaderboard(docs / "results" / "suite" / "results.json", copied)
+    assert copied.read_text() == (docs / "leaderboard.md").read_text()
 
 
 def test_holm_counts_like_its_paper():

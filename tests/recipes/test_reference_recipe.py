@@ -62,7 +62,7 @@ def run(books, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("recipes.reference_model.evaluate.BOOK_TOKENS", 512)
         patch.setattr("recipes.reference_model.measure.GLANCED", ("lines",))
-        main(command(books, out, "--eval-minutes=0.005"))
+        main(command(books, out, "--eval-minutes=0"))
     return out, stopped
 
 

@@ -43,7 +43,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             print(f"kvshrink: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("kvshrink: interrupted. Run fit, or eval with --out, again to go on.", file=sys.stderr)
+            print(
+                "kvshrink: interrupted. Run the same command again to go on (fit, and eval with --out).",
+                file=sys.stderr,
+            )
             sys.exit(130)
 
     return run

@@ -43,6 +43,7 @@ def perplexity(
     chunk: Annotated[int | None, typer.Option(min=1, help="Tokens a forward, for chunked (32).")] = None,
     prefix: Annotated[int, typer.Option(min=0, help="Tokens before the scored ones.")] = 1920,
     scored: Annotated[int, typer.Option(min=1, help="Tokens scored of each text.")] = 128,
+    trajectory: Annotated[int, typer.Option(min=0, help="Tokens to generate after each prefix and compare.")] = 0,
     documents: Annotated[int, typer.Option(min=1, help="Texts, evenly spread.")] = 4,
     seed: Annotated[int, typer.Option(help="Of where texts begin, and of intervals.")] = 0,
     json: JsonOption = False,
@@ -57,7 +58,9 @@ def perplexity(
     ready = fitted(entries, net, tokenizer, calibration.texts(text))
     size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
     methods = {e.label: e.method for e in ready}
-    found = fidelity(net, methods, rows, prefix=prefix, mode=mode, chunk=chunk, n_bytes=size, seed=seed)
+    found = fidelity(
+        net, methods, rows, prefix=prefix, mode=mode, chunk=chunk, trajectory=trajectory, n_bytes=size, seed=seed
+    )
     any_of = next(iter(found.values()))
     step = "" if any_of.chunk is None else f", {any_of.chunk} tokens a forward"
     title = f"mode {mode}{step}: {scored} tokens of each of {documents} texts, after {prefix}"

@@ -30,7 +30,9 @@ def suite(
         str, typer.Option(help="Tokens; none: the model's context (to 4096), its half, its quarter.")
     ] = "",
     modes: Annotated[str, typer.Option(help="Of agnostic, aware, multi_turn.")] = "agnostic,multi_turn",
-    cases: Annotated[int, typer.Option(min=1, help="Samples per task, length and method.")] = 10,
+    cases: Annotated[
+        int, typer.Option(min=1, help="Samples per task and length; whole contexts where they are shared.")
+    ] = 10,
     documents: Annotated[int, typer.Option(min=0, help="Held-out texts for fidelity; 0: none.")] = 4,
     scored: Annotated[int, typer.Option(min=1, help="Tokens of each text that are compared.")] = 128,
     text: TextOption = None,
@@ -59,6 +61,11 @@ def suite(
     page = report.build(out)
     head, rows = report.overview(data)
     print_table(head, rows)
+    for left in data["skipped"]:
+        line = f"left out: {left['task']} at {left['length']} tokens: {left['reason']}"
+        console.print(line, markup=False, highlight=False)
+    if silent := report.silent(data):
+        console.print(f"not averaged, since the full cache is not above zeros: {len(silent)}, listed in the report")
     for failure in data["failures"]:
         console.print(f"failed: {failure['method']} on {failure['task']}: {failure['error']}", markup=False)
     console.print(f"wrote {page}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from kvshrink.attach import make_cache
 from kvshrink.attach.factory import digest_of
 from kvshrink.cache import KVCache
-from kvshrink.errors import EvalError
+from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.harness_method import method_of
 from kvshrink.eval.harness_usage import Usage, describe, shrunken
@@ -206,4 +206,14 @@ class KVShrinkLM(HFLM):
 def main(args: list[str]) -> None:
     """lm-eval's own command line, which now knows the model. lm-eval 0.4.13 finds no plug-ins by itself."""
     sys.argv = ["lm-eval", *args]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        wrong = str(error).split("argument")[-1].strip()
+        raise SettingError(f"model argument {wrong} is not known. A method's settings have ; between them.") from error
+    except ValueError as error:
+        if "Tasks not found" not in str(error):
+            raise
+        raise EvalError(f"lm-eval: {str(error).splitlines()[0]}. See `kvshrink lm-eval ls tasks`.") from error

@@ -58,7 +58,7 @@ class Meter:
             out.memory.append(
                 {**_named(Entry(FULL, None, series=FULL), length), **self._memory(None, texts[length][0])}
             )
-        for length, entry in tqdm(todo, desc="fidelity", unit="method"):
+        for length, entry in tqdm(todo, desc="fidelity", unit="method", disable=not todo):
             with self._isolated(entry.label, length, out):
                 self._entry(entry, length, texts[length], out)
         return out

@@ -10,7 +10,7 @@ import numpy as np
 from kvshrink.errors import EvalError
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of the share hits / n; z = 1.96 is 95 %.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927), 209-212. With p = hits / n:

@@ -34,8 +34,8 @@ class Against:
 class Line:
     """One method on one task, in one mode, at one length.
 
-    low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap; where contexts have
-               several questions, a bootstrap over contexts ("clusters"), whose questions are not independent.
+    low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap. A context with several
+               questions counts once, by their mean.
     encode:    median seconds to compress the context.
     kept:      mean over samples of bytes held / full. target, reached and setting as in Entry.
     """
@@ -130,11 +130,11 @@ def _against(group: list[Outcome], full: list[Outcome]) -> Against | None:
 
 def _interval(scores: list[float], group: list[Outcome]) -> tuple[float, float, str]:
     """(low, high, kind) of the mean score."""
-    if clusters := _clusters(scores, group):
-        return *bootstrap(clusters, SEED), "clusters"
+    # a context with several questions counts once: they stand and fall together
+    parts = _clusters(scores, group) or scores
     if set(scores) <= {0.0, 1.0}:
-        return *wilson(round(sum(scores)), len(scores)), "wilson"
-    return *bootstrap(scores, SEED), "bootstrap"
+        return *wilson(sum(parts), len(parts)), "wilson"
+    return *bootstrap(parts, SEED), "bootstrap"
 
 
 def _clusters(values: list[float], group: list[Outcome]) -> list[float]:

@@ -10,13 +10,13 @@ from kvshrink.eval import plots
 from kvshrink.eval.report import figures
 from kvshrink.eval.report.markdown import leaderboard, overview, write_leaderboard
 from kvshrink.eval.report.page import drawn, page
-from kvshrink.eval.report.results import read, unique
+from kvshrink.eval.report.results import read, silent, unique
 from kvshrink.eval.report.standings import standings
 from kvshrink.eval.report.style import RC, styles
 from kvshrink.eval.summary import Line
 from kvshrink.store import files
 
-__all__ = ["accuracy", "build", "leaderboard", "overview", "write_leaderboard"]
+__all__ = ["accuracy", "build", "leaderboard", "overview", "silent", "write_leaderboard"]
 
 
 def build(folder: Path) -> Path:

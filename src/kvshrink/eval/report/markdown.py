@@ -21,13 +21,15 @@ def leaderboard(results: dict) -> str:
     tasks = len(unique(e["task"] for e in results["lines"]))
     lengths = ", ".join(map(str, sorted(known(unique(e["length"] for e in results["lines"]))))) or "-"
     left = silent(results)
-    parts = [f"Model `{s.get('model')}`, {tasks} tasks, lengths {lengths}, {s.get('cases')} cases a line. {KEPT}"]
+    parts = [
+        f"Model `{s.get('model')}`, {tasks} tasks, lengths {lengths}, at least {s.get('cases')} cases a line. {KEPT}"
+    ]
     if not results["lines"]:
         parts.append("No task was measured.")
     if left:
         parts.append(
-            f"Means are over tasks and lengths on which the full cache is above a cache of zeros; {len(left)} are not, "
-            "because the model cannot do them, and are listed in the report."
+            "Means are over tasks and lengths on which the full cache is above a cache of zeros; "
+            f"{len(left)} (task, length, mode) are not, because the model cannot do them, and are listed in the report."
         )
     board = standings(results)
     for mode in modes(results):

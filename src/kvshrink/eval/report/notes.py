@@ -84,9 +84,9 @@ def holm(p: Sequence[float], alpha: float = ALPHA) -> int:
 
 def _intervals() -> str:
     return (
-        "All are 95 %. A task's score: Wilson where scores are 0 or 1, else a percentile bootstrap over cases, or over "
-        "contexts where one has several questions. Fidelity: Student's t over documents, bootstrap above 20. A score's "
-        "difference to the full cache: a paired bootstrap over the same cases. A mean over tasks or lengths: the "
+        "All are 95 %. A task's score: Wilson where scores are 0 or 1, else a percentile bootstrap; a context with "
+        "several questions counts once, by their mean. Fidelity: Student's t over documents, bootstrap above 20. "
+        "The difference to the full cache: a paired bootstrap over the same cases. A mean over tasks or lengths: the "
         "intervals of its parts combined as of independent samples (MOVER), which says how sure the mean of these "
         "tasks is. The difference of means: a bootstrap over tasks, each with all its lengths and paired with the full "
         "cache, which says how much it depends on which tasks were chosen; with one task there is none."

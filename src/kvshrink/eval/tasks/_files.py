@@ -61,7 +61,9 @@ def rows(layout: Layout, n: int | None, path: str | Path | None, hub: bool) -> l
         found = list(islice(_download(layout), n))
         name = layout.repo
     if not found or (n is not None and len(found) < n):
-        raise EvalError(f"{layout.task}: {n or 'all'} samples asked, {name} has {len(found)}. Lower n. {layout}.")
+        raise EvalError(
+            f"{layout.task}: {n or 'all'} samples asked, {name} has {len(found)}. Ask for fewer cases. {layout}."
+        )
     for i, row in enumerate(found):
         _check(layout, row, f"row {i} of {name}")
     return found

@@ -57,7 +57,9 @@ def official(n: int, path: str | Path | None) -> list[Case]:
     if not rows:
         raise EvalError(f"{source} holds no LongEval cases. Give an official JSONL file as path=.")
     if n > len(rows):
-        raise EvalError(f"{n} LongEval cases asked, {source.name} has {len(rows)}. Lower n or use official=False.")
+        raise EvalError(
+            f"{n} LongEval cases asked, {source.name} has {len(rows)}. Ask for fewer, or use official=False."
+        )
     return [_parse(row, f"{source.name}, case {i}") for i, row in enumerate(rows[:n])]
 
 

@@ -54,7 +54,7 @@ def _official(n: int, path: Path, tokens: int, count: Count) -> list[Sample]:
     except (OSError, UnicodeDecodeError) as error:
         raise EvalError(f"Cannot read LongEval topics from {path} ({error}). Give an official JSONL file.") from error
     if n > len(rows):
-        raise EvalError(f"{n} LongEval topic cases asked, {path.name} has {len(rows)}. Lower n or drop path=.")
+        raise EvalError(f"{n} LongEval topic cases asked, {path.name} has {len(rows)}. Ask for fewer, or drop path=.")
     found = [_parse(i, row, f"{path.name}, case {i}") for i, row in enumerate(rows[:n])]
     for i, sample in enumerate(found):
         if not fits([sample], tokens, count):

@@ -57,7 +57,7 @@ def samples(
         rows = [row for row in rows if row["task"] == subset]
         if not rows or len(rows) < (n or 1):
             raise EvalError(
-                f"ruler_kvpress: {n or 'all'} samples of {subset} asked, the file has {len(rows)}. Lower n."
+                f"ruler_kvpress: {n or 'all'} samples of {subset} asked, the file has {len(rows)}. Ask for fewer cases."
             )
     return [_sample(i, row, tokens, count) for i, row in enumerate(rows[:n])]
 
