@@ -104,6 +104,23 @@ def test_in_multi_turn_a_question_follows_the_reference_answers(reference, share
         text += sample.answers[0] + "\n"
 
 
+def test_what_a_cache_has_seen_when_it_is_compressed(reference, shared):
+    """agnostic: the context; aware: all but the last token; multi_turn feeds questions and answers after it."""
+    tokenizer = reference[1]
+    context, question = prompt.encode(shared[0], tokenizer)
+    (agnostic,) = groups(shared, "agnostic", tokenizer, 1)
+    assert (agnostic.contexts, agnostic.questions[0], agnostic.feeds) == ([context], [question], [])
+    aware = list(groups(shared, "aware", tokenizer, 1))
+    for g, (before, asked) in zip(aware, (prompt.encode(s, tokenizer) for s in shared), strict=True):
+        assert (g.contexts, g.questions) == ([before + asked[:-1]], [[asked[-1:]]])
+    (turns,) = groups(shared, "multi_turn", tokenizer, 1)
+    assert turns.contexts == [context]
+    told = [f"{s.question}{s.answer_prefix}{s.answers[0]}" for s in shared]
+    assert [tokenizer.decode(feed) for feed in turns.feeds] == [told[0], "\n" + told[1], "\n" + told[2]]
+    assert turns.reads()[2] == [context, *turns.feeds[:2], turns.questions[2][0]]
+    assert turns.tokens() == sum(map(len, turns.reads()[2])) + shared[2].max_new_tokens
+
+
 def test_multi_turn_needs_several_questions(reference, samples):
     with pytest.raises(SettingError, match="several questions"):
         Runner(*reference, ENTRIES[:1]).run(Job("x", "multi_turn"), samples)

@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 
 from kvshrink import detach, reference_model
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import suite as module
-from kvshrink.eval.catalogue import choices, gather
+from kvshrink.eval import tasks
+from kvshrink.eval.catalogue import Choice, choices, gather
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.runner import Runner
 from kvshrink.eval.suite import Settings, Suite
@@ -162,6 +164,18 @@ def test_every_task_fits_its_length_or_says_why_not(reference):
     assert all(s.reason for s in skipped)
     # what a context of 4096 tokens does not allow is skipped for a reason, and it is little
     assert {s.task for s in skipped if s.length == 4096} <= {"longeval_topics"}
+
+
+def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
+    def too_long(n, seed, *, tokens, count):
+        return [tasks.Sample("word " * 2 * tokens, "What?", "", ("x",), "topic", 4, {"index": i}) for i in range(n)]
+
+    module = ModuleType("tasks.too_long")
+    module.samples = too_long
+    monkeypatch.setattr("kvshrink.eval.catalogue.tasks.get", lambda name: module)
+    samples, skipped = gather([Choice("too_long", "too_long", {})], (500,), 2, 0, reference[1], reference=True)
+    assert (samples, [s.task for s in skipped]) == ([], ["too_long"])
+    assert "its longest sample takes" in skipped[0].reason
 
 
 @pytest.mark.parametrize(
