@@ -29,7 +29,8 @@ from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.harness_method import method_of
-from kvshrink.eval.harness_usage import Usage, describe, shrunken
+from kvshrink.eval.harness_usage import Usage, describe
+from kvshrink.eval.teacher import compressed_tokens
 from kvshrink.fit import fit
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
@@ -161,7 +162,7 @@ class KVShrinkLM(HFLM):
         scores, hits, steps = [], [], []
         for at in range(0, len(continuation), self.chunk):
             ids, targets = fed[:, at : at + self.chunk], wanted[0, at : at + self.chunk]
-            steps.append((ids.shape[1], shrunken(cache)))
+            steps.append((ids.shape[1], compressed_tokens(cache) > 0))
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
             logs = log_softmax(logits, -1, dtype=self.softmax_dtype or torch.float32)
             scores.append(logs.gather(-1, targets[:, None]).sum())
@@ -176,7 +177,7 @@ class KVShrinkLM(HFLM):
             generation_kwargs["max_new_tokens"] = max_length - context.shape[1]
         cache = self._filled(context[0, :-1].tolist())
         steps: list[tuple[int, bool]] = []
-        hook = self.model.register_forward_pre_hook(lambda *_: steps.append((1, shrunken(cache))))
+        hook = self.model.register_forward_pre_hook(lambda *_: steps.append((1, compressed_tokens(cache) > 0)))
         try:
             out = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
         finally:

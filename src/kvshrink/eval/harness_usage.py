@@ -45,11 +45,6 @@ class Usage:
         }
 
 
-def shrunken(cache: KVCache) -> bool:
-    """Whether the next step will read anything but exact tokens: more has left the window than the sinks hold."""
-    return any(layer.seen - layer.window.count > layer.sinks.size for layer in cache.compressed)
-
-
 def describe(tasks: dict[str, Usage]) -> dict[str, dict]:
     """The counts of a run. Raises EvalError if none of its requests read a compressed token."""
     if tasks and not any(u.sequences_read for u in tasks.values()):

@@ -70,9 +70,6 @@ class Log:
         if self.path is not None:
             _append(self.path, row)
 
-    def outcome(self, key: str) -> Outcome | None:
-        return Outcome(**self.rows[key]) if key in self.rows else None
-
     def add_outcome(self, outcome: Outcome) -> None:
         self.add(asdict(outcome))
 

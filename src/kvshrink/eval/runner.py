@@ -92,7 +92,7 @@ class Runner:
         if bar is None:
             own.close()
         self.failures += [Failure(label, job.title, job.length, error) for label, error in failed.items()]
-        found = [
+        return [
             # two budgets may have come to the same setting: one run answers for both
             replace(Outcome(**log.rows[key]), method=entry.label)
             for entry in self.entries
@@ -100,8 +100,6 @@ class Runner:
             for by_label in keys
             for key in by_label[entry.label].values()
         ]
-        place = {entry.label: n for n, entry in enumerate(self.entries)}
-        return sorted(found, key=lambda o: (place[o.method], o.index))
 
     def keys(self, job: Job, group: Group) -> dict[str, dict[int, str]]:
         """{label: {case: hash of all that the outcome depends on}}: a resumed run takes no other's."""
