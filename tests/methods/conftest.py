@@ -24,6 +24,17 @@ def facts_of():
                 stream.add(part)
             moments.append(stream.moments())
         weights = torch.randn(2, n, hidden, generator=g)
-        return LayerFacts(shape, *moments, torch.rand(hidden, generator=g), weights[0], weights[1])
+        energy = torch.rand(shape.heads, shape.head_dim, generator=g).double() + 0.1
+        output = torch.randn(shape.heads, 2 * hidden, shape.head_dim, generator=g).double()
+        gram = output.transpose(1, 2) @ output
+        return LayerFacts(
+            shape,
+            *moments,
+            torch.rand(hidden, generator=g),
+            weights[0],
+            weights[1],
+            query_energy=energy,
+            output_gram=gram,
+        )
 
     return make

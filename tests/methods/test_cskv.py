@@ -172,6 +172,20 @@ def test_values_stay_latent_until_after_the_weighted_sum(facts_of):
         torch.testing.assert_close(late, weights @ codec.decode(stored, 4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_metric_gives_the_least_error_in_that_metric(facts_of, side):
+    """Golden source: Eckart-Young on the rows times the metric's Cholesky factor, another root than ours."""
+    rows = torch.randn(320, 32) @ torch.randn(32, 32) + 5
+    facts = facts_of(SMALL, keys=rows, values=rows)
+    weighted = CSKV(keep=0.3, key_metric="query", value_metric="output")
+    metric = torch.diag(facts.query_energy.flatten()) if side == 0 else torch.block_diag(*facts.output_gram)
+    factor = torch.linalg.cholesky(metric)
+    best = torch.linalg.svdvals((rows - rows.mean(0)).double() @ factor)[9:].norm()
+    error = {m: ((through(m, facts, rows, side) - rows).double() @ factor).norm() for m in (weighted, CSKV(keep=0.3))}
+    torch.testing.assert_close(error[weighted], best, rtol=1e-3, atol=0)  # the ridge costs a little
+    assert error[CSKV(keep=0.3)] > 1.01 * best
+
+
 # --- refusals ---
 
 
@@ -190,6 +204,11 @@ def test_values_stay_latent_until_after_the_weighted_sum(facts_of):
         ({"group_heads": 0}, r"group_heads=0 is not possible\. Use 1 or more\."),
         ({"steps": -1}, r"steps=-1, lr=5e-05 is not possible\. Use steps >= 0 and lr > 0\."),
         ({"lr": 0.0}, r"steps=0, lr=0\.0 is not possible\. Use steps >= 0 and lr > 0\."),
+        ({"key_metric": "output"}, r"key_metric='output' is not possible\. Use 'plain' or 'query'\."),
+        (
+            {"value_metric": "output", "init": "asvd"},
+            r"value_metric='output' with init='asvd' is not possible\. Use 'pca'\.",
+        ),
         ({"qat": True, "bits": 4}, r"qat=True without steps and bits is not possible\. Set both\."),
         ({"qat": True, "steps": 5}, r"qat=True without steps and bits is not possible\. Set both\."),
         ({"window": 0}, r"window=0 is not possible\. Use at least 1 token\."),

@@ -14,14 +14,13 @@ from kvshrink.attach.families import (
     compute_dtype,
     key_value,
     key_value_weights,
-    kv_heads,
     position_embeddings,
+    shape_of,
     text_config,
 )
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import UnsupportedModelError
-from kvshrink.methods._roles import LayerShape
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.store.tokens import TokenTable
 
@@ -65,7 +64,7 @@ def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) ->
     positions = torch.arange(TOKENS, device=hidden.device)[None]
     wanted = _run(model, info, kind, hidden, positions, None)[:, -1]
     method, table = RTN(bits=None, window=1, sinks=2), TokenTable()
-    shape = LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
+    shape = shape_of(module)
     layers: list = [CompressedLayer(method, shape, method.codecs(shape, {}), table)]
     # a module reaches its cache layer by its own index
     cache = KVCache(layers * (module.layer_idx + 1), method, table, fingerprint, "check")

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvshrink.attach.families import compute_dtype, key_value_weights, kv_heads, text_config
+from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.layer import CompressedLayer
@@ -44,9 +44,7 @@ def shapes(attachment: Attachment) -> list[LayerShape | None]:
     """Shape of each layer's cache; None for a layer that stays as it is."""
     out: list[LayerShape | None] = []
     for info in attachment.layers:
-        module = info.module
-        shape = LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
-        out.append(shape if info.compressed else None)
+        out.append(shape_of(info.module) if info.compressed else None)
     return out
 
 

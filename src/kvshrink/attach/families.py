@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import UnsupportedModelError
+from kvshrink.methods._roles import LayerShape
 from kvshrink.shapes import Float
 
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
@@ -87,16 +88,31 @@ def key_value(module: Any, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor,
         keys, values = module.qkv_proj(hidden)[..., n_q:].split(n_kv, -1)
     else:
         keys, values = module.k_proj(hidden), module.v_proj(hidden)
-    if (clip := getattr(config, "clip_qkv", None)) is not None:
-        keys, values = keys.clamp(-clip, clip), values.clamp(-clip, clip)
-    norm = getattr(module, "k_norm", None)
+    return _heads(module, keys, "k_norm"), _heads(module, values, None)
+
+
+def queries(module: Any, hidden: Float[Tensor, "b s hidden"]) -> Float[Tensor, "b q s d"]:
+    """Queries before RoPE, as the module makes them."""
+    if hasattr(module, "qkv_proj"):
+        rows = module.qkv_proj(hidden)[..., : module.config.num_attention_heads * module.head_dim]
+    else:
+        rows = module.q_proj(hidden)
+    return _heads(module, rows, "q_norm")
+
+
+def _heads(module: Any, rows: Tensor, norm_name: str | None) -> Tensor:
+    """A projection's rows clipped, normed and split into heads, [b, heads, s, d]."""
+    d = module.head_dim
+    if (clip := getattr(module.config, "clip_qkv", None)) is not None:
+        rows = rows.clamp(-clip, clip)
+    norm = getattr(module, norm_name, None) if norm_name else None
     over_width = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() != d
     if over_width:
-        keys = norm(keys)
-    keys = keys.unflatten(-1, (-1, d))
+        rows = norm(rows)
+    rows = rows.unflatten(-1, (-1, d))
     if norm is not None and not over_width:
-        keys = norm(keys)
-    return keys.transpose(1, 2), values.unflatten(-1, (-1, d)).transpose(1, 2)
+        rows = norm(rows)
+    return rows.transpose(1, 2)
 
 
 def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
@@ -107,12 +123,22 @@ def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
     return module.k_proj.weight, module.v_proj.weight
 
 
+def output_weight(module: Any) -> Float[Tensor, "hidden q d"]:
+    """Weight of the output projection by query head."""
+    return module.o_proj.weight.unflatten(-1, (-1, module.head_dim))
+
+
 def compute_dtype(module: Any) -> torch.dtype:
     """The dtype of the module's keys and values. Weights stored as integers (bitsandbytes) do not tell it."""
     dtype = key_value_weights(module)[0].dtype
     if dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     return getattr(module.config, "dtype", None) or torch.get_default_dtype()
+
+
+def shape_of(module: Any) -> LayerShape:
+    """Shape of an attention module's cache."""
+    return LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
 
 
 def kv_heads(module: Any) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvshrink.kernels.rope import rotate
@@ -18,6 +19,11 @@ class Rope:
 
     def __deepcopy__(self, memo: dict) -> "Rope":
         return self
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Channels that are turned together: (first, second) of each pair, by frequency."""
+        f = torch.arange(len(self.inv_freq))
+        return (2 * f, 2 * f + 1) if self.interleaved else (f, f + len(f))
 
     def cos_sin(self, positions: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t f"], Float[Tensor, "b t f"]]:
         """Cosine and sine at positions, float32. A pad's position -1 is as good as any."""

@@ -48,7 +48,10 @@ def fit(
     artifact.save_pretrained(out)
     clear(checkpoint)
     records = artifact.provenance["layers"]
-    rows = [(i, method, f"{r['key_error']:.4f}", f"{r['value_error']:.4f}") for i, r in records.items()]
+    rows = [
+        (i, method, *(f"{r[k]:.4f}" if k in r else "-" for k in ("key_error", "value_error")))
+        for i, r in records.items()
+    ]
     print_table(
         ("layer", "method", "key error", "value error"), rows, "squared error / variance, on the calibration text"
     )

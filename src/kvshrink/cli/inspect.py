@@ -53,7 +53,7 @@ def inspect(
     shapes, weights = _layers(source, spectra=fitted is None)
     if not shapes:
         raise UnsupportedModelError(f"{model} has no full-attention layer: there is nothing to shrink.")
-    widths = {i: t["value_mean"].shape[-1] for i, t in fitted.layers.items()} if fitted else {}
+    widths = {i: len(t["value_spectrum"]) for i, t in fitted.layers.items()} if fitted else {}
     if fitted and widths != {i: shape.width for i, shape in shapes.items()}:
         made_for = fitted.model.get("name", "another model")
         raise ArtifactError(f"the artifact was fitted on {made_for}, not on {model}. Pass that model by --model.")

@@ -18,11 +18,9 @@ from kvshrink.attach import attach
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.rope import Rope
+from kvshrink.cache.lossy import through
 from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, empty
-from kvshrink.methods._roles import Codec
-from kvshrink.shapes import Float
 
 
 class Simulated(DynamicCache):
@@ -47,21 +45,6 @@ class Simulated(DynamicCache):
             key_states = through(codecs[0], key_states, self.ropes[layer_idx], self.page)
             value_states = through(codecs[1], value_states, None, self.page)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-def through(codec: Codec, rows: Float[Tensor, "b h t d"], rope: Rope | None, page: int) -> Float[Tensor, "b h t d"]:
-    """Rows of the positions 0 to t - 1, encoded in whole pages and decoded. Keys are as attention uses them."""
-    b, h, t, _ = rows.shape
-    turned = rope if codec.site == "k_pre" else None
-    positions = torch.arange(t, device=rows.device)[None].expand(b, -1)
-    out = rows if turned is None else turned.turn_back(rows, positions)
-    spare = -t % page
-    valid = None
-    if spare:
-        out = torch.nn.functional.pad(out, (0, 0, 0, spare))
-        valid = (torch.arange(t + spare, device=rows.device) < t)[None].expand(b, -1)
-    out = codec.decode(codec.encode(out, valid), h)[:, :, :t]
-    return (out if turned is None else turned.turn(out, positions)).to(rows.dtype)
 
 
 @torch.inference_mode()

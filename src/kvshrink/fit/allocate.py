@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kvshrink.cache.lossy import through
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
 from kvshrink.methods._roles import LayerFacts
@@ -40,13 +41,9 @@ class _Lossy:
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         half = key.shape[2] // 2 // self.page * self.page
-        positions = torch.arange(half, device=key.device)[None].expand(key.shape[0], -1)
-        key_codec, value_codec = self.codecs
-        before = key[:, :, :half] if self.rope is None else self.rope.turn_back(key[:, :, :half], positions)
-        k = key_codec.decode(key_codec.encode(before, None), key.shape[1])
-        k = k if self.rope is None else self.rope.turn(k, positions)
-        v = value_codec.decode(value_codec.encode(value[:, :, :half], None), key.shape[1])
-        return torch.cat([k.to(key.dtype), key[:, :, half:]], 2), torch.cat([v.to(value.dtype), value[:, :, half:]], 2)
+        k = through(self.codecs[0], key[:, :, :half], self.rope, self.page)
+        v = through(self.codecs[1], value[:, :, :half], None, self.page)
+        return torch.cat([k, key[:, :, half:]], 2), torch.cat([v, value[:, :, half:]], 2)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -14,11 +13,12 @@ from tqdm import tqdm
 
 from kvshrink.attach.families import (
     LayerInfo,
-    compute_dtype,
     key_value,
     key_value_weights,
-    kv_heads,
     layers_of,
+    output_weight,
+    queries,
+    shape_of,
     text_config,
 )
 from kvshrink.attach.hook import Fingerprint
@@ -26,12 +26,13 @@ from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
 from kvshrink.fit.layerwise import LayerRunner
+from kvshrink.fit.probe import Recall
 from kvshrink.fit.reconstruct import train_layer
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.fit.source import InMemory, OnDisk
-from kvshrink.fit.statistics import MomentStream, ScaleStream, residual
+from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram, residual
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import LayerFacts, LayerShape, Method
+from kvshrink.methods._roles import LayerFacts, Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 
@@ -86,6 +87,9 @@ def fit_all(
     if any(getattr(m, "key_share", None) == "auto" for m in methods) and rows.shape[1] < 2 * methods[0].page:
         need = 2 * methods[0].page
         raise DataError(f"key_share='auto' compares halves of rows: {rows.shape[1]} tokens a row are less than {need}.")
+    if isinstance(source, OnDisk) and any(m.probes for m in methods):
+        names = ", ".join(name_of(m) for m in methods if m.probes)
+        raise SettingError(f"{names} asks the whole model what a loss costs. Load the model and pass it to fit.")
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
@@ -133,12 +137,15 @@ class _Job:
                 if known is not None:
                     done[i] = known
                 runner.run(i, layer)
-        seconds = time.perf_counter() - started
+        del runner  # all hidden states
         model = {"name": self.source.name, "fingerprint": fingerprint.value()}
-        return [self._artifact(n, method, done, model, seconds) for n, method in enumerate(self.methods)]
+        return [self._artifact(n, method, done, model, started) for n, method in enumerate(self.methods)]
 
-    def _artifact(self, n: int, method: Method, done: dict, model: dict, seconds: float) -> Artifact:
-        provenance = {
+    def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
+        shapes = {i: shape_of(self.infos[i].module) for i in done}
+        tensors, record = method.finish({i: results[n][0] for i, results in done.items()}, shapes, self._probe(method))
+        seconds = time.perf_counter() - started
+        provenance = record | {
             "calibration": rows_hash(self.rows),
             "rows": list(self.rows.shape),
             "seconds": round(seconds, 2),
@@ -147,7 +154,12 @@ class _Job:
             "transformers": transformers.__version__,
             "layers": {str(i): results[n][1] for i, results in done.items()},
         }
-        return Artifact(method, {i: results[n][0] for i, results in done.items()}, dict(model), provenance)
+        return Artifact(method, tensors, dict(model), provenance)
+
+    def _probe(self, method: Method) -> Recall | None:
+        if not method.probes:
+            return None
+        return Recall(self.source.model, self.infos, self.rows, method, self.progress)
 
     def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:
         """(tensors, record of errors and seconds) per method of one loaded layer; moves the hidden states on."""
@@ -157,7 +169,7 @@ class _Job:
             any(m.steps for m in cskvs),
         )
         runner.run(index, layer, seen)
-        facts = seen.facts(self.infos[index].module)
+        facts = seen.facts(self.infos[index])
         return [self._fit_one(method, index, facts, seen) for method in self.methods]
 
     def _fit_one(self, method: Method, index: int, facts: LayerFacts, seen: "_Watch") -> tuple[dict[str, Tensor], dict]:
@@ -176,9 +188,10 @@ class _Job:
             fitted, losses = train_layer(method, facts.shape, fitted, keys, values, label, self.progress, self.log_with)
             record["loss"] = [losses[0], losses[-1]]
         for side, moments in (("key", facts.key), ("value", facts.value)):
-            up = fitted[f"{side}_up"]
-            down = fitted.get(f"{side}_down", up.transpose(1, 2))
-            record[f"{side}_error"] = residual(moments, down, up, fitted[f"{side}_mean"])
+            up = fitted.get(f"{side}_up")
+            if up is not None:
+                down = fitted.get(f"{side}_down", up.transpose(1, 2))
+                record[f"{side}_error"] = residual(moments, down, up, fitted[f"{side}_mean"])
             fitted[f"{side}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return {k: t.cpu() for k, t in fitted.items()}, record
@@ -195,7 +208,7 @@ class _Watch:
     """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
 
     def __init__(self, probes: int, rows: bool) -> None:
-        self.key, self.value, self.scale = MomentStream(), MomentStream(), ScaleStream()
+        self.key, self.value, self.scale, self.query = MomentStream(), MomentStream(), ScaleStream(), EnergyStream()
         self.probes, self.rows = probes, rows
         self.inputs: list[dict] = []
         self.keys: list[Tensor] = []
@@ -207,15 +220,17 @@ class _Watch:
         self.key.add(keys.transpose(1, 2).flatten(2))
         self.value.add(values.transpose(1, 2).flatten(2))
         self.scale.add(hidden)
+        self.query.add(queries(module, hidden), keys.shape[1])
         if len(self.inputs) < self.probes:
             self.inputs.append(kwargs)
         if self.rows:
             self.keys.append(keys)
             self.values.append(values)
 
-    def facts(self, module: Any) -> LayerFacts:
+    def facts(self, info: LayerInfo) -> LayerFacts:
+        module = info.module
         key_weight, value_weight = key_value_weights(module)
-        shape = LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
+        shape = shape_of(module)
         return LayerFacts(
             shape,
             self.key.moments(),
@@ -223,4 +238,6 @@ class _Watch:
             self.scale.mean(),
             key_weight.detach(),
             value_weight.detach(),
+            self.query.mean(info.rope),
+            output_gram(output_weight(module), shape.heads),
         )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.methods._roles import Moments
 from kvshrink.shapes import Float
@@ -54,6 +55,37 @@ class ScaleStream:
 
     def mean(self) -> Tensor:
         return torch.as_tensor(self.total) / max(1, self.count)
+
+
+class EnergyStream:
+    """Mean square of the queries that read each KV head, per channel, [h, d]."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+
+    def add(self, queries: Float[Tensor, "b q s d"], heads: int) -> None:
+        energy = queries.square().sum((0, 2), dtype=torch.float32)
+        self.total = self.total + energy.unflatten(0, (heads, -1)).sum(1, dtype=torch.float64)
+        self.count += queries.shape[0] * queries.shape[2]
+
+    def mean(self, rope: Rope | None) -> Float[Tensor, "h d"]:
+        """Both channels of a RoPE pair get their mean: over all rotations of a query it is the same."""
+        energy = torch.as_tensor(self.total) / max(1, self.count)
+        if rope is None:
+            return energy
+        first, second = rope.pairs()
+        tied = energy.clone()
+        tied[:, first] = tied[:, second] = (energy[:, first] + energy[:, second]) / 2
+        return tied
+
+
+def output_gram(weight: Float[Tensor, "hidden q d"], heads: int) -> Float[Tensor, "h d d"]:
+    """W_O^T W_O summed over the query heads of each KV head."""
+    members = weight.shape[1] // heads
+    # a head at a time: the whole weight in float32 would be a copy of it
+    grams = [sum(w.float().T @ w.float() for w in part.unbind(1)) for part in weight.detach().split(members, 1)]
+    return torch.stack(grams).double()
 
 
 def residual(moments: Moments, down: Tensor, up: Tensor, mean: Tensor) -> float:

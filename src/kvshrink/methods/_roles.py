@@ -48,7 +48,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel."""
+    """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
+
+    query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
+                  over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
+    output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
+    """
 
     shape: LayerShape
     key: Moments
@@ -56,6 +61,17 @@ class LayerFacts:
     input_scale: Tensor
     key_weight: Tensor
     value_weight: Tensor
+    query_energy: Float[Tensor, "h d"]
+    output_gram: Float[Tensor, "h d d"]
+
+
+class Probe(ABC):
+    """Asks the whole model what a loss costs."""
+
+    @abstractmethod
+    def kl(self, codecs: Mapping[int, tuple["Codec | None", "Codec | None"]]) -> float:
+        """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
+        (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
 
 
 class Codec(ABC):
@@ -120,6 +136,17 @@ class Method(ABC):
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
         return {}
+
+    @property
+    def probes(self) -> bool:
+        """Whether `finish` needs a Probe, and so the whole model in memory."""
+        return False
+
+    def finish(
+        self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
+    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+        """Called once all layers are fitted: what they share, such as one byte budget. (tensors, record of the fit)."""
+        return {i: dict(fitted) for i, fitted in layers.items()}, {}
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._roles import Codec, Stored
+from kvshrink.methods._roles import Codec, LayerFacts, Stored
 from kvshrink.shapes import Bool, Float
 
 
@@ -55,10 +55,48 @@ class BasisCodec(Codec):
         return self.packing.page_bytes()
 
 
-def principal(covariance: Float[Tensor, "n n"], groups: int, rank: int) -> Float[Tensor, "G r a"]:
-    """The `rank` directions of most variance of each group: the orthonormal basis of least squared error
-    (Eckart-Young), so the global optimum of CSKV's own loss without quantisation."""
-    return _top(torch.stack(_blocks(covariance, groups)), rank)
+RIDGE = 1e-4  # of a metric's mean eigenvalue, added to it: a direction that costs nothing still gets a finite basis
+
+
+def principal(
+    covariance: Float[Tensor, "n n"], groups: int, rank: int, metric: Float[Tensor, "n n"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(down [G, a, r], up [G, r, a]): the basis of least squared error of each group (Eckart-Young), so the global
+    optimum of CSKV's own loss without quantisation.
+
+    metric M: the error e counts as e M e^T instead. With M = R^2 the rows x R have their principal directions V, and
+    down = R V, up = V^T R^-1. Without a metric down is up^T.
+    """
+    return spectrum(covariance, groups, rank, metric)[1:]
+
+
+def spectrum(
+    covariance: Float[Tensor, "n n"], groups: int, rank: int, metric: Float[Tensor, "n n"] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `principal`, after the latents' variances [G, r], which are what each costs if it is left out."""
+    blocks = torch.stack(_blocks(covariance, groups)).double()
+    if metric is None:
+        up = _top(blocks, rank)
+        return _variances(up, blocks), up.transpose(1, 2), up
+    metrics = torch.stack(_blocks(metric, groups)).double()
+    size = metrics.shape[-1]
+    ridge = metrics.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * RIDGE
+    values, vectors = torch.linalg.eigh(metrics + ridge * torch.eye(size, dtype=metrics.dtype, device=metrics.device))
+    root = vectors * values.sqrt()[:, None] @ vectors.transpose(1, 2)
+    inverse = vectors / values.sqrt()[:, None] @ vectors.transpose(1, 2)
+    turned = root @ blocks @ root
+    directions = _top(turned, rank)
+    return _variances(directions, turned), root @ directions.transpose(1, 2), directions @ inverse
+
+
+def key_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
+    """What an error in a key costs: the squared error of the scores, averaged over queries at all distances."""
+    return torch.diag(facts.query_energy.double().flatten())
+
+
+def value_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
+    """What an error in a value costs: the squared error of the layer's output, each head by itself."""
+    return torch.block_diag(*facts.output_gram.double())
 
 
 def weighted_svd(
@@ -74,7 +112,7 @@ def weighted_svd(
     blocks = torch.stack(_blocks(gram, groups))
     right = _top(blocks, rank)
     # squared singular values along the kept directions; a direction of no energy keeps scale 1
-    power = (right @ blocks @ right.transpose(1, 2)).diagonal(dim1=1, dim2=2).clamp_min(0.0)
+    power = _variances(right, blocks)
     root = torch.where(power > 0, power, torch.ones_like(power)).pow(0.25)[:, :, None]
     return (right / root).transpose(1, 2), right * root
 
@@ -89,6 +127,10 @@ def _blocks(matrix: Tensor, groups: int) -> list[Tensor]:
     """Diagonal blocks of a [n, n] matrix, one per group of heads."""
     size = matrix.shape[0] // groups
     return [matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
+
+
+def _variances(directions: Tensor, blocks: Tensor) -> Tensor:
+    return (directions @ blocks @ directions.transpose(1, 2)).diagonal(dim1=1, dim2=2).clamp_min(0.0)
 
 
 def _top(symmetric: Tensor, rank: int) -> Tensor:

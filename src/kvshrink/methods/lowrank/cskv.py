@@ -19,7 +19,7 @@ from torch import Tensor
 from kvshrink.errors import SettingError
 from kvshrink.methods._latents import packing
 from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Moments, number, require, whole
-from kvshrink.methods.lowrank._basis import BasisCodec, orthonormal, principal, weighted_svd
+from kvshrink.methods.lowrank._basis import BasisCodec, key_metric, orthonormal, principal, value_metric, weighted_svd
 
 BITS = (8, 4, 3, 2)
 INITS = ("pca", "asvd", "svd", "random")
@@ -39,6 +39,8 @@ class CSKV(Method):
     steps:       optimiser steps of the paper's layer-wise reconstruction training after `init`; 0: none.
     qat:         train through the quantiser (needs steps and bits).
     lr:          learning rate of that training, linear decay to 0.
+    key_metric, value_metric: what init="pca" counts as the error: "plain" (the paper's mean square), "query" (keys
+                 weighted by the energy of the queries that read them), "output" (values by the output projection).
     """
 
     keep: float = 0.2
@@ -49,6 +51,8 @@ class CSKV(Method):
     steps: int = 0
     qat: bool = False
     lr: float = 5e-5
+    key_metric: Literal["plain", "query"] = "plain"
+    value_metric: Literal["plain", "output"] = "plain"
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "keep"
@@ -70,6 +74,10 @@ class CSKV(Method):
         ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
         require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
         require(self.group_heads is None or self.group_heads >= 1, f"group_heads={self.group_heads}", "Use 1 or more.")
+        for name, other in (("key_metric", "query"), ("value_metric", "output")):
+            metric = getattr(self, name)
+            require(metric in ("plain", other), f"{name}={metric!r}", f"Use 'plain' or {other!r}.")
+            require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
         whole("steps", self.steps)
         whole("bits", self.bits)
         whole("group_heads", self.group_heads)
@@ -103,8 +111,13 @@ class CSKV(Method):
     def fit_layer(self, facts: LayerFacts, key_share: float | None = None) -> dict[str, Tensor]:
         """Basis of keys and values of one layer, before any training."""
         rank_k, rank_v = self.ranks(facts.shape, key_share)
-        key = self._side(facts.key, facts.key_weight, facts.input_scale, self._groups(facts.shape), rank_k, seed=0)
-        value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, seed=1)
+        groups = self._groups(facts.shape)
+        metrics = (
+            key_metric(facts) if self.key_metric == "query" else None,
+            value_metric(facts) if self.value_metric == "output" else None,
+        )
+        key = self._side(facts.key, facts.key_weight, facts.input_scale, groups, rank_k, 0, metrics[0])
+        value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
         return {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
@@ -127,12 +140,20 @@ class CSKV(Method):
         return shape.heads // size
 
     def _side(
-        self, moments: Moments, weight: Tensor, input_scale: Tensor, groups: int, rank: int, seed: int
+        self,
+        moments: Moments,
+        weight: Tensor,
+        input_scale: Tensor,
+        groups: int,
+        rank: int,
+        seed: int,
+        metric: Tensor | None,
     ) -> dict[str, Tensor]:
         mean = moments.mean.double().unflatten(0, (groups, -1))
         down = None
         if self.init == "pca":
-            up = principal(moments.covariance, groups, rank)
+            down, up = principal(moments.covariance, groups, rank, metric)
+            down = None if metric is None else down  # an orthonormal basis is stored once
         elif self.init == "random":
             up = orthonormal(groups, mean.shape[1], rank, seed).to(mean.device)
         else:

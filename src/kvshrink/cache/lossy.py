@@ -1,0 +1,25 @@
+"""What a codec makes of rows, without a cache: for fitting and for simulated scores."""
+
+import torch
+from torch import Tensor
+
+from kvshrink.cache.rope import Rope
+from kvshrink.methods._roles import Codec
+from kvshrink.shapes import Float
+
+
+def through(
+    codec: Codec, rows: Float[Tensor, "b h t d"], rope: Rope | None, page: int, first: int = 0
+) -> Float[Tensor, "b h t d"]:
+    """Rows of the positions from `first` on, encoded in whole pages and decoded. Keys are as attention uses them."""
+    b, h, t, _ = rows.shape
+    turned = rope if codec.site == "k_pre" else None
+    positions = torch.arange(first, first + t, device=rows.device)[None].expand(b, -1)
+    out = rows if turned is None else turned.turn_back(rows, positions)
+    spare = -t % page
+    valid = None
+    if spare:
+        out = torch.nn.functional.pad(out, (0, 0, 0, spare))
+        valid = (torch.arange(t + spare, device=rows.device) < t)[None].expand(b, -1)
+    out = codec.decode(codec.encode(out, valid), h)[:, :, :t]
+    return (out if turned is None else turned.turn(out, positions)).to(rows.dtype)
