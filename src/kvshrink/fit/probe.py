@@ -84,7 +84,7 @@ class Recall(Probe):
         return out[0], out[1]
 
 
-def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -> Int[Tensor, "rows length"]:
+def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -> Int[Tensor, "made tokens"]:
     """Up to ROWS rows of `length` tokens, or shorter ones if the text is: text, then a passage of it again.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
@@ -95,7 +95,7 @@ def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -
     context = length - asked - 1
     room = context - asked - method.window - method.page
     if room <= method.sinks:
-        least = REPEATED * (method.window + method.page + method.sinks + 2)
+        least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
     draw, made = random.Random(SEED), []
     for i in range(ROWS):
