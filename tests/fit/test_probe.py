@@ -125,9 +125,9 @@ def test_an_answer_is_asked_once(probe):
 
 def test_too_little_text_is_refused(rows):
     stream = rows.flatten()[None]
-    with pytest.raises(DataError, match=r"^91 calibration tokens are too few .* Give 92 or more\.$"):
-        recall_rows(stream[:, :91], 512, METHOD)
-    assert recall_rows(stream[:, :92], 512, METHOD).shape == (ROWS, 91 + 1)
+    with pytest.raises(DataError, match=r"^88 calibration tokens are too few .* Give 92 or more\.$"):
+        recall_rows(stream[:, :88], 512, METHOD)
+    assert recall_rows(stream[:, :92], 512, METHOD).shape == (ROWS, 92)
 
 
 # --- a method that asks ---
