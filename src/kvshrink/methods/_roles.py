@@ -73,6 +73,10 @@ class Probe(ABC):
         """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
         (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
 
+    @abstractmethod
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Per layer, squared gradients of a loss summed over the weights that make its keys, and its values."""
+
 
 class Codec(ABC):
     """Rows of one site <-> stored pages. `decode` is `expand(unpack(stored))`: the second half is linear, so that
@@ -145,7 +149,7 @@ class Method(ABC):
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
     ) -> tuple[dict[int, dict[str, Tensor]], dict]:
-        """Called once all layers are fitted: what they share, such as one byte budget. (tensors, record of the fit)."""
+        """Once all are fitted: what they share, as one byte budget. (tensors, record; "layers" in it joins theirs)."""
         return {i: dict(fitted) for i, fitted in layers.items()}, {}
 
     def check(self) -> None:
