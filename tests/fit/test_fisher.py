@@ -31,7 +31,7 @@ def model(request):
     net = net(net.config_class(**SHAPE))
     with torch.no_grad():
         for p in net.parameters():
-            p.mul_(8)  # at its initial scale hardly anything depends on keys
+            p.mul_(4)  # at its initial scale hardly anything depends on keys
     return net.double().eval()
 
 
@@ -52,12 +52,12 @@ def test_squared_gradients_are_those_of_finite_differences(model):
             for at in [(i, j) for i in range(part.shape[0]) for j in range(part.shape[1])]:
                 for row in rows:
                     value, ends = float(part[at]), []
-                    for step in (1e-5, -1e-5):
+                    for step in (5e-4, -5e-4):
                         part[at] = value + step
                         ends.append(loss_of(model, row, asked))
                     part[at] = value
-                    wanted += ((ends[0] - ends[1]) / 2e-5) ** 2
-            assert got[layer][side] == pytest.approx(wanted, rel=3e-3)  # norms and the loss are in float32
+                    wanted += ((ends[0] - ends[1]) / 1e-3) ** 2
+            assert got[layer][side] == pytest.approx(wanted, rel=1e-3)  # norms and the loss are in float32
             assert wanted > 0
 
 
