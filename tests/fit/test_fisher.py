@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Phi3ForCausalLM
 
-from kvshrink.attach.families import key_value_parts, layers_of
+from kvshrink.attach.families import key_value, key_value_parts, layers_of
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
 from kvshrink.fit.probe import Recall
@@ -94,3 +94,11 @@ def test_weights_without_a_gradient_and_losses_without_one_are_refused(model):
     broken.data = broken.data.nan_to_num().to(torch.int8)
     with pytest.raises(DataError, match=r"^weights stored as torch\.int8 have no gradient\. [^\n]+$"):
         squared_gradients(model, infos, torch.randint(0, 23, (1, 24)), 6)
+
+
+def test_the_rows_of_a_fused_weight_are_those_that_make_keys_and_values(model):
+    hidden = torch.randn(1, 5, 8, dtype=torch.float64)
+    for info in layers_of(model):
+        made = key_value(info.module, hidden)
+        for (weight, channels), rows in zip(key_value_parts(info.module), made, strict=True):
+            torch.testing.assert_close((hidden @ weight[channels].T)[:, None], rows)
