@@ -145,6 +145,7 @@ class _Job:
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
         shapes = {i: shape_of(self.infos[i].module) for i in done}
         tensors, record = method.finish({i: results[n][0] for i, results in done.items()}, shapes, self._probe(method))
+        shared = record.pop("layers", {})  # what a layer's own fit could not know, such as its rank
         seconds = time.perf_counter() - started
         provenance = record | {
             "calibration": rows_hash(self.rows),
@@ -153,7 +154,7 @@ class _Job:
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "layers": {str(i): results[n][1] for i, results in done.items()},
+            "layers": {str(i): results[n][1] | shared.get(i, {}) for i, results in done.items()},
         }
         return Artifact(method, tensors, dict(model), provenance)
 

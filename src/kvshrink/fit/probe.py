@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from kvshrink.attach.families import LayerInfo, text_config
 from kvshrink.cache.lossy import through
 from kvshrink.errors import DataError
+from kvshrink.fit.fisher import squared_gradients
 from kvshrink.methods._roles import Codec, Method, Probe
 from kvshrink.shapes import Int
 
@@ -36,10 +37,11 @@ class Recall(Probe):
         context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
         made = recall_rows(rows, min(LENGTH, context), method)
         self.asked = made.shape[1] // REPEATED
-        device = next(model.parameters()).device
+        self.made = made.to(next(model.parameters()).device)
+        self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
         with torch.no_grad():
-            for row in made.to(device)[:, None]:
+            for row in self.made[:, None]:
                 cache, tail = DynamicCache(config=model.config), row[:, -self.asked :]
                 model(input_ids=row[:, : -self.asked], past_key_values=cache, logits_to_keep=1)
                 self.caches.append(cache)
@@ -61,6 +63,13 @@ class Recall(Probe):
         if key not in self.known:
             self.known[key] = measure()
         return self.known[key]
+
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Of the loss of the repetition, read from the whole text before it."""
+        if self.information is None:
+            infos = {i: info for i, info in enumerate(self.infos) if info.compressed}
+            self.information = squared_gradients(self.model, infos, self.made, self.asked)
+        return self.information
 
     def _predict(self, exact: DynamicCache, codecs: Mapping, tail: Tensor) -> Tensor:
         """Log-probabilities [s, v] after each token of the tail, the cache read through the codecs."""

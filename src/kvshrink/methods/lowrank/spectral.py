@@ -126,7 +126,8 @@ class Spectral(Method):
         for (i, side), curve in curves.items():
             done[i][f"{side}_curve"] = torch.tensor(curve, dtype=torch.float64)
         named = {f"{i} {side}": w.tolist() for (i, side), w in sorted(widths.items())}
-        return done, {"widths": named, "unspent": left / max(1, budget)}
+        errors = {i: {f"{side}_error": self._error(layers[i], side, widths[i, side]) for side in SIDES} for i in layers}
+        return done, {"widths": named, "unspent": left / max(1, budget), "layers": errors}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
@@ -139,22 +140,24 @@ class Spectral(Method):
         return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in _sizes(shape.width))
 
     def _widths(self, fitted: Fitted, side: str, budget: int) -> Tensor:
-        variance = fitted[f"{side}_variance"]
-        sizes = _sizes(len(variance))
-        energies = [float(part.sum()) for part in variance.double().split(sizes)]
-        return torch.tensor(_bits.fill(energies, sizes, budget, self.widths, self.page), dtype=torch.uint8)
+        sizes = _sizes(len(fitted[f"{side}_variance"]))
+        chosen = _bits.fill(_energies(fitted, side), sizes, budget, self.widths, self.page)
+        return torch.tensor(chosen, dtype=torch.uint8)
 
     def _points(self, fitted: Fitted, side: str) -> Iterator[tuple[int, Tensor, float]]:
         """(bytes of a page, widths, expected squared error over the variance) at the rates that a curve has."""
-        variance, seen = fitted[f"{side}_variance"].double(), -1
-        sizes = _sizes(len(variance))
-        energies = [float(part.sum()) for part in variance.split(sizes)]
+        channels, seen = len(fitted[f"{side}_variance"]), -1
         for rate in POINTS:
-            widths = self._widths(fitted, side, int(rate * len(variance) * self.page / 8))
-            size = _bits.cost_of(widths.tolist(), sizes, self.page)
+            widths = self._widths(fitted, side, int(rate * channels * self.page / 8))
+            size = _bits.cost_of(widths.tolist(), _sizes(channels), self.page)
             if size > seen:
-                yield size, widths, _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
+                yield size, widths, self._error(fitted, side, widths)
             seen = size
+
+    def _error(self, fitted: Fitted, side: str, widths: Tensor) -> float:
+        """Expected squared error over the variance, in the side's metric."""
+        energies = _energies(fitted, side)
+        return _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
 
     def _by_kl(self, fitted: Fitted, layer: int, side: str, shape: LayerShape, probe: Probe) -> _bits.Curve:
         """KL of the model's predictions with this side alone read through its codec.
@@ -192,6 +195,12 @@ class Spectral(Method):
 def _sizes(channels: int) -> tuple[int, ...]:
     """Channels of each group: GROUP, and what is left over."""
     return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
+
+
+def _energies(fitted: Fitted, side: str) -> list[float]:
+    """Variance of each group of channels."""
+    variance = fitted[f"{side}_variance"].double()
+    return [float(part.sum()) for part in variance.split(_sizes(len(variance)))]
 
 
 def _trimmed(fitted: Fitted, side: str) -> dict[str, Tensor]:
