@@ -99,9 +99,15 @@ def divergence(rows: list[dict]) -> dict:
     values = {"kl": float(np.mean(means)), "kl_low": max(0.0, low), "kl_high": high}
     same = np.concatenate([r["top1"] for r in rows])
     values |= {"kl_p99": float(np.quantile(kl, 0.99)), "top1": float(same.mean())}
-    return {k: round(v, 6) for k, v in values.items()} | {
-        "kept_kl": round(float(np.mean([r["kept"] for r in rows])), 5)
-    }
+    values["kept"] = float(np.mean([r["kept"] for r in rows]))
+    return {k: round(v, 6) for k, v in values.items()}
+
+
+def beside(rows: list[dict], others: list[dict]) -> dict:
+    """Mean difference of KL to another method on the same documents, with its 95 % interval."""
+    delta = [float(np.mean(a["kl"]) - np.mean(b["kl"])) for a, b in zip(rows, others, strict=True)]
+    low, high = student(delta) if len(delta) <= 20 else bootstrap(delta, 0)
+    return {k: round(v, 6) for k, v in {"delta": float(np.mean(delta)), "low": low, "high": high}.items()}
 
 
 def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log, bar) -> list[dict]:
@@ -132,6 +138,10 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
         if e.method is not None:
             row |= {"text": divergence(text[e.label]), "retrieval": divergence(retrieval[e.label])}
             row["kept"] = row["text"]["kept"]
+            base = e.label.replace(e.series, e.series.partition(",")[0])  # "spectral, uniform @0.2": "spectral @0.2"
+            if base != e.label:
+                row["beside"] = {"base": base, "text": beside(text[e.label], text[base])}
+                row["beside"]["retrieval"] = beside(retrieval[e.label], retrieval[base])
         if e.label in scores:
             hits = [o.score for o in scores[e.label]]
             low, high = bootstrap(hits, 0)
