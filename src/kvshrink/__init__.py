@@ -24,8 +24,8 @@ from kvshrink.cache import KVCache
 from kvshrink.errors import KVShrinkError
 from kvshrink.fit import fit
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.spectral import Spectral
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.reference import reference_model
 
@@ -35,7 +35,7 @@ __all__ = [
     "Artifact",
     "KVCache",
     "KVShrinkError",
-    "StreamingLLM",
+    "Spectral",
     "attach",
     "attached",
     "detach",

@@ -30,7 +30,7 @@ def cases() -> list:
             settings = keep | ({} if bits == "-" else {"bits": bits})
             try:
                 found.append(pytest.param(methods.build(name, settings), id=f"{name}-{bits}"))
-            except methods.SettingError:
+            except (methods.SettingError, TypeError):  # refused, by its check or by its annotation
                 continue
     return found
 

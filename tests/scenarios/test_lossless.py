@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvshrink
-from kvshrink import CSKV, RTN, Artifact, KVCache, StreamingLLM
+from kvshrink import CSKV, RTN, Artifact, KVCache
 from kvshrink.methods._roles import Method
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.scenarios import families, scenarios
 from tests.scenarios.families import FAMILIES
 

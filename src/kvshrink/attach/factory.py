@@ -11,7 +11,7 @@ from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods._roles import Fitted, LayerShape, Method
-from kvshrink.methods.artifact import SPECTRUM, Artifact
+from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.store.tokens import TokenTable
 
 
@@ -72,7 +72,7 @@ def _on_device(artifact: Artifact, layer: int, like: Tensor) -> Fitted:
     moved = artifact.__dict__.setdefault("_moved", {})
     key = (layer, like.device)
     if key not in moved:
-        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(SPECTRUM)}
+        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(LOOKED_AT)}
     return moved[key]
 
 

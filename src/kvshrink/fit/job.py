@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -115,6 +115,7 @@ class _Job:
     progress: bool
     log_with: str | None
     folder: str | Path | None
+    recalls: dict[tuple, Recall] = field(default_factory=dict)
 
     def run(self) -> list[Artifact]:
         started = time.perf_counter()
@@ -159,7 +160,10 @@ class _Job:
     def _probe(self, method: Method) -> Recall | None:
         if not method.probes:
             return None
-        return Recall(self.source.model, self.infos, self.rows, method, self.progress)
+        key = (method.window, method.sinks, method.page)
+        if key not in self.recalls:
+            self.recalls[key] = Recall(self.source.model, self.infos, self.rows, method, self.progress)
+        return self.recalls[key]
 
     def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:
         """(tensors, record of errors and seconds) per method of one loaded layer; moves the hidden states on."""

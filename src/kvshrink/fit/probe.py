@@ -6,7 +6,7 @@ window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -45,6 +45,7 @@ class Recall(Probe):
                 self.caches.append(cache)
                 self.tails.append(tail)
                 self.wanted.append(self._predict(cache, {}, tail))
+        self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
 
     @torch.no_grad()
@@ -55,6 +56,11 @@ class Recall(Probe):
             total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
         self.bar.update()
         return max(0.0, total / len(self.caches))
+
+    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
 
     def _predict(self, exact: DynamicCache, codecs: Mapping, tail: Tensor) -> Tensor:
         """Log-probabilities [s, v] after each token of the tail, the cache read through the codecs."""

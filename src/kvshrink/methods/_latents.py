@@ -5,7 +5,7 @@ one run of page * r codes, so that any r packs without a gap.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Raw:
     width: int
     page: int
     dtype: torch.dtype
+    side: ClassVar[frozenset[str]] = frozenset()
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         if valid is not None:
@@ -59,6 +60,7 @@ class Affine:
     bits: int
     axis: Literal["channel", "token"]
     group: int = 64
+    side: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
 
     @property
     def per_token(self) -> int:

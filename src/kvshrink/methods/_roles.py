@@ -5,7 +5,7 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -72,6 +72,10 @@ class Probe(ABC):
     def kl(self, codecs: Mapping[int, tuple["Codec | None", "Codec | None"]]) -> float:
         """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
         (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
+
+    @abstractmethod
+    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        """What `measure` gives, remembered by a key of the method's own: methods fitted together share answers."""
 
 
 class Codec(ABC):

@@ -17,7 +17,7 @@ from kvshrink.methods._roles import Fitted, Method
 from kvshrink.store import files
 
 VERSION = 1
-SPECTRUM = "_spectrum"  # ending of tensors that are only for looking at
+LOOKED_AT = ("_spectrum", "_curve")  # endings of tensors that no cache reads
 CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
 KEYS = {"version", "method", "settings", "layers", "model", "provenance", "weights_sha256"}
 
@@ -38,7 +38,7 @@ class Artifact:
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted tensors that a cache reads: held once per model, not per sequence."""
-        return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(SPECTRUM))
+        return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(LOOKED_AT))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the artifact to a folder. A failed save leaves what was there."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._latents import Affine, Raw
+from kvshrink.methods._mixed import Mixed
 from kvshrink.methods._roles import Codec, LayerFacts, Stored
 from kvshrink.shapes import Bool, Float
 
@@ -24,8 +25,11 @@ class BasisCodec(Codec):
     down: Float[Tensor, "G a r"]
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
-    packing: Raw | Affine
-    side = frozenset({"scale", "low"})
+    packing: Raw | Affine | Mixed
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.packing.side
 
     @property
     def width(self) -> int:  # type: ignore[override]
