@@ -5,11 +5,11 @@ worth, the others are not stored; values stay whole. Cheap to decode, as no basi
 basis of its own, which puts what many channels share into few.
 
 Departures from the paper, with the squared error of centred scores over their variance (reference model, 4 held-out
-prompts of 3,968 tokens, read by the 128 queries behind them, keep 0.5). Channels are chosen once, from calibration text,
-not for each prompt from its last queries, since no query reaches the cache and a page is encoded once: .039, not .038.
-Whole RoPE pairs are kept, so that keys may be pruned before or after RoPE alike: .038, not .023. A channel left out
-reads as its calibrated mean, `fill="zero"` is the paper's: .039, not .053. The paper itself, with none of them: .040.
-With `bits` keys are quantised before RoPE, unless `fill="zero"`.
+prompts of 3,968 tokens, read by the 128 queries behind them, keep 0.5). Channels are chosen once, from calibration
+text, not for each prompt from its last queries, since no query reaches the cache and a page is encoded once: .039, not
+.038. Whole RoPE pairs are kept, so that keys may be pruned before or after RoPE alike: .038, not .023. A channel left
+out reads as its calibrated mean, `fill="zero"` is the paper's: .039, not .053. The paper itself, with none of these:
+.040. With `bits` keys are quantised before RoPE, unless `fill="zero"`.
 """
 
 from dataclasses import dataclass
