@@ -149,7 +149,8 @@ def test_worth_is_the_error_that_is_measured(facts_of, fill):
     """q and k of independent channels: the mean squared error of q . k without some channels, from samples."""
     rows = torch.randn(40_000, 16) * torch.rand(16) + torch.rand(16) * 2
     queries = torch.randn(40_000, 16) * torch.rand(16)
-    facts = dataclasses.replace(facts_of(SMALL, keys=rows), query_energy=queries.square().mean(0).view(2, 8).double())
+    energy = queries.square().mean(0).view(2, 8).double()
+    facts = dataclasses.replace(facts_of(SMALL, keys=rows), query_energy=energy, pairs=None)
     worth = _channels.worth(facts, fill)
     lost = rows - (rows.mean(0) if fill == "mean" else 0)
     for gone in ([3], [0, 9, 12], list(range(16))):
