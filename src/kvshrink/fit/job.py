@@ -245,4 +245,5 @@ class _Watch:
             value_weight.detach(),
             self.query.mean(info.rope),
             output_gram(output_weight(module), shape.heads),
+            info.rope.pairs() if info.rope else None,
         )

@@ -115,14 +115,14 @@ class Spectral(Method):
         widths, left = {}, budget - sum(given.values())
         for i, side in sorted(sides, key=lambda at: -given[at]):  # what one side cannot use up, the next may
             widths[i, side] = self._widths(layers[i], side, given[i, side] + left)
-            left += given[i, side] - _bits.cost_of(widths[i, side].tolist(), _sizes(shapes[i].width), self.page)
+            left += given[i, side] - _bits.cost_of(widths[i, side].tolist(), group_sizes(shapes[i].width), self.page)
         if not any(bool(w.any()) for w in widths.values()):
             least = group_bytes(GROUP, 1, self.page) / sum(shapes[i].token_bytes * self.page for i in layers)
             raise SettingError(f"kept={self.kept} is less than one group of channels takes. Use {least:.2g} or more.")
         done = {}
         for i in layers:
             chosen = {f"{side}_widths": widths[i, side] for side in SIDES}
-            done[i] = _trimmed(_trimmed({**layers[i], **chosen}, "key"), "value")
+            done[i] = trimmed(trimmed({**layers[i], **chosen}, "key"), "value")
         for (i, side), curve in curves.items():
             done[i][f"{side}_curve"] = torch.tensor(curve, dtype=torch.float64)
         named = {f"{i} {side}": w.tolist() for (i, side), w in sorted(widths.items())}
@@ -137,10 +137,10 @@ class Spectral(Method):
         return int(min(self.kept * shape.token_bytes * self.page, self._most(shape)))
 
     def _most(self, shape: LayerShape) -> int:
-        return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in _sizes(shape.width))
+        return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in group_sizes(shape.width))
 
     def _widths(self, fitted: Fitted, side: str, budget: int) -> Tensor:
-        sizes = _sizes(len(fitted[f"{side}_variance"]))
+        sizes = group_sizes(len(fitted[f"{side}_variance"]))
         chosen = _bits.fill(_energies(fitted, side), sizes, budget, self.widths, self.page)
         return torch.tensor(chosen, dtype=torch.uint8)
 
@@ -149,7 +149,7 @@ class Spectral(Method):
         channels, seen = len(fitted[f"{side}_variance"]), -1
         for rate in POINTS:
             widths = self._widths(fitted, side, int(rate * channels * self.page / 8))
-            size = _bits.cost_of(widths.tolist(), _sizes(channels), self.page)
+            size = _bits.cost_of(widths.tolist(), group_sizes(channels), self.page)
             if size > seen:
                 yield size, widths, self._error(fitted, side, widths)
             seen = size
@@ -179,10 +179,10 @@ class Spectral(Method):
 
     def _codec(self, side: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
-        fitted = _trimmed(fitted, side)
+        fitted = trimmed(fitted, side)
         up, variance, mean = (fitted[f"{side}_{name}"] for name in ("up", "variance", "mean"))
         down = fitted.get(f"{side}_down", up.transpose(1, 2))
-        packing = Mixed(_sizes(len(variance)), tuple(fitted[f"{side}_widths"].tolist()), self.page)
+        packing = Mixed(group_sizes(len(variance)), tuple(fitted[f"{side}_widths"].tolist()), self.page)
         scale = variance.clamp_min(FLOOR).sqrt()
         down, up = down / scale, up * scale[:, None]
         turns = [rotation(part.stop - part.start) for _, part in packing.runs()]
@@ -192,7 +192,7 @@ class Spectral(Method):
         return BasisCodec("k_pre" if side == "key" else "v", down.contiguous(), up.contiguous(), mean, packing)
 
 
-def _sizes(channels: int) -> tuple[int, ...]:
+def group_sizes(channels: int) -> tuple[int, ...]:
     """Channels of each group: GROUP, and what is left over."""
     return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
 
@@ -200,13 +200,13 @@ def _sizes(channels: int) -> tuple[int, ...]:
 def _energies(fitted: Fitted, side: str) -> list[float]:
     """Variance of each group of channels."""
     variance = fitted[f"{side}_variance"].double()
-    return [float(part.sum()) for part in variance.split(_sizes(len(variance)))]
+    return [float(part.sum()) for part in variance.split(group_sizes(len(variance)))]
 
 
-def _trimmed(fitted: Fitted, side: str) -> dict[str, Tensor]:
+def trimmed(fitted: Fitted, side: str) -> dict[str, Tensor]:
     """Without the directions of width 0."""
     widths, variance = fitted[f"{side}_widths"], fitted[f"{side}_variance"]
-    sizes = torch.tensor(_sizes(len(variance)), device=widths.device, dtype=torch.long)
+    sizes = torch.tensor(group_sizes(len(variance)), device=widths.device, dtype=torch.long)
     there = (widths > 0).repeat_interleave(sizes)
     changed = {
         f"{side}_widths": widths[widths > 0],
