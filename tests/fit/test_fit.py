@@ -99,7 +99,7 @@ def test_closed_form_is_a_bound_on_the_calibration_text(model, rows):
                     assert best[i][side] <= record[side] * (1 + 1e-6), (keep, other.method, i, side)
         untrained, trained = group[1], group[-1]
         for i, record in trained.provenance["layers"].items():
-            assert record["loss"][1] < record["loss"][0]
+            assert record["training"]["loss"][1] < record["training"]["loss"][0]
             assert record["key_error"] < untrained.provenance["layers"][i]["key_error"]
 
 
