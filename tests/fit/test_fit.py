@@ -13,7 +13,7 @@ from kvshrink.errors import DataError, SettingError
 from kvshrink.fit import fit_all
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
-from kvshrink.fit.statistics import MomentStream, residual
+from kvshrink.fit.statistics import MomentStream, residual, residuals
 
 SHAPE = {
     "hidden_size": 32,
@@ -57,6 +57,9 @@ def test_residual_is_the_error_measured_on_the_rows():
     parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g] @ up[g] + mean[g] for g in range(2)]
     wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert residual(stream.moments(), down, up, mean) == pytest.approx(float(wanted), rel=1e-5)
+    parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g][:, :1] @ up[g][:1] + mean[g] for g in range(2)]
+    wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(residuals(stream.moments(), down, up, mean)[0]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, Gemma3ForCausalLM], ids=lambda c: c.__name__)
