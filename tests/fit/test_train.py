@@ -127,7 +127,7 @@ def test_training_pays_where_the_start_is_poor_and_leaves_the_model_alone(model,
     start, trained = (fit(net, rows, init="random", loss=name if s else "rows", steps=s, lr=2e-2) for s in (0, 25))
     for record in records(trained):
         assert record["kept"] == "trained"
-        assert record["held_out"]["trained"] < 0.95 * record["held_out"]["closed form"]
+        assert record["held_out"]["trained"] < 0.98 * record["held_out"]["closed form"]
     for i, layer in trained.layers.items():
         assert {t.dtype for t in layer.values()} == {torch.float32}
         assert not torch.equal(layer["key_up"], start.layers[i]["key_up"])

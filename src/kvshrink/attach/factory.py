@@ -12,6 +12,7 @@ from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import name_of
+from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
@@ -87,7 +88,9 @@ def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -
     references, fitted = [], artifact.layers.get(layer, {})
     for side, codec in zip(("key", "value"), codecs or (), strict=False):
         errors, centre = fitted.get(f"{side}_errors"), fitted.get(f"{side}_centre")
-        if isinstance(codec, BasisCodec) and errors is not None and centre is not None:
+        if not isinstance(codec, BasisCodec) or errors is None or centre is None:
+            continue
+        if isinstance(codec.packing, Raw | Affine):  # where rounding is fitted too, the basis does not say what is lost
             error = float(errors[codec.up.shape[1] - 1])
             references.append(Reference(codec.smooth, centre.to(codec.up.device), error))
     if len(references) != 2:
