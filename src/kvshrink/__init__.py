@@ -4,7 +4,7 @@ Read the tree in the order the data takes; each line may import only from the li
 
     cli/         one module per command: demo, fit, generate, eval (suite, perplexity), report, inspect, lm-eval
     eval/        tasks/ and metrics/, runner and suite, perplexity, fidelity, lm-eval plug-in, report/
-    fit/         statistics (streamed moments), layer-by-layer run, key/value split, reconstruction training
+    fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard
     attach/      model -> attention hook: attention function, mask function, families, self-check
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
     methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py holds the few abstract roles; artifact.py

@@ -14,7 +14,7 @@ from kvshrink.errors import DataError, SettingError
 from kvshrink.fit import fit_all
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
-from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual
+from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
 
 SHAPE = {
     "hidden_size": 32,
@@ -58,6 +58,9 @@ def test_residual_is_the_error_measured_on_the_rows():
     parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g] @ up[g] + mean[g] for g in range(2)]
     wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert residual(stream.moments(), down, up, mean) == pytest.approx(float(wanted), rel=1e-5)
+    parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g][:, :1] @ up[g][:1] + mean[g] for g in range(2)]
+    wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(residuals(stream.moments(), down, up, mean)[0]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, Gemma3ForCausalLM], ids=lambda c: c.__name__)
@@ -100,7 +103,7 @@ def test_closed_form_is_a_bound_on_the_calibration_text(model, rows):
                     assert best[i][side] <= record[side] * (1 + 1e-6), (keep, other.method, i, side)
         untrained, trained = group[1], group[-1]
         for i, record in trained.provenance["layers"].items():
-            assert record["loss"][1] < record["loss"][0]
+            assert record["training"]["loss"][1] < record["training"]["loss"][0]
             assert record["key_error"] < untrained.provenance["layers"][i]["key_error"]
 
 

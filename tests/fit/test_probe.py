@@ -112,7 +112,7 @@ def test_kl_is_that_of_the_real_cache(model, rows, probe):
 def test_sinks_and_window_stay_exact(model, rows):
     """A window as long as the context leaves nothing to lose."""
     probe = Recall(model, layers_of(model), rows, RTN(bits=None, window=8), progress=False)
-    probe.method = RTN(bits=None, window=600)
+    probe.reader.method = RTN(bits=None, window=600)
     assert probe.kl({0: (None, Blank())}) < 1e-9
 
 

@@ -129,7 +129,8 @@ class KVCache(Cache):
         name = name_of(self.method)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
-                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes))
+                drift = layer.watch.drift() if layer.watch else None
+                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes, drift))
             else:
                 size = nbytes(_sliding(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))

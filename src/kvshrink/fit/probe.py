@@ -19,7 +19,7 @@ from kvshrink.cache.lossy import through
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
 from kvshrink.methods._roles import Codec, Method, Probe
-from kvshrink.shapes import Int
+from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
 REPEATED = 4  # a quarter of a row is the repetition
@@ -27,52 +27,19 @@ SEED = 0
 
 
 @final
-class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once."""
+class Reader:
+    """A model that prefills exactly and then reads some of what it prefilled through codecs."""
 
-    def __init__(
-        self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: Method, progress: bool
-    ) -> None:
+    def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method) -> None:
         self.model, self.infos, self.method = model, infos, method
-        context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
-        made = recall_rows(rows, min(LENGTH, context), method)
-        self.asked = made.shape[1] // REPEATED
-        self.made = made.to(next(model.parameters()).device)
-        self.information: dict[int, tuple[float, float]] | None = None
-        self.caches, self.tails, self.wanted = [], [], []
-        with torch.no_grad():
-            for row in self.made[:, None]:
-                cache, tail = DynamicCache(config=model.config), row[:, -self.asked :]
-                model(input_ids=row[:, : -self.asked], past_key_values=cache, logits_to_keep=1)
-                self.caches.append(cache)
-                self.tails.append(tail)
-                self.wanted.append(self._predict(cache, {}, tail))
-        self.known: dict[Hashable, float] = {}
-        self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
 
-    @torch.no_grad()
-    def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
-        total = 0.0
-        for cache, tail, wanted in zip(self.caches, self.tails, self.wanted, strict=True):
-            found = self._predict(cache, codecs, tail)
-            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
-        self.bar.update()
-        return max(0.0, total / len(self.caches))
+    def prefill(self, ids: Int[Tensor, "b s"]) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return cache
 
-    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
-        if key not in self.known:
-            self.known[key] = measure()
-        return self.known[key]
-
-    def fisher(self) -> dict[int, tuple[float, float]]:
-        """Of the loss of the repetition, read from the whole text before it."""
-        if self.information is None:
-            infos = {i: info for i, info in enumerate(self.infos) if info.compressed}
-            self.information = squared_gradients(self.model, infos, self.made, self.asked)
-        return self.information
-
-    def _predict(self, exact: DynamicCache, codecs: Mapping, tail: Tensor) -> Tensor:
-        """Log-probabilities [s, v] after each token of the tail, the cache read through the codecs."""
+    def predict(self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"]) -> Float[Tensor, "s v"]:
+        """Log-probabilities after each token of the tail, the cache read through the codecs."""
         cache = DynamicCache(config=self.model.config)
         for i, layer in enumerate(exact.layers):
             keys, values = self._lossy(i, layer.keys, layer.values, *codecs.get(i, (None, None)))  # type: ignore
@@ -93,8 +60,58 @@ class Recall(Probe):
         return out[0], out[1]
 
 
-def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -> Int[Tensor, "made tokens"]:
-    """Up to ROWS rows of `length` tokens, or shorter ones if the text is: text, then a passage of it again.
+@final
+class Recall(Probe):
+    """`ROWS` rows through the model, prefilled once."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: Method, progress: bool
+    ) -> None:
+        self.reader = Reader(model, infos, method)
+        made = recall_rows(rows, row_length(model, rows), method)
+        self.made, self.asked = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
+        self.information: dict[int, tuple[float, float]] | None = None
+        self.caches, self.tails, self.wanted = [], [], []
+        for row in self.made[:, None]:
+            self.caches.append(self.reader.prefill(row[:, : -self.asked]))
+            self.tails.append(row[:, -self.asked :])
+            self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
+        self.known: dict[Hashable, float] = {}
+        self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
+
+    @torch.no_grad()
+    def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
+        total = 0.0
+        for cache, tail, wanted in zip(self.caches, self.tails, self.wanted, strict=True):
+            found = self.reader.predict(cache, codecs, tail)
+            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        self.bar.update()
+        return max(0.0, total / len(self.caches))
+
+    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Of the loss of the repetition, read from the whole text before it."""
+        if self.information is None:
+            infos = {i: info for i, info in enumerate(self.reader.infos) if info.compressed}
+            self.information = squared_gradients(self.reader.model, infos, self.made, self.asked)
+        return self.information
+
+
+def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
+    """Tokens of a row: LENGTH, or what the model and the text allow."""
+    context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
+    return min(LENGTH, context, rows.numel())
+
+
+def recall_rows(
+    rows: Int[Tensor, "rows length"], length: int, method: Method, count: int = ROWS, plain: bool = False
+) -> Int[Tensor, "made tokens"]:
+    """`count` rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
     """
@@ -107,9 +124,12 @@ def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -
         least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
     draw, made = random.Random(SEED), []
-    for i in range(ROWS):
+    for i in range(count):
         # evenly over the text, so that a mixed text is probed in all its parts
-        at = round(i * (len(stream) - context) / max(1, ROWS - 1))
+        at = round(i * (len(stream) - context) / max(1, count - 1))
         passage = at + draw.randrange(method.sinks, room + 1)
+        if plain and i % 2:
+            at = min(at, len(stream) - context - asked)
+            passage = at + context
         made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + asked]]))
     return torch.stack(made)

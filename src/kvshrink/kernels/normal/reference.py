@@ -36,6 +36,7 @@ def from_codes(codes: UInt8[Tensor, "*all"], bits: int) -> Float[Tensor, "*all"]
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
+@cache
 def expected_error(bits: int) -> float:
     """Mean squared error of a unit normal number: 1 at 0 bits."""
     if bits == 0:

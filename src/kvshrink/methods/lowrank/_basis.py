@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._mixed import Mixed
-from kvshrink.methods._roles import Codec, LayerFacts, Moments, Stored
+from kvshrink.methods._roles import Codec, Fitted, LayerFacts, Moments, Stored
 from kvshrink.shapes import Bool, Float
 
 
@@ -57,6 +57,17 @@ class BasisCodec(Codec):
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()
+
+    def smooth(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t d"]:
+        """Rows as they would come back if nothing were rounded: what the basis alone loses."""
+        return self.expand(self.project(rows), rows.shape[1])
+
+
+def leading(fitted: Fitted, side: str, rank: int) -> dict[str, Tensor]:
+    """The tensors of one side with the first `rank` components alone."""
+    ends = {"up": 1, "down": 2, "errors": 0}  # the axis of components
+    found = {f"{side}_{name}": axis for name, axis in ends.items() if f"{side}_{name}" in fitted}
+    return {name: fitted[name].narrow(axis, 0, rank).contiguous() for name, axis in found.items()}
 
 
 RIDGE = 1e-4  # of a metric's mean eigenvalue, added to it: a direction that costs nothing still gets a finite basis
