@@ -24,6 +24,7 @@ from kvshrink.attach.families import (
 from kvshrink.attach.hook import Fingerprint
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
+from kvshrink.fit.curve import curve
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.probe import Recall
@@ -186,7 +187,7 @@ class _Job:
             keys, values = torch.cat(seen.keys), torch.cat(seen.values)
             label = f"layer {index}"
             fitted, losses = train_layer(method, facts.shape, fitted, keys, values, label, self.progress, self.log_with)
-            record["loss"] = [losses[0], losses[-1]]
+            record |= {"loss": [losses[0], losses[-1]], "curve": curve(losses)}
         for side, moments in (("key", facts.key), ("value", facts.value)):
             up = fitted.get(f"{side}_up")
             if up is not None:
