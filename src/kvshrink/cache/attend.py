@@ -1,6 +1,7 @@
 """Attention over [sinks | body | window + new]: each segment gives its output and log-sum-exp, then they are merged.
 
-The body is read a block at a time: keys are rebuilt for one block, values stay latent until after the weighted sum.
+The body is read a block at a time: keys are rebuilt for one block, unless their codec absorbs queries and they stay
+latent; values stay latent until after the weighted sum.
 No full-length K or V of a layer is ever alive.
 """
 
@@ -143,13 +144,16 @@ def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
     layer = handle.layer
     if handle.pages == 0 or layer.codecs is None:
         return []
-    value_codec, heads = layer.codecs[1], layer.shape.heads
+    (key_codec, value_codec), heads = layer.codecs, layer.shape.heads
     states: list[Running] = [start(q, value_codec.width) for q, _ in slices]
+    absorbed = [key_codec.absorb(q) for q, _ in slices]
+    queries = [q if a is None else a for a, (q, _) in zip(absorbed, slices, strict=True)]
     for block in layer.pages.blocks(_block_tokens(handle), handle.pages):
-        keys, latent = _keys(block, handle), value_codec.unpack(_part(block, "v."))
+        keys = _keys(block, handle) if absorbed[0] is None else key_codec.unpack(_part(block, "k."))
+        latent = value_codec.unpack(_part(block, "v."))
         states = [
             fold(state, q, keys, latent, _visible(block, view), softcap)
-            for state, (q, view) in zip(states, slices, strict=True)
+            for state, q, (_, view) in zip(states, queries, slices, strict=True)
         ]
         del keys, latent  # not alive beside the next block's
     done = [finish(state) for state in states]

@@ -240,4 +240,5 @@ class _Watch:
             value_weight.detach(),
             self.query.mean(info.rope),
             output_gram(output_weight(module), shape.heads),
+            None if info.rope is None else info.rope.pairs(),
         )

@@ -20,7 +20,7 @@ from kvshrink.shapes import Bool, Float
 class BasisCodec(Codec):
     """Rows projected on `down`, stored by `packing`, expanded by `up`. Tensors are float32."""
 
-    site: Literal["k_pre", "v"]
+    site: Literal["k_pre", "k_post", "v"]
     down: Float[Tensor, "G a r"]
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
@@ -48,11 +48,19 @@ class BasisCodec(Codec):
         if latent.shape[1] == groups:
             rows = (latent @ self.up).add_(self.mean[:, None])  # [b, G, x, a]
             return rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
-        up = self.up.unflatten(-1, (members, -1)).transpose(1, 2).flatten(0, 1)  # [h, r, d]
-        return latent @ up + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+        return latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+
+    def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
+        """q . (z up) = (q up^T) . z. A mean would add q . mean, so that keys stored after RoPE are not centred."""
+        if self.site != "k_post":
+            return None
+        return query @ self._by_head(query.shape[1]).transpose(1, 2)
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()
+
+    def _by_head(self, heads: int) -> Float[Tensor, "h r d"]:
+        return self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
 
 
 RIDGE = 1e-4  # of a metric's mean eigenvalue, added to it: a direction that costs nothing still gets a finite basis
