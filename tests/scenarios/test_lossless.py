@@ -19,7 +19,12 @@ RTN_CASES = {  # with keys stored after RoPE, and one group per head
     "rewinds": ("ours",),
     "prompt_lookup": ("ours",),
 }
-CASES_OF = {"rtn": RTN_CASES, "rope_commuting": {"left_padded": ("ours", "materialised"), "chunks_of_7": ("ours",)}}
+CASES_OF = {
+    "rtn": RTN_CASES,
+    "rope_commuting": {"left_padded": ("ours", "materialised"), "chunks_of_7": ("ours",)},
+    "sals": {"left_padded": ("ours",), "beams": ("ours",)},
+}
+SETTINGS = {"sals": {"topk": 1.0}}  # chooses every token, and reads them one by one
 BY_NAME = {scenario.__name__: scenario for scenario in scenarios.SCENARIOS}
 CASES = [
     pytest.param(family, name, method, attention, id=f"{family}-{name}-{method}-{attention}")
@@ -37,7 +42,7 @@ def lossless(family: str, method: str) -> Method | Artifact:
     if method == "rtn":
         return RTN(bits=None, window=WINDOW)
     rows = scenarios.tokens(4, 128, seed=99)
-    full_rank = methods.build(method, {"keep": 1.0, "window": WINDOW})
+    full_rank = methods.build(method, {"keep": 1.0, "window": WINDOW} | SETTINGS.get(method, {}))
     return kvshrink.fit(families.subject(family), full_rank, rows, batch=4, progress=False)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshrink.methods._settings import number as number
 from kvshrink.methods._settings import require as require
 from kvshrink.methods._settings import whole as whole
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
@@ -110,6 +110,17 @@ class Codec(ABC):
     def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
         """Queries whose product with the latents of "k_post" keys is their score; None: keys are rebuilt."""
         return None
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """What `unpack` gives, for some tokens of each row."""
+        return self.unpack(stored).take_along_dim(tokens[:, None, :, None], 2)
+
+    def reads(self, tokens: int) -> int | None:
+        """How many of the body's tokens a single new token reads, those of the highest `scores`; None: all."""
+        return None
+
+    def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
+        raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)

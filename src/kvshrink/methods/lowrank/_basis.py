@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._roles import Codec, LayerFacts, Stored
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 
 @final
@@ -41,6 +41,9 @@ class BasisCodec(Codec):
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.packing.load(stored)
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        return self.packing.pick(stored, tokens)
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         groups = self.mean.shape[0]
