@@ -54,10 +54,11 @@ def step(cache: KVCache, query: Tensor, mask: Tensor | None = None, tokens: int 
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor, shown: Tensor) -> Tensor:
-    """Attention of one token to the columns that are shown [b, columns]."""
+    """Attention of one token to the columns that are shown [b, columns], or [b, q, 1, columns] head by head."""
     keys, values = (x.double().repeat_interleave(QUERIES // 2, 1) for x in (keys, values))
     scores = query.double() @ keys.transpose(2, 3) * SCALING
-    return (scores.masked_fill(~shown[:, None, None], -torch.inf).softmax(-1) @ values).float()
+    shown = shown if shown.dim() == 4 else shown[:, None, None]
+    return (scores.masked_fill(~shown, -torch.inf).softmax(-1) @ values).float()
 
 
 def by_the_rule(method: SALS, fitted, query: Tensor, keys: Tensor, body: Tensor) -> Tensor:
@@ -122,6 +123,17 @@ def test_attention_is_that_over_the_chosen_tokens(fitted, settings, topk, cut, s
     assert not bool((picked[0] == picked[1]).all())
     want = dense(query, keys, values, picked | (exact(handle, keys) & seen))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_a_mask_that_differs_from_head_to_head(fitted):
+    """A token that one head sees may be chosen; the heads that do not see it still do not."""
+    method = SALS(keep=0.75, topk=20)
+    cache = filled(method, fitted, 300)
+    query, mask = torch.randn(2, QUERIES, 1, 8), torch.rand(2, QUERIES, 1, 301) > 0.7
+    got, handle, keys, values = step(cache, query, mask)
+    picked = by_the_rule(method, fitted, query, keys, columns(handle, keys) & mask.any(1)[:, 0])
+    shown = (picked | exact(handle, keys))[:, None, None] & mask
+    torch.testing.assert_close(got, dense(query, keys, values, shown), atol=1e-4, rtol=0)
 
 
 def test_reading_all_tokens_is_cskv(fitted):
