@@ -128,6 +128,16 @@ def test_pages_appended_one_by_one_equal_all_at_once(codecs, shape):
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-4, rtol=0)
 
 
+def test_picked_tokens_are_those_of_the_whole(codecs, shape):
+    """Each row picks its own, in any order, and one of them twice."""
+    tokens = torch.stack([torch.randperm(96)[:9], torch.tensor([95, 0, 31, 32, 31, 63, 64, 7, 8])])
+    for codec in codecs:
+        stored = codec.encode(rows_of(shape, 3), None)
+        whole = codec.unpack(stored)
+        want = torch.stack([row[:, at] for row, at in zip(whole, tokens, strict=True)])
+        assert torch.equal(codec.pick(stored, tokens), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_dtypes_lose_little_against_float32(method, shape, fit, dtype):
     fitted, small = fit(method, shape), dataclasses.replace(shape, dtype=dtype)

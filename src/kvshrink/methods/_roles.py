@@ -12,8 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvshrink.errors import SettingError
-from kvshrink.shapes import Bool, Float
+from kvshrink.methods._settings import number as number
+from kvshrink.methods._settings import require as require
+from kvshrink.methods._settings import whole as whole
+from kvshrink.shapes import Bool, Float, Int
 
 Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
@@ -53,6 +55,7 @@ class LayerFacts:
     query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
                   over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
     output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
+    pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
     """
 
     shape: LayerShape
@@ -111,6 +114,21 @@ class Codec(ABC):
     @abstractmethod
     def page_bytes(self) -> int:
         """Bytes of one stored page, by arithmetic. The contract test holds it against the tensors."""
+
+    def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
+        """Queries whose product with the latents of "k_post" keys is their score; None: keys are rebuilt."""
+        return None
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """What `unpack` gives, for some tokens of each row."""
+        return self.unpack(stored).take_along_dim(tokens[:, None, :, None], 2)
+
+    def reads(self, tokens: int) -> int | None:
+        """How many of the body's tokens a single new token reads, those of the highest `scores`; None: all."""
+        return None
+
+    def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
+        raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
@@ -183,19 +201,3 @@ class Method(ABC):
             return batch * window
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
         return batch * (window + sinks + int(pages * self.bits_per_token(shape, fitted) * self.page / 8))
-
-
-def whole(name: str, value: object) -> None:
-    """Raise SettingError unless the value is an int, or None where a setting may be left out."""
-    require(value is None or type(value) is int, f"{name}={value!r}", "Use a whole number.")
-
-
-def number(name: str, value: object) -> None:
-    """Raise SettingError unless the value is a number."""
-    require(type(value) in (int, float), f"{name}={value!r}", "Use a number.")
-
-
-def require(ok: bool, what: str, remedy: str) -> None:
-    """Raise SettingError unless ok."""
-    if not ok:
-        raise SettingError(f"{what} is not possible. {remedy}")
