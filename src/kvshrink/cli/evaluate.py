@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvshrink.cli import perplexity, suite
+from kvshrink.cli import ablations, perplexity, suite
 from kvshrink.cli._common import (
     BitsOption,
     JsonOption,
@@ -32,7 +32,9 @@ DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "streaming_llm:like=cskv keep=0.2 bit
 
 Context = typer.Context.__base__  # what typer really passes: an object of its parent class
 
-app = typer.Typer(help="Compare methods on one task (no subcommand), on all of them (suite), or by perplexity.")
+app = typer.Typer(
+    help="Compare methods on one task (no subcommand), on all (suite), by perplexity, or as CSKV did (ablations)."
+)
 
 
 def evaluate(
@@ -95,5 +97,6 @@ def evaluate(
 
 
 app.callback(invoke_without_command=True)(guarded(evaluate))
+app.command("ablations")(guarded(ablations.ablations))
 app.command("suite")(guarded(suite.suite))
 app.command("perplexity")(guarded(perplexity.perplexity))

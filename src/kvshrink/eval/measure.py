@@ -90,11 +90,10 @@ class Meter:
         def make() -> dict:
             track = tracks(self.model, {"": method}, ids, MODE, prefix)[""]
             path = trajectories(self.model, {"": method}, ids, prefix, self.scored)[""]
-            return {"track": _plain(track), "path": path.tolist()}
+            return {"track": plain(track), "path": path.tolist()}
 
         row = self._kept(("track", digest_of(method), ids.tolist(), prefix), make)
-        values: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in row["track"].items()}
-        return Track(**values), np.array(row["path"])
+        return track_of(row["track"]), np.array(row["path"])
 
     def _memory(self, method: Any, ids: Tensor) -> dict:
         """Bytes of the cache after the text, and the temporaries of one more step."""
@@ -155,7 +154,13 @@ def _named(entry: Entry, length: int) -> dict:
     return {"method": entry.label, **{name: getattr(entry, name) for name in names}, "length": length}
 
 
-def _plain(track: Track) -> dict:
+def plain(track: Track) -> dict:
     """A track as JSON holds it."""
     values = {f.name: getattr(track, f.name) for f in fields(track)}
     return {k: np.round(v, 6).tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
+def track_of(values: dict) -> Track:
+    """A track from what JSON held."""
+    named: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Track(**named)

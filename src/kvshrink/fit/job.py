@@ -158,6 +158,8 @@ class _Job:
         shapes = {i: shape_of(self.infos[i].module) for i in done}
         records = {i: dict(results[n][1]) for i, results in done.items()}
         tensors, record = method.finish({i: results[n][0] for i, results in done.items()}, shapes, self._probe(method))
+        for i, known in record.pop("layers", {}).items():  # what a layer's own fit could not know, such as its rank
+            records[i] |= known
         if isinstance(method, CSKV) and _trains(method, "kl"):
             tensors, record["training"] = self._distil(method, tensors, shapes, records)
         seconds = time.perf_counter() - started

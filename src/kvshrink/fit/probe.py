@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from kvshrink.attach.families import LayerInfo, text_config
 from kvshrink.cache.lossy import through
 from kvshrink.errors import DataError
+from kvshrink.fit.fisher import squared_gradients
 from kvshrink.methods._roles import Codec, Method, Probe
 from kvshrink.shapes import Float, Int
 
@@ -69,11 +70,12 @@ class Recall(Probe):
     ) -> None:
         self.reader = Reader(model, infos, method)
         made = recall_rows(rows, row_length(model, rows), method)
-        asked = made.shape[1] // REPEATED
+        self.made, self.asked = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
+        self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
-        for row in made.to(next(model.parameters()).device)[:, None]:
-            self.caches.append(self.reader.prefill(row[:, :-asked]))
-            self.tails.append(row[:, -asked:])
+        for row in self.made[:, None]:
+            self.caches.append(self.reader.prefill(row[:, : -self.asked]))
+            self.tails.append(row[:, -self.asked :])
             self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
@@ -92,6 +94,13 @@ class Recall(Probe):
             self.known[key] = measure()
         return self.known[key]
 
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Of the loss of the repetition, read from the whole text before it."""
+        if self.information is None:
+            infos = {i: info for i, info in enumerate(self.reader.infos) if info.compressed}
+            self.information = squared_gradients(self.reader.model, infos, self.made, self.asked)
+        return self.information
+
 
 def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
     """Tokens of a row: LENGTH, or what the model and the text allow."""
@@ -107,11 +116,12 @@ def recall_rows(
     Raises DataError if the text is too short for a page to leave the window before the repetition.
     """
     first, stream = rows[:, :1].flatten()[:1], rows.flatten()
+    length = min(length, len(stream))
     asked = length // REPEATED
     context = length - asked - 1
     room = context - asked - method.window - method.page
     if room <= method.sinks:
-        least = REPEATED * (method.window + method.page + method.sinks + 2)
+        least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
     draw, made = random.Random(SEED), []
     for i in range(count):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvshrink.errors import DataError
+from kvshrink.fit.curve import curve
 from kvshrink.fit.soft import Soft
 from kvshrink.methods._roles import Fitted, LayerShape
 from kvshrink.methods.lowrank._basis import leading
@@ -65,6 +66,7 @@ def train(
     better = after < before  # False for NaN
     record = {
         "loss": [losses[0], losses[-1]],
+        "curve": curve(losses),
         "held_out": {"closed form": _plain(before), "trained": _plain(after)},
         "kept": "trained" if better else "closed form",
     }

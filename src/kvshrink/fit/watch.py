@@ -43,4 +43,5 @@ class LayerWatch:
             value_weight.detach(),
             self.query.mean(info.rope),
             output_gram(output_weight(module), shape.heads),
+            info.rope.pairs() if info.rope else None,
         )

@@ -63,6 +63,7 @@ class LayerFacts:
     value_weight: Tensor
     query_energy: Float[Tensor, "h d"]
     output_gram: Float[Tensor, "h d d"]
+    pairs: tuple[Tensor, Tensor] | None = None  # channels of a head that RoPE turns together, first and second
 
 
 class Probe(ABC):
@@ -76,6 +77,10 @@ class Probe(ABC):
     @abstractmethod
     def once(self, key: Hashable, measure: Callable[[], float]) -> float:
         """What `measure` gives, remembered by a key of the method's own: methods fitted together share answers."""
+
+    @abstractmethod
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Per layer, squared gradients of a loss summed over the weights that make its keys, and its values."""
 
 
 class Codec(ABC):
@@ -149,7 +154,7 @@ class Method(ABC):
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
     ) -> tuple[dict[int, dict[str, Tensor]], dict]:
-        """Called once all layers are fitted: what they share, such as one byte budget. (tensors, record of the fit)."""
+        """Once all are fitted: what they share, as one byte budget. (tensors, record; "layers" in it joins theirs)."""
         return {i: dict(fitted) for i, fitted in layers.items()}, {}
 
     def check(self) -> None:

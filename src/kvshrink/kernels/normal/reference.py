@@ -14,14 +14,20 @@ from torch import Tensor
 
 from kvshrink.shapes import Float, UInt8
 
+COUNTED = 4  # bits up to which codes are found by comparing with every border
 ROUNDS = 400  # of Lloyd's iteration; up to 4 bits the levels then stand still to float32
 
 
 def to_codes(x: Float[Tensor, "*all"], bits: int) -> UInt8[Tensor, "*all"]:
     """The nearest level of each number, as its index from the lowest."""
-    levels = _levels(bits)
-    borders = ((levels[1:] + levels[:-1]) / 2).to(x.device, torch.float32)
-    return torch.bucketize(x.float().contiguous(), borders).to(torch.uint8)
+    levels, x = _levels(bits), x.float()
+    borders = (levels[1:] + levels[:-1]) / 2
+    if bits > COUNTED:
+        return torch.bucketize(x.contiguous(), borders.to(x.device, torch.float32)).to(torch.uint8)
+    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for border in borders.float().tolist():  # a few comparisons of everything are faster than a search for each
+        codes += x > border
+    return codes
 
 
 def from_codes(codes: UInt8[Tensor, "*all"], bits: int) -> Float[Tensor, "*all"]:
@@ -30,6 +36,7 @@ def from_codes(codes: UInt8[Tensor, "*all"], bits: int) -> Float[Tensor, "*all"]
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
+@cache
 def expected_error(bits: int) -> float:
     """Mean squared error of a unit normal number: 1 at 0 bits."""
     if bits == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._mixed import Mixed
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, Stored
+from kvshrink.methods._roles import Codec, Fitted, LayerFacts, Moments, Stored
 from kvshrink.shapes import Bool, Float
 
 
@@ -102,6 +102,11 @@ def spectrum(
     turned = root @ blocks @ root
     directions = _top(turned, rank)
     return _variances(directions, turned), root @ directions.transpose(1, 2), directions @ inverse
+
+
+def second_moment(moments: Moments) -> Float[Tensor, "n n"]:
+    """E[x^T x] of the rows as they are: what methods without a mean are optimal for."""
+    return moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
 def key_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:

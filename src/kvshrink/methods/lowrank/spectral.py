@@ -115,18 +115,19 @@ class Spectral(Method):
         widths, left = {}, budget - sum(given.values())
         for i, side in sorted(sides, key=lambda at: -given[at]):  # what one side cannot use up, the next may
             widths[i, side] = self._widths(layers[i], side, given[i, side] + left)
-            left += given[i, side] - _bits.cost_of(widths[i, side].tolist(), _sizes(shapes[i].width), self.page)
+            left += given[i, side] - _bits.cost_of(widths[i, side].tolist(), group_sizes(shapes[i].width), self.page)
         if not any(bool(w.any()) for w in widths.values()):
             least = group_bytes(GROUP, 1, self.page) / sum(shapes[i].token_bytes * self.page for i in layers)
             raise SettingError(f"kept={self.kept} is less than one group of channels takes. Use {least:.2g} or more.")
         done = {}
         for i in layers:
             chosen = {f"{side}_widths": widths[i, side] for side in SIDES}
-            done[i] = _trimmed(_trimmed({**layers[i], **chosen}, "key"), "value")
+            done[i] = trimmed(trimmed({**layers[i], **chosen}, "key"), "value")
         for (i, side), curve in curves.items():
             done[i][f"{side}_curve"] = torch.tensor(curve, dtype=torch.float64)
         named = {f"{i} {side}": w.tolist() for (i, side), w in sorted(widths.items())}
-        return done, {"widths": named, "unspent": left / max(1, budget)}
+        errors = {i: {f"{side}_error": self._error(layers[i], side, widths[i, side]) for side in SIDES} for i in layers}
+        return done, {"widths": named, "unspent": left / max(1, budget), "layers": errors}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
@@ -136,25 +137,27 @@ class Spectral(Method):
         return int(min(self.kept * shape.token_bytes * self.page, self._most(shape)))
 
     def _most(self, shape: LayerShape) -> int:
-        return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in _sizes(shape.width))
+        return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in group_sizes(shape.width))
 
     def _widths(self, fitted: Fitted, side: str, budget: int) -> Tensor:
-        variance = fitted[f"{side}_variance"]
-        sizes = _sizes(len(variance))
-        energies = [float(part.sum()) for part in variance.double().split(sizes)]
-        return torch.tensor(_bits.fill(energies, sizes, budget, self.widths, self.page), dtype=torch.uint8)
+        sizes = group_sizes(len(fitted[f"{side}_variance"]))
+        chosen = _bits.fill(_energies(fitted, side), sizes, budget, self.widths, self.page)
+        return torch.tensor(chosen, dtype=torch.uint8)
 
     def _points(self, fitted: Fitted, side: str) -> Iterator[tuple[int, Tensor, float]]:
         """(bytes of a page, widths, expected squared error over the variance) at the rates that a curve has."""
-        variance, seen = fitted[f"{side}_variance"].double(), -1
-        sizes = _sizes(len(variance))
-        energies = [float(part.sum()) for part in variance.split(sizes)]
+        channels, seen = len(fitted[f"{side}_variance"]), -1
         for rate in POINTS:
-            widths = self._widths(fitted, side, int(rate * len(variance) * self.page / 8))
-            size = _bits.cost_of(widths.tolist(), sizes, self.page)
+            widths = self._widths(fitted, side, int(rate * channels * self.page / 8))
+            size = _bits.cost_of(widths.tolist(), group_sizes(channels), self.page)
             if size > seen:
-                yield size, widths, _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
+                yield size, widths, self._error(fitted, side, widths)
             seen = size
+
+    def _error(self, fitted: Fitted, side: str, widths: Tensor) -> float:
+        """Expected squared error over the variance, in the side's metric."""
+        energies = _energies(fitted, side)
+        return _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
 
     def _by_kl(self, fitted: Fitted, layer: int, side: str, shape: LayerShape, probe: Probe) -> _bits.Curve:
         """KL of the model's predictions with this side alone read through its codec.
@@ -176,10 +179,10 @@ class Spectral(Method):
 
     def _codec(self, side: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
-        fitted = _trimmed(fitted, side)
+        fitted = trimmed(fitted, side)
         up, variance, mean = (fitted[f"{side}_{name}"] for name in ("up", "variance", "mean"))
         down = fitted.get(f"{side}_down", up.transpose(1, 2))
-        packing = Mixed(_sizes(len(variance)), tuple(fitted[f"{side}_widths"].tolist()), self.page)
+        packing = Mixed(group_sizes(len(variance)), tuple(fitted[f"{side}_widths"].tolist()), self.page)
         scale = variance.clamp_min(FLOOR).sqrt()
         down, up = down / scale, up * scale[:, None]
         turns = [rotation(part.stop - part.start) for _, part in packing.runs()]
@@ -189,15 +192,21 @@ class Spectral(Method):
         return BasisCodec("k_pre" if side == "key" else "v", down.contiguous(), up.contiguous(), mean, packing)
 
 
-def _sizes(channels: int) -> tuple[int, ...]:
+def group_sizes(channels: int) -> tuple[int, ...]:
     """Channels of each group: GROUP, and what is left over."""
     return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
 
 
-def _trimmed(fitted: Fitted, side: str) -> dict[str, Tensor]:
+def _energies(fitted: Fitted, side: str) -> list[float]:
+    """Variance of each group of channels."""
+    variance = fitted[f"{side}_variance"].double()
+    return [float(part.sum()) for part in variance.split(group_sizes(len(variance)))]
+
+
+def trimmed(fitted: Fitted, side: str) -> dict[str, Tensor]:
     """Without the directions of width 0."""
     widths, variance = fitted[f"{side}_widths"], fitted[f"{side}_variance"]
-    sizes = torch.tensor(_sizes(len(variance)), device=widths.device, dtype=torch.long)
+    sizes = torch.tensor(group_sizes(len(variance)), device=widths.device, dtype=torch.long)
     there = (widths > 0).repeat_interleave(sizes)
     changed = {
         f"{side}_widths": widths[widths > 0],

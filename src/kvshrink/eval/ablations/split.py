@@ -1,0 +1,130 @@
+"""Keys against values: CSKV (arXiv 2409.10593), Table 4, in channels kept of the n that a key and a value have each.
+
+The paper's labels can be read as shares kept or shares removed. At 50 % both give the same total; at 75 % the labels
+sum to 50, which only fits shares kept. Departure: the closed form, the optimum of the loss that the paper trains.
+"""
+
+from math import log
+from statistics import correlation
+from typing import Any
+
+from kvshrink.eval.ablations import charts, words
+from kvshrink.eval.ablations.lab import Lab
+from kvshrink.eval.ablations.rows import better
+from kvshrink.eval.entries import FULL, Entry
+
+TITLE = "Keys and values (Table 4)"
+KEEPS = (0.5, 0.25)
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+# by the first number of the label over both: LongChat-7B, LongEval
+PAPER = {
+    0.5: dict(zip(SHARES, (0.80, 0.94, 0.95, 0.95, 0.96, 0.98, 0.97), strict=True)),
+    0.25: dict(zip(SHARES, (0.43, 0.80, 0.88, 0.93, 0.95, 0.89, 0.73), strict=True)),
+}
+
+
+def run(lab: Lab) -> dict:
+    methods = {(k, s): lab.cskv(k, key_share=s) for k in KEEPS for s in SHARES}
+    fitted = lab.fit(list(methods.values()))
+    entries = [Entry(FULL, None), *(Entry(_label(*at), fitted[m]) for at, m in methods.items())]
+    measured = lab.measure(entries)
+    n = lab.shape.width
+    named = {}
+    for (keep, share), method in methods.items():
+        rank_k, rank_v = method.ranks(lab.shape)
+        told = {
+            "as kept": PAPER[keep].get(share),
+            "as removed": PAPER[keep].get(1 - share) if keep == max(KEEPS) else None,
+        }
+        named[_label(keep, share)] = {
+            "keep": keep,
+            "key_share": share,
+            "key_channels": rank_k * (lab.shape.heads // (method.group_heads or lab.shape.heads)),
+            "value_channels": rank_v,
+            "of": n,
+            "paper": told,
+        }
+    none = dict.fromkeys(next(iter(named.values())))
+    rows = [{**named.get(label, none), **row} for label, row in measured.items()]
+    return {"rows": rows, "paper": {f"{k:g}": {f"{s:g}": y for s, y in own.items()} for k, own in PAPER.items()}}
+
+
+def draw(data: dict) -> Any:
+    names = {keep: f"{100 * (1 - keep):.0f} % of the channels removed" for keep in KEEPS}
+    figure, axes = charts.panels(3, 3.1, 3.0)
+    look = charts.looks(list(names.values()))
+    handles: dict = {}
+    for axis, at in zip(axes, (charts.lines_at, charts.kl_at), strict=False):
+        series = {name: [p for r in _own(data, k) for p in at(r, 100 * r["key_share"])] for k, name in names.items()}
+        handles |= charts.curves(axis, series, look, spread=0.8)
+        axis.set_xlabel("keys' share of the kept channels, %")
+    charts.scores_axis(axes[0])
+    charts.kl_axis(axes[1])
+    handles |= charts.full_line(axes[0], next((r for r in data["rows"] if r["label"] == FULL), None))
+    told = {name: [charts.Point(100 * s, y) for s, y in PAPER[k].items()] for k, name in names.items()}
+    charts.curves(axes[2], told, look)
+    removed = [(100 * (1 - s), y) for s, y in PAPER[max(KEEPS)].items()]
+    axes[2].plot(*zip(*sorted(removed), strict=True), color=look[names[max(KEEPS)]].colour, ls=":", lw=1)
+    charts.scores_axis(axes[2])
+    axes[2].set_xlabel("keys' share, labels read as kept (dotted: as removed)")
+    axes[2].set_title("the paper, LongChat-7B", loc="left")
+    charts.legend(figure, handles)
+    return figure
+
+
+def say(data: dict) -> list[str]:
+    out = []
+    for keep in KEEPS:
+        rows = _own(data, keep)
+        best = min((r for r in rows if r["kl"]), key=lambda r: r["kl"]["mean"], default=None)
+        top = max((r for r in rows if r["lines"]), key=lambda r: r["lines"]["score"], default=None)
+        if best is None or top is None:
+            continue
+        told = max(PAPER[keep], key=lambda s: PAPER[keep][s])
+        theirs = next((r for r in rows if r["key_share"] == told), None)
+        least, most = f"{_channels(best)}: {words.scored(best)}", f"{_channels(top)}: {words.scored(top)}"
+        out.append(f"At {100 * (1 - keep):.0f} % removed: least KL at {least}; most lines right at {most}.")
+        out += _readings(rows, keep)
+        if keep == min(KEEPS) and theirs is not None:
+            found = better(best, theirs)
+            here = f"{_channels(best)} against the paper's {_channels(theirs)}: {found.how}"
+            out.append(
+                words.near(
+                    f"keys get more: {100 * told:.1f} % of the kept channels are best.",
+                    _same(best, theirs, found.sign),
+                    here,
+                )
+            )
+    return out
+
+
+def _same(best: dict, theirs: dict, sign: int) -> bool:
+    """The paper's best is ours, or cannot be told from it."""
+    return best is theirs or sign <= 0
+
+
+def _readings(rows: list[dict], keep: float) -> list[str]:
+    """How the KL goes with the paper's scores under both readings of its labels."""
+    found = {}
+    for reading, of in (("kept", lambda s: s), ("removed", lambda s: 1 - s)):
+        pairs = [(-log(max(r["kl"]["mean"], 1e-12)), PAPER[keep].get(of(r["key_share"]))) for r in rows if r["kl"]]
+        known = [(x, y) for x, y in pairs if y is not None]
+        if len({x for x, _ in known}) > 2:
+            found[reading] = correlation(*zip(*known, strict=True))
+    if len(found) < 2 or keep != max(KEEPS):
+        return []
+    (kept, removed), closer = found.values(), max(found, key=lambda k: found[k])
+    text = f"correlation of -log KL with its scores: {kept:+.2f} as kept, {removed:+.2f} as removed"
+    return [f"The paper's labels can be read both ways here; read as shares {closer} they are closer to ours ({text})."]
+
+
+def _channels(row: dict) -> str:
+    return f"{row['key_channels']} key and {row['value_channels']} value channels of {row['of']}"
+
+
+def _label(keep: float, share: float) -> str:
+    return f"{100 * keep:g} % kept, {100 * share:g} % of it keys"
+
+
+def _own(data: dict, keep: float) -> list[dict]:
+    return sorted((r for r in data["rows"] if r["keep"] == keep), key=lambda r: r["key_share"])
