@@ -11,7 +11,9 @@ def draw(found: dict, path: Path) -> None:
     """Columns: length; rows: share of right answers, KL over question and answer, KL over held-out text."""
     plt = pyplot()
     lengths = sorted({r["length"] for r in found["rows"]})
-    figure, axes = plt.subplots(3, len(lengths), figsize=(5.2 * len(lengths), 10), sharey="row", layout="constrained")
+    figure, axes = plt.subplots(
+        3, len(lengths), figsize=(5.2 * len(lengths), 10), sharey="row", layout="constrained", squeeze=False
+    )
     for column, length in zip(axes.T, lengths, strict=True):
         rows = [r for r in found["rows"] if r["length"] == length]
         full = next(r for r in rows if r["series"] == "full")

@@ -16,7 +16,7 @@ from kvshrink.errors import DataError
 from kvshrink.kernels.normal import from_codes, to_codes
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._roles import Stored
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 GAIN_BYTES = 2
 
@@ -74,6 +74,16 @@ class Mixed:
         spread = self._spread(stored["gain"])[:, :, :, None]
         unit = torch.cat(parts, -1) if parts else spread.expand(*spread.shape[:3], self.page, 0)
         return (unit * spread).transpose(1, 2).flatten(2, 3)
+
+    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
+        """The first `width` channels; all are unpacked."""
+        return self.load(stored)[..., :width]
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """Some tokens of each row; all are unpacked."""
+        rows = self.load(stored)
+        index = tokens[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        return rows.gather(2, index.long())
 
     def page_bytes(self) -> int:
         return sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
