@@ -11,26 +11,18 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import (
-    LayerInfo,
-    key_value,
-    key_value_weights,
-    layers_of,
-    output_weight,
-    queries,
-    shape_of,
-    text_config,
-)
+from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
 from kvshrink.attach.hook import Fingerprint
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
+from kvshrink.fit.facts import Watch
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.probe import Recall
 from kvshrink.fit.reconstruct import train_layer
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.fit.source import InMemory, OnDisk
-from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram, residual
+from kvshrink.fit.statistics import residual
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import LayerFacts, Method
 from kvshrink.methods.artifact import Artifact
@@ -168,7 +160,7 @@ class _Job:
     def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:
         """(tensors, record of errors and seconds) per method of one loaded layer; moves the hidden states on."""
         cskvs = [m for m in self.methods if isinstance(m, CSKV)]
-        seen = _Watch(
+        seen = Watch(
             PROBES if any(m.key_share == "auto" for m in cskvs) else 0,
             any(m.steps for m in cskvs),
         )
@@ -176,7 +168,7 @@ class _Job:
         facts = seen.facts(self.infos[index])
         return [self._fit_one(method, index, facts, seen) for method in self.methods]
 
-    def _fit_one(self, method: Method, index: int, facts: LayerFacts, seen: "_Watch") -> tuple[dict[str, Tensor], dict]:
+    def _fit_one(self, method: Method, index: int, facts: LayerFacts, seen: Watch) -> tuple[dict[str, Tensor], dict]:
         started = time.perf_counter()
         record: dict = {}
         info = self.infos[index]
@@ -206,42 +198,3 @@ def _weights_hash(config, info: LayerInfo) -> str:
     result = Fingerprint(config)
     result.add(info.module)
     return result.value()
-
-
-class _Watch:
-    """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
-
-    def __init__(self, probes: int, rows: bool) -> None:
-        self.key, self.value, self.scale, self.query = MomentStream(), MomentStream(), ScaleStream(), EnergyStream()
-        self.probes, self.rows = probes, rows
-        self.inputs: list[dict] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(self, module: nn.Module, kwargs: dict) -> None:
-        hidden = kwargs["hidden_states"]
-        keys, values = key_value(module, hidden)
-        self.key.add(keys.transpose(1, 2).flatten(2))
-        self.value.add(values.transpose(1, 2).flatten(2))
-        self.scale.add(hidden)
-        self.query.add(queries(module, hidden), keys.shape[1])
-        if len(self.inputs) < self.probes:
-            self.inputs.append(kwargs)
-        if self.rows:
-            self.keys.append(keys)
-            self.values.append(values)
-
-    def facts(self, info: LayerInfo) -> LayerFacts:
-        module = info.module
-        key_weight, value_weight = key_value_weights(module)
-        shape = shape_of(module)
-        return LayerFacts(
-            shape,
-            self.key.moments(),
-            self.value.moments(),
-            self.scale.mean(),
-            key_weight.detach(),
-            value_weight.detach(),
-            self.query.mean(info.rope),
-            output_gram(output_weight(module), shape.heads),
-        )

@@ -5,6 +5,7 @@ passage in its cache, so errors that would cost retrieval show, whatever the tex
 window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 """
 
+import copy
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
@@ -27,12 +28,22 @@ SEED = 0
 
 @final
 class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once."""
+    """`ROWS` rows through the model, prefilled once.
+
+    chunk: tokens of the repetition that the model reads at a time, while pages leave the window as they do in use: only
+           so is a window worth what it is. None: all in one forward, which says what a loss far behind costs.
+    """
 
     def __init__(
-        self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: Method, progress: bool
+        self,
+        model: Any,
+        infos: Sequence[LayerInfo],
+        rows: Int[Tensor, "rows length"],
+        method: Method,
+        progress: bool,
+        chunk: int | None = None,
     ) -> None:
-        self.model, self.infos, self.method = model, infos, method
+        self.model, self.infos, self.method, self.chunk = model, infos, method, chunk
         context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
         made = recall_rows(rows, min(LENGTH, context), method)
         self.asked = made.shape[1] // REPEATED
@@ -58,9 +69,18 @@ class Recall(Probe):
         return max(0.0, total / len(self.caches))
 
     def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        key = (self.method.window, self.method.sinks, key)
         if key not in self.known:
             self.known[key] = measure()
         return self.known[key]
+
+    def seen_by(self, method: Method) -> "Recall":
+        """The same prefills, read with another method's window and sinks, which are no larger than this one's."""
+        assert method.window <= self.method.window
+        assert method.sinks <= self.method.sinks
+        view = copy.copy(self)
+        view.method = method
+        return view
 
     def _predict(self, exact: DynamicCache, codecs: Mapping, tail: Tensor) -> Tensor:
         """Log-probabilities [s, v] after each token of the tail, the cache read through the codecs."""
@@ -68,14 +88,29 @@ class Recall(Probe):
         for i, layer in enumerate(exact.layers):
             keys, values = self._lossy(i, layer.keys, layer.values, *codecs.get(i, (None, None)))  # type: ignore
             cache.update(keys, values, i)
-        return self.model(input_ids=tail, past_key_values=cache).logits[0].float().log_softmax(-1)
+        found, done = [], cache.get_seq_length()
+        for part in tail.split(self.chunk or tail.shape[1], 1):
+            self._slide(cache, codecs, done)
+            done = cache.get_seq_length()
+            found.append(self.model(input_ids=part, past_key_values=cache).logits[0].float().log_softmax(-1))
+        return torch.cat(found)
+
+    def _slide(self, cache: DynamicCache, codecs: Mapping, before: int) -> None:
+        """Read the pages through the codecs that left the window since the cache had `before` tokens."""
+        first, end = self._body(before)[1], self._body(cache.get_seq_length())[1]
+        if end == first:
+            return
+        for i, pair in codecs.items():
+            layer: Any = cache.layers[i]
+            for rows, codec, rope in zip((layer.keys, layer.values), pair, (self.infos[i].rope, None), strict=True):
+                if codec is not None:
+                    rows[:, :, first:end] = through(codec, rows[:, :, first:end], rope, self.method.page, first)
 
     def _lossy(
         self, index: int, keys: Tensor, values: Tensor, key_codec: Codec | None, value_codec: Codec | None
     ) -> tuple[Tensor, Tensor]:
         m, out = self.method, []
-        first = m.sinks
-        end = first + max(0, keys.shape[2] - first - m.window) // m.page * m.page
+        first, end = self._body(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
             if codec is not None and end > first:
                 body = through(codec, rows[:, :, first:end], rope, m.page, first)
@@ -83,8 +118,13 @@ class Recall(Probe):
             out.append(rows)
         return out[0], out[1]
 
+    def _body(self, tokens: int) -> tuple[int, int]:
+        """The positions, from first to end, that are neither sinks nor window when the cache has `tokens` tokens."""
+        m = self.method
+        return m.sinks, m.sinks + max(0, tokens - m.sinks - m.window) // m.page * m.page
 
-def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -> Int[Tensor, "rows length"]:
+
+def recall_rows(rows: Int[Tensor, "rows length"], length: int, method: Method) -> Int[Tensor, "made tokens"]:
     """Up to ROWS rows of `length` tokens, or shorter ones if the text is: text, then a passage of it again.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
