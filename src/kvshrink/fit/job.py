@@ -185,12 +185,22 @@ class _Job:
             record["loss"] = [losses[0], losses[-1]]
         for side, moments in (("key", facts.key), ("value", facts.value)):
             up = fitted.get(f"{side}_up")
-            if up is not None:
+            # where `finish` shares bytes out, what is lost is not known before it
+            if up is not None and type(method).finish is Method.finish:
                 down = fitted.get(f"{side}_down", up.transpose(1, 2))
                 record[f"{side}_error"] = residual(moments, down, up, fitted[f"{side}_mean"])
             fitted[f"{side}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return {k: t.cpu() for k, t in fitted.items()}, record
+
+
+def fingerprint_of(source: InMemory | OnDisk) -> str:
+    """What an artifact or a plan for this model bears. Of a model on disk two layers are read."""
+    infos, result = layers_of(source.model), Fingerprint(text_config(source.model))
+    for i in sorted({0, len(infos) - 1}):
+        with source.layer(i):
+            result.add(infos[i].module)
+    return result.value()
 
 
 def _weights_hash(config, info: LayerInfo) -> str:

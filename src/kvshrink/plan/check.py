@@ -45,8 +45,8 @@ def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Che
         shape = shape_of(info.module)
         size = (rows, shape.heads, length, shape.head_dim)
         device = next(info.module.parameters()).device
-        pair = (torch.randn(size, generator=draw).to(device, shape.dtype) for _ in "kv")
-        dense.update(*pair, i)
+        keys, values = (torch.randn(size, generator=draw).to(device, shape.dtype) for _ in range(2))
+        dense.update(keys, values, i)
     cache = make_cache(model, method)
     fill(cache, dense, attachment)
     room, own = Room.of(model, length), method.method if isinstance(method, Artifact) else method
