@@ -15,9 +15,10 @@ from kvshrink.errors import ArtifactError, DataError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.budget import Room
 from kvshrink.eval.outcomes import Log
+from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.job import fingerprint_of
-from kvshrink.fit.probe import Recall, recall_rows
+from kvshrink.fit.probe import LENGTH, Recall, recall_rows
 from kvshrink.fit.source import InMemory, OnDisk
 from kvshrink.methods import get
 from kvshrink.methods._roles import LayerShape
@@ -33,10 +34,17 @@ from kvshrink.plan.space import METHODS, choices, known, smallest, stand
 QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """One row for the probe instead of four, and no points for the front but where a test asks for them."""
+    monkeypatch.setattr(probes, "ROWS", 1)
+    monkeypatch.setattr("kvshrink.plan.search.LEVELS", ())
+
+
 @pytest.fixture(scope="module")
 def reference():
     model, tokenizer = reference_model()
-    rows = token_rows(calibration.texts(None), tokenizer, 256, 32)[:24]
+    rows = token_rows(calibration.texts(None), tokenizer, 256, 32)[:8]
     yield model, rows
     detach(model)
 
@@ -47,8 +55,8 @@ def llama():
     shape = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 2}
     config = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=300, max_position_embeddings=8192, **shape)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval().requires_grad_(False).to(torch.bfloat16)
-    yield model, torch.randint(3, 300, (12, 256), generator=torch.Generator().manual_seed(1))
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    yield model, torch.randint(3, 300, (7, 256), generator=torch.Generator().manual_seed(1))
     detach(model)
 
 
@@ -70,10 +78,11 @@ def filled(model, method, tokens, batch=1) -> KVCache:
 # --- the budget is met ---
 
 
-def test_spectral_plan_meets_its_budget_on_the_reference_model(reference):
+def test_spectral_plan_meets_its_budget_on_the_reference_model(reference, monkeypatch):
     """The method is fitted again, as `fit` does it, and the model fills the cache: within 2 % below the budget."""
     model, rows = reference
-    search, chosen = searched(model, rows, 4000, METHODS, trials=4, kept=0.0625)
+    monkeypatch.setattr("kvshrink.plan.search.LEVELS", (0.5, 4.0))
+    search, chosen = searched(model, rows, 4000, METHODS, trials=3, kept=0.0625)
     assert chosen.name == "spectral"
     held = filled(model, fit(model, chosen.method, rows, progress=False), 4000).report()
     assert 0.98 * 0.0625 <= held.kept <= 0.0625
@@ -82,36 +91,30 @@ def test_spectral_plan_meets_its_budget_on_the_reference_model(reference):
     assert names == set(METHODS), "what cannot meet the budget is shown where it can stand"
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kept", [0.25, 0.07])
-def test_budget_is_met_at_the_shape_of_an_8b_model(llama, kept, batch):
+@pytest.mark.parametrize(
+    ("name", "kept", "batch"),
+    [("cskv", 0.15, 1), ("rtn", 0.3, 3), ("kivi", 0.4, 1), ("spectral", 0.0625, 1)],
+    ids=lambda x: str(x),
+)
+def test_budget_is_met_at_the_shape_of_an_8b_model(llama, name, kept, batch):
     model, rows = llama
-    tokens = 1024
-    memory = int(kept * batch * tokens * 2 * 4096)
-    search, chosen = searched(model, rows, tokens, ("cskv", "rtn"), 5, memory=str(memory), batch=batch)
+    tokens, token = 1500, 2 * 2 * 1024 * 4
+    memory = int(kept * batch * tokens * token)
+    search, chosen = searched(model, rows, tokens, (name,), 1, memory=str(memory), batch=batch)
     ready = search.bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
     real = filled(model, ready, tokens, batch).report()
-    assert real.full == batch * tokens * 2 * 4096
-    assert chosen.nbytes * batch <= memory
+    assert real.full == batch * tokens * token
     assert real.nbytes == pytest.approx(chosen.nbytes * batch, rel=0.02)
-    if chosen.name == "cskv":
-        assert 0.98 * memory <= real.nbytes <= 1.02 * memory
-    else:  # whole bits cannot stand everywhere
-        assert stand(replace(chosen.method, bits=8), search.bench.room, memory // batch) == chosen.method
+    assert real.nbytes <= 1.002 * memory  # positions are taken in chunks of 256 tokens
+    if name in ("cskv", "spectral"):  # whole bits cannot stand everywhere
+        assert real.nbytes >= 0.98 * memory
     checked = check(model, ready, tokens, batch)
     assert (checked.nbytes, checked.full, checked.whole) == (real.nbytes, real.full, True)
 
 
-def test_spectral_meets_a_budget_at_the_shape_of_an_8b_model(llama):
-    model, rows = llama
-    search, chosen = searched(model, rows, 2048, ("spectral",), 1, kept=0.0625)
-    real = filled(model, search.bench.fitted(chosen.method), 2048).report()
-    assert 0.98 * 0.0625 <= real.kept <= 0.0625
-
-
 def test_a_cache_too_large_to_make_is_checked_in_part(llama, monkeypatch):
     model, _ = llama
-    monkeypatch.setattr("kvshrink.plan.check.MOST", 700 * 2 * 4096)
+    monkeypatch.setattr("kvshrink.plan.check.MOST", 700 * 2 * 2 * 1024 * 4)
     checked = check(model, RTN(bits=4), 4096, 8)
     assert (checked.tokens, checked.batch, checked.whole) == (700, 1, False)
     assert checked.nbytes == pytest.approx(checked.promised, abs=4 * 256)
@@ -134,9 +137,9 @@ def test_fewest_bytes_within_a_kl(reference, limit):
 def test_same_seed_same_plan_and_another_seed_another_search(reference):
     model, rows = reference
     log = Log(None)
-    runs = [searched(model, rows, seed=seed, trials=12, log=log, kept=0.25)[0].points for seed in (0, 0, 1)]
+    runs = [searched(model, rows, seed=seed, trials=10, log=log, kept=0.25)[0].points for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
+    assert runs[0] != runs[2], "another seed tries other settings"
     again = searched(model, rows, trials=4, kept=0.25)[0].points
     assert again[:4] == runs[0][:4], "measured anew it is the same"
 
@@ -243,7 +246,7 @@ def test_methods_that_no_plan_can_have():
 def test_too_little_text_is_refused(reference):
     _, rows = reference
     fitted, held = split(rows)
-    assert (len(fitted), len(held)) == (21, 3)
+    assert (len(fitted), len(held)) == (5, 3)
     assert len(split(torch.zeros(200, 256))[1]) == 20
     with pytest.raises(DataError, match=r"^768 calibration tokens are too few .* Give 920 or more\.$"):
         split(rows[:3])
@@ -295,7 +298,6 @@ def test_the_front_is_what_nothing_beats():
 def test_the_judge_reads_what_a_real_cache_would_hold(llama):
     """Against make_cache in chunks of a page: the same KL, whatever the window."""
     model, rows = llama
-    model = model.float()
     infos, shape = layers_of(model), LayerShape(8, 128, torch.float32)
     judge = Recall(model, infos, rows, benches.WIDEST, False, chunk=32)
     found = {}
@@ -303,7 +305,7 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama):
         pair = method.codecs(shape, {})
         found[method.window] = got = judge.seen_by(method).kl(dict.fromkeys(range(2), pair))
         total = 0.0
-        made = recall_rows(rows, 2048, benches.WIDEST)
+        made = recall_rows(rows, LENGTH, benches.WIDEST)
         for row, exact in zip(made[:, None], judge.wanted, strict=True):
             cache = make_cache(model, method)
             with torch.no_grad():
@@ -314,7 +316,6 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama):
         assert got == pytest.approx(total, rel=0.02)
         assert got > 1e-4
     assert found[8] > found[128], "a longer window loses less"
-    model.to(torch.bfloat16)
 
 
 # --- the file ---
@@ -325,7 +326,13 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     search, chosen = searched(model, rows, trials=3, kept=0.25, batch=2)
     ready = search.bench.fitted(chosen.method)
     data = plans.plan_of(
-        search.bench, search.budget, chosen, pareto(search.points), check(model, ready, 4096, 2), {"seed": 0}
+        "reference",
+        search.bench,
+        search.budget,
+        chosen,
+        pareto(search.points),
+        check(model, ready, 4096, 2),
+        {"seed": 0},
     )
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))

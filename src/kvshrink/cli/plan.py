@@ -66,7 +66,7 @@ def plan(
     ready = bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
     checked = check(net, ready, tokens, batch)
     settings = {"methods": names, "trials": trials, "seed": seed, "points": len(search.points)}
-    data = plan_of(bench, asked, chosen, front, checked, settings)
+    data = plan_of(model, bench, asked, chosen, front, checked, settings)
     _show(asked, chosen, front, best, checked)
     if out is not None:
         files.write_json(out, data)

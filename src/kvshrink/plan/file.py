@@ -17,8 +17,10 @@ VERSION = 1
 KEYS = {"version", "method", "settings", "budget", "promised", "check", "kl", "model", "search", "front"}
 
 
-def plan_of(bench: Bench, budget: Budget, chosen: Point, front: Sequence[Point], checked: Check, search: dict) -> dict:
-    """A plan as plain values. Bytes are those of all sequences together."""
+def plan_of(
+    name: str, bench: Bench, budget: Budget, chosen: Point, front: Sequence[Point], checked: Check, search: dict
+) -> dict:
+    """A plan as plain values, for the model that the user calls `name`. Bytes are those of all sequences together."""
     nbytes = chosen.nbytes * budget.batch
     return {
         "version": VERSION,
@@ -28,7 +30,7 @@ def plan_of(bench: Bench, budget: Budget, chosen: Point, front: Sequence[Point],
         "promised": {"nbytes": nbytes, "full": bench.room.full * budget.batch, "kept": chosen.kept},
         "check": checked.to_dict(),
         "kl": chosen.kl,
-        "model": {"name": str(bench.model.config.name_or_path), "fingerprint": bench.fingerprint},
+        "model": {"name": name, "fingerprint": bench.fingerprint},
         "search": search,
         "front": [{**asdict(p), "nbytes": p.nbytes * budget.batch} for p in front],
     }
