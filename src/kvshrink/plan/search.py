@@ -61,7 +61,7 @@ class Search:
                 value = self._at_bytes(method) if self.budget.nbytes is not None else self._at_kl(method)
                 study.tell(trial, value, state=None if value is not None else _pruned())
                 bar.update()
-        chosen = self._chosen()
+        chosen = self._chosen() or self._smallest(names)
         if chosen is None:
             best = min(self.points, key=lambda p: p.kl)
             raise SettingError(
@@ -87,6 +87,14 @@ class Search:
             )
         return possible
 
+    def _smallest(self, names: Sequence[str]) -> Point | None:
+        """Where a byte budget is so small that no trial stood within it: the best of the methods' smallest settings."""
+        if self.budget.nbytes is None:
+            return None
+        room = self.bench.room
+        there = [stand(smallest(name, room)[1], room, self.budget.nbytes) for name in names]
+        return min((self._measure(m) for m in there if m is not None), key=lambda p: p.kl)
+
     def _measure(self, method: Method) -> Point:
         point = self.bench.point(method)
         if point not in self.points:
@@ -106,7 +114,7 @@ class Search:
         there = stand(method, room, room.full if chosen is None else chosen.nbytes / STEP)
         if there is None:
             return None
-        best, low = self._measure(there), 1.0
+        best = self._measure(there)
         if best.kl > self.budget.kl:
             return math.log(best.nbytes) + math.log(best.kl / self.budget.kl)
         low = best.nbytes / 1024
