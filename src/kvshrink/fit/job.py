@@ -237,6 +237,15 @@ class _Job:
         return RowLoss(torch.cat(seen.keys), torch.cat(seen.values), method.page)
 
 
+def fingerprint_of(source: InMemory | OnDisk) -> str:
+    """What an artifact or a plan for this model bears. Of a model on disk two layers are read."""
+    infos, result = layers_of(source.model), Fingerprint(text_config(source.model))
+    for i in sorted({0, len(infos) - 1}):
+        with source.layer(i):
+            result.add(infos[i].module)
+    return result.value()
+
+
 def _weights_hash(config, info: LayerInfo) -> str:
     """Of the layer's key weights: a checkpoint of other weights must not be taken."""
     result = Fingerprint(config)

@@ -5,6 +5,7 @@ passage in its cache, so errors that would cost retrieval show, whatever the tex
 window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 """
 
+import copy
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
@@ -28,10 +29,14 @@ SEED = 0
 
 @final
 class Reader:
-    """A model that prefills exactly and then reads some of what it prefilled through codecs."""
+    """A model that prefills exactly and then reads some of what it prefilled through codecs.
 
-    def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method) -> None:
-        self.model, self.infos, self.method = model, infos, method
+    chunk: tokens that are read at a time, while pages leave the window as they do in use: only so is a window worth
+           what it is. None: all in one forward, which says what a loss far behind costs.
+    """
+
+    def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method, chunk: int | None = None) -> None:
+        self.model, self.infos, self.method, self.chunk = model, infos, method, chunk
 
     def prefill(self, ids: Int[Tensor, "b s"]) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -44,31 +49,57 @@ class Reader:
         for i, layer in enumerate(exact.layers):
             keys, values = self._lossy(i, layer.keys, layer.values, *codecs.get(i, (None, None)))  # type: ignore
             cache.update(keys, values, i)
-        return self.model(input_ids=tail, past_key_values=cache).logits[0].float().log_softmax(-1)
+        found, before = [], cache.get_seq_length()
+        for part in tail.split(self.chunk or tail.shape[1], 1):
+            self._slide(cache, codecs, before)
+            before = cache.get_seq_length()
+            found.append(self.model(input_ids=part, past_key_values=cache).logits[0].float().log_softmax(-1))
+        return torch.cat(found)
 
     def _lossy(
         self, index: int, keys: Tensor, values: Tensor, key_codec: Codec | None, value_codec: Codec | None
     ) -> tuple[Tensor, Tensor]:
-        m, out = self.method, []
-        first = m.sinks
-        end = first + max(0, keys.shape[2] - first - m.window) // m.page * m.page
+        out = []
+        first, end = self._body(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
             if codec is not None and end > first:
-                body = through(codec, rows[:, :, first:end], rope, m.page, first)
+                body = through(codec, rows[:, :, first:end], rope, self.method.page, first)
                 rows = torch.cat([rows[:, :, :first], body, rows[:, :, end:]], 2)
             out.append(rows)
         return out[0], out[1]
 
+    def _slide(self, cache: DynamicCache, codecs: Mapping, before: int) -> None:
+        """Read the pages through the codecs that left the window since the cache had `before` tokens."""
+        first, end = self._body(before)[1], self._body(cache.get_seq_length())[1]
+        if end == first:
+            return
+        for i, pair in codecs.items():
+            layer: Any = cache.layers[i]
+            for rows, codec, rope in zip((layer.keys, layer.values), pair, (self.infos[i].rope, None), strict=True):
+                if codec is not None:
+                    rows[:, :, first:end] = through(codec, rows[:, :, first:end], rope, self.method.page, first)
+
+    def _body(self, tokens: int) -> tuple[int, int]:
+        """The positions, from first to end, that are neither sinks nor window when the cache has `tokens` tokens."""
+        m = self.method
+        return m.sinks, m.sinks + max(0, tokens - m.sinks - m.window) // m.page * m.page
+
 
 @final
 class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once."""
+    """`ROWS` rows through the model, prefilled once. chunk: as a Reader's."""
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: Method, progress: bool
+        self,
+        model: Any,
+        infos: Sequence[LayerInfo],
+        rows: Int[Tensor, "rows length"],
+        method: Method,
+        progress: bool,
+        chunk: int | None = None,
     ) -> None:
-        self.reader = Reader(model, infos, method)
+        self.reader = Reader(model, infos, method, chunk)
         made = recall_rows(rows, row_length(model, rows), method)
         self.made, self.asked = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
@@ -80,6 +111,14 @@ class Recall(Probe):
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
 
+    def seen_by(self, method: Method) -> "Recall":
+        """The same prefills, read with another method's window and sinks, which are no larger than this one's."""
+        assert method.window <= self.reader.method.window
+        assert method.sinks <= self.reader.method.sinks
+        view = copy.copy(self)
+        view.reader = Reader(self.reader.model, self.reader.infos, method, self.reader.chunk)
+        return view
+
     @torch.no_grad()
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
         total = 0.0
@@ -90,6 +129,7 @@ class Recall(Probe):
         return max(0.0, total / len(self.caches))
 
     def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        key = (self.reader.method.window, self.reader.method.sinks, key)
         if key not in self.known:
             self.known[key] = measure()
         return self.known[key]

@@ -10,6 +10,7 @@ numbers as in TurboQuant (arXiv 2504.19874). Departures: the store is resident a
 group, none per token; allocation by measured KL instead of mean squared error.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -72,8 +73,11 @@ class Spectral(Method):
         return self.allocation == "kl"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
-        most = self._most(shape) / (shape.token_bytes * self.page)
-        return [k / 2000 for k in range(1, int(2000 * min(1.0, most)) + 1)]
+        """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
+        page = shape.token_bytes * self.page
+        least = group_bytes(group_sizes(shape.width)[0], min(self.widths), self.page) / page
+        most = min(1.0, self._most(shape) / page)
+        return [k / 10_000 for k in range(math.ceil(10_000 * least), int(10_000 * most) + 1)]
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The budget, which all layers together keep to, where nothing is fitted yet."""
@@ -169,7 +173,8 @@ class Spectral(Method):
         for size, widths, error in self._points(fitted, side):
             if quiet is None:
                 codec = self._codec(side, shape, {**fitted, f"{side}_widths": widths})
-                key = (layer, side, size, self.widths, self.rotate, self.key_metric, self.value_metric)
+                metric = self.key_metric if side == "key" else self.value_metric  # the other side's does not matter
+                key = (layer, side, size, self.widths, self.rotate, metric)
                 pair = (codec, None) if side == "key" else (None, codec)
                 curve.append((size, probe.once(key, lambda pair=pair: probe.kl({layer: pair}))))
                 quiet = curve[-1][1] / error if curve[-1][1] < NOTHING and error > 0 else None
