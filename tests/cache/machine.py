@@ -14,7 +14,8 @@ from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import Handle
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import CacheError
-from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Method
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting

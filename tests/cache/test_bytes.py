@@ -11,7 +11,7 @@ import torch
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
 from tests.cache.build import bases, feed, make

@@ -10,7 +10,7 @@ import kvshrink
 from kvshrink import CSKV, RTN, methods
 from kvshrink.cache.drift import Drift, DriftWatch, Reference
 from kvshrink.errors import CacheError, SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank._basis import principal
 
 SHAPE = {

@@ -12,7 +12,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
 from kvshrink.eval.simulated import simulate
 from kvshrink.eval.teacher import compare, follow
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 from tests.scenarios.families import FAMILIES

@@ -10,7 +10,8 @@ from kvshrink import CSKV, RTN, Artifact, Spectral, fit, make_cache
 from kvshrink.attach.families import layers_of
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.probe import REPEATED, ROWS, Recall, recall_rows
-from kvshrink.methods._roles import Codec, LayerShape
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec
 
 SHAPE = {
     "hidden_size": 32,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvshrink.fit.statistics import MomentStream
-from kvshrink.methods._roles import LayerFacts, LayerShape
+from kvshrink.methods._facts import LayerFacts, LayerShape
 
 
 @pytest.fixture

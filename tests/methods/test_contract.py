@@ -12,7 +12,7 @@ import torch
 from kvshrink import methods
 from kvshrink.errors import DataError
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.store.bytes import nbytes
 from tests.cache.build import feed, make
 

@@ -6,7 +6,7 @@ import torch
 
 from kvshrink import methods
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 
 LLAMA2 = LayerShape(32, 128, torch.bfloat16)

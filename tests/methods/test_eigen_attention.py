@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank._ranks import by_threshold
 from kvshrink.methods.lowrank.eigen_attention import EigenAttention
 

@@ -6,8 +6,8 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._mixed import group_bytes
-from kvshrink.methods._roles import LayerShape
 from kvshrink.methods.lowrank import _bits, kvtc
 from kvshrink.methods.lowrank.kvtc import KVTC, allocate
 from tests.cache.build import feed, make

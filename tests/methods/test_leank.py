@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.leank import LeanK
 from tests.cache.build import feed, make
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape, Probe
+from kvshrink.methods._facts import LayerShape, Probe
 from kvshrink.methods.lowrank._ranks import in_proportion
 from kvshrink.methods.lowrank.palu import Palu
 

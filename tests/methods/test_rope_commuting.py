@@ -10,7 +10,7 @@ from kvshrink.cache import attend as attend_module
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from tests.cache.build import feed, make

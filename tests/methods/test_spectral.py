@@ -8,8 +8,8 @@ from kvshrink import methods
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods import _mixed
+from kvshrink.methods._facts import LayerShape, Probe
 from kvshrink.methods._mixed import Mixed, group_bytes
-from kvshrink.methods._roles import LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._rotate import rotation
 from kvshrink.methods.lowrank.spectral import Spectral

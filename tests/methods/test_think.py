@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import kvshrink
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank import _channels
 from kvshrink.methods.lowrank.think import ThinK
 

@@ -21,7 +21,7 @@ from kvshrink.fit.job import fingerprint_of
 from kvshrink.fit.probe import LENGTH, Recall, recall_rows
 from kvshrink.fit.source import InMemory, OnDisk
 from kvshrink.methods import get
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank import spectral
 from kvshrink.plan import bench as benches
 from kvshrink.plan import file as plans

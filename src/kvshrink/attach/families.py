@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import UnsupportedModelError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.shapes import Float
 
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1

@@ -15,7 +15,8 @@ from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import CacheError
-from kvshrink.methods._roles import Codec, LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Method
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kvshrink.cache.lossy import through
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerFacts
+from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods.lowrank.cskv import CSKV
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)

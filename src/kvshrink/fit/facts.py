@@ -7,7 +7,7 @@ from kvshrink.attach.families import layers_of
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.watch import LayerWatch
-from kvshrink.methods._roles import LayerFacts
+from kvshrink.methods._facts import LayerFacts
 from kvshrink.shapes import Int
 
 

@@ -27,7 +27,8 @@ from kvshrink.fit.statistics import describe
 from kvshrink.fit.train import Loss, train
 from kvshrink.fit.watch import LayerWatch
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import LayerFacts, LayerShape, Method, Moments
+from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
+from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 

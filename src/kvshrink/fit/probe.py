@@ -19,7 +19,8 @@ from kvshrink.attach.families import LayerInfo, text_config
 from kvshrink.cache.lossy import through
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
-from kvshrink.methods._roles import Codec, Method, Probe
+from kvshrink.methods._facts import Probe
+from kvshrink.methods._roles import Codec, Method
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow

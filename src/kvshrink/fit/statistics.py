@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
-from kvshrink.methods._roles import Moments
+from kvshrink.methods._facts import Moments
 from kvshrink.shapes import Float
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from kvshrink.errors import DataError
 from kvshrink.fit.curve import curve
 from kvshrink.fit.soft import Soft
-from kvshrink.methods._roles import Fitted, LayerShape
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Fitted
 from kvshrink.methods.lowrank._basis import leading
 from kvshrink.methods.lowrank.cskv import CSKV
 

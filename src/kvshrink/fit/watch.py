@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, output_weight, queries, shape_of
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
-from kvshrink.methods._roles import LayerFacts
+from kvshrink.methods._facts import LayerFacts
 
 
 class LayerWatch:

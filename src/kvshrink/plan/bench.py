@@ -25,7 +25,8 @@ from kvshrink.fit.data import rows_hash
 from kvshrink.fit.facts import gather
 from kvshrink.fit.probe import REPEATED, Recall
 from kvshrink.methods import build, name_of
-from kvshrink.methods._roles import LayerFacts, Method
+from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.space import SINKS, WINDOWS

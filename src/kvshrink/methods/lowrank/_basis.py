@@ -10,9 +10,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._facts import LayerFacts, Moments
 from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._mixed import Mixed
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, Moments, Stored
+from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.shapes import Bool, Float, Int
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._latents import Affine, Raw, packing
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Stored, number, require, whole
+from kvshrink.methods._roles import Codec, Fitted, Stored
+from kvshrink.methods._settings import number, require, whole
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Bool, Float, Int
 

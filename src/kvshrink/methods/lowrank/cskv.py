@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._latents import packing
-from kvshrink.methods._roles import Fitted, LayerFacts, LayerShape, Method, Moments, number, require, whole
+from kvshrink.methods._roles import Fitted, Method
+from kvshrink.methods._settings import number, require, whole
 from kvshrink.methods.lowrank._basis import (
     BasisCodec,
     key_metric,

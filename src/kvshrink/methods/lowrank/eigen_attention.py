@@ -17,8 +17,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._latents import Affine, Raw, packing
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Probe, number, require, whole
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import number, require, whole
 from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import by_threshold
 

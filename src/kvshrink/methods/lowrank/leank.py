@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Probe
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods.lowrank import _channels
 
 

@@ -17,7 +17,9 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Stored, number, require
+from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method, Stored
+from kvshrink.methods._settings import number, require
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float, Int

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._mixed import Mixed, group_bytes
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Probe, number, require
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import number, require
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._basis import BasisCodec, key_metric, spectrum, value_metric
 from kvshrink.methods.lowrank._rotate import rotation

@@ -18,7 +18,9 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, require
+from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import require
 from kvshrink.methods.lowrank import _channels
 
 SCORES = ("calibrated", "magnitude")

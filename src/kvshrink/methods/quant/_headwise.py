@@ -5,8 +5,9 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._latents import Affine, Raw, packing
-from kvshrink.methods._roles import Codec, LayerShape, Stored
+from kvshrink.methods._roles import Codec, Stored
 from kvshrink.shapes import Bool, Float
 
 

@@ -12,7 +12,9 @@ and exactly R values. Scale and minimum are float16, as in the paper.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, require
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._headwise import headwise
 
 BITS = (2, 4)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, require, whole
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import require, whole
 from kvshrink.methods.quant._headwise import headwise
 
 
