@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 from kvshrink.eval import plots
 from kvshrink.eval.entries import FULL
+from kvshrink.eval.report.figures_cache import log_axis
 from kvshrink.eval.report.style import INK, Style, styles
 
 KL = "KL from the full cache, nats a token"
 LINES = "LongEval lines right"
 PAPER = "paper, LongChat-7B"
+MARGIN = 1.6
 
 
 class Point(NamedTuple):
@@ -82,8 +84,17 @@ def scores_axis(axis: Any) -> None:
 
 
 def kl_axis(axis: Any) -> None:
-    axis.set_yscale("log")
+    """The last thing done to an axis of KL: its limits follow from the points, as intervals may go down to 0."""
+    logs(axis, "y", [y for line in axis.lines for y in line.get_ydata()])
     axis.set_ylabel(KL)
+
+
+def logs(axis: Any, side: str, values: Sequence[float]) -> None:
+    """A log axis around these values, with plain numbers."""
+    getattr(axis, f"set_{side}scale")("log")
+    if known := [v for v in values if v > 0]:
+        getattr(axis, f"set_{side}lim")(min(known) / MARGIN, max(known) * MARGIN)
+    log_axis(axis, side)
 
 
 def dots(axis: Any, labels: Sequence[str], series: Curves, look: Mapping[str, Style]) -> dict:
@@ -99,6 +110,7 @@ def dots(axis: Any, labels: Sequence[str], series: Curves, look: Mapping[str, St
         ys = [p.y + aside for p in points]
         (handles[name],) = axis.plot([p.x for p in points], ys, color=style.colour, marker=style.mark, ls="")
     axis.set_yticks(range(len(labels)), labels)
+    axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     return handles
 

@@ -15,7 +15,8 @@ TITLE = "Initialisation (Table 3)"
 KEEPS = (0.5, 0.4, 0.3, 0.2)
 INITS = ("random", "svd", "asvd", "pca")
 FAILED = 0.1  # a score that counts as none
-PAPER = {"random": (0, 0, 0, 0), "svd": (0.94, 0.93, 0.89, 0.87), "asvd": (0.95, 0.94, 0.93, 0.92)}
+SCORES = {"random": (0, 0, 0, 0), "svd": (0.94, 0.93, 0.89, 0.87), "asvd": (0.95, 0.94, 0.93, 0.92)}
+PAPER = {init: dict(zip(KEEPS, scores, strict=True)) for init, scores in SCORES.items()}
 BEFORE, AFTER = "before", "after"
 
 
@@ -53,8 +54,8 @@ def draw(data: dict) -> Any:
     handles |= charts.full_line(axes[0], next((r for r in data["rows"] if r["label"] == FULL), None))
     charts.kl_axis(axes[1])
     told = {
-        f"{i}, {AFTER} training": [charts.Point(100 * (1 - k), y) for k, y in zip(KEEPS, PAPER[i], strict=False)]
-        for i in PAPER
+        names[init, AFTER]: [charts.Point(100 * (1 - keep), y) for keep, y in own.items()]
+        for init, own in PAPER.items()
     }
     charts.curves(axes[2], told, look)
     charts.scores_axis(axes[2])

@@ -58,7 +58,7 @@ def draw(data: dict) -> Any:
         handles |= charts.dots(axis, kinds, points, look)
         axis.set_xlabel(title)
         if what == "kl":
-            axis.set_xscale("log")
+            charts.logs(axis, "x", [p.x for own in points.values() for p in own])
             continue
         axis.set_xlim(-0.04, 1.04)
         if full and (got := _value(full, what)):

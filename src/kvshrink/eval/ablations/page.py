@@ -91,10 +91,10 @@ def _missing(data: dict) -> list[str]:
 INTRODUCTION = (
     "The CSKV paper's tables and figures ([arXiv 2409.10593](https://arxiv.org/abs/2409.10593)) in shape, on another "
     "model: what is compared is which row is above which, not the scores. The sentences are written by the program "
-    "from the numbers: *agrees* and *differs* need an exact McNemar test on the same cases below .05, or, where answers "
-    "do not decide, a KL whose paired 95 % interval over documents excludes a tie; else *not decided*. Every context is "
-    "compressed before its question is seen. Bytes are measured, with window, sinks, scales and positions. Lines are "
-    "LongEval records of 30 lines, official and generated ones together. Brackets are 95 % intervals (Wilson for "
-    "answers, Student's t over documents for KL), parentheses the number of answers or documents. All rows have 4 "
+    "from the numbers: *agrees* and *differs* need an exact McNemar test on the same cases below .05, or, where "
+    "answers do not decide, a KL whose paired 95 % interval over documents excludes a tie; else *not decided*. Every "
+    "context is compressed before its question is seen. Bytes are measured, with window, sinks, scales and positions. "
+    "Lines are LongEval records of 30 lines, official and generated ones together. Brackets are 95 % intervals (Wilson "
+    "for answers, Student's t over documents for KL), parentheses the number of answers or documents. All rows have 4 "
     "sinks, which the paper has not, and a window of 32 unless they say otherwise."
 )

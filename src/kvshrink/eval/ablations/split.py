@@ -12,6 +12,7 @@ from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab
 from kvshrink.eval.ablations.rows import better
 from kvshrink.eval.entries import FULL, Entry
+from kvshrink.methods.lowrank.cskv import CSKV
 
 TITLE = "Keys and values (Table 4)"
 KEEPS = (0.5, 0.25)
@@ -26,22 +27,22 @@ PAPER = {
 def run(lab: Lab) -> dict:
     methods = {(k, s): lab.cskv(k, key_share=s) for k in KEEPS for s in SHARES}
     fitted = lab.fit(list(methods.values()))
-    entries = [Entry(FULL, None), *(Entry(_label(*at), fitted[m]) for at, m in methods.items())]
+    channels = {at: _kept(lab, m) for at, m in methods.items()}
+    labels = {at: f"{k} key and {v} value channels of {lab.shape.width}" for at, (k, v) in channels.items()}
+    entries = [Entry(FULL, None), *(Entry(labels[at], fitted[m]) for at, m in methods.items())]
     measured = lab.measure(entries)
-    n = lab.shape.width
     named = {}
-    for (keep, share), method in methods.items():
-        rank_k, rank_v = method.ranks(lab.shape)
+    for (keep, share), (keys, values) in channels.items():
         told = {
             "as kept": PAPER[keep].get(share),
             "as removed": PAPER[keep].get(1 - share) if keep == max(KEEPS) else None,
         }
-        named[_label(keep, share)] = {
+        named[labels[keep, share]] = {
             "keep": keep,
             "key_share": share,
-            "key_channels": rank_k * (lab.shape.heads // (method.group_heads or lab.shape.heads)),
-            "value_channels": rank_v,
-            "of": n,
+            "key_channels": keys,
+            "value_channels": values,
+            "of": lab.shape.width,
             "paper": told,
         }
     none = dict.fromkeys(next(iter(named.values())))
@@ -66,7 +67,7 @@ def draw(data: dict) -> Any:
     removed = [(100 * (1 - s), y) for s, y in PAPER[max(KEEPS)].items()]
     axes[2].plot(*zip(*sorted(removed), strict=True), color=look[names[max(KEEPS)]].colour, ls=":", lw=1)
     charts.scores_axis(axes[2])
-    axes[2].set_xlabel("keys' share, labels read as kept (dotted: as removed)")
+    axes[2].set_xlabel("labels read as kept, % (dotted: removed)")
     axes[2].set_title("the paper, LongChat-7B", loc="left")
     charts.legend(figure, handles)
     return figure
@@ -82,12 +83,12 @@ def say(data: dict) -> list[str]:
             continue
         told = max(PAPER[keep], key=lambda s: PAPER[keep][s])
         theirs = next((r for r in rows if r["key_share"] == told), None)
-        least, most = f"{_channels(best)}: {words.scored(best)}", f"{_channels(top)}: {words.scored(top)}"
+        least, most = f"{best['label']}: {words.scored(best)}", f"{top['label']}: {words.scored(top)}"
         out.append(f"At {100 * (1 - keep):.0f} % removed: least KL at {least}; most lines right at {most}.")
         out += _readings(rows, keep)
         if keep == min(KEEPS) and theirs is not None:
             found = better(best, theirs)
-            here = f"{_channels(best)} against the paper's {_channels(theirs)}: {found.how}"
+            here = f"{best['label']} against the paper's {theirs['label']}: {found.how}"
             out.append(
                 words.near(
                     f"keys get more: {100 * told:.1f} % of the kept channels are best.",
@@ -118,12 +119,10 @@ def _readings(rows: list[dict], keep: float) -> list[str]:
     return [f"The paper's labels can be read both ways here; read as shares {closer} they are closer to ours ({text})."]
 
 
-def _channels(row: dict) -> str:
-    return f"{row['key_channels']} key and {row['value_channels']} value channels of {row['of']}"
-
-
-def _label(keep: float, share: float) -> str:
-    return f"{100 * keep:g} % kept, {100 * share:g} % of it keys"
+def _kept(lab: Lab, method: CSKV) -> tuple[int, int]:
+    """Channels kept of a layer's keys and of its values, all heads together."""
+    rank_k, rank_v = method.ranks(lab.shape)
+    return rank_k * (lab.shape.heads // (method.group_heads or lab.shape.heads)), rank_v
 
 
 def _own(data: dict, keep: float) -> list[dict]:

@@ -77,7 +77,7 @@ def draw(data: dict) -> Any:
                 [p.x for p in points], [p.y for p in points], color=look[name].colour, lw=1.2
             )
     handles[CLOSED] = curves.axhline(data["closed"], color=charts.INK, ls="--", lw=1)
-    curves.set_yscale("log")
+    charts.logs(curves, "y", [p.y for points in series.values() for p in points] + [data["closed"]])
     curves.set_xlabel("step")
     curves.set_ylabel("loss, summed over layers")
     names = [CLOSED, *(r["label"] for r in data["rows"])]
@@ -88,8 +88,9 @@ def draw(data: dict) -> Any:
         times.text(value, y, f" {value:.3g}", va="center", fontsize=8)
     times.set_yticks(range(len(names)), names)
     times.invert_yaxis()
+    times.grid(visible=False)
     times.margins(x=0.15)
-    times.set_xlabel(f"time of a fit over the closed form's, {data['steps']} steps")
+    times.set_xlabel("time of a fit, in times of the closed form's")
     charts.legend(figure, handles)
     return figure
 

@@ -39,7 +39,7 @@ def divergence(group: Sequence[dict], styles: Styles, missed: Set[str]) -> Any:
         for x, y, e in zip(at, means, own, strict=True):
             if e["method"] in missed:
                 hollow(axis, x, y, style)
-    _log(axis)
+    log_axis(axis)
     kept_axis(axis, [e["kept"] for e in rows])
     axis.set_xlabel(KEPT)
     axis.set_ylabel("KL from the full cache, nats per token")
@@ -68,7 +68,7 @@ def distance(group: Sequence[dict], styles: Styles) -> Any:
                 handles[e["series"]] = line
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        _log(axis)
+        log_axis(axis)
         axis.set_xlabel("tokens after the prefix, up to")
     if figure is not None:
         panels[0][0].set_ylabel("mean KL, nats per token")
@@ -136,7 +136,7 @@ def layers(results: dict, styles: Styles) -> Any:
         line[0].set_ylabel(budget(target))
     for axis, kind in zip(grid[0], kinds, strict=True):
         axis.set_title(ERRORS[kind], loc="left")
-    _log(grid[0][0])
+    log_axis(grid[0][0])
     figure.supxlabel("layer", fontsize=8.5)
     legend(figure, handles)
     return figure
@@ -165,9 +165,11 @@ def _per_budget(rows: Sequence[dict]) -> tuple[Any, list]:
     return figure, list(zip(grid[0], budgets, strict=True))
 
 
-def _log(axis) -> None:
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    axis.yaxis.get_major_locator().set_params(subs=(1, 3) if high > 20 * low else (1, 2, 5))
-    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axis.yaxis.set_minor_formatter(lambda y, _: "")
+def log_axis(axis, side: str = "y") -> None:
+    """A log axis with plain numbers, few enough for its limits."""
+    getattr(axis, f"set_{side}scale")("log")
+    low, high = getattr(axis, f"get_{side}lim")()
+    own = getattr(axis, f"{side}axis")
+    own.get_major_locator().set_params(subs=(1,) if high > 500 * low else (1, 3) if high > 20 * low else (1, 2, 5))
+    own.set_major_formatter(lambda y, _: f"{y:g}")
+    own.set_minor_formatter(lambda y, _: "")

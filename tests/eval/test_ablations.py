@@ -1,0 +1,333 @@
+"""The ablations: every experiment on a tiny random model, resumed without making anything; words follow numbers."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvshrink import cli, data, detach, reference_model
+from kvshrink.errors import SettingError
+from kvshrink.eval.ablations import EXPERIMENTS, chosen, initialisation, quantisation, split, training, window
+from kvshrink.eval.ablations import run as runs
+from kvshrink.eval.ablations.lab import LINES, Settings
+from kvshrink.eval.ablations.latents import OFFICIAL, OURS, UNCLAMPED
+from kvshrink.eval.ablations.official_quantiser import fake_quantise, official, one_sign
+from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.words import claim, tally
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.runner import Runner
+from kvshrink.eval.teacher import follow
+from kvshrink.fit.curve import curve
+from kvshrink.kernels.affine import dequantize, quantize
+from kvshrink.methods.lowrank.cskv import CSKV
+
+SETTINGS = Settings(model="reference", cases=1, documents=2, scored=3, steps=3)
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 800,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    _, tokenizer = reference_model()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=0)).eval()
+    yield model, tokenizer
+    detach(model)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [data.path("calibration.txt").read_text(encoding="utf-8")[:12_000]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Fewer points of each experiment, all of its kinds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (initialisation, quantisation):
+            patch.setattr(module, "KEEPS", (0.5, 0.2))
+        patch.setattr(window, "WINDOWS", (2, 32, 512, 1024))
+        patch.setattr(split, "SHARES", (0.125, 0.25, 0.625, 0.75))
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tiny, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ablations")
+    return runs.run(SETTINGS, *tiny, texts, out, "kvshrink eval ablations"), out
+
+
+def read(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def test_every_experiment_leaves_its_rows_its_picture_and_its_paragraph(done):
+    result, out = done
+    assert result["failures"] == []
+    assert list(result["seconds"]) == list(EXPERIMENTS)
+    page = (out / "ablations.md").read_text()
+    for name, module in EXPERIMENTS.items():
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"## {module.TITLE}" in page
+        assert f"]({name}.png)" in page
+        assert read(out, name)["settings"]["steps"] == 3
+    for sentence in ("Agrees", "Differs", "Not decided", "Is the paper's PTQ of 0.00 the clamped zero point?"):
+        assert sentence in page
+
+
+def test_the_grids_are_those_of_the_paper():
+    """As its tables print them."""
+    assert list(window.PAPER) == [2**i for i in range(1, 13)]
+    assert [list(own) for own in split.PAPER.values()] == [[i / 8 for i in range(1, 8)]] * 2
+    assert split.PAPER[0.5][0.75] == max(split.PAPER[0.5].values())
+    assert split.PAPER[0.25][0.625] == max(split.PAPER[0.25].values())
+    for paper in (initialisation.PAPER, quantisation.PAPER):
+        assert [list(own) for own in paper.values()] == [[0.5, 0.4, 0.3, 0.2]] * 3
+    assert initialisation.PAPER["asvd"][0.2] == 0.92
+    assert quantisation.PAPER["QAT"][0.2] == 0.90
+
+
+def test_the_rows_are_those_of_the_paper(done):
+    _, out = done
+    found = {name: read(out, name)["rows"] for name in EXPERIMENTS}
+    assert {(r["kind"], r["keep"]) for r in found["methods"]} >= {
+        (kind, keep) for kind in EXPERIMENTS["methods"].ORDER for keep in (0.5, 0.2)
+    }
+    assert {(r["init"], r["keep"], r["when"]) for r in found["initialisation"] if r["init"]} == {
+        (init, keep, when)
+        for init in ("random", "svd", "asvd", "pca")
+        for keep in (0.5, 0.2)
+        for when in ("before", "after")
+    }
+    # the context has 800 tokens: what a window of 1024 or more would hold is all of it
+    assert {r["window"] for r in found["window"] if r["window"]} == {2, 32, 512}
+    assert [(r["key_channels"], r["value_channels"], r["of"]) for r in found["split"] if r["keep"] == 0.25] == [
+        (1, 7, 16),
+        (2, 6, 16),
+        (5, 3, 16),
+        (6, 2, 16),
+    ]
+    told = {r["key_share"]: r["paper"] for r in found["split"] if r["keep"] == 0.5}
+    assert told[0.75] == {"as kept": 0.98, "as removed": 0.94}
+    assert {(r["start"], r["keep"], r["kind"]) for r in found["quantisation"] if r["start"]} == {
+        (s, k, kind) for s in ("asvd", "pca") for k in (0.5, 0.2) for kind in quantisation.KINDS
+    }
+    assert [r["init"] for r in found["training"]] == ["random", "svd", "asvd", "asvd", "pca"]
+    for name, rows in found.items():
+        for row in rows if name != "training" else ():
+            titles = {t["task"] for t in row["tasks"]}
+            if row["label"] == "full":
+                assert row["kl"] is None
+            elif not row.get("window") or row["window"] < 512:
+                assert titles >= set(LINES), row["label"]
+                assert row["lines"]["cases"] == 2
+                assert 0 <= row["lines"]["low"] <= row["lines"]["score"] <= row["lines"]["high"] <= 1
+            if row["kl"]:
+                assert (row["kl"]["documents"], row["kl"]["positions"]) == (2, 6)
+                assert row["kl"]["low"] <= row["kl"]["mean"] <= row["kl"]["high"]
+
+
+def test_streaming_llm_stands_at_the_bytes_that_cskv_holds(done):
+    rows = {r["label"]: r for r in read(done[1], "methods")["rows"]}
+    for keep in ("0.5", "0.2"):
+        ours, theirs = rows[f"CSKV, closed form @{keep}"], rows[f"StreamingLLM, same bytes @{keep}"]
+        for what in ("lines", "kl"):
+            assert theirs[what]["kept"] == pytest.approx(ours[what]["kept"], rel=0.05)
+
+
+def test_training_starts_where_the_start_is_and_never_goes_below_the_closed_form(done):
+    found = read(done[1], "training")
+    for row in found["rows"]:
+        assert found["closed"] <= row["end"] * (1 + 1e-6)
+        assert row["time"] >= 1
+        assert [step for step, _ in row["curve"]] == [1, 2, 3]
+    by = {r["init"]: r for r in found["rows"]}
+    assert by["pca"]["start"] == found["closed"]
+    assert by["random"]["start"] > by["svd"]["start"] > found["closed"]
+
+
+def test_latents_are_measured_by_layer_and_side_under_three_quantisers(done):
+    found = read(done[1], "quantisation")["latents"]
+    assert len(found) == 2 * 2 * 2 * 2  # starts, ratios, layers, sides
+    for row in found:
+        assert set(row["latent"]) == set(row["rebuilt"]) == {OFFICIAL, UNCLAMPED, OURS}
+        assert 0 <= row["one_sign"] <= 1
+        assert row["latent"][OURS] <= row["latent"][OFFICIAL] * 1.2
+    assert all(r["simulated"] == (r["kind"] == quantisation.CLAMPED) for r in read(done[1], "quantisation")["rows"])
+    assert "simulated: none saved" in (done[1] / "ablations.md").read_text()
+
+
+def test_a_resumed_run_makes_nothing_again_and_writes_the_same(done, tiny, texts, monkeypatch):
+    _, out = done
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+    def never(*args, **kwargs):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(Runner, "_answer", never)
+    for name in ("lab.follow", "latents._measured", "training.fit"):
+        monkeypatch.setattr(f"kvshrink.eval.ablations.{name}", never)
+    monkeypatch.setattr("kvshrink.eval.fitting.fit_all", never)
+    again = runs.run(SETTINGS, *tiny, texts, out, "kvshrink eval ablations")
+    assert again["failures"] == []
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_a_failing_experiment_is_listed_and_the_others_go_on(tiny, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(split, "run", lambda lab: 1 / 0)
+    monkeypatch.setattr(window, "WINDOWS", (2, 32))
+    settings = Settings("reference", ("window", "split"), cases=1, documents=1, scored=3, steps=1)
+    result = runs.run(settings, *tiny, texts, tmp_path, "x")
+    assert [(f["experiment"], f["error"]) for f in result["failures"]] == [
+        ("split", "ZeroDivisionError: division by zero")
+    ]
+    assert {r["window"] for r in read(tmp_path, "window")["rows"]} == {None, 2, 32}
+    assert "Failed: split on all: ZeroDivisionError" in (tmp_path / "ablations.md").read_text()
+
+
+def test_a_failing_method_costs_its_own_rows_only(tiny, texts, tmp_path, monkeypatch):
+    inner = quantisation.official
+    monkeypatch.setattr(quantisation, "KEEPS", (0.5,))
+    monkeypatch.setattr(quantisation, "official", lambda a: _broken(inner(a)))
+    settings = Settings("reference", ("quantisation",), cases=1, documents=1, scored=3, steps=1)
+    result = runs.run(settings, *tiny, texts, tmp_path, "x")
+    assert {f["method"].split(", ")[1] for f in result["failures"]} == {"PTQ"}
+    rows = {r["label"]: r for r in read(tmp_path, "quantisation")["rows"]}
+    for row in rows.values():
+        assert (row["lines"] is None) == (row["kind"] == quantisation.CLAMPED)
+
+
+def _broken(artifact):
+    """Tensors that no codec can be made of."""
+    return type(artifact)(artifact.method, {i: {} for i in artifact.layers}, artifact.model, artifact.provenance)
+
+
+def test_a_wrong_name_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kvshrink", "eval", "ablations", "--only", "split,windows"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    known = "methods, initialisation, window, split, quantisation, training"
+    assert capsys.readouterr().err == f"kvshrink: no ablation 'windows'. Known: {known}.\n"
+    assert list(chosen(("window", "split"))) == ["window", "split"]
+    with pytest.raises(SettingError):
+        chosen(("",))
+
+
+def test_the_official_formula_by_hand():
+    # range 3, scale 1, zero 0 - round(-4) = clamped from -4 to 0: codes 4..7 are cut to 3
+    assert fake_quantise(torch.tensor([4.0, 5.0, 6.0, 7.0]), 2).tolist() == [3, 3, 3, 3]
+    assert fake_quantise(torch.tensor([4.0, 5.0, 6.0, 7.0]), 2, clamped=False).tolist() == [4, 5, 6, 7]
+    # zero 7 is cut to 3: codes -7 + 3 .. -4 + 3 are cut to 0
+    assert fake_quantise(torch.tensor([-7.0, -6.0, -5.0, -4.0]), 2).tolist() == [-3, -3, -3, -3]
+    assert fake_quantise(torch.tensor([-1.0, 0.2, 0.9, 2.0]), 2).tolist() == [-1, 0, 1, 2]
+    # a group of one value: the least range of 1e-5, which is no help where zero is clamped
+    assert fake_quantise(torch.full((4,), 5.0), 4).tolist() == pytest.approx([1e-5] * 4)
+    x = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [-2.0, -1.0], [0.0, 3.0]])
+    assert one_sign(x).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("mean", "wanted", "ours"), [(3, 0.098, 0.025), (4, 0.183, 0.019), (6, 0.363, 0.013), (10, 0.595, 0.008)]
+)
+def test_the_official_formula_loses_one_sign_groups(mean, wanted, ours):
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0)) + mean
+
+    def error(y):
+        return float((x - y).norm() / x.norm())
+
+    assert error(fake_quantise(x, 4)) == pytest.approx(wanted, rel=0.03)
+    assert error(dequantize(*quantize(x, 4))) == pytest.approx(ours, rel=0.05)
+    assert error(fake_quantise(x, 4, clamped=False)) == pytest.approx(ours, rel=0.08)
+
+
+def test_the_real_cache_path_reads_what_the_official_formula_gives(tiny, texts):
+    """Without its fault the simulated codec is as good as ours; with values of one sign it is not."""
+    from kvshrink.eval.entries import Entry
+
+    model, tokenizer = tiny
+    (entry,) = fitted([Entry("x", CSKV(keep=0.5, bits=4, init="asvd"))], model, tokenizer, texts)
+    shifted = copy.deepcopy({i: dict(t) for i, t in entry.method.layers.items()})
+    for tensors in shifted.values():  # latents far from zero, which the decoder takes back
+        down, up = tensors["value_down"], tensors["value_up"]
+        shift = torch.linalg.lstsq(
+            down.transpose(1, 2), torch.full((1, down.shape[2], 1), 4 * float(down.std()))
+        ).solution
+        tensors["value_mean"] = tensors["value_mean"] - shift[..., 0]
+        assert torch.linalg.matrix_rank(up[0]) == up.shape[1]
+    moved = type(entry.method)(entry.method.method, shifted, entry.method.model, entry.method.provenance)
+    ids = torch.randint(2, len(tokenizer), (1, 400), generator=torch.Generator().manual_seed(0))
+    methods = {"ours": moved, "official": official(moved)}
+    kl = {k: float(t.kl.mean()) for k, t in follow(model, methods, ids, 390).items()}
+    assert kl["official"] > 0
+    assert kl["official"] != kl["ours"]
+
+
+def _row(scores, kl):
+    lines = {"scores": scores, "score": sum(scores) / len(scores), "low": 0.0, "high": 1.0, "cases": len(scores)}
+    return {"lines": lines, "kl": None if kl is None else {"mean": sum(kl) / len(kl), "by_document": kl}}
+
+
+def test_answers_decide_and_the_kl_only_where_they_do_not():
+    good, bad = [1.0] * 10, [0.0] * 8 + [1.0] * 2
+    assert better(_row(good, [0.2] * 4), _row(bad, [0.1] * 4)).sign == 1
+    assert better(_row(bad, None), _row(good, None)).sign == -1
+    close = [1.0] * 9 + [0.0]
+    assert better(_row(good, None), _row(close, None)).sign == 0
+    assert better(_row(good, [0.2, 0.21, 0.4]), _row(close, [0.1, 0.11, 0.2])).sign == -1
+    noisy = better(_row(good, [0.2, 0.1, 0.4]), _row(close, [0.1, 0.2, 0.3]))
+    assert (noisy.sign, "within the noise" in noisy.how) == (0, True)
+
+
+def test_words_follow_from_numbers(done):
+    assert claim("x.", Verdict(1, "a")).startswith("**Agrees.**")
+    assert claim("x.", Verdict(-1, "a")).startswith("**Differs.**")
+    assert claim("x.", Verdict(0, "a")).startswith("**Not decided.**")
+    two = [("50 %", Verdict(1, "a")), ("80 %", Verdict(-1, "b"))]
+    assert tally("x.", two).startswith("**Mixed.**")
+    assert "so at 50 %, the other way round at 80 %" in tally("x.", two)
+    assert tally("x.", two[:1]).startswith("**Agrees.**")
+
+    found = read(done[1], "initialisation")
+    paragraph = initialisation.say(found)
+    for row in found["rows"]:
+        if row["init"] == "random" and row["when"] == "after":
+            row["lines"] |= {"score": 0.9, "scores": [1.0] * 9 + [0.0], "cases": 10}
+    changed = initialisation.say(found)
+    assert paragraph[0].startswith("**Agrees.**"), "an untrained random model answers nothing"
+    assert changed[0].startswith("**Differs.**")
+    assert ".90 at 50 %" in changed[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "answer"),
+    [(0.8, 0.0, "Yes"), (0.0, 0.0, "No"), (0.8, 0.8, "No"), (0.9, 0.3, "Not by itself")],
+)
+def test_the_question_of_the_clamp_is_answered_by_the_scores(done, ours, theirs, answer):
+    found = read(done[1], "quantisation")
+    for row in found["rows"]:
+        if row["start"] == "asvd" and row["kind"] in (quantisation.PTQ, quantisation.CLAMPED):
+            score = ours if row["kind"] == quantisation.PTQ else theirs
+            right = round(20 * score)
+            row["lines"] |= {"score": score, "scores": [1.0] * right + [0.0] * (20 - right), "cases": 20}
+            row["kl"] = None
+    (said,) = [x for x in quantisation.say(found) if "clamped zero point?" in x]
+    assert f"clamped zero point? {answer}" in said
+
+
+def test_a_curve_is_thinned_to_means():
+    assert curve([4.0, 2.0, 3.0, 1.0, 5.0], points=2) == [[3, 3.0], [5, 3.0]]
+    assert curve([1.0, None, 3.0]) == [[1, 1.0], [3, 3.0]]
+    assert (curve([]), len(curve([1.0] * 12_000))) == ([], 100)
+    assert training.TITLE
