@@ -149,7 +149,7 @@ class Affine:
 
     def _lanes(self, stored: Stored) -> Tensor:
         """[b, p, G, m, r]: as planes of m * r codes are packed, lane i holds the tokens i, i + m, i + 2m, ..."""
-        return stored["codes"].unflatten(-1, (-1, self.width))
+        return stored["codes"].unflatten(-1, (self.page * self.bits // 8, self.width))
 
 
 def _places(tokens: Int[Tensor, "b k"], page: int) -> tuple[Tensor, Tensor, Tensor]:
