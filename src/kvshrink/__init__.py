@@ -2,7 +2,7 @@
 
 Read the tree in the order the data takes; each line may import only from the lines below it:
 
-    cli/         one module per command: demo, plan, fit, generate, eval (suite, perplexity), report, inspect, lm-eval
+    cli/         one module per command: demo, plan, fit, generate, eval (suite, ...), report, inspect, lm-eval
     plan/        search of methods and settings for a budget of bytes or KL: space, bench, search, plan.json
     eval/        tasks/ and metrics/, runner and suite, perplexity, fidelity, lm-eval plug-in, report/
     fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard
