@@ -192,8 +192,8 @@ def _errors(axis: Any, data: dict) -> None:
     }
     handles = charts.dots(axis, labels, series, look)
     charts.logs(axis, "x", [p.x for own in series.values() for p in own])
-    axis.set_xlabel(f"relative error of latents, a mark per layer, {_removed(keep)} removed")
-    axis.legend(handles.values(), handles, fontsize=7, loc="best")
+    axis.set_xlabel(f"error of latents, {_removed(keep)} removed")
+    axis.legend(handles.values(), handles, fontsize=7, loc="center right")
 
 
 def _latents(data: dict, start: str, keep: float, side: str) -> list[dict]:
