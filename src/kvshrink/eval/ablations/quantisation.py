@@ -193,6 +193,7 @@ def _errors(axis: Any, data: dict) -> None:
     handles = charts.dots(axis, labels, series, look)
     charts.logs(axis, "x", [p.x for own in series.values() for p in own])
     axis.set_xlabel(f"error of latents, {_removed(keep)} removed")
+    axis.set_xlim(right=15 * axis.get_xlim()[1])  # room for the legend
     axis.legend(handles.values(), handles, fontsize=7, loc="center right")
 
 
