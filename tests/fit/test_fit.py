@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 import kvshrink
 from kvshrink import CSKV, RTN
@@ -15,6 +22,7 @@ from kvshrink.fit import fit_all
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
+from kvshrink.fit.watch import LayerWatch
 
 SHAPE = {
     "hidden_size": 32,
@@ -240,3 +248,33 @@ def test_output_gram_is_the_squared_error_of_the_output():
     for h in range(2):
         wanted = sum((weight[:, q] @ error[h]).square().sum() for q in (2 * h, 2 * h + 1))
         torch.testing.assert_close(error[h].double() @ gram[h] @ error[h].double(), wanted.double(), rtol=1e-4, atol=0)
+
+
+def test_a_checkpoint_of_other_values_is_not_taken(tmp_path, rows):
+    """The key weights are the same, the value weights are not."""
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    settings = {"progress": False, "checkpoint": tmp_path / "c"}
+    before = kvshrink.fit(net, CSKV(keep=0.5), rows, **settings)
+    with torch.no_grad():
+        net.get_decoder().layers[0].self_attn.v_proj.weight.mul_(-1.5)
+    after = kvshrink.fit(net, CSKV(keep=0.5), rows, **settings)
+    fresh = kvshrink.fit(net, CSKV(keep=0.5), rows, progress=False)
+    assert torch.equal(after.layers[0]["value_mean"], fresh.layers[0]["value_mean"])
+    assert not torch.equal(after.layers[0]["value_mean"], before.layers[0]["value_mean"])
+
+
+def test_fitting_works_under_inference_mode(model, rows):
+    with torch.inference_mode():
+        artifact = kvshrink.fit(model, CSKV(keep=0.5, steps=2), rows, progress=False)
+    assert artifact.provenance["layers"]["0"]["training"]["loss"][0] > 0
+
+
+def test_what_is_watched_is_the_input_also_without_an_input_norm(rows):
+    """Olmo2's attention reads the hidden states themselves, which the layer's output then overwrites."""
+    net = Olmo2ForCausalLM(Olmo2Config(**SHAPE)).eval()
+    runner, seen = LayerRunner(InMemory(net), rows, 2), LayerWatch(len(rows), False)
+    before = runner.hidden.clone()
+    runner.run(0, net.get_decoder().layers[0], seen)
+    assert torch.equal(torch.cat([x["hidden_states"] for x in seen.inputs]), before)
+    assert not torch.equal(runner.hidden, before)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from kvshrink import CSKV, RTN, Artifact, Spectral, fit, make_cache
 from kvshrink.attach.families import layers_of
 from kvshrink.errors import DataError, SettingError
-from kvshrink.fit.probe import REPEATED, ROWS, Recall, recall_rows
+from kvshrink.fit.probe import REPEATED, ROWS, Reader, Recall, recall_rows
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec
 
@@ -129,6 +129,24 @@ def test_too_little_text_is_refused(rows):
     with pytest.raises(DataError, match=r"^88 calibration tokens are too few .* Give 92 or more\.$"):
         recall_rows(stream[:, :88], 512, METHOD)
     assert recall_rows(stream[:, :92], 512, METHOD).shape == (ROWS, 92)
+
+
+def test_sliding_layers_are_read_at_their_true_positions(rows):
+    """A model whose first layer slides: the exact predictions are those of one plain forward."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    net = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=32, layer_types=kinds)).eval()
+    reader, ids = Reader(net, layers_of(net), METHOD), rows.flatten()[None, :300]
+    with torch.no_grad():
+        ours = reader.predict(reader.prefill(ids[:, :260]), {}, ids[:, 260:])
+        plain = net(ids).logits[0, 260:].log_softmax(-1)
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+
+
+def test_a_kl_that_is_no_number_is_refused(probe, monkeypatch):
+    monkeypatch.setattr(probe, "wanted", [w * float("nan") for w in probe.wanted])
+    with pytest.raises(DataError, match="NaN or infinite"):
+        probe.kl({})
 
 
 # --- a method that asks ---

@@ -1,5 +1,6 @@
 """What every method must satisfy. A new method file is picked up here without editing this file."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from kvshrink import methods
 from kvshrink.errors import DataError
@@ -219,3 +221,15 @@ def test_form(name):
     assert methods.build(name, json.loads(json.dumps(method.settings()))) == method
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.window = 1
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_setting_of_the_wrong_type_is_refused_in_one_line(name):
+    """As the command line may give it: None, a word, a list, for every setting."""
+    # a method that is made of another one builds it, and in tests the types of that are checked first
+    for field in dataclasses.fields(methods.get(name)):
+        for wrong in (None, "x", 0.5j):
+            method = methods.get(name)()
+            object.__setattr__(method, field.name, wrong)
+            with contextlib.suppress(methods.SettingError, TypeCheckError):
+                method.check()

@@ -89,7 +89,7 @@ def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -
     references, fitted = [], artifact.layers.get(layer, {})
     for side, codec in zip(("key", "value"), codecs or (), strict=False):
         errors, centre = fitted.get(f"{side}_errors"), fitted.get(f"{side}_centre")
-        if not isinstance(codec, BasisCodec) or errors is None or centre is None:
+        if not isinstance(codec, BasisCodec) or codec.site == "k_post" or errors is None or centre is None:
             continue
         if isinstance(codec.packing, Raw | Affine):  # where rounding is fitted too, the basis does not say what is lost
             error = float(errors[codec.up.shape[1] - 1])

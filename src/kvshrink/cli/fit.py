@@ -21,7 +21,7 @@ from kvshrink.cli._common import (
 )
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval import calibration
-from kvshrink.fit.job import fingerprint_of, fit_all
+from kvshrink.fit.job import fingerprint_of, fit_all, in_memory
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk
 from kvshrink.methods import name_of
@@ -54,7 +54,7 @@ def fit(
     quiet()
     chosen = one_method(method or "cskv", keep, bits) if plan is None else _planned(plan, model, method, keep, bits)
     texts, checkpoint = calibration.texts(text), out / CHECKPOINT
-    source, tokenizer = load(model) if chosen.probes else (model_name(model), None)
+    source, tokenizer = load(model) if in_memory(chosen) else (model_name(model), None)
     artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, checkpoint, log_with)[0]
     artifact.save_pretrained(out)
     clear(checkpoint)

@@ -70,7 +70,8 @@ def plan(
     _show(asked, chosen, front, best, checked)
     if out is not None:
         files.write_json(out, data)
-        console.print(f"wrote {out}: kvshrink fit --plan {out} --out FOLDER", markup=False, highlight=False)
+        then = f"kvshrink fit --plan {out} --out FOLDER" if chosen.method.needs_fit else "nothing to fit"
+        console.print(f"wrote {out}: {then}", markup=False, highlight=False)
     if picture is not None:
         draw(search.points, front, chosen, picture, f"{Path(model).name}: {batch} x {tokens} tokens")
         console.print(f"wrote {picture}", markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def _label(name: str, settings: dict) -> str:
 
 
 def _split(text: str) -> list[str]:
-    return [p for p in text.split(",") if p.strip()]
+    return [p for p in re.split(r",(?![^(\[]*[)\]])", text) if p.strip()]  # not at commas within brackets
 
 
 def _value(text: str) -> object:

@@ -12,7 +12,7 @@ from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
-from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.artifact import CONFIG, Artifact
 
 BATCH = 4  # calibration rows per forward pass
 UNFINISHED = ".unfinished"
@@ -36,7 +36,7 @@ def _fit(
         )
     identity = model_key(model)
     where = {m: folder / f"{name_of(m)}-{_key(m, identity, texts)}" for m in methods}
-    made = {m: Artifact.from_pretrained(place) for m, place in where.items() if place.is_dir()}
+    made = {m: Artifact.from_pretrained(place) for m, place in where.items() if (place / CONFIG).is_file()}
     todo = [m for m in methods if m not in made]
     if todo:
         checkpoint = folder / UNFINISHED

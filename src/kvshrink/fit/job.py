@@ -1,5 +1,6 @@
 """fit: a method's tensors for every layer of a model, from calibration text."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 
+SAMPLED = 1024  # numbers of each weight that a checkpoint's key covers, about
 TRACKERS = ("tensorboard", "trackio")
 SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
@@ -82,13 +84,14 @@ def fit_all(
     else:
         rows = checked_rows(data, methods[0].page)  # type: ignore[arg-type]
     rows = _enough(rows, methods)
-    if isinstance(source, OnDisk) and any(m.probes or _trains(m, "kl") for m in methods):
-        names = ", ".join(name_of(m) for m in methods if m.probes or _trains(m, "kl"))
+    if isinstance(source, OnDisk) and any(in_memory(m) for m in methods):
+        names = ", ".join(name_of(m) for m in methods if in_memory(m))
         raise SettingError(f"{names} asks the whole model what a loss costs. Load the model and pass it to fit.")
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
-    return job.run()
+    with torch.inference_mode(False), torch.no_grad():  # Fisher and training switch gradients on themselves
+        return job.run()
 
 
 def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:
@@ -103,6 +106,11 @@ def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:
         what = "comparing halves of rows" if halves else "holding out half of a row"
         raise DataError(f"rows of shape {given} are too short for {what}: {rows.shape[1]} tokens a row, not {least}.")
     return rows
+
+
+def in_memory(method: Method) -> bool:
+    """Whether a fit needs the whole model in memory."""
+    return method.probes or _trains(method, "kl")
 
 
 def _trains(method: Method, loss: str | None = None) -> bool:
@@ -142,7 +150,7 @@ class _Job:
             with self.source.layer(i) as layer:
                 if i in (0, runner.layers - 1):
                     fingerprint.add(self.infos[i].module)
-                weights = _weights_hash(config, self.infos[i])
+                weights = _weights_hash(layer)
                 known = checkpoint.load(i, len(self.methods), weights) if self.infos[i].compressed else None
                 if known is None and self.infos[i].compressed:
                     done[i] = self._layer(i, layer, runner)
@@ -158,7 +166,11 @@ class _Job:
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
         shapes = {i: shape_of(self.infos[i].module) for i in done}
         records = {i: dict(results[n][1]) for i, results in done.items()}
-        tensors, record = method.finish({i: results[n][0] for i, results in done.items()}, shapes, self._probe(method))
+        # a probe reads the model's own keys through codecs made of these
+        device = next(self.source.model.parameters()).device if method.probes else torch.device("cpu")
+        layers = {i: {k: t.to(device) for k, t in results[n][0].items()} for i, results in done.items()}
+        tensors, record = method.finish(layers, shapes, self._probe(method))
+        tensors = {i: {k: t.cpu() for k, t in fitted.items()} for i, fitted in tensors.items()}
         for i, known in record.pop("layers", {}).items():  # what a layer's own fit could not know, such as its rank
             records[i] |= known
         if isinstance(method, CSKV) and _trains(method, "kl"):
@@ -247,8 +259,10 @@ def fingerprint_of(source: InMemory | OnDisk) -> str:
     return result.value()
 
 
-def _weights_hash(config, info: LayerInfo) -> str:
-    """Of the layer's key weights: a checkpoint of other weights must not be taken."""
-    result = Fingerprint(config)
-    result.add(info.module)
-    return result.value()
+def _weights_hash(layer: nn.Module) -> str:
+    """Of samples of all the layer's weights: a checkpoint of other weights must not be taken."""
+    h = hashlib.sha256()
+    for name, w in sorted(layer.state_dict().items()):
+        sample = w.detach().reshape(-1)[:: max(1, w.numel() // SAMPLED)].float().cpu().contiguous()
+        h.update(name.encode() + sample.numpy().tobytes())
+    return h.hexdigest()[:16]

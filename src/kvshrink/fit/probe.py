@@ -6,6 +6,7 @@ window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
@@ -50,6 +51,8 @@ class Reader:
         for i, layer in enumerate(exact.layers):
             keys, values = self._lossy(i, layer.keys, layer.values, *codecs.get(i, (None, None)))  # type: ignore
             cache.update(keys, values, i)
+            if hasattr(layer, "cumulative_length"):  # a sliding layer holds its last tokens alone
+                cache.layers[i].cumulative_length = layer.cumulative_length  # type: ignore[union-attr]
         found, before = [], cache.get_seq_length()
         for part in tail.split(self.chunk or tail.shape[1], 1):
             self._slide(cache, codecs, before)
@@ -88,7 +91,10 @@ class Reader:
 
 @final
 class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once. chunk: as a Reader's."""
+    """`ROWS` rows through the model, prefilled once. chunk: as a Reader's.
+
+    Holds their caches and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -127,6 +133,8 @@ class Recall(Probe):
             found = self.reader.predict(cache, codecs, tail)
             total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
         self.bar.update()
+        if not math.isfinite(total):
+            raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
         return max(0.0, total / len(self.caches))
 
     def once(self, key: Hashable, measure: Callable[[], float]) -> float:

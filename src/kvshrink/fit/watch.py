@@ -25,7 +25,8 @@ class LayerWatch:
         self.scale.add(hidden)
         self.query.add(queries(module, hidden), keys.shape[1])
         if len(self.inputs) < self.probes:
-            self.inputs.append(kwargs)
+            # without an input norm (Olmo2) it is a view of what the layer's output is about to overwrite
+            self.inputs.append(kwargs | {"hidden_states": hidden.clone()})
         if self.rows:
             self.keys.append(keys)
             self.values.append(values)

@@ -37,6 +37,8 @@ def get(name: str) -> type[Method]:
 def build(name: str, settings: dict) -> Method:
     """The method `name` with these settings. Raises SettingError on a setting that it does not have."""
     cls = get(name)
+    if not isinstance(settings, dict):
+        raise SettingError(f"settings of {name} are {settings!r}, not an object.")
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
         if key not in fields:

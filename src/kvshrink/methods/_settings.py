@@ -3,9 +3,9 @@
 from kvshrink.errors import SettingError
 
 
-def whole(name: str, value: object) -> None:
+def whole(name: str, value: object, optional: bool = False) -> None:
     """Raise SettingError unless the value is an int, or None where a setting may be left out."""
-    require(value is None or type(value) is int, f"{name}={value!r}", "Use a whole number.")
+    require(type(value) is int or (optional and value is None), f"{name}={value!r}", "Use a whole number.")
 
 
 def number(name: str, value: object) -> None:

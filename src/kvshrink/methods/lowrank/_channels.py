@@ -72,7 +72,7 @@ def check(keep: Any, bits: Any, fill: Any) -> None:
     """Raise SettingError on settings of any type that no model could use."""
     number("keep", keep)
     require(0 < keep <= 1, f"keep={keep}", "Use a share of key channels above 0, up to 1.")
-    whole("bits", bits)
+    whole("bits", bits, optional=True)
     require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
     require(fill in FILLS, f"fill={fill!r}", f"Use one of {FILLS}.")
 

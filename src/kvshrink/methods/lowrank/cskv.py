@@ -81,6 +81,9 @@ class CSKV(Method):
 
     def check(self) -> None:
         super().check()
+        whole("steps", self.steps)
+        whole("bits", self.bits, optional=True)
+        whole("group_heads", self.group_heads, optional=True)
         number("keep", self.keep)
         number("lr", self.lr)
         require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
@@ -94,9 +97,6 @@ class CSKV(Method):
             metric = getattr(self, name)
             require(metric in ("plain", other), f"{name}={metric!r}", f"Use 'plain' or {other!r}.")
             require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
-        whole("steps", self.steps)
-        whole("bits", self.bits)
-        whole("group_heads", self.group_heads)
         require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
         require(
             not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."

@@ -62,7 +62,7 @@ class Palu(Method):
     def check(self) -> None:
         super().check()
         number("keep", self.keep)
-        whole("bits", self.bits)
+        whole("bits", self.bits, optional=True)
         require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
         require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
         heads = self.group_heads

@@ -62,7 +62,7 @@ class Spectral(Method):
         super().check()
         number("kept", self.kept)
         require(0 < self.kept <= 1, f"kept={self.kept}", "Use a share of bytes above 0, up to 1.")
-        ok = bool(self.widths) and set(self.widths) <= {1, 2, 3, 4, 8}
+        ok = isinstance(self.widths, tuple) and bool(self.widths) and all(w in (1, 2, 3, 4, 8) for w in self.widths)
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
         require(self.allocation in ALLOCATIONS, f"allocation={self.allocation!r}", f"Use one of {ALLOCATIONS}.")
         require(isinstance(self.rotate, bool), f"rotate={self.rotate!r}", "Use True or False.")
@@ -123,8 +123,10 @@ class Spectral(Method):
             widths[i, side] = self._widths(layers[i], side, given[i, side] + left)
             left += given[i, side] - _bits.cost_of(widths[i, side].tolist(), group_sizes(shapes[i].width), self.page)
         if not any(bool(w.any()) for w in widths.values()):
-            least = group_bytes(GROUP, 1, self.page) / sum(shapes[i].token_bytes * self.page for i in layers)
-            raise SettingError(f"kept={self.kept} is less than one group of channels takes. Use {least:.2g} or more.")
+            shape = next(iter(shapes.values()))
+            group = group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
+            least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
+            raise SettingError(f"kept={self.kept} is less than one group of channels takes. Use {least:g} or more.")
         done = {}
         for i in layers:
             chosen = {f"{side}_widths": widths[i, side] for side in SIDES}

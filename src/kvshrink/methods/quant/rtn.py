@@ -30,7 +30,7 @@ class RTN(Method):
 
     def check(self) -> None:
         super().check()
-        whole("bits", self.bits)
+        whole("bits", self.bits, optional=True)
         whole("group", self.group)
         require(self.bits is None or self.bits in WIDTHS, f"bits={self.bits}", f"Use None or one of {WIDTHS}.")
         require(self.key_axis in ("channel", "token"), f"key_axis={self.key_axis!r}", "Use 'channel' or 'token'.")
