@@ -295,6 +295,7 @@ def test_a_folder_that_cannot_be_written_is_named(reference, samples, tmp_path):
 def test_a_list_of_methods_may_have_settings():
     assert specs("cskv,rtn:bits=4,group=64,streaming_llm") == ["cskv", "rtn:bits=4,group=64", "streaming_llm"]
     assert specs("cskv,bits=4") == ["cskv:bits=4"]
+    assert specs("spectral:widths=(1,2),kept=0.1,rtn") == ["spectral:widths=(1,2),kept=0.1", "rtn"]
     with pytest.raises(SettingError, match="no method is named"):
         specs(" , ")
 
