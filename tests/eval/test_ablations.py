@@ -12,10 +12,10 @@ from kvshrink import cli, data, detach, reference_model
 from kvshrink.errors import SettingError
 from kvshrink.eval.ablations import EXPERIMENTS, chosen, initialisation, quantisation, split, training, window
 from kvshrink.eval.ablations import run as runs
-from kvshrink.eval.ablations.lab import LINES, Settings
+from kvshrink.eval.ablations.lab import Settings
 from kvshrink.eval.ablations.latents import OFFICIAL, OURS, UNCLAMPED
 from kvshrink.eval.ablations.official_quantiser import fake_quantise, official, one_sign
-from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.rows import LINES, Verdict, better, keeps, nothing
 from kvshrink.eval.ablations.words import claim, tally
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.runner import Runner
@@ -288,26 +288,38 @@ def test_answers_decide_and_the_kl_only_where_they_do_not():
     assert better(_row(good, [0.2, 0.21, 0.4]), _row(close, [0.1, 0.11, 0.2])).sign == -1
     noisy = better(_row(good, [0.2, 0.1, 0.4]), _row(close, [0.1, 0.2, 0.3]))
     assert (noisy.sign, "within the noise" in noisy.how) == (0, True)
+    assert [keeps(_row(good, None), _row(x, None), 0.1) for x in (close, [1.0] * 8 + [0.0] * 2, bad)] == [
+        True,
+        None,
+        False,
+    ]
+    signs = [nothing({"lines": x}, 0.1).sign for x in (_lines(0.05, 0), _lines(0.2, 0.05), _lines(0.5, 0.3))]
+    assert signs == [1, 0, -1]
+
+
+def _lines(score, low):
+    return {"score": score, "low": low, "high": 1.0, "cases": 20}
 
 
 def test_words_follow_from_numbers(done):
     assert claim("x.", Verdict(1, "a")).startswith("**Agrees.**")
     assert claim("x.", Verdict(-1, "a")).startswith("**Differs.**")
     assert claim("x.", Verdict(0, "a")).startswith("**Not decided.**")
+    assert claim("x.", Verdict(1, "a", "KL")).startswith("**Agrees, by the KL.**")
     two = [("50 %", Verdict(1, "a")), ("80 %", Verdict(-1, "b"))]
     assert tally("x.", two).startswith("**Mixed.**")
-    assert "so at 50 %, the other way round at 80 %" in tally("x.", two)
+    assert "so at 50 % (50 %: a), the other way round at 80 % (80 %: b)" in tally("x.", two)
     assert tally("x.", two[:1]).startswith("**Agrees.**")
 
     found = read(done[1], "initialisation")
     paragraph = initialisation.say(found)
     for row in found["rows"]:
         if row["init"] == "random" and row["when"] == "after":
-            row["lines"] |= {"score": 0.9, "scores": [1.0] * 9 + [0.0], "cases": 10}
+            row["lines"] |= {"score": 0.9, "scores": [1.0] * 9 + [0.0], "cases": 10, "low": 0.6}
     changed = initialisation.say(found)
     assert paragraph[0].startswith("**Agrees.**"), "an untrained random model answers nothing"
     assert changed[0].startswith("**Differs.**")
-    assert ".90 at 50 %" in changed[0]
+    assert "50 %: .90" in changed[0]
 
 
 @pytest.mark.parametrize(

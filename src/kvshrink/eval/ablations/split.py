@@ -10,12 +10,13 @@ from typing import Any
 
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.rows import better
+from kvshrink.eval.ablations.rows import Verdict, better
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.methods.lowrank.cskv import CSKV
 
 TITLE = "Keys and values (Table 4)"
 KEEPS = (0.5, 0.25)
+CLEAR = 0.2  # between two correlations, that counts as a difference
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 # by the first number of the label over both: LongChat-7B, LongEval
 PAPER = {
@@ -87,21 +88,18 @@ def say(data: dict) -> list[str]:
         out.append(f"At {100 * (1 - keep):.0f} % removed: least KL at {least}; most lines right at {most}.")
         out += _readings(rows, keep)
         if keep == min(KEEPS) and theirs is not None:
-            found = better(best, theirs)
-            here = f"{best['label']} against the paper's {theirs['label']}: {found.how}"
             out.append(
-                words.near(
-                    f"keys get more: {100 * told:.1f} % of the kept channels are best.",
-                    _same(best, theirs, found.sign),
-                    here,
-                )
+                words.claim(f"keys get more: {100 * told:.1f} % of the kept channels are best.", _same(best, theirs))
             )
     return out
 
 
-def _same(best: dict, theirs: dict, sign: int) -> bool:
-    """The paper's best is ours, or cannot be told from it."""
-    return best is theirs or sign <= 0
+def _same(best: dict, theirs: dict) -> Verdict:
+    """Whether our best split, by the KL, is the paper's."""
+    if best is theirs:
+        return Verdict(1, f"the same, {best['label']}", "KL")
+    found = better(theirs, best)
+    return found._replace(how=f"the paper's {theirs['label']} against {best['label']}: {found.how}")
 
 
 def _readings(rows: list[dict], keep: float) -> list[str]:
@@ -116,7 +114,12 @@ def _readings(rows: list[dict], keep: float) -> list[str]:
         return []
     (kept, removed), closer = found.values(), max(found, key=lambda k: found[k])
     text = f"correlation of -log KL with its scores: {kept:+.2f} as kept, {removed:+.2f} as removed"
-    return [f"The paper's labels can be read both ways here; read as shares {closer} they are closer to ours ({text})."]
+    said = (
+        "neither is clearly closer to ours"
+        if abs(kept - removed) < CLEAR
+        else f"as shares {closer} they are closer to ours"
+    )
+    return [f"The paper's labels can be read both ways here: {said} ({text})."]
 
 
 def _kept(lab: Lab, method: CSKV) -> tuple[int, int]:
