@@ -95,6 +95,6 @@ INTRODUCTION = (
     "answers do not decide, a KL whose paired 95 % interval over documents excludes a tie (*by the KL*); else *not "
     "decided*. Every context is compressed before its question is seen. Bytes are measured, with window, sinks, scales "
     "and positions. Lines are LongEval records of 30 lines, official and generated ones together. Brackets are 95 % "
-    "intervals (Wilson for answers, Student's t over documents for KL), parentheses the number of answers or documents. "
-    "All rows have 4 sinks, which the paper has not, and a window of 32 unless they say otherwise."
+    "intervals (Wilson for answers, Student's t over documents for KL), parentheses the number of answers or documents."
+    " All rows have 4 sinks, which the paper has not, and a window of 32 unless they say otherwise."
 )

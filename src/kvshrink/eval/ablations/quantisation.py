@@ -116,6 +116,7 @@ def table(data: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return head, rows
 
 
+ROOM = 1.3  # rows of dots that the legend takes
 QUANTISERS = (OFFICIAL, UNCLAMPED, OURS)
 
 
@@ -190,7 +191,8 @@ def _errors(axis: Any, data: dict) -> None:
     }
     handles = charts.dots(axis, labels, series, look)
     charts.logs(axis, "x", [p.x for own in series.values() for p in own])
-    axis.set_xlabel(f"relative error of latents by layer, {_removed(keep)} removed")
+    axis.set_xlabel(f"error of latents by layer, {_removed(keep)} removed")
+    axis.set_ylim(len(labels) + ROOM, -0.5)
     axis.legend(handles.values(), handles, fontsize=7, loc="lower right")
 
 
