@@ -21,6 +21,7 @@ from kvshrink.eval.fitting import fitted
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.runner import Runner
 from kvshrink.eval.teacher import opened
+from kvshrink.fit import fit
 from kvshrink.fit.curve import curve
 from kvshrink.kernels.affine import dequantize, quantize
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -118,6 +119,10 @@ def test_the_rows_are_those_of_the_paper(done):
         (5, 3, 16),
         (6, 2, 16),
     ]
+    for kind in (window.CLOSED, window.TRAINED):
+        bytes_held = [r["kl"]["kept"] for r in found["window"] if r["kind"] == kind]
+        assert bytes_held == sorted(bytes_held)
+        assert bytes_held[0] < 0.4 < 0.7 < bytes_held[-1]
     told = {r["key_share"]: r["paper"] for r in found["split"] if r["keep"] == 0.5}
     assert told[0.75] == {"as kept": 0.98, "as removed": 0.94}
     assert {(r["start"], r["keep"], r["kind"]) for r in found["quantisation"] if r["start"]} == {
@@ -155,6 +160,15 @@ def test_training_starts_where_the_start_is_and_never_goes_below_the_closed_form
     by = {r["init"]: r for r in found["rows"]}
     assert by["pca"]["start"] == found["closed"]
     assert by["random"]["start"] > by["svd"]["start"] > found["closed"]
+
+
+def test_the_loss_of_a_fit_is_what_its_training_saw(tiny):
+    """The same row twice, so that a step on one row is a step on the whole text; a rate that moves nothing."""
+    model, tokenizer = tiny
+    row = torch.randint(2, len(tokenizer), (1, 128), generator=torch.Generator().manual_seed(0))
+    artifact = fit(model, CSKV(keep=0.5, init="svd", steps=1, lr=1e-12), row.repeat(2, 1), progress=False)
+    records = [x.get("training", x) for x in artifact.provenance["layers"].values()]
+    assert training.loss(artifact) == pytest.approx(sum(x["loss"][0] for x in records), rel=1e-4)
 
 
 def test_latents_are_measured_by_layer_and_side_under_three_quantisers(done):
