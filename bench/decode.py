@@ -26,7 +26,8 @@ from kvshrink.attach.attention import kvshrink_attention
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Method
 from kvshrink.methods.lowrank._basis import orthonormal
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.quant.rtn import RTN

@@ -20,7 +20,7 @@ from kvshrink.fit.data import token_rows
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import MomentStream, residual
-from kvshrink.methods._roles import Moments
+from kvshrink.methods._facts import Moments
 from kvshrink.store import files
 
 KEEPS = (0.5, 0.2)

@@ -1,7 +1,7 @@
 """Your own questions as an evaluation: two methods at a tenth of the bytes, scored beside the full cache."""
 
 import kvshrink
-from kvshrink import data
+from kvshrink import data, methods
 from kvshrink.eval import prompt, tasks
 from kvshrink.eval.budget import at_kept
 from kvshrink.eval.entries import Entry
@@ -13,7 +13,7 @@ samples = tasks.get("passkey").samples(4, seed=0, tokens=2000, count=prompt.coun
 # or your own: tasks.Sample(context, question, answer_prefix, answers, metric, max_new_tokens, meta)
 
 cskv = at_kept(kvshrink.CSKV(bits=4), 0.1, model, tokens=2000).method
-window = at_kept(kvshrink.StreamingLLM(), 0.1, model, tokens=2000).method
+window = at_kept(methods.build("streaming_llm", {}), 0.1, model, tokens=2000).method
 text = data.path("calibration.txt").read_text(encoding="utf-8")[:60_000]
 artifact = kvshrink.fit(model, cskv, text, tokenizer=tokenizer, batch=4)
 

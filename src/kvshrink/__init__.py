@@ -2,12 +2,13 @@
 
 Read the tree in the order the data takes; each line may import only from the lines below it:
 
-    cli/         one module per command: demo, fit, generate, eval (suite, perplexity), report, inspect, lm-eval
+    cli/         one module per command: demo, plan, fit, generate, eval (suite, ...), report, inspect, lm-eval
+    plan/        search of methods and settings for a budget of bytes or KL: space, bench, search, plan.json
     eval/        tasks/ and metrics/, runner and suite, perplexity, fidelity, lm-eval plug-in, report/
-    fit/         statistics (streamed moments), layer-by-layer run, key/value split, reconstruction training
+    fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard
     attach/      model -> attention hook: attention function, mask function, families, self-check
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
-    methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py holds the few abstract roles; artifact.py
+    methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py and _facts.py: the roles; artifact.py
     store/       where the bytes live: pages, token table, byte counts, files
     kernels/     <op>/reference.py defines the op in plain torch
     reference/   the bundled model; data/: bundled text and test cases; shapes.py, errors.py
@@ -24,8 +25,8 @@ from kvshrink.cache import KVCache
 from kvshrink.errors import KVShrinkError
 from kvshrink.fit import fit
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.spectral import Spectral
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.reference import reference_model
 
@@ -35,7 +36,7 @@ __all__ = [
     "Artifact",
     "KVCache",
     "KVShrinkError",
-    "StreamingLLM",
+    "Spectral",
     "attach",
     "attached",
     "detach",

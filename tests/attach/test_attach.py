@@ -14,9 +14,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvshrink
-from kvshrink import CSKV, RTN, KVCache, StreamingLLM
+from kvshrink import CSKV, RTN, KVCache
+from kvshrink.attach import attention, families
 from kvshrink.attach.attention import NAME
 from kvshrink.errors import ArtifactError, CacheError, SettingError, UnsupportedModelError
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.scenarios.families import FAMILIES
 from tests.scenarios.scenarios import feed, generate, padded_tokens, tokens
 
@@ -440,3 +442,37 @@ def test_a_step_that_broke_off_is_noticed(model):
         model(tokens(1, 1), past_key_values=cache)
     cache.reset()
     assert torch.equal(generate(model, ids, cache), generate(model, ids, kvshrink.make_cache(model, METHOD)))
+
+
+# --- what fitting reads ---
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llama_eager"])
+def test_queries_and_output_weight_are_those_of_the_module(name, monkeypatch):
+    """Queries recomputed and turned are those that attention gets; the output weight gives the module's output."""
+    model, seen = FAMILIES[name].build(), {}
+    attachment = kvshrink.attach(model)
+    dense = attention._dense
+
+    def spy(module, query, *args):
+        out = dense(module, query, *args)
+        seen[module.layer_idx] = (query, out[0])
+        return out
+
+    def after(module, args, kwargs, output):
+        seen[module.layer_idx] += (kwargs["hidden_states"], output[0])
+
+    monkeypatch.setattr(attention, "_dense", spy)
+    for info in attachment.layers:
+        info.module.register_forward_hook(after, with_kwargs=True)
+    with torch.no_grad():
+        model(tokens(1, 12))
+    assert len(seen) == len(attachment.layers)
+    for info in attachment.layers:
+        query, out, hidden, output = seen[info.module.layer_idx]
+        ours = families.queries(info.module, hidden)
+        ours = ours if info.rope is None else info.rope.turn(ours, torch.arange(12)[None])
+        torch.testing.assert_close(ours, query, atol=1e-4, rtol=1e-4)
+        if info.module.o_proj.bias is None:
+            made = torch.einsum("bsqd,xqd->bsx", out, families.output_weight(info.module))
+            torch.testing.assert_close(made, output, atol=1e-4, rtol=1e-4)

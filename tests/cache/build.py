@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.store.tokens import TokenTable
 
 

@@ -14,9 +14,12 @@ from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import Handle
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import CacheError
-from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Method
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
+from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.rtn import RTN
 from tests.cache.build import assemble, bases
 from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
@@ -36,6 +39,10 @@ METHODS = {
     "cskv_int4": (CSKV(keep=0.5, bits=4), 8),
     "rtn_raw": (RTN(bits=None), 0),
     "rtn_int4": (RTN(bits=4), 0),
+    "commuting_lossless": (RopeCommuting(keep=1.0), 16),
+    "commuting_int4": (RopeCommuting(keep=0.5, bits=4), 8),
+    "sals_all": (SALS(keep=1.0, topk=1.0), 16),  # a single token picks every token, one by one
+    "sals_all_int4": (SALS(keep=0.5, bits=4, topk=1.0), 8),
     "streaming_llm": (StreamingLLM(), 0),
 }
 
@@ -225,7 +232,9 @@ class Machine:
 def _codecs(name: str, groups: int, page: int) -> tuple[list, int]:
     """(codecs of each layer, bytes of a page)."""
     method, rank = METHODS[name]
-    fitted = [bases(SHAPE, rank // groups, rank, groups, mean=0.5, seed=i) if rank else {} for i in range(LAYERS)]
+    mean = 0.0 if isinstance(method, RopeCommuting) else 0.5  # keys after RoPE are not centred
+    groups = groups if isinstance(method, CSKV) else 1
+    fitted = [bases(SHAPE, rank // groups, rank, groups, mean, seed=i) if rank else {} for i in range(LAYERS)]
     return [method.codecs(SHAPE, f) for f in fitted], int(method.bits_per_token(SHAPE, fitted[0]) * page / 8)
 
 

@@ -11,8 +11,9 @@ import torch
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.spectral import Spectral
 from tests.cache.build import bases, feed, make
 
 KEEP, HEAD_DIM, QUERY_HEADS = 0.2, 128, 32
@@ -111,6 +112,35 @@ def test_peak_of_decoding_at_32k_tokens(filled, capsys):
     share = most / (32768 * shape.token_bytes)
     with capsys.disabled():
         print(f"\n{shape.heads} KV heads, 32k tokens, {bits or 16} bits: attention peaks at {100 * share:.2f} %")
+    assert share < PEAK
+
+
+@torch.inference_mode()
+def test_spectral_bits_at_32k_tokens(layer, capsys):
+    """Mixed widths in one page: 6.25 % of the body and no full-width copy while a token is decoded."""
+    shape, _, rows = layer
+    method, before = Spectral(kept=0.0625, allocation="energy"), live()
+    groups = shape.width // 16
+    widths = torch.tensor([8, 4, 3, 2, 1, *[0] * 11]).repeat_interleave(groups // 16).to(torch.uint8)
+    fitted = {}
+    for side in ("key", "value"):
+        noise = torch.randn(shape.width, shape.width, generator=torch.Generator().manual_seed(1))
+        fitted |= {f"{side}_up": torch.linalg.qr(noise).Q[None], f"{side}_mean": torch.zeros(1, shape.width)}
+        fitted |= {f"{side}_variance": torch.ones(shape.width), f"{side}_widths": widths}
+    cache = make(method, shape, [fitted])
+    basis = live() - before
+    feed(cache, [rows[0]], [rows[1]], ROPE)
+    report = cache.report()
+    page = 2 * (groups // 16) * sum(32 * 16 * bits // 8 + 2 for bits in (8, 4, 3, 2, 1))
+    assert report.held.payload + report.held.side == (32768 - 36) // 32 * page
+    assert live() - before - basis == pytest.approx(cache.nbytes, rel=0.02)
+    ((keys, values),) = feed(cache, [rows[0, :, :, :1]], [rows[1, :, :, :1]], ROPE)
+    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM).bfloat16()
+    most = peak(lambda: attend(query, keys, values, None, HEAD_DIM**-0.5, None, keys._kvshrink))
+    share = most / (32768 * shape.token_bytes)
+    with capsys.disabled():
+        print(f"\n{shape.heads} KV heads, 32k tokens, spectral: {100 * report.kept:.2f} %, peak {100 * share:.2f} %")
+    assert report.kept < 0.085
     assert share < PEAK
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from kvshrink import cli, data
 from kvshrink.eval.runner import Runner
+from kvshrink.fit import probe
 from kvshrink.methods.artifact import Artifact
 
 
@@ -109,6 +110,48 @@ def test_the_suite_ends_in_a_page_and_goes_on_after_an_interrupt(run, text, tmp_
     assert (tmp_path / "s" / "report.html").read_text() == page
 
 
+def test_a_plan_is_searched_resumed_and_fitted(run, text, tmp_path):
+    args = ["plan", "--kept", 0.2, "--tokens", 1000, "--batch", 3, "--methods", "cskv,rtn", "--trials", 3]
+    args += ["--text", text, "--length", 256, "--work", "w", "--out", "plan.json", "--picture", "p.png", "--json"]
+    code, out, _ = run(*args)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert record.pop("measured") == len((tmp_path / "w" / "points.jsonl").read_text().splitlines()) > 3
+    assert record == json.loads((tmp_path / "plan.json").read_text())
+    assert record["promised"]["nbytes"] <= 0.2 * 3 * 1000 * 2048
+    assert record["check"]["nbytes"] == pytest.approx(record["promised"]["nbytes"], rel=0.02)
+    assert "CHOSEN" in out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+    code, out, _ = run(*args)
+    assert (code, json.loads(out.splitlines()[-1])) == (0, record | {"measured": 0}), "a second run measures nothing"
+
+    code, out, _ = run("fit", "--plan", "plan.json", "--text", text, "--length", 256, "--out", "art")
+    assert code == 0
+    method = Artifact.from_pretrained(tmp_path / "art").method
+    assert json.loads(json.dumps(method.settings())) == record["settings"]
+
+    code, _, err = run("fit", "--plan", "plan.json", "--bits", 4, "--out", "x")
+    assert (code, "--bits cannot change the plan" in err) == (2, True)
+    (tmp_path / "plan.json").write_text(json.dumps(record | {"model": {"name": "other", "fingerprint": "0"}}))
+    code, _, err = run("fit", "--plan", "plan.json", "--out", "x")
+    assert (code, "was made for other" in err) == (2, True)
+
+
+def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text, monkeypatch):
+    monkeypatch.setattr(probe, "ROWS", 1)
+    args = ("--text", text, "--length", 256)
+    code, out, _ = run("fit", "--method", "spectral:kept=0.1", *args, "--out", "art", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["layers"]["0"]["key_error"] > 0.01, "not that of all channels at full width"
+    code, out, _ = run("inspect", "--artifact", "art", "--out", "s.png", "--json")
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["layers"]
+    assert 0.9 * 0.1 * 4 * 512 < sum(r["body_per_token"] for r in rows) <= 0.1 * 4 * 512
+    code, out, _ = run("inspect", "--method", "spectral:kept=0.1", "--json")
+    assert json.loads(out.splitlines()[-1])["layers"][0]["body_per_token"] == pytest.approx(51.2, abs=0.1)
+
+
 @pytest.mark.slow
 def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
     code, out, _ = run("demo", "--cases", 1, "--json")
@@ -129,6 +172,14 @@ def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
         (["fit", "--out", "a", "--method", "full"], "not a method"),
         (["fit", "--out", "a", "--text", "nowhere.txt"], "cannot read text file"),
         (["fit", "--out", "a", "--model", "nowhere/at-all"], "no model"),
+        (["fit", "--out", "a", "--plan", "nowhere.json"], "nowhere.json does not exist"),
+        (["fit", "--out", "a", "--plan", "nowhere.json", "--method", "cskv"], "--method cannot change the plan"),
+        (["plan"], "exactly one budget, not none"),
+        (["plan", "--kept", "0.1", "--memory", "1GiB"], "not --kept, --memory"),
+        (["plan", "--memory", "lots"], "'lots' are no bytes"),
+        (["plan", "--kept", "0.00001"], "too few for 1 x 4096 tokens: the smallest possible are"),
+        (["plan", "--kept", "0.1", "--methods", "streaming_llm"], "streaming_llm cannot be planned"),
+        (["plan", "--kept", "0.1", "--tokens", "9000"], "model's context of 4096"),
         (["eval", "--model", "./nowhere"], "cannot load model"),
         (["eval", "--task", "nope"], "nope"),
         (["eval", "--task", "longeval:path=nowhere.jsonl"], "nowhere.jsonl"),

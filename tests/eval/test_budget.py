@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kvshrink import CSKV, RTN, StreamingLLM, attach, detach, fit, make_cache, reference_model
+from kvshrink import CSKV, RTN, attach, detach, fit, make_cache, reference_model
 from kvshrink.errors import SettingError
 from kvshrink.eval.budget import TOLERANCE, at_kept, promised
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 
 
 @pytest.fixture(scope="module")

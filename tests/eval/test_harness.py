@@ -17,6 +17,7 @@ import kvshrink
 from kvshrink import data
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.harness import KVShrinkLM
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.reference import FOLDER
 
 LOSSLESS = "rtn:bits=None"
@@ -186,7 +187,7 @@ def test_scores_are_those_of_a_cache_filled_compressed_and_read_by_hand(make, pa
 
 
 def test_counts_are_of_predictions_that_read_compressed_tokens(make):
-    lm = make(kvshrink.StreamingLLM(window=16, sinks=4), chunk=3)
+    lm = make(StreamingLLM(window=16, sinks=4), chunk=3)
     ids = lm.tok_encode(BOOK)
     # a page is dropped when 4 sinks, 32 of the page and 16 of the window are in: the 52nd token
     context, continuation = lm.tok_decode(ids[:40]), lm.tok_decode(ids[40:60])

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from kvshrink import CSKV, RTN, Artifact, StreamingLLM, attach, data, make_cache
+from kvshrink import CSKV, RTN, Artifact, attach, data, make_cache
 from kvshrink.cache import attend
 from kvshrink.errors import EvalError
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 
 PREFIX, TOKENS = 200, 220

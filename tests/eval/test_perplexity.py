@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from kvshrink import CSKV, RTN, Artifact, StreamingLLM, attach, data
+from kvshrink import CSKV, RTN, Artifact, attach, data
 from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
 from kvshrink.eval.simulated import simulate
 from kvshrink.eval.teacher import compare, follow
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 from tests.scenarios.families import FAMILIES
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from kvshrink import RTN, StreamingLLM, make_cache
+from kvshrink import RTN, make_cache
 from kvshrink.attach import attach
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import prompt, tasks
@@ -20,6 +20,7 @@ from kvshrink.eval.rounds import groups, left_pad
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.stats import wilson
 from kvshrink.eval.summary import cells, summarise
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.scenarios import families
 
 

@@ -9,11 +9,12 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 import kvshrink
 from kvshrink import CSKV, RTN
 from kvshrink.attach.families import attention_modules, key_value
+from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit import fit_all
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
-from kvshrink.fit.statistics import MomentStream, residual
+from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
 
 SHAPE = {
     "hidden_size": 32,
@@ -57,6 +58,9 @@ def test_residual_is_the_error_measured_on_the_rows():
     parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g] @ up[g] + mean[g] for g in range(2)]
     wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert residual(stream.moments(), down, up, mean) == pytest.approx(float(wanted), rel=1e-5)
+    parts = [(x[:, 3 * g : 3 * g + 3] - mean[g]) @ down[g][:, :1] @ up[g][:1] + mean[g] for g in range(2)]
+    wanted = (torch.cat(parts, 1) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(residuals(stream.moments(), down, up, mean)[0]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, Gemma3ForCausalLM], ids=lambda c: c.__name__)
@@ -99,7 +103,7 @@ def test_closed_form_is_a_bound_on_the_calibration_text(model, rows):
                     assert best[i][side] <= record[side] * (1 + 1e-6), (keep, other.method, i, side)
         untrained, trained = group[1], group[-1]
         for i, record in trained.provenance["layers"].items():
-            assert record["loss"][1] < record["loss"][0]
+            assert record["training"]["loss"][1] < record["training"]["loss"][0]
             assert record["key_error"] < untrained.provenance["layers"][i]["key_error"]
 
 
@@ -208,3 +212,31 @@ def test_artifact_knows_where_it_came_from(model, rows):
     assert artifact.provenance["rows"] == [6, 64]
     assert json.dumps(artifact.provenance)
     assert set(artifact.provenance["layers"]) == {"0", "1", "2"}
+
+
+def test_query_energy_is_the_mean_over_all_rotations():
+    """Golden source: turn every query by every angle and average. A pair's two channels then have the same energy."""
+    rope = Rope(torch.tensor([1.0, 0.3]), 1.0, False)
+    q = torch.randn(2, 6, 40, 5)  # 3 query heads read each of 2 KV heads; channel 4 is not turned
+    stream = EnergyStream()
+    for part in q.split(13, 2):
+        stream.add(part, heads=2)
+    energy = stream.mean(rope)
+    angles = torch.arange(360) * torch.pi / 180
+    turned = q.clone().double()[..., None].repeat(1, 1, 1, 1, 360)
+    for a, b in ((0, 2), (1, 3)):
+        turned[..., a, :] = q[..., a, None] * angles.cos() - q[..., b, None] * angles.sin()
+        turned[..., b, :] = q[..., a, None] * angles.sin() + q[..., b, None] * angles.cos()
+    wanted = turned.square().mean((0, 2, 4)).unflatten(0, (2, 3)).sum(1)
+    torch.testing.assert_close(energy, wanted, rtol=1e-5, atol=0)
+    assert torch.equal(energy[:, 0], energy[:, 2])
+    assert not torch.equal(stream.mean(None)[:, 0], stream.mean(None)[:, 2])
+
+
+def test_output_gram_is_the_squared_error_of_the_output():
+    weight = torch.randn(7, 4, 3)  # hidden, query heads, channels
+    gram = output_gram(weight, heads=2)
+    error = torch.randn(2, 3)  # of each KV head's value; every query head reads it with weight 1
+    for h in range(2):
+        wanted = sum((weight[:, q] @ error[h]).square().sum() for q in (2 * h, 2 * h + 1))
+        torch.testing.assert_close(error[h].double() @ gram[h] @ error[h].double(), wanted.double(), rtol=1e-4, atol=0)

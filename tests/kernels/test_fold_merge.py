@@ -14,7 +14,8 @@ def double(*shape):
 
 
 def softmax_attention(query, keys, values, visible=None, softcap=None):
-    """The definition: (output, log-sum-exp). Values may be shared by groups of heads."""
+    """The definition: (output, log-sum-exp). Keys and values may be shared by groups of heads."""
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
     values = values.repeat_interleave(keys.shape[1] // values.shape[1], 1)
     scores = query @ keys.transpose(-1, -2)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -41,8 +42,9 @@ def close(got, want):
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: f"{len(s)} blocks")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_blocks_in_any_split_are_softmax_attention(split, softcap, groups):
-    query, keys, values = double(B, H, X, D), double(B, H, T, D), double(B, groups, T, 3)
+@pytest.mark.parametrize("key_groups", [1, 2, 4])
+def test_blocks_in_any_split_are_softmax_attention(split, softcap, groups, key_groups):
+    query, keys, values = double(B, H, X, D), double(B, key_groups, T, D), double(B, groups, T, 3)
     close(folded(query, keys, values, split, softcap=softcap), softmax_attention(query, keys, values, softcap=softcap))
 
 

@@ -87,3 +87,18 @@ def test_small_dtypes_turn_in_float32_and_stay_as_they_are(dtype):
     assert out.dtype == torch.float32
     assert torch.equal(out, rope.turn(x.float(), positions))
     assert torch.equal(x, before)
+
+
+def test_a_gradient_passes_as_through_a_rotation(case):
+    """The values are those without one, and the gradient is turned back, times the scaling squared."""
+    _, _, rope, keys, positions = case
+    wanted = rope.turn(keys, positions.int())
+    given = keys.clone().requires_grad_()
+    found = rope.turn(given, positions.int())
+    torch.testing.assert_close(found.detach(), wanted, atol=1e-6, rtol=0)
+    weight = torch.randn_like(found)
+    (found * weight).sum().backward()
+    turned = 2 * len(rope.inv_freq)
+    back = rope.turn_back(weight, positions.int())
+    back[..., :turned] *= rope.scaling**2
+    torch.testing.assert_close(given.grad, back, atol=1e-5, rtol=0)

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from kvshrink.fit.statistics import MomentStream
-from kvshrink.methods._roles import LayerFacts, LayerShape
+from kvshrink.methods._facts import LayerFacts, LayerShape
 
 
 @pytest.fixture
 def facts_of():
-    """A function from a layer's shape (and perhaps key and value rows [tokens, n]) to its LayerFacts."""
+    """A function from a layer's shape (and perhaps key and value rows [tokens, n], and the channels that RoPE turns
+    together, all of a head's halves by default) to its LayerFacts."""
 
-    def make(shape: LayerShape, keys=None, values=None, hidden: int = 12) -> LayerFacts:
+    def make(shape: LayerShape, keys=None, values=None, hidden: int = 12, pairs="half") -> LayerFacts:
         g = torch.Generator().manual_seed(7)
         n = shape.width
         mixing = torch.randn(n, n, generator=g)  # channels that vary together, as a model's do
@@ -27,6 +28,7 @@ def facts_of():
         energy = torch.rand(shape.heads, shape.head_dim, generator=g).double() + 0.1
         output = torch.randn(shape.heads, 2 * hidden, shape.head_dim, generator=g).double()
         gram = output.transpose(1, 2) @ output
+        half = torch.arange(shape.head_dim // 2)
         return LayerFacts(
             shape,
             *moments,
@@ -35,6 +37,7 @@ def facts_of():
             weights[1],
             query_energy=energy,
             output_gram=gram,
+            pairs=(half, half + len(half)) if pairs == "half" else pairs,
         )
 
     return make

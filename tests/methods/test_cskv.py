@@ -6,7 +6,7 @@ import torch
 
 from kvshrink import methods
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 
 LLAMA2 = LayerShape(32, 128, torch.bfloat16)
@@ -65,6 +65,7 @@ def test_paper():
     paper = CSKV.paper()
     assert (paper.keep, paper.bits, paper.init, paper.window, paper.sinks) == (0.2, 4, "asvd", 32, 0)
     assert (paper.steps, paper.qat, paper.group_heads, paper.key_share) == (12_000, True, None, 0.5)
+    assert (paper.loss, paper.matryoshka) == ("rows", False)
     assert not CSKV.paper(bits=None).qat
 
 
@@ -211,6 +212,9 @@ def test_a_metric_gives_the_least_error_in_that_metric(facts_of, side):
         ),
         ({"qat": True, "bits": 4}, r"qat=True without steps and bits is not possible\. Set both\."),
         ({"qat": True, "steps": 5}, r"qat=True without steps and bits is not possible\. Set both\."),
+        ({"loss": "nll", "steps": 5}, r"loss='nll' is not possible\. Use one of \('rows', 'output', 'kl'\)\."),
+        ({"loss": "kl"}, r"loss='kl' without steps is not possible\. Set steps\."),
+        ({"matryoshka": True}, r"matryoshka=True without steps is not possible\. Set steps\."),
         ({"window": 0}, r"window=0 is not possible\. Use at least 1 token\."),
         ({"sinks": -1}, r"sinks=-1 is not possible\. Use 0 or more tokens\."),
     ],

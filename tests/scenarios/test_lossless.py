@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvshrink
-from kvshrink import CSKV, RTN, Artifact, KVCache, StreamingLLM
+from kvshrink import RTN, Artifact, KVCache, methods
 from kvshrink.methods._roles import Method
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.scenarios import families, scenarios
 from tests.scenarios.families import FAMILIES
 
@@ -19,14 +20,20 @@ RTN_CASES = {  # with keys stored after RoPE, and one group per head
     "rewinds": ("ours",),
     "prompt_lookup": ("ours",),
 }
+CASES_OF = {
+    "rtn": RTN_CASES,
+    "rope_commuting": {"left_padded": ("ours", "materialised"), "chunks_of_7": ("ours",)},
+    "sals": {"left_padded": ("ours",), "beams": ("ours",)},
+}
+SETTINGS = {"sals": {"topk": 1.0}}  # chooses every token, and reads them one by one
 BY_NAME = {scenario.__name__: scenario for scenario in scenarios.SCENARIOS}
 CASES = [
     pytest.param(family, name, method, attention, id=f"{family}-{name}-{method}-{attention}")
     for family in FAMILIES
     for name in BY_NAME
-    for method in ("cskv", "rtn")
+    for method in ("cskv", *CASES_OF)
     for attention in ("ours", "materialised")
-    if method == "cskv" or (attention in RTN_CASES.get(name, ()) and FAMILIES[family].compressed)
+    if method == "cskv" or (attention in CASES_OF[method].get(name, ()) and FAMILIES[family].compressed)
 ]
 
 
@@ -36,7 +43,7 @@ def lossless(family: str, method: str) -> Method | Artifact:
     if method == "rtn":
         return RTN(bits=None, window=WINDOW)
     rows = scenarios.tokens(4, 128, seed=99)
-    full_rank = CSKV(keep=1.0, bits=None, window=WINDOW, sinks=4)
+    full_rank = methods.build(method, {"keep": 1.0, "window": WINDOW} | SETTINGS.get(method, {}))
     return kvshrink.fit(families.subject(family), full_rank, rows, batch=4, progress=False)
 
 

@@ -8,16 +8,22 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.cache.cache import KVCache, digest
+from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
-from kvshrink.methods._roles import Fitted, LayerShape, Method
-from kvshrink.methods.artifact import SPECTRUM, Artifact
+from kvshrink.methods import name_of
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._latents import Affine, Raw
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods.artifact import LOOKED_AT, Artifact
+from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.tokens import TokenTable
 
 
-def make_cache(model: Any, method: Method | Artifact) -> KVCache:
+def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KVCache:
     """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
 
+    watch: let `report()` say how far the sequence is from the calibration text; costs a projection of every token.
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
     if not isinstance(method, Method | Artifact):
@@ -34,7 +40,9 @@ def make_cache(model: Any, method: Method | Artifact) -> KVCache:
             layers.append(DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window))
         else:
             fitted = _on_device(artifact, i, key_value_weights(attachment.layers[i].module)[0])
-            layers.append(CompressedLayer(artifact.method, shape, artifact.method.codecs(shape, fitted), table))
+            codecs = artifact.method.codecs(shape, fitted)
+            watched = _watch(artifact, i, codecs) if watch else None
+            layers.append(CompressedLayer(artifact.method, shape, codecs, table, watched))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
     return KVCache(layers, artifact.method, table, attachment.fingerprint, fitted_by, device)
@@ -72,8 +80,24 @@ def _on_device(artifact: Artifact, layer: int, like: Tensor) -> Fitted:
     moved = artifact.__dict__.setdefault("_moved", {})
     key = (layer, like.device)
     if key not in moved:
-        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(SPECTRUM)}
+        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(LOOKED_AT)}
     return moved[key]
+
+
+def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:
+    """What a layer's calibration rows were like, to compare with. Raises SettingError if it is not known."""
+    references, fitted = [], artifact.layers.get(layer, {})
+    for side, codec in zip(("key", "value"), codecs or (), strict=False):
+        errors, centre = fitted.get(f"{side}_errors"), fitted.get(f"{side}_centre")
+        if not isinstance(codec, BasisCodec) or errors is None or centre is None:
+            continue
+        if isinstance(codec.packing, Raw | Affine):  # where rounding is fitted too, the basis does not say what is lost
+            error = float(errors[codec.up.shape[1] - 1])
+            references.append(Reference(codec.smooth, centre.to(codec.up.device), error))
+    if len(references) != 2:
+        name = name_of(artifact.method)
+        raise SettingError(f"this {name} has no error on a calibration text to watch. Fit cskv, or use watch=False.")
+    return DriftWatch((references[0], references[1]))
 
 
 def digest_of(method: Method | Artifact) -> str:

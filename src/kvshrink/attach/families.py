@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import UnsupportedModelError
-from kvshrink.methods._roles import LayerShape
+from kvshrink.methods._facts import LayerShape
 from kvshrink.shapes import Float
 
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
@@ -115,12 +115,19 @@ def _heads(module: Any, rows: Tensor, norm_name: str | None) -> Tensor:
     return rows.transpose(1, 2)
 
 
+def key_value_parts(module: Any) -> tuple[tuple[Tensor, slice], tuple[Tensor, slice]]:
+    """(weight, rows of it that make keys), and the same of values."""
+    if hasattr(module, "qkv_proj"):
+        weight, n_kv = module.qkv_proj.weight, module.config.num_key_value_heads * module.head_dim
+        total = weight.shape[0]
+        return (weight, slice(total - 2 * n_kv, total - n_kv)), (weight, slice(total - n_kv, total))
+    return (module.k_proj.weight, slice(None)), (module.v_proj.weight, slice(None))
+
+
 def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
     """Weights [n, hidden] of the key and value projections."""
-    if hasattr(module, "qkv_proj"):
-        n_kv = module.config.num_key_value_heads * module.head_dim
-        return module.qkv_proj.weight[-2 * n_kv : -n_kv], module.qkv_proj.weight[-n_kv:]
-    return module.k_proj.weight, module.v_proj.weight
+    (key, key_rows), (value, value_rows) = key_value_parts(module)
+    return key[key_rows], value[value_rows]
 
 
 def output_weight(module: Any) -> Float[Tensor, "hidden q d"]:

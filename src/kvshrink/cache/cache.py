@@ -18,6 +18,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.deflate import deflated, inflated
 from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
@@ -128,7 +129,8 @@ class KVCache(Cache):
         name = name_of(self.method)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
-                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes))
+                drift = layer.watch.drift() if layer.watch else None
+                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes, drift))
             else:
                 size = nbytes(_sliding(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
@@ -190,14 +192,17 @@ class KVCache(Cache):
         self._restore(plain, state)
         return self
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file; a failed save leaves the old file."""
-        files.write_tensors(Path(path), self.state_dict(), {"format": "kvshrink cache"})
+    def save(self, path: str | Path, deflate: bool = False) -> None:
+        """Write the state to one safetensors file; a failed save leaves the old file.
+
+        deflate: smaller, bit for bit the same once loaded, and slower to write and to read.
+        """
+        tensors, packed = deflated(self.state_dict()) if deflate else (self.state_dict(), {})
+        files.write_tensors(Path(path), tensors, {"format": "kvshrink cache"} | packed)
 
     def load(self, path: str | Path) -> "KVCache":
         """Continue from a saved file, on a cache made with the same model and method."""
-        tensors, _ = files.read_tensors(Path(path))
-        return self.load_state_dict(tensors)
+        return self.load_state_dict(inflated(*files.read_tensors(Path(path))))
 
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import CacheError
-from kvshrink.methods._roles import Codec, LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Method
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting
@@ -51,10 +54,16 @@ class CompressedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, method: Method, shape: LayerShape, codecs: tuple[Codec, Codec] | None, table: TokenTable
+        self,
+        method: Method,
+        shape: LayerShape,
+        codecs: tuple[Codec, Codec] | None,
+        table: TokenTable,
+        watch: DriftWatch | None = None,
     ) -> None:
         super().__init__()
         self.method, self.shape, self.codecs, self.table = method, shape, codecs, table
+        self.watch = watch
         self.staged: Staged | None = None
         self._clear()
 
@@ -64,6 +73,8 @@ class CompressedLayer(CacheLayerMixin):
         self.window = Window(self.method.window + self.method.page)
         self.sinks = Sinks(self.method.sinks)
         self.pages = Pages(self.method.page)
+        if self.watch is not None:
+            self.watch.clear()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -145,7 +156,16 @@ class CompressedLayer(CacheLayerMixin):
         valid = positions >= 0 if self.table.padded else None
         stored = {f"k.{k}": t for k, t in key_codec.encode(keys, valid).items()}
         stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
+        if self.watch is not None:
+            self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
         self.pages.append(stored, column)
+
+    def _counted(self, valid: Tensor | None, column: int, count: int) -> Tensor | None:
+        """Tokens of the body that attention reads from it: no pads, and no sinks, which padding leaves in pages."""
+        if valid is None or self.sinks.columns is None or not self.sinks.size:
+            return valid
+        columns = torch.arange(column, column + count, device=valid.device)
+        return valid & (columns > self.sinks.last())
 
     def _materialise(self, keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
         """All tokens at full width, for attention implementations other than ours: slower, equally right."""
@@ -224,7 +244,8 @@ class CompressedLayer(CacheLayerMixin):
     # --- bytes and state ---
 
     def tensors(self) -> list[Tensor]:
-        return [*self.window.tensors().values(), *self.sinks.tensors().values(), *(t for _, t in self.pages.tensors())]
+        own = [*self.window.tensors().values(), *self.sinks.tensors().values(), *(t for _, t in self.pages.tensors())]
+        return own if self.watch is None else [*own, self.watch.sums]
 
     def held(self) -> Held:
         """Bytes by purpose, from the storages that are alive."""
@@ -233,7 +254,7 @@ class CompressedLayer(CacheLayerMixin):
         stored = self.pages.tensors()
         return Held(
             payload=nbytes(t for name, t in stored if name not in side_names),
-            side=nbytes(t for name, t in stored if name in side_names),
+            side=nbytes(t for name, t in stored if name in side_names) + (self.watch.sums.nbytes if self.watch else 0),
             window=nbytes(self.window.tensors().values()),
             sinks=nbytes(self.sinks.tensors().values()),
         )
@@ -244,6 +265,8 @@ class CompressedLayer(CacheLayerMixin):
         tensors = {f"pages.{k}": t for k, t in tensors.items()}
         tensors |= {f"window.{k}": t for k, t in self.window.tensors().items()}
         tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
+        if self.watch is not None:
+            tensors["watch.sums"] = self.watch.sums
         return {"seen": self.seen, "window": self.window.count, "pages": values}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
@@ -260,3 +283,5 @@ class CompressedLayer(CacheLayerMixin):
         if sinks := under("sinks."):
             self.sinks.keys, self.sinks.values, self.sinks.columns = sinks["keys"], sinks["values"], sinks["columns"]
             self.sinks.full = bool((self.sinks.columns >= 0).all())
+        if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
+            self.watch.sums = tensors["watch.sums"]

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+from kvshrink.cache.drift import Drift
+from kvshrink.errors import CacheError
 from kvshrink.store.bytes import Held, human
 
 
@@ -14,6 +16,7 @@ class Row:
     tokens: int
     held: Held
     full: int
+    drift: Drift | None = None  # of a watched layer
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class Report:
         return self.held.total + self.table_bytes
 
     @property
+    def drifted(self) -> bool:
+        """Whether a layer's live error is more than twice the calibration text's. Raises CacheError if unwatched."""
+        if not self._watched:
+            raise CacheError(
+                "the cache does not watch its drift. Make it with make_cache(model, artifact, watch=True)."
+            )
+        return any(r.drift is not None and r.drift.drifted for r in self.rows)
+
+    @property
+    def _watched(self) -> bool:
+        return any(r.drift is not None for r in self.rows)
+
+    @property
     def full(self) -> int:
         return sum(r.full for r in self.rows)
 
@@ -42,7 +58,12 @@ class Report:
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         rows = [{**asdict(r), "held": {**asdict(r.held), "total": r.held.total}} for r in self.rows]
-        return {
+        for row, r in zip(rows, self.rows, strict=True):
+            drift = row.pop("drift")
+            if drift is not None:
+                row["drift"] = r.drift._asdict()  # type: ignore[union-attr]
+        watched = {"drifted": self.drifted} if self._watched else {}
+        return watched | {
             "layers": rows,
             "positions": self.table_bytes,
             "nbytes": self.nbytes,
@@ -51,16 +72,20 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "tokens", "payload", "side", "window", "sinks", "total", "full", "kept")
-        lines: list[tuple[str, ...]] = [head]
-        for r in self.rows:
-            lines.append(
-                (str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full))
-            )
+        head = ["layer", "kind", "tokens", "payload", "side", "window", "sinks", "total", "full", "kept"]
+        lines = [
+            [str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)]
+            for r in self.rows
+        ]
         tokens = str(max((r.tokens for r in self.rows), default=0))
-        lines.append(("positions", "", tokens, "", "", "", "", human(self.table_bytes), "", ""))
+        lines.append(["positions", "", tokens, "", "", "", "", human(self.table_bytes), "", ""])
         total = (*_cells(self.held)[:-1], human(self.nbytes))
-        lines.append(("all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)))
+        lines.append(["all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)])
+        if self._watched:
+            head += ["key drift", "value drift"]
+            drifts = [["-" if x is None else f"{x:.2f}" for x in r.drift or (None, None)] for r in self.rows]
+            lines = [line + cells for line, cells in zip(lines, [*drifts, ["", ""], ["", ""]], strict=True)]
+        lines.insert(0, head)
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, report
+from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, plan, report
 from kvshrink.cli._common import guarded
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
+    "plan": plan.plan,
     "fit": fit.fit,
     "generate": generate.generate,
     "inspect": inspect.inspect,

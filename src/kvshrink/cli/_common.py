@@ -44,7 +44,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
         except KeyboardInterrupt:
             print(
-                "kvshrink: interrupted. Run the same command again to go on (fit, and eval with --out).",
+                "kvshrink: interrupted. Run the same command again to go on (fit, eval with --out, plan with --work).",
                 file=sys.stderr,
             )
             sys.exit(130)

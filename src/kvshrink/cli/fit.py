@@ -10,18 +10,23 @@ from kvshrink.cli._common import (
     JsonOption,
     KeepOption,
     ModelOption,
-    SpecOption,
     TextOption,
     console,
+    load,
     model_name,
     one_method,
     print_json,
     print_table,
     quiet,
 )
+from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval import calibration
-from kvshrink.fit.job import fit_all
+from kvshrink.fit.job import fingerprint_of, fit_all
 from kvshrink.fit.resume import clear
+from kvshrink.fit.source import OnDisk
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import Method
+from kvshrink.plan import file as plans
 from kvshrink.store.bytes import human
 
 CHECKPOINT = ".unfinished"
@@ -30,7 +35,10 @@ CHECKPOINT = ".unfinished"
 def fit(
     out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
     model: ModelOption = "reference",
-    method: SpecOption = "cskv",
+    method: Annotated[
+        str | None, typer.Option(help="A method, or name:setting=value,... (docs/methods.md); default: cskv.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json of `kvshrink plan` instead of --method.")] = None,
     keep: KeepOption = None,
     bits: BitsOption = None,
     text: TextOption = None,
@@ -39,18 +47,21 @@ def fit(
     log_with: Annotated[str | None, typer.Option(help="Tracker for training losses: tensorboard or trackio.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Fit a method to a model and save it. Weights are read one layer at a time; run again to resume."""
+    """Fit a method to a model and save it; run again to resume.
+
+    Weights are read one layer at a time, unless the method asks the whole model what a loss costs (spectral).
+    """
     quiet()
-    chosen = one_method(method, keep, bits)
-    texts, where = calibration.texts(text), model_name(model)
-    checkpoint = out / CHECKPOINT
-    artifact = fit_all(where, [chosen], texts, None, length, batch, True, checkpoint, log_with)[0]
+    chosen = one_method(method or "cskv", keep, bits) if plan is None else _planned(plan, model, method, keep, bits)
+    texts, checkpoint = calibration.texts(text), out / CHECKPOINT
+    source, tokenizer = load(model) if chosen.probes else (model_name(model), None)
+    artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, checkpoint, log_with)[0]
     artifact.save_pretrained(out)
     clear(checkpoint)
     records = artifact.provenance["layers"]
+    name = name_of(chosen)
     rows = [
-        (i, method, *(f"{r[k]:.4f}" if k in r else "-" for k in ("key_error", "value_error")))
-        for i, r in records.items()
+        (i, name, *(f"{r[k]:.4f}" if k in r else "-" for k in ("key_error", "value_error"))) for i, r in records.items()
     ]
     print_table(
         ("layer", "method", "key error", "value error"), rows, "squared error / variance, on the calibration text"
@@ -58,3 +69,18 @@ def fit(
     console.print(f"saved {out}: {human(artifact.nbytes)} per model, fitted in {artifact.provenance['seconds']} s")
     if json:
         print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model})
+
+
+def _planned(plan: Path, model: str, method: str | None, keep: float | None, bits: int | None) -> Method:
+    """The plan's method. Raises if an option would change it, or if it was made for another model."""
+    given = [f"--{k}" for k, v in (("method", method), ("keep", keep), ("bits", bits)) if v is not None]
+    if given:
+        raise SettingError(f"{', '.join(given)} cannot change the plan {plan}. Leave it out, or make another plan.")
+    chosen, made_for = plans.read(plan)
+    found = fingerprint_of(OnDisk(model_name(model)))
+    if found != made_for.get("fingerprint"):
+        raise ArtifactError(
+            f"{plan} was made for {made_for.get('name')} ({made_for.get('fingerprint')}), {model} is {found}. "
+            "Pass that model by --model, or make a plan for this one."
+        )
+    return chosen

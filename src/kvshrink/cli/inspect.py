@@ -25,7 +25,8 @@ from kvshrink.errors import ArtifactError, UnsupportedModelError
 from kvshrink.eval import plots
 from kvshrink.fit.source import OnDisk
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.bytes import human
 

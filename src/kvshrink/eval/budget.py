@@ -5,6 +5,7 @@ window, sinks, scales and positions. Outcomes report what was measured.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
@@ -14,7 +15,8 @@ from kvshrink.attach.factory import shapes
 from kvshrink.attach.families import text_config
 from kvshrink.errors import SettingError
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import LayerShape, Method
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Method
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 
 TOLERANCE = 0.05  # a target counts as reached within 5 % of it
@@ -37,7 +39,7 @@ def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
     """
     if not 0 < target <= 1:
         raise SettingError(f"kept={target} is not possible. Use a share of bytes above 0, up to 1.")
-    room = _Room.of(model, tokens)
+    room = Room.of(model, tokens)
     values = method.dial_values(room.layers[0], tokens) if method.dial else (None,)
 
     def setting(i: int) -> Method:
@@ -55,11 +57,11 @@ def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
 
 def promised(method: Method, model: Any, tokens: int) -> float:
     """Share of the full cache's bytes that the method promises to hold for this many tokens; 0 if it does not fit."""
-    return _Room.of(model, tokens).kept(method)
+    return Room.of(model, tokens).kept(method)
 
 
 @dataclass(frozen=True)
-class _Room:
+class Room:
     """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay."""
 
     layers: list[LayerShape]
@@ -67,7 +69,7 @@ class _Room:
     fixed: int
 
     @classmethod
-    def of(cls, model: Any, tokens: int) -> "_Room":
+    def of(cls, model: Any, tokens: int) -> "Room":
         all_shapes = shapes(attach(model))
         layers = [shape for shape in all_shapes if shape is not None]
         if not layers:
@@ -76,11 +78,19 @@ class _Room:
         length = min(tokens, (getattr(text_config(model), "sliding_window", None) or 1) - 1)
         return cls(layers, tokens, sliding * length * layers[0].token_bytes)
 
+    @property
+    def full(self) -> int:
+        """Bytes of the full cache of one sequence."""
+        return self.tokens * sum(shape.token_bytes for shape in self.layers) + self.fixed
+
+    def held(self, method: Method) -> int:
+        """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
+        try:
+            parts = [n * method.layer_bytes(shape, {}, self.tokens) for shape, n in Counter(self.layers).items()]
+        except SettingError:
+            return 0
+        return sum(parts) + BYTES_PER_TOKEN * self.tokens + self.fixed
+
     def kept(self, method: Method) -> float:
         """Share of bytes that the method promises to hold; 0 for a setting that is too small for the model."""
-        try:
-            held = sum(method.layer_bytes(shape, {}, self.tokens) for shape in self.layers)
-        except SettingError:
-            return 0.0
-        full = self.tokens * sum(shape.token_bytes for shape in self.layers)
-        return (held + BYTES_PER_TOKEN * self.tokens + self.fixed) / (full + self.fixed)
+        return self.held(method) / self.full

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kvshrink.cache.lossy import through
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._roles import LayerFacts
+from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods.lowrank.cskv import CSKV
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -33,7 +33,7 @@ def choose_share(
     return min(errors, key=lambda s: errors[s]), errors
 
 
-class _Lossy:
+class Lossy:
     """Stands in for a cache: the first half of what passes through it comes back as the codecs would give it."""
 
     def __init__(self, codecs, rope: Rope | None, page: int) -> None:
@@ -50,6 +50,6 @@ class _Lossy:
 def _output_error(module: nn.Module, rope: Rope | None, codecs, kwargs: dict) -> float:
     plain = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
     exact = module(**plain, past_key_values=None)[0]
-    lossy = module(**plain, past_key_values=_Lossy(codecs, rope, CSKV.page))[0]
+    lossy = module(**plain, past_key_values=Lossy(codecs, rope, CSKV.page))[0]
     tail = slice(exact.shape[1] // 2, None)
     return float((exact[:, tail] - lossy[:, tail]).float().square().sum() / exact[:, tail].float().square().sum())

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,33 +11,29 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import (
-    LayerInfo,
-    key_value,
-    key_value_weights,
-    layers_of,
-    output_weight,
-    queries,
-    shape_of,
-    text_config,
-)
+from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
 from kvshrink.attach.hook import Fingerprint
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
-from kvshrink.fit.curve import curve
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
+from kvshrink.fit.distil import PredictionLoss
 from kvshrink.fit.layerwise import LayerRunner
+from kvshrink.fit.outputs import OutputLoss
 from kvshrink.fit.probe import Recall
-from kvshrink.fit.reconstruct import train_layer
+from kvshrink.fit.reconstruct import RowLoss
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.fit.source import InMemory, OnDisk
-from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram, residual
+from kvshrink.fit.statistics import describe
+from kvshrink.fit.train import Loss, train
+from kvshrink.fit.watch import LayerWatch
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import LayerFacts, Method
+from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
+from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 
 TRACKERS = ("tensorboard", "trackio")
+SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
 
@@ -85,16 +81,32 @@ def fit_all(
         rows = token_rows(data, tokenizer, length, methods[0].page)  # type: ignore[arg-type]
     else:
         rows = checked_rows(data, methods[0].page)  # type: ignore[arg-type]
-    if any(getattr(m, "key_share", None) == "auto" for m in methods) and rows.shape[1] < 2 * methods[0].page:
-        need = 2 * methods[0].page
-        raise DataError(f"key_share='auto' compares halves of rows: {rows.shape[1]} tokens a row are less than {need}.")
-    if isinstance(source, OnDisk) and any(m.probes for m in methods):
-        names = ", ".join(name_of(m) for m in methods if m.probes)
+    rows = _enough(rows, methods)
+    if isinstance(source, OnDisk) and any(m.probes or _trains(m, "kl") for m in methods):
+        names = ", ".join(name_of(m) for m in methods if m.probes or _trains(m, "kl"))
         raise SettingError(f"{names} asks the whole model what a loss costs. Load the model and pass it to fit.")
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
     return job.run()
+
+
+def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:
+    """The rows, a single one cut in two where something is trained, since some must be held out."""
+    page = methods[0].page
+    given = tuple(rows.shape)
+    if len(rows) == 1 and any(_trains(m) for m in methods):
+        rows = rows[:, : rows.shape[1] // 2 * 2].view(2, -1)
+    halves = any(getattr(m, "key_share", None) == "auto" or _trains(m, "output") for m in methods)
+    least = 2 * page if halves else page + 1
+    if rows.shape[1] < least:
+        what = "comparing halves of rows" if halves else "holding out half of a row"
+        raise DataError(f"rows of shape {given} are too short for {what}: {rows.shape[1]} tokens a row, not {least}.")
+    return rows
+
+
+def _trains(method: Method, loss: str | None = None) -> bool:
+    return isinstance(method, CSKV) and method.steps > 0 and loss in (None, method.loss)
 
 
 def _tokenizer(name: str):
@@ -116,6 +128,7 @@ class _Job:
     progress: bool
     log_with: str | None
     folder: str | Path | None
+    recalls: dict[tuple, Recall] = field(default_factory=dict)
 
     def run(self) -> list[Artifact]:
         started = time.perf_counter()
@@ -144,7 +157,12 @@ class _Job:
 
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
         shapes = {i: shape_of(self.infos[i].module) for i in done}
+        records = {i: dict(results[n][1]) for i, results in done.items()}
         tensors, record = method.finish({i: results[n][0] for i, results in done.items()}, shapes, self._probe(method))
+        for i, known in record.pop("layers", {}).items():  # what a layer's own fit could not know, such as its rank
+            records[i] |= known
+        if isinstance(method, CSKV) and _trains(method, "kl"):
+            tensors, record["training"] = self._distil(method, tensors, shapes, records)
         seconds = time.perf_counter() - started
         provenance = record | {
             "calibration": rows_hash(self.rows),
@@ -153,49 +171,80 @@ class _Job:
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "layers": {str(i): results[n][1] for i, results in done.items()},
+            "layers": {str(i): record for i, record in records.items()},
         }
         return Artifact(method, tensors, dict(model), provenance)
+
+    def _distil(
+        self, method: CSKV, layers: dict, shapes: dict[int, LayerShape], records: dict[int, dict]
+    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+        """All layers trained jointly; their errors on the calibration text are entered anew."""
+        device = next(self.source.model.parameters()).device
+        layers = {i: {k: t.to(device) for k, t in fitted.items()} for i, fitted in layers.items()}
+        moments = {(i, s): fitted.pop(f"{s}_covariance") for i, fitted in layers.items() for s in SIDES}
+        loss = PredictionLoss(self.source.model, self.infos, self.rows, method)
+        trained, record = train(method, layers, shapes, loss, "predictions", self.progress, self.log_with)
+        for (i, side), covariance in moments.items():
+            centre = trained[i][f"{side}_centre"].double()
+            records[i] |= describe(trained[i], side, Moments(self.rows.numel(), centre, covariance))
+        return {i: {k: t.cpu() for k, t in fitted.items()} for i, fitted in trained.items()}, record
 
     def _probe(self, method: Method) -> Recall | None:
         if not method.probes:
             return None
-        return Recall(self.source.model, self.infos, self.rows, method, self.progress)
+        key = (method.window, method.sinks, method.page)
+        if key not in self.recalls:
+            self.recalls[key] = Recall(self.source.model, self.infos, self.rows, method, self.progress)
+        return self.recalls[key]
 
     def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:
         """(tensors, record of errors and seconds) per method of one loaded layer; moves the hidden states on."""
         cskvs = [m for m in self.methods if isinstance(m, CSKV)]
-        seen = _Watch(
-            PROBES if any(m.key_share == "auto" for m in cskvs) else 0,
-            any(m.steps for m in cskvs),
-        )
+        whole = any(_trains(m, "output") for m in cskvs)
+        probes = len(self.rows) if whole else PROBES if any(m.key_share == "auto" for m in cskvs) else 0
+        seen = LayerWatch(probes, any(_trains(m, "rows") for m in cskvs))
         runner.run(index, layer, seen)
         facts = seen.facts(self.infos[index])
         return [self._fit_one(method, index, facts, seen) for method in self.methods]
 
-    def _fit_one(self, method: Method, index: int, facts: LayerFacts, seen: "_Watch") -> tuple[dict[str, Tensor], dict]:
+    def _fit_one(
+        self, method: Method, index: int, facts: LayerFacts, seen: LayerWatch
+    ) -> tuple[dict[str, Tensor], dict]:
         started = time.perf_counter()
         record: dict = {}
         info = self.infos[index]
         if isinstance(method, CSKV) and method.key_share == "auto":
-            share, errors = choose_share(method, facts, info.module, info.rope, seen.inputs)
+            share, errors = choose_share(method, facts, info.module, info.rope, seen.inputs[:PROBES])
             fitted = method.fit_layer(facts, share)
             record |= {"key_share": share, "share_errors": {str(k): v for k, v in errors.items()}}
         else:
             fitted = method.fit_layer(facts)
-        if isinstance(method, CSKV) and method.steps:
-            keys, values = torch.cat(seen.keys), torch.cat(seen.values)
-            label = f"layer {index}"
-            fitted, losses = train_layer(method, facts.shape, fitted, keys, values, label, self.progress, self.log_with)
-            record |= {"loss": [losses[0], losses[-1]], "curve": curve(losses)}
-        for side, moments in (("key", facts.key), ("value", facts.value)):
-            up = fitted.get(f"{side}_up")
-            if up is not None:
-                down = fitted.get(f"{side}_down", up.transpose(1, 2))
-                record[f"{side}_error"] = residual(moments, down, up, fitted[f"{side}_mean"])
+        if isinstance(method, CSKV) and method.steps and method.loss != "kl":
+            shapes, label = {index: facts.shape}, f"layer {index}"
+            loss = self._loss(method, info, seen)
+            trained, training = train(method, {index: fitted}, shapes, loss, label, self.progress, self.log_with)
+            fitted, record["training"] = trained[index], training
+        for side, moments in zip(SIDES, (facts.key, facts.value), strict=True):
+            record |= describe(fitted, side, moments)
+            if _trains(method, "kl"):
+                fitted[f"{side}_covariance"] = moments.covariance  # until all layers are trained
             fitted[f"{side}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return {k: t.cpu() for k, t in fitted.items()}, record
+
+    def _loss(self, method: CSKV, info: LayerInfo, seen: LayerWatch) -> Loss:
+        if method.loss == "output":
+            return OutputLoss(info, seen.inputs, method.page)
+        return RowLoss(torch.cat(seen.keys), torch.cat(seen.values), method.page)
+
+
+def fingerprint_of(source: InMemory | OnDisk) -> str:
+    """What an artifact or a plan for this model bears. Of a model on disk two layers are read."""
+    infos, result = layers_of(source.model), Fingerprint(text_config(source.model))
+    for i in sorted({0, len(infos) - 1}):
+        with source.layer(i):
+            result.add(infos[i].module)
+    return result.value()
 
 
 def _weights_hash(config, info: LayerInfo) -> str:
@@ -203,42 +252,3 @@ def _weights_hash(config, info: LayerInfo) -> str:
     result = Fingerprint(config)
     result.add(info.module)
     return result.value()
-
-
-class _Watch:
-    """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
-
-    def __init__(self, probes: int, rows: bool) -> None:
-        self.key, self.value, self.scale, self.query = MomentStream(), MomentStream(), ScaleStream(), EnergyStream()
-        self.probes, self.rows = probes, rows
-        self.inputs: list[dict] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(self, module: nn.Module, kwargs: dict) -> None:
-        hidden = kwargs["hidden_states"]
-        keys, values = key_value(module, hidden)
-        self.key.add(keys.transpose(1, 2).flatten(2))
-        self.value.add(values.transpose(1, 2).flatten(2))
-        self.scale.add(hidden)
-        self.query.add(queries(module, hidden), keys.shape[1])
-        if len(self.inputs) < self.probes:
-            self.inputs.append(kwargs)
-        if self.rows:
-            self.keys.append(keys)
-            self.values.append(values)
-
-    def facts(self, info: LayerInfo) -> LayerFacts:
-        module = info.module
-        key_weight, value_weight = key_value_weights(module)
-        shape = shape_of(module)
-        return LayerFacts(
-            shape,
-            self.key.moments(),
-            self.value.moments(),
-            self.scale.mean(),
-            key_weight.detach(),
-            value_weight.detach(),
-            self.query.mean(info.rope),
-            output_gram(output_weight(module), shape.heads),
-        )

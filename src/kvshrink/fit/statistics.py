@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
-from kvshrink.methods._roles import Moments
+from kvshrink.methods._facts import Moments
 from kvshrink.shapes import Float
 
 
@@ -89,15 +89,39 @@ def output_gram(weight: Float[Tensor, "hidden q d"], heads: int) -> Float[Tensor
 
 
 def residual(moments: Moments, down: Tensor, up: Tensor, mean: Tensor) -> float:
-    """Relative squared error |x - x'|^2 / |x - E x|^2 of x' = (x - mean) down up + mean, from the moments alone.
+    """Relative squared error |x - x'|^2 / |x - E x|^2 of x' = (x - mean) down up + mean, from the moments alone."""
+    return float(residuals(moments, down, up, mean)[-1])
 
-    down [G, a, r], up [G, r, a], mean [G, a].
+
+def residuals(
+    moments: Moments, down: Float[Tensor, "G a r"], up: Float[Tensor, "G r a"], mean: Float[Tensor, "G a"]
+) -> Float[Tensor, " r"]:
+    """`residual` of the first 1, 2, .. r components of every group.
+
+    With S = E (x - mean)^T (x - mean) it is tr S - 2 tr(up S down) + tr(up^T down^T S down up), where leaving out
+    components leaves out rows and columns of the r x r matrices up S down, down^T S down and up up^T.
     """
     groups, size = mean.shape
-    lost = 0.0
+    total = torch.zeros(down.shape[2], dtype=torch.float64, device=up.device)
     for g in range(groups):
         rows = slice(g * size, (g + 1) * size)
-        left = torch.eye(size, dtype=torch.float64, device=up.device) - down[g].double() @ up[g].double()
-        offset = (moments.mean[rows] - mean[g].double()) @ left
-        lost += float(torch.trace(left.T @ moments.covariance[rows, rows] @ left) + offset @ offset)
-    return max(0.0, lost) / float(torch.trace(moments.covariance))
+        offset, d, u = moments.mean[rows].double() - mean[g].double(), down[g].double(), up[g].double()
+        second = moments.covariance[rows, rows].double() + torch.outer(offset, offset)
+        kept = (d.T @ second @ d) * (u @ u.T)
+        square = kept.cumsum(0).cumsum(1).diagonal()
+        total += second.trace() - 2 * (u @ second @ d).diagonal().cumsum(0) + square
+    return total.clamp_min(0) / moments.covariance.trace()
+
+
+def describe(fitted: dict[str, Tensor], side: str, moments: Moments) -> dict[str, float]:
+    """Adds to a basis what the calibration rows were like: their mean, and the error by number of components.
+
+    Returns the error of all components for the record, or nothing for a method without a basis.
+    """
+    up = fitted.get(f"{side}_up")
+    if up is None:
+        return {}
+    down = fitted.get(f"{side}_down", up.transpose(1, 2))
+    errors = residuals(moments, down, up, fitted[f"{side}_mean"])
+    fitted[f"{side}_errors"], fitted[f"{side}_centre"] = errors.float(), moments.mean.float()
+    return {f"{side}_error": float(errors[-1])}

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import pkgutil
 from functools import cache
+from typing import Any
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._roles import Method
@@ -42,7 +43,8 @@ def build(name: str, settings: dict) -> Method:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SettingError(f"{name} has no setting {key!r}. It has: {', '.join(fields)}.{hint}")
-    return cls(**settings)
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # as JSON has it
+    return cls(**given)
 
 
 def name_of(method: Method) -> str:

@@ -5,7 +5,7 @@ one run of page * r codes, so that any r packs without a gap.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from kvshrink.errors import DataError
 from kvshrink.kernels.affine import dequantize, quantize
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._roles import Stored
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 SIDE_BYTES = 4  # float16 scale and float16 low
 
@@ -27,6 +27,7 @@ class Raw:
     width: int
     page: int
     dtype: torch.dtype
+    side: ClassVar[frozenset[str]] = frozenset()
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         if valid is not None:
@@ -39,7 +40,16 @@ class Raw:
         return {"latent": pages.clone(memory_format=torch.contiguous_format)}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        return stored["latent"].transpose(1, 2).flatten(2, 3).float()
+        return self.lead(stored, self.width)
+
+    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
+        """The first `width` channels, the others unread."""
+        return stored["latent"][..., :width].transpose(1, 2).flatten(2, 3).float()
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """Some tokens of each row, the others unread."""
+        row, page, slot = _places(tokens, self.page)
+        return stored["latent"][row, page, :, slot].transpose(1, 2).float()
 
     def page_bytes(self) -> int:
         return self.page * self.groups * self.width * self.dtype.itemsize
@@ -59,6 +69,7 @@ class Affine:
     bits: int
     axis: Literal["channel", "token"]
     group: int = 64
+    side: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
 
     @property
     def per_token(self) -> int:
@@ -71,12 +82,36 @@ class Affine:
         return {"codes": pack(flat, self.bits), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        codes = unpack(stored["codes"], self.bits).unflatten(-1, (self.page, self.width))
-        if self.axis == "channel":
-            rows = dequantize(codes, stored["scale"][:, :, :, None], stored["low"][:, :, :, None])
+        return self.lead(stored, self.width)
+
+    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
+        """The first `width` channels; the others are not unpacked, but at 3 bits, where a code lies in two bytes."""
+        if self.bits == 3:
+            codes = unpack(stored["codes"], 3).unflatten(-1, (self.page, self.width))[..., :width]
         else:
-            rows = dequantize(codes, self._spread(stored["scale"]), self._spread(stored["low"]))
+            codes = unpack(self._lanes(stored)[..., :width].flatten(-2), self.bits).unflatten(-1, (self.page, width))
+        scale, low = stored["scale"], stored["low"]
+        if self.axis == "channel":
+            rows = dequantize(codes, scale[:, :, :, None, :width], low[:, :, :, None, :width])
+        else:
+            rows = dequantize(codes, self._spread(scale, width), self._spread(low, width))
         return rows.transpose(1, 2).flatten(2, 3)
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """Some tokens of each row; the others are not unpacked, but at 3 bits."""
+        row, page, slot = _places(tokens, self.page)
+        if self.bits == 3:
+            codes = unpack(stored["codes"], 3).unflatten(-1, (self.page, self.width))[row, page, :, slot]
+        else:
+            lanes = self._lanes(stored)
+            shift = (slot // lanes.shape[3] * self.bits).to(torch.uint8)[:, :, None, None]
+            codes = (lanes[row, page, :, slot % lanes.shape[3]] >> shift) & (2**self.bits - 1)
+        if self.axis == "channel":
+            rows = dequantize(codes, stored["scale"][row, page], stored["low"][row, page])
+        else:
+            scale, low = (self._spread(stored[name][row, page, :, slot], self.width) for name in ("scale", "low"))
+            rows = dequantize(codes, scale, low)
+        return rows.transpose(1, 2)
 
     def page_bytes(self) -> int:
         scales = self.width if self.axis == "channel" else self.page * self.per_token
@@ -109,8 +144,17 @@ class Affine:
             return None
         return self._grouped(valid[:, None, :, None].expand(latent.shape))
 
-    def _spread(self, side: Tensor) -> Tensor:
-        return side.repeat_interleave(self.group, -1)[..., : self.width]
+    def _spread(self, side: Tensor, width: int) -> Tensor:
+        return side.repeat_interleave(self.group, -1)[..., :width]
+
+    def _lanes(self, stored: Stored) -> Tensor:
+        """[b, p, G, m, r]: as planes of m * r codes are packed, lane i holds the tokens i, i + m, i + 2m, ..."""
+        return stored["codes"].unflatten(-1, (self.page * self.bits // 8, self.width))
+
+
+def _places(tokens: Int[Tensor, "b k"], page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, page, slot in it) of each token."""
+    return torch.arange(len(tokens), device=tokens.device)[:, None], tokens // page, tokens % page
 
 
 def packing(

@@ -9,69 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from kvshrink.errors import SettingError
-from kvshrink.shapes import Bool, Float
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._settings import require, whole
+from kvshrink.shapes import Bool, Float, Int
 
 Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Shape of one layer's cache: h KV heads of d channels, stored by the model as dtype."""
-
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in a full cache."""
-        return 2 * self.width * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Moments of the calibration rows of one site: mean [n], covariance [n, n], over `count` tokens."""
-
-    count: int
-    mean: Tensor
-    covariance: Tensor
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
-
-    query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
-                  over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
-    output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
-    """
-
-    shape: LayerShape
-    key: Moments
-    value: Moments
-    input_scale: Tensor
-    key_weight: Tensor
-    value_weight: Tensor
-    query_energy: Float[Tensor, "h d"]
-    output_gram: Float[Tensor, "h d d"]
-
-
-class Probe(ABC):
-    """Asks the whole model what a loss costs."""
-
-    @abstractmethod
-    def kl(self, codecs: Mapping[int, tuple["Codec | None", "Codec | None"]]) -> float:
-        """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
-        (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
 
 
 class Codec(ABC):
@@ -102,6 +47,21 @@ class Codec(ABC):
     @abstractmethod
     def page_bytes(self) -> int:
         """Bytes of one stored page, by arithmetic. The contract test holds it against the tensors."""
+
+    def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
+        """Queries whose product with the latents of "k_post" keys is their score; None: keys are rebuilt."""
+        return None
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """What `unpack` gives, for some tokens of each row."""
+        return self.unpack(stored).take_along_dim(tokens[:, None, :, None], 2)
+
+    def reads(self, tokens: int) -> int | None:
+        """How many of the body's tokens a single new token reads, those of the highest `scores`; None: all."""
+        return None
+
+    def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
+        raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
@@ -145,7 +105,7 @@ class Method(ABC):
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
     ) -> tuple[dict[int, dict[str, Tensor]], dict]:
-        """Called once all layers are fitted: what they share, such as one byte budget. (tensors, record of the fit)."""
+        """Once all are fitted: what they share, as one byte budget. (tensors, record; "layers" in it joins theirs)."""
         return {i: dict(fitted) for i, fitted in layers.items()}, {}
 
     def check(self) -> None:
@@ -174,19 +134,3 @@ class Method(ABC):
             return batch * window
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
         return batch * (window + sinks + int(pages * self.bits_per_token(shape, fitted) * self.page / 8))
-
-
-def whole(name: str, value: object) -> None:
-    """Raise SettingError unless the value is an int, or None where a setting may be left out."""
-    require(value is None or type(value) is int, f"{name}={value!r}", "Use a whole number.")
-
-
-def number(name: str, value: object) -> None:
-    """Raise SettingError unless the value is a number."""
-    require(type(value) in (int, float), f"{name}={value!r}", "Use a number.")
-
-
-def require(ok: bool, what: str, remedy: str) -> None:
-    """Raise SettingError unless ok."""
-    if not ok:
-        raise SettingError(f"{what} is not possible. {remedy}")

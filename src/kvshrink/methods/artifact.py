@@ -6,18 +6,19 @@ On disk: `kvshrink.json` (format version, method and settings, layers, model, pr
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
 from kvshrink.methods import build, name_of
 from kvshrink.methods._roles import Fitted, Method
+from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.store import files
 
 VERSION = 1
-SPECTRUM = "_spectrum"  # ending of tensors that are only for looking at
+LOOKED_AT = ("_spectrum", "_curve", "_errors", "_centre")  # endings of tensors that no codec reads
 CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
 KEYS = {"version", "method", "settings", "layers", "model", "provenance", "weights_sha256"}
 
@@ -38,7 +39,31 @@ class Artifact:
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted tensors that a cache reads: held once per model, not per sequence."""
-        return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(SPECTRUM))
+        return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(LOOKED_AT))
+
+    def at(self, keep: float) -> "Artifact":
+        """The artifact of a lower `keep`, from the leading components of this one: nothing is fitted again.
+
+        Exactly what a fit at that keep gives for a closed form; after training only with matryoshka=True, which trains
+        for it. key_share="auto" stays as it was chosen at the higher keep. Raises SettingError on anything else.
+        """
+        method, name = self.method, name_of(self.method)
+        if not isinstance(method, CSKV):
+            raise SettingError(f"{name} has no components to leave out. Fit it again with other settings.")
+        if keep > method.keep:
+            raise SettingError(f"keep={keep} is above the artifact's {method.keep}. Components can only be left out.")
+        if method.steps and not method.matryoshka:
+            raise SettingError("the artifact was trained for one rank only. Fit with matryoshka=True to cut it.")
+        lower, layers, records = replace(method, keep=keep), {}, dict(self.provenance.get("layers", {}))
+        for i, fitted in self.layers.items():
+            record = dict(records.get(str(i), {}))
+            layers[i] = lower.cut(fitted, record.get("key_share"))
+            errors = {
+                f"{s}_error": float(e[-1]) for s in ("key", "value") if (e := layers[i].get(f"{s}_errors")) is not None
+            }
+            records[str(i)] = record | errors
+        provenance = self.provenance | {"cut_from": method.keep, "layers": records}
+        return Artifact(lower, layers, dict(self.model), provenance)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the artifact to a folder. A failed save leaves what was there."""

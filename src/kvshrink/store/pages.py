@@ -22,6 +22,10 @@ class Block:
     columns: slice | Tensor
     tokens: int  # slots in the block, dead ones included
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, without it."""
+        return {k.removeprefix(prefix): t for k, t in self.stored.items() if k.startswith(prefix)}
+
 
 class Pages:
     """A growing list of pages of `page` tokens each."""

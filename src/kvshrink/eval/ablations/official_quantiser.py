@@ -17,8 +17,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._latents import Affine
-from kvshrink.methods._roles import Codec, Fitted, LayerShape, Method, Stored
+from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV

@@ -1,8 +1,9 @@
 """Softmax attention that never needs all keys at once: fold blocks into a running sum, merge segments by log-sum-exp.
 
-All query heads of a KV head are rows of one matmul ("x" below is query heads per KV head times new tokens). The values
-of a block may be latents shared by several KV heads (G groups, G divides h): all their rows then meet in one matmul,
-and the caller expands the result once, after the weighted sum. Everything accumulates in float32.
+All query heads of a KV head are rows of one matmul ("x" below is query heads per KV head times new tokens). The keys
+and the values of a block may be latents shared by several KV heads (G groups, G divides h; keys and values may differ
+in it): all their rows then meet in one matmul. The caller gives queries that fit the latent keys, and expands latent
+values once, after the weighted sum. Everything accumulates in float32.
 """
 
 from typing import NamedTuple
@@ -31,13 +32,13 @@ def start(query: Float[Tensor, "b h x d"], width: int) -> Running:
 def fold(
     state: Running,
     query: Float[Tensor, "b h x d"],
-    keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b G t r"],
+    keys: Float[Tensor, "b Gk t d"],
+    values: Float[Tensor, "b Gv t r"],
     visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
 ) -> Running:
     """The state after one more block of t keys. The query comes scaled; a row may see nothing of a block."""
-    scores = query @ keys.transpose(-1, -2)
+    scores = _by_group(query, keys.transpose(-1, -2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if visible is not None:
@@ -47,10 +48,15 @@ def fold(
     base = top.masked_fill(top == -torch.inf, 0.0)
     weights = scores.sub_(base).exp_()
     shrink = (state.top - base).exp()
-    groups, (h, x) = values.shape[1], weights.shape[1:3]
-    read = weights.unflatten(1, (groups, -1)).flatten(2, 3) @ values
-    read = read.unflatten(2, (h // groups, x)).flatten(1, 2)
+    read = _by_group(weights, values)
     return Running(top, state.mass * shrink + weights.sum(-1, keepdim=True), state.values * shrink + read)
+
+
+def _by_group(rows: Float[Tensor, "b h x i"], shared: Float[Tensor, "b G i j"]) -> Float[Tensor, "b h x j"]:
+    """rows @ shared, where a group's heads share one matrix."""
+    groups, (h, x) = shared.shape[1], rows.shape[1:3]
+    out = rows.unflatten(1, (groups, -1)).flatten(2, 3) @ shared
+    return out.unflatten(2, (h // groups, x)).flatten(1, 2)
 
 
 def finish(state: Running) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:

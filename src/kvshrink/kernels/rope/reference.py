@@ -25,6 +25,8 @@ def rotate(
     if inverse:
         norm = cos.square() + sin.square()
         cos, sin = cos / norm, -sin / norm
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _with_gradient(x.float(), cos, sin, interleaved)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if interleaved:
         a, b = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
@@ -36,3 +38,12 @@ def rotate(
     torch.mul(xb, cos, out=out[..., b]).addcmul_(xa, sin)
     out[..., 2 * pairs :] = x[..., 2 * pairs :]
     return out
+
+
+def _with_gradient(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The same for training: autograd takes nothing that is written in place."""
+    pairs = cos.shape[-1]
+    turning, rest = x.split([2 * pairs, x.shape[-1] - 2 * pairs], -1)
+    a, b = turning.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turning.chunk(2, -1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat([torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1), rest], -1)

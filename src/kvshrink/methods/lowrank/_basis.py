@@ -10,9 +10,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._facts import LayerFacts, Moments
 from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._roles import Codec, LayerFacts, Stored
-from kvshrink.shapes import Bool, Float
+from kvshrink.methods._mixed import Mixed
+from kvshrink.methods._roles import Codec, Fitted, Stored
+from kvshrink.shapes import Bool, Float, Int
 
 
 @final
@@ -20,12 +22,15 @@ from kvshrink.shapes import Bool, Float
 class BasisCodec(Codec):
     """Rows projected on `down`, stored by `packing`, expanded by `up`. Tensors are float32."""
 
-    site: Literal["k_pre", "v"]
+    site: Literal["k_pre", "k_post", "v"]
     down: Float[Tensor, "G a r"]
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
-    packing: Raw | Affine
-    side = frozenset({"scale", "low"})
+    packing: Raw | Affine | Mixed
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.packing.side
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -42,17 +47,39 @@ class BasisCodec(Codec):
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.packing.load(stored)
 
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        return self.packing.pick(stored, tokens)
+
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         groups = self.mean.shape[0]
         members = heads // groups
         if latent.shape[1] == groups:
             rows = (latent @ self.up).add_(self.mean[:, None])  # [b, G, x, a]
             return rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
-        up = self.up.unflatten(-1, (members, -1)).transpose(1, 2).flatten(0, 1)  # [h, r, d]
-        return latent @ up + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+        return latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+
+    def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
+        """q . (z up) = (q up^T) . z. A mean would add q . mean, so that keys stored after RoPE are not centred."""
+        if self.site != "k_post":
+            return None
+        return query @ self._by_head(query.shape[1]).transpose(1, 2)
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()
+
+    def smooth(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t d"]:
+        """Rows as they would come back if nothing were rounded: what the basis alone loses."""
+        return self.expand(self.project(rows), rows.shape[1])
+
+    def _by_head(self, heads: int) -> Float[Tensor, "h r d"]:
+        return self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
+
+
+def leading(fitted: Fitted, side: str, rank: int) -> dict[str, Tensor]:
+    """The tensors of one side with the first `rank` components alone."""
+    ends = {"up": 1, "down": 2, "errors": 0}  # the axis of components
+    found = {f"{side}_{name}": axis for name, axis in ends.items() if f"{side}_{name}" in fitted}
+    return {name: fitted[name].narrow(axis, 0, rank).contiguous() for name, axis in found.items()}
 
 
 RIDGE = 1e-4  # of a metric's mean eigenvalue, added to it: a direction that costs nothing still gets a finite basis
@@ -87,6 +114,11 @@ def spectrum(
     turned = root @ blocks @ root
     directions = _top(turned, rank)
     return _variances(directions, turned), root @ directions.transpose(1, 2), directions @ inverse
+
+
+def second_moment(moments: Moments) -> Float[Tensor, "n n"]:
+    """E[x^T x] of the rows as they are: what methods without a mean are optimal for."""
+    return moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
 def key_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:

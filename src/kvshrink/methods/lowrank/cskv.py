@@ -17,12 +17,23 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._latents import packing
-from kvshrink.methods._roles import Codec, Fitted, LayerFacts, LayerShape, Method, Moments, number, require, whole
-from kvshrink.methods.lowrank._basis import BasisCodec, key_metric, orthonormal, principal, value_metric, weighted_svd
+from kvshrink.methods._roles import Fitted, Method
+from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods.lowrank._basis import (
+    BasisCodec,
+    key_metric,
+    leading,
+    orthonormal,
+    principal,
+    value_metric,
+    weighted_svd,
+)
 
 BITS = (8, 4, 3, 2)
 INITS = ("pca", "asvd", "svd", "random")
+LOSSES = ("rows", "output", "kl")
 ALPHA = 0.5  # ASVD's exponent on mean |x|
 
 
@@ -36,9 +47,12 @@ class CSKV(Method):
     init:        "pca" (closed form), or the paper's "asvd", "svd", "random".
     group_heads: KV heads that share one key basis; None: all, as the paper. 1 or 2 make decoding cheaper.
     key_share:   share of the kept channels that goes to keys; "auto" lets `fit` choose it layer by layer.
-    steps:       optimiser steps of the paper's layer-wise reconstruction training after `init`; 0: none.
+    steps:       optimiser steps of training after `init`, kept if it is better on held-out rows; 0: none.
+    loss:        what is trained: "rows" (the paper's layer-wise reconstruction of keys and values), "output" (of the
+                 layer's attention output), "kl" (all layers jointly, on the model's predictions).
     qat:         train through the quantiser (needs steps and bits).
     lr:          learning rate of that training, linear decay to 0.
+    matryoshka:  train at ranks drawn from a quarter to all, so that `Artifact.at` can leave components out.
     key_metric, value_metric: what init="pca" counts as the error: "plain" (the paper's mean square), "query" (keys
                  weighted by the energy of the queries that read them), "output" (values by the output projection).
     """
@@ -53,6 +67,8 @@ class CSKV(Method):
     lr: float = 5e-5
     key_metric: Literal["plain", "query"] = "plain"
     value_metric: Literal["plain", "output"] = "plain"
+    loss: Literal["rows", "output", "kl"] = "rows"
+    matryoshka: bool = False
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "keep"
@@ -85,6 +101,9 @@ class CSKV(Method):
         require(
             not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."
         )
+        require(self.loss in LOSSES, f"loss={self.loss!r}", f"Use one of {LOSSES}.")
+        require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
+        require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [channels / shape.width for channels in range(1, shape.width + 1)]
@@ -120,7 +139,14 @@ class CSKV(Method):
         value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
         return {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
 
-    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+    def cut(self, fitted: Fitted, key_share: float | None = None) -> dict[str, Tensor]:
+        """Tensors of this setting's ranks from those of a layer fitted at a higher `keep`."""
+        groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].shape[1]
+        heads = groups * (self.group_heads or 1)
+        ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), key_share)
+        return {**fitted, **leading(fitted, "key", ranks[0]), **leading(fitted, "value", ranks[1])}
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[BasisCodec, BasisCodec]:
         return self._codec("k_pre", "key", "channel", shape, fitted), self._codec("v", "value", "token", shape, fitted)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:

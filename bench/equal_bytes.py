@@ -1,0 +1,230 @@
+"""What a byte buys: methods at equal real bytes, on retrieval and on held-out text of the bundled reference model.
+
+    python bench/equal_bytes.py --out docs/results/equal_bytes
+
+Every byte counts (codes, scales, window, sinks, positions). The context is compressed before the question is seen.
+Each method's dial is set to the largest setting under a budget; one that cannot come within 5 % of it stands at its
+nearest setting and is marked. KL and top-1 agreement are over question and answer tokens (retrieval), and over the last
+128 tokens of held-out book text, 32 a forward. Run again to resume.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from plot_equal_bytes import draw
+from tqdm import tqdm
+
+from kvshrink import CSKV, RTN, Spectral, methods, reference_model
+from kvshrink.attach.factory import digest_of
+from kvshrink.eval import calibration
+from kvshrink.eval.budget import at_kept
+from kvshrink.eval.catalogue import choices, gather
+from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.identity import model_key
+from kvshrink.eval.measure import held_out
+from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.eval.prompt import encode
+from kvshrink.eval.runner import Job, Runner
+from kvshrink.eval.stats import bootstrap, student
+from kvshrink.eval.teacher import follow
+from kvshrink.store import files
+
+KEPT = (0.2, 0.125, 0.0625, 0.04)
+DIVERGED = 8  # samples of each task whose KL is measured
+TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
+SCORED = 128
+MAIN = "spectral"
+
+
+def series(steps: int) -> dict[str, Any]:
+    """Label to method. The first are compared in answers too, the others (how it is fitted) in KL only."""
+    return {
+        MAIN: Spectral(),
+        "CSKV pca int4": CSKV(bits=4),
+        "CSKV paper int4": CSKV.paper(bits=4, steps=steps),
+        "KIVI": methods.build("kivi", {}),
+        "int4": RTN(bits=4),
+        "int3": RTN(bits=3),
+        "int2": RTN(bits=2),
+        "StreamingLLM": methods.build("streaming_llm", {}),
+        "spectral, uniform": Spectral(allocation="uniform"),
+        "spectral, energy": Spectral(allocation="energy"),
+        "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
+        "spectral, unrotated": Spectral(rotate=False),
+        "spectral, no 1 bit": Spectral(widths=(2, 3, 4, 8)),
+        "CSKV pca int4, query + output": CSKV(bits=4, key_metric="query", value_metric="output"),
+    }
+
+
+ANSWERED = 8  # series whose answers are compared
+FIXED = ("int4", "int3", "int2")  # stand at their own bytes
+
+
+def plan(model, length: int, steps: int, only: list[str]) -> list[Entry]:
+    """Every series (or those of `only`) at every budget, at this length."""
+    out = []
+    for label, method in series(steps).items():
+        if only and label not in only:
+            continue
+        if label in FIXED:
+            out.append(Entry(label, method, None, label, None, True, f"bits={method.bits}"))
+            continue
+        for kept in KEPT:
+            at = at_kept(method, kept, model, length)
+            setting = f"{method.dial}={getattr(at.method, method.dial):.4g}"
+            out.append(Entry(f"{label} @{kept:g}", at.method, None, label, kept, at.reached, setting))
+    return out
+
+
+def compared(model, entries: list[Entry], documents: list, chunk: int | None, log: Log, identity: str) -> dict:
+    """{label: [(kl, top1) per document]}, what the log holds is not measured again."""
+    found: dict[str, list[dict]] = {e.label: [] for e in entries}
+    for ids, prefix in tqdm(documents, desc="KL", unit="document"):
+        keys = {e.label: key_of(identity, digest_of(e.method), ids.tolist(), prefix, chunk) for e in entries}
+        todo = {e.label: e.method for e in entries if keys[e.label] not in log.rows}
+        for label, track in follow(model, todo, ids, prefix, chunk).items() if todo else ():
+            kl, top1 = np.round(track.kl, 6).tolist(), track.top1.astype(int).tolist()
+            log.add({"key": keys[label], "kl": kl, "top1": top1, "kept": track.kept})
+        for label, key in keys.items():
+            found[label].append(log.rows[key])
+    return found
+
+
+def divergence(rows: list[dict]) -> dict:
+    """Mean KL with its 95 % interval over documents, 99th percentile over tokens, top-1 agreement."""
+    kl, means = np.concatenate([r["kl"] for r in rows]), [float(np.mean(r["kl"])) for r in rows]
+    low, high = student(means) if len(means) <= 20 else bootstrap(means, 0)
+    values = {"kl": float(np.mean(means)), "kl_low": max(0.0, low), "kl_high": high}
+    same = np.concatenate([r["top1"] for r in rows])
+    values |= {"kl_p99": float(np.quantile(kl, 0.99)), "top1": float(same.mean())}
+    values["kept"] = float(np.mean([r["kept"] for r in rows]))
+    return {k: round(v, 6) for k, v in values.items()}
+
+
+def beside(rows: list[dict], others: list[dict]) -> dict:
+    """Mean difference of KL to another method on the same documents, with its 95 % interval."""
+    delta = [float(np.mean(a["kl"]) - np.mean(b["kl"])) for a, b in zip(rows, others, strict=True)]
+    low, high = student(delta) if len(delta) <= 20 else bootstrap(delta, 0)
+    return {k: round(v, 6) for k, v in {"delta": float(np.mean(delta)), "low": low, "high": high}.items()}
+
+
+def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log, bar) -> list[dict]:
+    """A row per entry at this length."""
+    identity = model_key(model)
+    samples, skipped = gather(choices(TASKS), [length], args.cases, args.seed, tokenizer, True)
+    assert not skipped, skipped
+    book = [(ids, length - SCORED) for ids in held_out(tokenizer, length, args.documents, args.seed)]
+    asked = []
+    for task in samples:
+        for sample in task.samples[:DIVERGED]:
+            context, question = encode(sample, tokenizer)
+            answer = tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
+            asked.append((torch.tensor([context + question + answer]), len(context)))
+    text = compared(model, entries, book, 32, log, identity)
+    retrieval = compared(model, entries, asked, None, log, identity)
+    answered = [Entry(FULL, None, series=FULL), *[e for e in entries if e.series in list(series(1))[:ANSWERED]]]
+    scores: dict[str, list] = {e.label: [] for e in answered}
+    for task in samples:
+        runner = Runner(model, tokenizer, answered, identity=identity)
+        for o in runner.run(Job(task.title, length=length), task.samples, args.answers, bar):
+            scores[o.method].append(o)
+    rows = []
+    for e in [answered[0], *entries]:
+        row = {"length": length, "series": e.series, "target": e.target, "reached": e.reached, "setting": e.setting}
+        row["label"] = e.label
+        row["kept"] = 1.0
+        if e.method is not None:
+            row |= {"text": divergence(text[e.label]), "retrieval": divergence(retrieval[e.label])}
+            row["kept"] = row["text"]["kept"]
+            base = e.label.replace(e.series, e.series.partition(",")[0])  # "spectral, uniform @0.2": "spectral @0.2"
+            if base != e.label:
+                row["beside"] = {"base": base, "text": beside(text[e.label], text[base])}
+                row["beside"]["retrieval"] = beside(retrieval[e.label], retrieval[base])
+        if e.label in scores:
+            hits = [o.score for o in scores[e.label]]
+            low, high = bootstrap(hits, 0)
+            row |= {"answers": len(hits), "score": round(float(np.mean(hits)), 4), "low": low, "high": high}
+            row["kept_answers"] = round(float(np.mean([o.kept for o in scores[e.label]])), 5)
+            row["by_task"] = {
+                t: round(float(np.mean([o.score for o in scores[e.label] if o.task == t])), 3) for t in TASKS
+            }
+            row["hits"] = hits
+            # a score above the full cache's is luck on a task that the model cannot do; agreement is not
+            same = [o.output == f.output for o, f in zip(scores[e.label], scores[FULL], strict=True)]
+            row["as_full"] = round(float(np.mean(same)), 4)
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict], lengths: list[int]) -> list[dict]:
+    """At each budget: the main method against the best other one that holds no more bytes than 5 % above it."""
+    out = []
+    for length in lengths:
+        for kept in KEPT:
+            at = [r for r in rows if r["length"] == length and "hits" in r and r["series"] != FULL]
+            ours = next(r for r in at if r["series"] == MAIN and r["target"] == kept)
+            others = [r for r in at if r["series"] != MAIN and r["kept"] <= 1.05 * ours["kept"]]
+            best = max(others, key=lambda r: r["score"])
+            delta = [a - b for a, b in zip(ours["hits"], best["hits"], strict=True)]
+            low, high = bootstrap(delta, 0)
+            out.append({"length": length, "budget": kept, "kept": ours["kept"], "score": ours["score"]})
+            out[-1] |= {"next": best["label"], "next_kept": best["kept"], "next_score": best["score"]}
+            out[-1] |= {"delta": round(float(np.mean(delta)), 4), "low": round(low, 4), "high": round(high, 4)}
+            out[-1]["best_or_tied"] = high >= 0
+            out[-1] |= {"as_full": ours["as_full"], "next_as_full": best["as_full"]}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/equal_bytes"))
+    parser.add_argument("--work", type=Path, default=Path("equal_bytes"), help="answers and artifacts, to resume from")
+    parser.add_argument("--lengths", default="4096", help="with commas between them")
+    parser.add_argument("--only", default="", help="series, with commas between them")
+    parser.add_argument("--cases", type=int, default=12, help="per task")
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2000, help="of the paper's training; the paper has 12,000")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    only = [name for name in args.only.split(",") if name]
+    lengths = [int(n) for n in args.lengths.split(",")]
+    model, tokenizer = reference_model()
+    args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
+    plans = {length: plan(model, length, args.steps, only) for length in lengths}
+    flat = [e for length in lengths for e in plans[length]]
+    ready = fitted(flat, model, tokenizer, calibration.texts(None), args.work / "artifacts")
+    rows, each = [], len(flat) // len(lengths)
+    for n, length in enumerate(lengths):
+        entries = ready[n * each : (n + 1) * each]
+        with tqdm(desc=f"answers {length}", unit="answer") as bar:
+            rows += measure(model, tokenizer, entries, length, args, log, bar)
+    where = {
+        "model": "reference, bfloat16",
+        "cases": args.cases,
+        "tasks": TASKS,
+        "documents": args.documents,
+        "diverged": DIVERGED,
+    }
+    chosen = f' --only "{args.only}"' if only else ""
+    where |= {
+        "paper_steps": args.steps,
+        "seed": args.seed,
+        "command": f"python bench/equal_bytes.py --lengths {args.lengths}{chosen}",
+    }
+    found = {
+        **where,
+        "verdicts": verdicts(rows, lengths),
+        "rows": [{k: v for k, v in r.items() if k != "hits"} for r in rows],
+    }
+    files.write_json(args.out / "equal_bytes.json", found)
+    draw(found, args.out / "equal_bytes.png")
+    for v in found["verdicts"]:
+        print(v)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Attention of one new token to the tokens of the body that the key codec scores highest.
+
+All tokens get a score, from what the codec reads of them; for the chosen ones alone keys are rebuilt, turned and scored
+exactly, and values are unpacked. What is saved is work and reads, never bytes held. Pages that came one by one while
+decoding are joined for each of the two passes, and that copy reads them in full.
+"""
+
+import torch
+from torch import Tensor
+
+from kvshrink.cache.view import Slice, View, visible
+from kvshrink.kernels.attention import finish, fold, start
+from kvshrink.shapes import Bool, Float, Int
+
+WIDER = 8  # blocks at a time: only some channels, or some tokens, of a block are ever alive
+
+
+def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> tuple[Tensor, Tensor]:
+    """(latent output, log-sum-exp) over the chosen tokens. A row that sees none gives 0 and -inf."""
+    query, view = part
+    layer, rope, pages = view.handle.layer, view.handle.rope, view.handle.pages
+    assert layer.codecs is not None
+    key_codec, value_codec = layer.codecs
+    turned = rope if key_codec.site == "k_pre" else None
+    positions = layer.table.positions
+    asked = query
+    if turned is not None:
+        own = positions[:, layer.seen - 1 : layer.seen]
+        asked = turned.turn_back(query, own.expand(-1, query.shape[2]))
+    best, counted = _best(asked, view, block_tokens * WIDER)
+    state, at = start(query, value_codec.width), 0
+    for block in layer.pages.blocks(block_tokens * WIDER, pages):
+        inside = (best >= at) & (best < at + block.tokens) & counted
+        index, live = _front(best - at, inside)
+        at += block.tokens
+        if not index.shape[1]:
+            continue
+        keys = key_codec.expand(key_codec.pick(block.part("k."), index), layer.shape.heads)
+        if turned is not None:
+            columns = index + block.columns.start if isinstance(block.columns, slice) else block.columns[index]
+            keys = turned.turn(keys, positions.gather(1, columns.clamp_min(0)))
+        live = live[:, None, None]
+        seen = visible(block, view)
+        if seen is not None:
+            seen = seen.expand(len(index), -1, -1, -1)
+            live = live & seen.gather(3, index[:, None, None].expand(-1, *seen.shape[1:3], -1))
+        state = fold(state, query, keys, value_codec.pick(block.part("v."), index), live, softcap)
+    return finish(state)
+
+
+def _best(query: Float[Tensor, "b h x d"], view: View, tokens: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:
+    """Slots of the body with the highest scores, and which of them a row really reads: rows may see fewer."""
+    layer = view.handle.layer
+    assert layer.codecs is not None
+    codec, parts = layer.codecs[0], []
+    for block in layer.pages.blocks(tokens, view.handle.pages):
+        scores, seen = codec.scores(query, block.part("k.")), visible(block, view)
+        # a mask may differ from head to head; a token that any of them sees may be chosen
+        parts.append(scores if seen is None else scores.masked_fill(~seen.any(1).any(1), -torch.inf))
+    every = torch.cat(parts, 1)
+    there = every.isfinite().sum(1).tolist()
+    wanted = [n if (k := codec.reads(n)) is None else k for n in there]
+    best = every.topk(max(wanted), 1).indices
+    ranks = torch.arange(best.shape[1], device=best.device)
+    return best, ranks < torch.tensor(wanted, device=best.device)[:, None]
+
+
+def _front(slots: Int[Tensor, "b k"], inside: Bool[Tensor, "b k"]) -> tuple[Int[Tensor, "b c"], Bool[Tensor, "b c"]]:
+    """The slots inside, moved to the front of each row; a row with fewer than another one is filled with slot 0."""
+    count = int(inside.sum(1).max())
+    order = inside.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    live = inside.gather(1, order)
+    return slots.gather(1, order).masked_fill(~live, 0), live

@@ -1,0 +1,101 @@
+"""kvshrink plan: the method and settings that lose least within a budget of bytes, or hold least within one of KL."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table
+from kvshrink.eval import calibration
+from kvshrink.eval.budget import Room
+from kvshrink.eval.catalogue import check_context
+from kvshrink.eval.outcomes import Log
+from kvshrink.fit.data import token_rows
+from kvshrink.methods._roles import Method
+from kvshrink.plan.bench import Bench, Point
+from kvshrink.plan.budget import Budget, budget
+from kvshrink.plan.check import Check, check
+from kvshrink.plan.file import plan_of
+from kvshrink.plan.picture import picture as draw
+from kvshrink.plan.search import Search, pareto
+from kvshrink.plan.space import METHODS, known, label
+from kvshrink.store import files
+from kvshrink.store.bytes import human
+
+HEAD = ("", "setting", "bytes", "kept", "KL, nats")
+
+
+def plan(
+    model: ModelOption = "reference",
+    text: TextOption = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of a sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences held together.")] = 1,
+    kept: Annotated[float | None, typer.Option(help="Budget: share of the full cache's bytes.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: the bytes that --tokens tokens x --batch sequences must fit in: 64MiB, 20GiB, 1000000."
+        ),
+    ] = None,
+    kl: Annotated[float | None, typer.Option(help="Budget: nats; the fewest bytes that keep to it are found.")] = None,
+    methods: Annotated[str, typer.Option(help="Names with commas between them.")] = ",".join(METHODS),
+    trials: Annotated[int, typer.Option(min=1, help="Settings that are tried.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    length: Annotated[int, typer.Option(min=64, help="Tokens per calibration row.")] = 1024,
+    out: Annotated[Path | None, typer.Option(help="plan.json, which `kvshrink fit --plan` takes.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="The front as a picture.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of what was measured; run again to resume.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Search methods, bits, groups and windows for a budget: --kept, --memory or --kl. Prints the Pareto front.
+
+    KL is measured on the last tenth of the text, which the fits do not see: passages of it come again, and the model
+    reads the repetition over the shrunken cache. Bytes are all bytes of a sequence: scales, window, sinks, positions.
+    """
+    names = known([name.strip() for name in methods.split(",") if name.strip()])
+    net, tokenizer = load(model)
+    check_context(net, tokens)
+    room = Room.of(net, tokens)
+    asked = budget(room, batch, kept, memory, kl)
+    rows = token_rows(calibration.texts(text), tokenizer, length, Method.page)
+    bench = Bench(net, rows, room, Log(work / "points.jsonl" if work else None), True)
+    search = Search(bench, asked, names, trials, seed)
+    chosen = search.run()
+    front = pareto(search.points)
+    best = [p for name in names if (p := search.best_of(name, chosen.nbytes)) and p not in front]
+    ready = bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
+    checked = check(net, ready, tokens, batch)
+    settings = {"methods": names, "trials": trials, "seed": seed, "points": len(search.points)}
+    data = plan_of(model, bench, asked, chosen, front, checked, settings)
+    _show(asked, chosen, front, best, checked)
+    if out is not None:
+        files.write_json(out, data)
+        console.print(f"wrote {out}: kvshrink fit --plan {out} --out FOLDER", markup=False, highlight=False)
+    if picture is not None:
+        draw(search.points, front, chosen, picture, f"{Path(model).name}: {batch} x {tokens} tokens")
+        console.print(f"wrote {picture}", markup=False, highlight=False)
+    if json:
+        print_json(data | {"measured": bench.measured})
+
+
+def _show(asked: Budget, chosen: Point, front: list[Point], best: list[Point], checked: Check) -> None:
+    marks = {True: "front", False: "best of its method"}
+    rows = [
+        (
+            "CHOSEN" if p == chosen else marks[p in front],
+            label(p.method),
+            human(p.nbytes * asked.batch),
+            f"{100 * p.kept:.2f} %",
+            f"{p.kl:.5f}",
+        )
+        for p in sorted([*front, *best], key=lambda p: (p.nbytes, p.kl))
+    ]
+    print_table(HEAD, rows, f"Pareto front for {asked.batch} x {asked.tokens} tokens")
+    limit = f"{human((asked.nbytes or 0) * asked.batch)}" if asked.nbytes is not None else f"a KL of {asked.kl:g}"
+    console.print(f"chosen within {limit}: {label(chosen.method)}", highlight=False)
+    part = "" if checked.whole else f" (a part of it: {checked.batch} x {checked.tokens} tokens)"
+    console.print(
+        f"a real cache{part} holds {checked.nbytes} bytes, {100 * checked.nbytes / checked.full:.2f} % of the full "
+        f"one; promised were {checked.promised}",
+        highlight=False,
+    )

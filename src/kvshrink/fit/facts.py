@@ -1,0 +1,26 @@
+"""What a fit learns a layer from: its statistics, gathered while the calibration text runs through the model once."""
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kvshrink.attach.families import layers_of
+from kvshrink.fit.layerwise import LayerRunner
+from kvshrink.fit.source import InMemory
+from kvshrink.fit.watch import LayerWatch
+from kvshrink.methods._facts import LayerFacts
+from kvshrink.shapes import Int
+
+
+def gather(model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool) -> dict[int, LayerFacts]:
+    """Facts of every layer that is compressed, in n x n numbers a layer: any number of methods can be fitted to them.
+
+    The facts hold the model's own key and value weights, not copies.
+    """
+    infos, found = layers_of(model), {}
+    runner = LayerRunner(InMemory(model), rows, batch)
+    for i in tqdm(range(runner.layers), desc="statistics", unit="layer", disable=not progress):
+        seen = LayerWatch(0, False) if infos[i].compressed else None
+        runner.run(i, model.get_decoder().layers[i], seen)  # type: ignore[operator]
+        if seen is not None:
+            found[i] = seen.facts(infos[i])
+    return found

@@ -1,0 +1,35 @@
+"""A codec as training sees it: the same numbers, with a gradient to the basis.
+
+Rounding passes its gradient straight through (arXiv 1308.3432), and is left out where training does not ask for it.
+"""
+
+from typing import final
+
+from torch import Tensor
+
+from kvshrink.methods._roles import Codec, Stored
+from kvshrink.methods.lowrank._basis import BasisCodec
+
+
+@final
+class Soft(Codec):
+    """A `BasisCodec` that stores latents [b, G, t, r] instead of pages."""
+
+    side = frozenset()
+
+    def __init__(self, codec: BasisCodec, rounds: bool) -> None:
+        self.codec, self.rounds = codec, rounds
+        self.site, self.width = codec.site, codec.width
+
+    def encode(self, rows: Tensor, valid: Tensor | None) -> Stored:
+        latent = self.codec.project(rows)
+        return {"latent": self.codec.packing.fake(latent) if self.rounds else latent}
+
+    def unpack(self, stored: Stored) -> Tensor:
+        return stored["latent"]
+
+    def expand(self, latent: Tensor, heads: int) -> Tensor:
+        return self.codec.expand(latent, heads)
+
+    def page_bytes(self) -> int:
+        return self.codec.page_bytes()

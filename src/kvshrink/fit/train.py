@@ -1,0 +1,165 @@
+"""Train fitted bases on a loss, and keep the result only where it beats its start on rows it was not trained on.
+
+Optimiser as in CSKV (arXiv 2409.10593, 3.3): AdamW, linear decay, gradient norm 1, one row a step, in float32. With
+`matryoshka` every step draws a rank for keys and one for values (arXiv 2410.14731), so that leading components are good
+by themselves. The start's moments include the held-out rows, which favours the start: a doubtful training is not kept.
+Held-out losses are read through the quantiser also where training is not, since that is what a cache holds.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import inf, isfinite
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kvshrink.errors import DataError
+from kvshrink.fit.curve import curve
+from kvshrink.fit.soft import Soft
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods.lowrank._basis import leading
+from kvshrink.methods.lowrank.cskv import CSKV
+
+HELD = 0.1  # share of the rows that is never trained on
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the rank, for matryoshka
+SEED = 0
+SIDES = ("key", "value")
+
+Codecs = Mapping[int, tuple[Soft, Soft]]  # key codec and value codec per layer
+Basis = dict[int, dict[str, Tensor]]  # tensors per layer
+
+
+class Loss(ABC):
+    """What is trained on. Rows 0 .. trained - 1 are for training, the next `held` ones for the guard alone."""
+
+    trained: int
+    held: int
+
+    @abstractmethod
+    def __call__(self, codecs: Codecs, row: int) -> Tensor:
+        """Loss of one row, where the layers' keys and values are read through these codecs."""
+
+
+def split(rows: int) -> tuple[int, int]:
+    """(rows to train on, rows to hold out: the last ones)."""
+    held = max(1, round(HELD * rows))
+    return rows - held, held
+
+
+def train(
+    method: CSKV,
+    layers: Mapping[int, Fitted],
+    shapes: Mapping[int, LayerShape],
+    loss: Loss,
+    label: str,
+    progress: bool,
+    log_with: str | None = None,
+) -> tuple[Basis, dict]:
+    """(tensors per layer, record): trained ones, or those given if they are better on the held-out rows."""
+    params = {i: _parameters(fitted) for i, fitted in layers.items()}
+    losses = _optimise(method, params, shapes, loss, label, progress, log_with)
+    trained = {i: {**layers[i], **{k: p.detach() for k, p in params[i].items()}} for i in layers}
+    before, after = (_held_out(method, tensors, shapes, loss) for tensors in (layers, trained))
+    better = after < before  # False for NaN
+    record = {
+        "loss": [losses[0], losses[-1]],
+        "curve": curve(losses),
+        "held_out": {"closed form": _plain(before), "trained": _plain(after)},
+        "kept": "trained" if better else "closed form",
+    }
+    return trained if better else {i: dict(fitted) for i, fitted in layers.items()}, record
+
+
+def _parameters(fitted: Fitted) -> dict[str, nn.Parameter]:
+    """What is trained: every basis with its own decoder, also where they start as one orthonormal matrix."""
+    start = {k: fitted[k] for side in SIDES for k in (f"{side}_up", f"{side}_mean")}
+    for side in SIDES:
+        start[f"{side}_down"] = fitted.get(f"{side}_down", fitted[f"{side}_up"].transpose(1, 2))
+    return {k: nn.Parameter(t.detach().float().clone(memory_format=torch.contiguous_format)) for k, t in start.items()}
+
+
+def _optimise(
+    method: CSKV,
+    params: Mapping[int, dict[str, nn.Parameter]],
+    shapes: Mapping[int, LayerShape],
+    loss: Loss,
+    label: str,
+    progress: bool,
+    log_with: str | None,
+) -> list[float | None]:
+    """Loss per step; ends early where it is no number any more."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=log_with, project_dir="." if log_with else None)
+    if log_with:
+        accelerator.init_trackers("kvshrink")
+    every = [p for layer in params.values() for p in layer.values()]
+    optimizer = torch.optim.AdamW(every, lr=method.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / method.steps))
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    draw, losses = random.Random(SEED), []
+    with tqdm(total=method.steps, desc=label, leave=False, disable=not progress) as bar, torch.enable_grad():
+        for step in range(method.steps):
+            shares = [draw.choice(FRACTIONS) if method.matryoshka else 1.0 for _ in SIDES]
+            value = _value(method, params, shapes, loss, step % loss.trained, shares, method.qat)
+            losses.append(_plain(float(value.detach())))
+            if losses[-1] is None:
+                break
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(every, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if log_with:
+                accelerator.log({label: losses[-1]}, step=step)
+            bar.update()
+    if log_with:
+        accelerator.end_training()
+    return losses
+
+
+@torch.no_grad()
+def _held_out(method: CSKV, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], loss: Loss) -> float:
+    """Mean loss of the held-out rows, as a cache would read them; over all FRACTIONS if they are trained."""
+    rows = range(loss.trained, loss.trained + loss.held)
+    shares = FRACTIONS if method.matryoshka else (1.0,)
+    rounds = method.bits is not None
+    found = [float(_value(method, layers, shapes, loss, row, (s, s), rounds)) for row in rows for s in shares]
+    return sum(found) / len(found)
+
+
+def _value(method: CSKV, layers: Mapping, shapes: Mapping, loss: Loss, row: int, shares, rounds: bool) -> Tensor:
+    """The loss with a share of each side's components; infinity where they are beyond what a quantiser takes."""
+    codecs = {}
+    for i, fitted in layers.items():
+        tensors = dict(fitted)
+        for side, share in zip(SIDES, shares, strict=True):
+            if share < 1:
+                tensors |= leading(tensors, side, max(1, int(share * tensors[f"{side}_up"].shape[1])))
+        key, value = method.codecs(shapes[i], tensors)
+        codecs[i] = (Soft(key, rounds), Soft(value, rounds))
+    try:
+        return loss(codecs, row)
+    except DataError:
+        return torch.tensor(inf)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradient to the model's own weights, so that nothing is kept for it."""
+    was = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in was:
+            parameter.requires_grad_(required)
+
+
+def _plain(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if isfinite(value) else None

@@ -1,0 +1,81 @@
+"""What a method may learn from: a layer's shape, its statistics on the calibration text, and a probe of the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvshrink.shapes import Float
+
+if TYPE_CHECKING:
+    from kvshrink.methods._roles import Codec
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of one layer's cache: h KV heads of d channels, stored by the model as dtype."""
+
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in a full cache."""
+        return 2 * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the calibration rows of one site: mean [n], covariance [n, n], over `count` tokens."""
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
+
+    query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
+                  over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
+    output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
+    pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
+    """
+
+    shape: LayerShape
+    key: Moments
+    value: Moments
+    input_scale: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    query_energy: Float[Tensor, "h d"]
+    output_gram: Float[Tensor, "h d d"]
+    pairs: tuple[Tensor, Tensor] | None = None  # channels of a head that RoPE turns together, first and second
+
+
+class Probe(ABC):
+    """Asks the whole model what a loss costs."""
+
+    @abstractmethod
+    def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
+        """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
+        (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
+
+    @abstractmethod
+    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        """What `measure` gives, remembered by a key of the method's own: methods fitted together share answers."""
+
+    @abstractmethod
+    def fisher(self) -> dict[int, tuple[float, float]]:
+        """Per layer, squared gradients of a loss summed over the weights that make its keys, and its values."""

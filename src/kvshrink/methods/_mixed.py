@@ -1,0 +1,104 @@
+"""A page whose channels have different widths: runs of channels of one width, packed one after the other.
+
+Latents come in whitened (each channel has variance 1 on the calibration text) and are stored as Lloyd-Max codes of a
+unit normal; the only side information is one float16 gain per page and group of channels, which follows text that is
+louder or quieter than the calibration's: 16 bits for 32 tokens x 16 channels, .03 bits a number.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvshrink.errors import DataError
+from kvshrink.kernels.normal import from_codes, to_codes
+from kvshrink.kernels.pack import pack, packed_bytes, unpack
+from kvshrink.methods._roles import Stored
+from kvshrink.shapes import Bool, Float, Int
+
+GAIN_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """sizes: channels of each group; bits: their width, 1 or more."""
+
+    sizes: tuple[int, ...]
+    bits: tuple[int, ...]
+    page: int
+    side: ClassVar[frozenset[str]] = frozenset({"gain"})
+
+    @property
+    def width(self) -> int:
+        return sum(self.sizes)
+
+    def runs(self) -> list[tuple[int, slice]]:
+        """(bits, channels) of neighbouring groups of one width."""
+        out, at = [], 0
+        for bits, members in groupby(zip(self.bits, self.sizes, strict=True), key=lambda pair: pair[0]):
+            count = sum(size for _, size in members)
+            out.append((bits, slice(at, at + count)))
+            at += count
+        return out
+
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        pages = latent.float().unflatten(2, (-1, self.page)).transpose(1, 2)  # [b, p, G, page, r]
+        count: Tensor | float = float(self.page)
+        if valid is not None:
+            there = valid.unflatten(1, (-1, self.page))[:, :, None, :, None]
+            pages = pages.masked_fill(~there, 0.0)
+            count = there.sum(3).clamp_min(1)
+        energy = pages.square().sum(3) / count  # [b, p, G, r]
+        gain = torch.stack([part.mean(-1) for part in energy.split(self.sizes, -1)], -1) if self.sizes else energy
+        gain = gain.sqrt().to(torch.float16)
+        if not bool(gain.isfinite().all()):
+            raise DataError(
+                "keys or values are NaN, infinite or thousands of times what they were on the calibration text. "
+                "Check the model's activations, or fit on text like this."
+            )
+        spread = self._spread(gain)[:, :, :, None]
+        unit = pages / torch.where(spread > 0, spread, torch.ones_like(spread))
+        codes = [pack(to_codes(unit[..., part], bits).flatten(3), bits) for bits, part in self.runs()]
+        return {"codes": torch.cat(codes, -1) if codes else pages.new_zeros(*pages.shape[:3], 0).byte(), "gain": gain}
+
+    def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        codes, at, parts = stored["codes"], 0, []
+        for bits, channels in self.runs():
+            count = channels.stop - channels.start
+            size = packed_bytes(self.page * count, bits)
+            run = unpack(codes[..., at : at + size], bits).unflatten(-1, (self.page, count))
+            parts.append(from_codes(run, bits))
+            at += size
+        spread = self._spread(stored["gain"])[:, :, :, None]
+        unit = torch.cat(parts, -1) if parts else spread.expand(*spread.shape[:3], self.page, 0)
+        return (unit * spread).transpose(1, 2).flatten(2, 3)
+
+    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
+        """The first `width` channels; all are unpacked."""
+        return self.load(stored)[..., :width]
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """Some tokens of each row; all are unpacked."""
+        rows = self.load(stored)
+        index = tokens[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        return rows.gather(2, index.long())
+
+    def page_bytes(self) -> int:
+        return sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
+
+    def fake(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
+        """What `load(store(latent))` would give, with a straight-through gradient."""
+        with torch.no_grad():
+            rounded = self.load(self.store(latent, None))
+        return latent + (rounded - latent).detach()
+
+    def _spread(self, gain: Tensor) -> Tensor:
+        """[.., groups] to [.., channels], float32."""
+        return gain.float().repeat_interleave(torch.tensor(self.sizes, device=gain.device, dtype=torch.long), -1)
+
+
+def group_bytes(size: int, bits: int, page: int) -> int:
+    """Bytes of a page of one group: codes and gain; nothing at width 0."""
+    return packed_bytes(page * size, bits) + GAIN_BYTES if bits else 0

@@ -1,0 +1,85 @@
+"""Where the bytes go: widths for the channel groups of a side, and bytes for the sides of all layers.
+
+A side is one layer's keys or values. Within it the error is known in closed form, variance x error of the quantiser, so
+widths are filled up by the largest fall of error per byte. Between sides nothing but a measurement can tell what an
+error is worth; there a cost is given at some byte counts, and bytes go where its convex hull falls most.
+"""
+
+import heapq
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+from kvshrink.kernels.normal.reference import expected_error
+from kvshrink.methods._mixed import group_bytes
+
+Side = TypeVar("Side", bound=Hashable)
+Curve = Sequence[tuple[int, float]]  # (bytes of a page, cost), from 0 bytes on
+
+
+def fill(
+    energies: Sequence[float], sizes: Sequence[int], budget: int, widths: Sequence[int], page: int
+) -> tuple[int, ...]:
+    """Width of each group, in at most `budget` bytes a page. energies: sum of the variances of a group's channels."""
+    chosen, left = [0] * len(energies), budget
+    steps = [_step(energies[g], sizes[g], 0, widths, page, g) for g in range(len(energies))]
+    heap = [s for s in steps if s is not None]
+    heapq.heapify(heap)
+    while heap:
+        _, g, width, cost = heapq.heappop(heap)
+        if cost > left:
+            continue  # a smaller group may still fit
+        chosen[g], left = width, left - cost
+        if (step := _step(energies[g], sizes[g], width, widths, page, g)) is not None:
+            heapq.heappush(heap, step)
+    return tuple(chosen)
+
+
+def _step(
+    energy: float, size: int, now: int, widths: Sequence[int], page: int, group: int
+) -> tuple[float, int, int, int] | None:
+    """(-fall of error per byte, group, width, bytes more) of the best next width."""
+    have = group_bytes(size, now, page)
+    best = None
+    for width in widths:
+        if width > now:
+            cost = group_bytes(size, width, page) - have
+            fall = energy * (expected_error(now) - expected_error(width)) / cost
+            if fall > 0 and (best is None or -fall < best[0]):
+                best = (-fall, group, width, cost)
+    return best
+
+
+def cost_of(chosen: Sequence[int], sizes: Sequence[int], page: int) -> int:
+    """Bytes of a page at these widths."""
+    return sum(group_bytes(size, width, page) for size, width in zip(sizes, chosen, strict=True))
+
+
+def error_of(chosen: Sequence[int], energies: Sequence[float]) -> float:
+    """Expected squared error at these widths."""
+    return sum(e * expected_error(w) for e, w in zip(energies, chosen, strict=True))
+
+
+def share(curves: Mapping[Side, Curve], budget: int) -> dict[Side, int]:
+    """Bytes of each side: down the steepest piece of all convex hulls, until the budget is spent.
+
+    The last piece may be taken in part, so a side's bytes need not be those of a point of its curve.
+    """
+    pieces = [(slope, n, side, size) for n, (side, c) in enumerate(curves.items()) for slope, size in _hull(c)]
+    given, left = dict.fromkeys(curves, 0), budget
+    for _, _, side, size in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        given[side] += min(size, left)
+        left -= min(size, left)
+    return given
+
+
+def _hull(curve: Curve) -> list[tuple[float, int]]:
+    """(fall per byte, bytes) of each piece of the lower convex hull, as far as it falls."""
+    at, pieces = 0, []
+    while at + 1 < len(curve):
+        x, y = curve[at]
+        slope, to = max(((y - v) / (u - x), i) for i, (u, v) in enumerate(curve[at + 1 :], at + 1))
+        if slope <= 0:
+            break
+        pieces.append((slope, curve[to][0] - x))
+        at = to
+    return pieces

@@ -1,0 +1,125 @@
+"""EigenAttention: keys and values in the principal subspace of what a head sees. arXiv 2408.05646
+
+The SVD of the keys (before RoPE) and values of a calibration text gives a basis: one of the head dimension for the keys
+of all heads of a layer, one for each head's values. A layer's rank is the least that keeps a threshold of the energy,
+so that layers which need little keep little. Such bases are small and a key is cheap to rebuild; that no basis mixes
+the channels of two heads costs accuracy.
+
+Departures from the paper: its threshold is lowered layer by layer until that layer's output has a given error; here one
+threshold holds for the keys and values of all layers, the highest whose ranks fit `keep`. Models without RoPE get their
+key basis from keys alone too, not from keys and queries. 4 sinks and 32 to 64 recent tokens are exact. Latents may be
+quantised, keys per channel over a page and values per token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._latents import Affine, Raw, packing
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
+from kvshrink.methods.lowrank._ranks import by_threshold
+
+SIDES = ("key", "value")
+BITS = (8, 4, 3, 2)
+
+
+@final
+@dataclass(frozen=True)
+class EigenAttention(Method):
+    """Latents of each head, ranks by one threshold of the energy kept.
+
+    keep: share of channels kept, over keys and values of all layers; the threshold follows from it.
+    bits: bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
+    """
+
+    keep: float = 0.5
+    bits: int | None = None
+
+    needs_fit: ClassVar[bool] = True
+    dial: ClassVar[str] = "keep"
+
+    def check(self) -> None:
+        super().check()
+        number("keep", self.keep)
+        whole("bits", self.bits)
+        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
+        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        return [total / (2 * shape.head_dim) for total in range(2, 2 * shape.head_dim + 1)]
+
+    def ranks(self, shape: LayerShape) -> tuple[int, int]:
+        """(key rank, value rank) of a head before anything is known of the layers; an odd channel goes to values."""
+        total = int(2 * self.keep * shape.head_dim + 1e-6)
+        what = f"keep={self.keep} of {shape.head_dim} channels of keys and values"
+        require(total >= 2, what, f"Use keep of at least 1/{shape.head_dim}.")
+        return total // 2, total - total // 2
+
+    def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
+        """The mean over layers, which all together keep to, where nothing is fitted yet."""
+        return super().bits_per_token(shape, fitted) if fitted else self._budget(shape) * 8 / self.page
+
+    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+        """All directions of one layer, and the energy of each over the variance of the keys or values."""
+        shape = facts.shape
+        self.ranks(shape)  # says what is wrong before the ranks of all layers are known
+        out: dict[str, Tensor] = {}
+        for side, moments in zip(SIDES, (facts.key, facts.value), strict=True):
+            second = second_moment(moments)
+            if side == "key":  # the rows of all heads, one below the other, have the sum of the heads' moments
+                parts = second.unflatten(0, (shape.heads, -1)).unflatten(2, (shape.heads, -1))
+                second = parts.diagonal(dim1=0, dim2=2).sum(-1)
+            energy, _, basis = spectrum(second, second.shape[0] // shape.head_dim, shape.head_dim)
+            out |= {f"{side}_basis": basis, f"{side}_energy": energy / moments.covariance.trace()}
+        return {k: t.float().contiguous() for k, t in out.items()}
+
+    def finish(
+        self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
+    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+        """Find the threshold that meets the budget, and drop the directions that it does not need."""
+        sides = [(i, side) for i in layers for side in SIDES]
+        kept = [_kept(layers[i][f"{side}_energy"]) for i, side in sides]
+        costs = [
+            [0, *(self._packed(side, shapes[i], rank + 1).page_bytes() for rank in range(shapes[i].head_dim))]
+            for i, side in sides
+        ]
+        given = by_threshold(kept, costs, sum(self._budget(shapes[i]) for i in layers))
+        done = {i: dict(fitted) for i, fitted in layers.items()}
+        errors: dict[int, dict] = {i: {} for i in layers}
+        for (i, side), rank in zip(sides, given, strict=True):
+            errors[i][f"{side}_error"] = float(done[i].pop(f"{side}_energy")[:, rank:].double().sum())
+            done[i][f"{side}_basis"] = layers[i][f"{side}_basis"][:, :rank].contiguous()
+        named = {f"{i} {side}": rank for (i, side), rank in zip(sides, given, strict=True)}
+        threshold = min(k[rank] for k, rank in zip(kept, given, strict=True))
+        return done, {"ranks": named, "threshold": threshold, "layers": errors}
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
+
+    def _budget(self, shape: LayerShape) -> int:
+        """Bytes of a layer's page, keys and values."""
+        return sum(self._packed(s, shape, r).page_bytes() for s, r in zip(SIDES, self.ranks(shape), strict=True))
+
+    def _packed(self, side: str, shape: LayerShape, rank: int) -> Raw | Affine:
+        axis = "channel" if side == "key" else "token"
+        return packing(shape.heads, rank, self.page, self.bits, axis, rank, shape.dtype)
+
+    def _codec(self, side: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+        up = fitted[f"{side}_basis"].expand(shape.heads, -1, -1)  # the keys' one basis is held once
+        stored = self._packed(side, shape, up.shape[1])
+        mean = up.new_zeros(shape.heads, shape.head_dim)
+        return BasisCodec("k_pre" if side == "key" else "v", up.transpose(1, 2), up, mean, stored)
+
+
+def _kept(energy: Tensor) -> list[float]:
+    """Share of the energy at each rank from 0 on, of the basis that keeps least: all heads have one rank."""
+    share = energy.double().cumsum(1) / energy.double().sum(1, keepdim=True).clamp_min(1e-30)
+    return [0.0, *share.amin(0).tolist()]
+
+
+METHOD = EigenAttention

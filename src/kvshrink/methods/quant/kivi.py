@@ -1,0 +1,46 @@
+"""KIVI: 2-bit keys per channel and values per token, the recent tokens exact. arXiv 2402.02750
+
+Keys have few channels of large numbers, so they get one scale per channel over 32 tokens; values have none and get one
+per token and 32 channels. Nothing is learnt and nothing is quantised twice. At 2 bits the scales are a third of the
+bytes: 3 bits a number.
+
+Departures from the paper: its `residual` of R = 128 tokens is our `window`, and pages of 32 tokens leave it, so that
+between 128 and 160 recent keys and values are exact; the paper keeps 0 to R keys (a block of R is quantised at once)
+and exactly R values. Scale and minimum are float16, as in the paper.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import require
+from kvshrink.methods.quant._headwise import headwise
+
+BITS = (2, 4)
+
+
+@final
+@dataclass(frozen=True)
+class KIVI(Method):
+    """`bits`-bit keys and values, groups of 32, the last `window` tokens (the paper's residual) exact, no sinks."""
+
+    window: int = 128
+    sinks: int = 0
+    bits: int = 2
+
+    dial: ClassVar[str] = "bits"
+    group: ClassVar[int] = Method.page  # channels that share a value's scale: the paper's one group size is our page
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
+        return BITS
+
+    def check(self) -> None:
+        super().check()
+        require(type(self.bits) is int and self.bits in BITS, f"bits={self.bits!r}", f"Use one of {BITS}.")
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        return headwise(shape, self.page, self.bits, "channel", self.group)
+
+
+METHOD = KIVI

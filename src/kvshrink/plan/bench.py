@@ -1,0 +1,111 @@
+"""What a setting costs: its bytes by the method's own arithmetic, its KL measured on text that no fit has seen.
+
+The text runs through the model once; any number of settings is then fitted to the same statistics. The last tenth of
+the rows is kept from the fit: passages of it are repeated (fit/probe.py), and the repetition is read a page at a time
+over what the setting leaves of the rest, with pages leaving the window as they do in use.
+
+Trade-off: `spectral` shares its bytes by curves that are measured once, at the largest window of the search, and used
+for all windows; `fit` measures them at the window that was chosen.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from kvshrink.attach import attach
+from kvshrink.attach.families import shape_of
+from kvshrink.errors import DataError
+from kvshrink.eval.budget import Room
+from kvshrink.eval.identity import model_key
+from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.fit.data import rows_hash
+from kvshrink.fit.facts import gather
+from kvshrink.fit.probe import REPEATED, Recall
+from kvshrink.methods import build, name_of
+from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.quant.rtn import RTN
+from kvshrink.plan.space import SINKS, WINDOWS
+from kvshrink.shapes import Int
+
+HELD_OUT = 10  # one row in so many
+WIDEST = RTN(window=max(WINDOWS), sinks=max(SINKS))  # stands for all: whose window and sinks none exceeds
+BATCH = 4  # calibration rows per forward pass
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting: bytes that it promises for one sequence, the share of the full cache's, KL in nats."""
+
+    name: str
+    settings: dict
+    nbytes: int
+    kept: float
+    kl: float
+
+    @property
+    def method(self) -> Method:
+        return build(self.name, self.settings)
+
+
+class Bench:
+    """Measures settings on one model and text. What `log` has is not measured again."""
+
+    def __init__(self, model: Any, rows: Int[Tensor, "rows length"], room: Room, log: Log, progress: bool) -> None:
+        self.model, self.room, self.log, self.progress = model, room, log, progress
+        self.infos, self.fingerprint = attach(model).layers, attach(model).fingerprint
+        self.shapes = {i: shape_of(x.module) for i, x in enumerate(self.infos) if x.compressed}
+        self.fitted_rows, self.held_rows = split(rows)
+        self.key = (model_key(model), rows_hash(rows))
+        self.measured = 0
+
+    @cached_property
+    def facts(self) -> dict[int, LayerFacts]:
+        return gather(self.model, self.fitted_rows, BATCH, self.progress)
+
+    @cached_property
+    def asks(self) -> Recall:
+        """For methods that ask, while they are fitted, what a loss costs."""
+        return Recall(self.model, self.infos, self.fitted_rows, WIDEST, self.progress)
+
+    @cached_property
+    def judge(self) -> Recall:
+        return Recall(self.model, self.infos, self.held_rows, WIDEST, False, chunk=WIDEST.page)
+
+    def point(self, method: Method) -> Point:
+        """Where a setting stands."""
+        key = key_of("plan", *self.key, name_of(method), method.settings())
+        if key not in self.log.rows:
+            self.log.add({"key": key, "method": name_of(method), "settings": method.settings(), "kl": self._kl(method)})
+            self.measured += 1
+        kl = self.log.rows[key]["kl"]
+        return Point(name_of(method), method.settings(), self.room.held(method), self.room.kept(method), kl)
+
+    def fitted(self, method: Method) -> Artifact:
+        """The method fitted to the statistics; nothing is trained."""
+        layers: Mapping[int, Any] = {i: method.fit_layer(facts) for i, facts in self.facts.items()}
+        layers, record = method.finish(layers, self.shapes, self.asks if method.probes else None)
+        model = {"name": str(self.model.config.name_or_path), "fingerprint": self.fingerprint}
+        return Artifact(method, layers, model, record)
+
+    def _kl(self, method: Method) -> float:
+        layers = self.fitted(method).layers if method.needs_fit else {i: {} for i in self.shapes}
+        codecs = {i: method.codecs(shape, layers[i]) for i, shape in self.shapes.items()}
+        return self.judge.seen_by(method).kl(codecs)  # type: ignore[arg-type]
+
+
+def split(rows: Int[Tensor, "rows length"]) -> tuple[Tensor, Tensor]:
+    """(rows to fit on, rows to judge on): the last tenth, and no fewer than the probe needs.
+
+    Raises DataError if nothing is left to fit on.
+    """
+    least = REPEATED * (WIDEST.window + WIDEST.sinks + WIDEST.page + 2)
+    count = max(-(-len(rows) // HELD_OUT), -(-least // rows.shape[1]))
+    if count >= len(rows):
+        need = least + rows.shape[1]
+        raise DataError(f"{rows.numel()} calibration tokens are too few to fit and to judge on. Give {need} or more.")
+    return rows[:-count], rows[-count:]

@@ -1,0 +1,50 @@
+"""What a plan must keep to: bytes for so many tokens of so many sequences, or a KL."""
+
+import re
+from dataclasses import dataclass
+
+from kvshrink.errors import SettingError
+from kvshrink.eval.budget import Room
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """asked: as it was said, {"kept": 0.0625}. nbytes: of one sequence, or None where `kl` (nats) is the limit."""
+
+    asked: dict
+    tokens: int
+    batch: int
+    nbytes: int | None = None
+    kl: float | None = None
+
+
+def budget(
+    room: Room, batch: int, kept: float | None = None, memory: str | None = None, kl: float | None = None
+) -> Budget:
+    """A budget from exactly one of the three. Raises SettingError on none, on two, or on a number that cannot be."""
+    asked = {k: v for k, v in {"kept": kept, "memory": memory, "kl": kl}.items() if v is not None}
+    if len(asked) != 1:
+        given = ", ".join(f"--{k}" for k in asked) or "none"
+        raise SettingError(f"a plan has exactly one budget, not {given}. Give --kept, --memory or --kl.")
+    if batch < 1:
+        raise SettingError(f"batch={batch} is not possible. Use 1 sequence or more.")
+    if kl is not None:
+        if not 0 < kl < float("inf"):
+            raise SettingError(f"kl={kl} is not possible. Use nats above 0, such as 0.01.")
+        return Budget(asked, room.tokens, batch, kl=kl)
+    if kept is not None:
+        if not 0 < kept <= 1:
+            raise SettingError(f"kept={kept} is not possible. Use a share of bytes above 0, up to 1.")
+        return Budget(asked, room.tokens, batch, nbytes=int(kept * room.full))
+    return Budget(asked, room.tokens, batch, nbytes=parse_bytes(str(memory)) // batch)
+
+
+def parse_bytes(text: str) -> int:
+    """ "64MiB", "20 GiB", "1.5GB" or "1000000" as bytes. Raises SettingError on anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    unit = found and UNITS.get(found[2].upper())
+    if not found or not unit or not float(found[1]):
+        raise SettingError(f"{text!r} are no bytes. Write a number and KiB, MiB or GiB, such as 64MiB.")
+    return int(float(found[1]) * unit)

@@ -1,0 +1,55 @@
+"""The plan held against a real cache: keys and values are stored as the plan says, and the live bytes are counted."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvshrink.attach import attach, make_cache
+from kvshrink.attach.families import shape_of
+from kvshrink.eval.budget import Room
+from kvshrink.eval.prefill import fill
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+
+MOST = 2**30  # bytes of keys and values that are made for a check, of all layers together
+
+
+@dataclass(frozen=True)
+class Check:
+    """Bytes of a cache of `batch` sequences of `tokens` tokens: what it holds, what was promised, what a full one has.
+
+    whole: whether these are all tokens and sequences of the plan; else a part that fits in memory was filled.
+    """
+
+    tokens: int
+    batch: int
+    nbytes: int
+    promised: int
+    full: int
+    whole: bool
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Check:
+    """Fill a cache with normal noise, which takes the bytes that any text takes, and count what is alive."""
+    token = Room.of(model, tokens).full // tokens
+    rows = min(batch, max(1, MOST // (token * tokens)))
+    length = min(tokens, MOST // (token * rows))
+    attachment = attach(model)
+    dense, draw = DynamicCache(config=model.config), torch.Generator().manual_seed(0)
+    for i, info in enumerate(attachment.layers):
+        shape = shape_of(info.module)
+        size = (rows, shape.heads, length, shape.head_dim)
+        device = next(info.module.parameters()).device
+        keys, values = (torch.randn(size, generator=draw).to(device, shape.dtype) for _ in range(2))
+        dense.update(keys, values, i)
+    cache = make_cache(model, method)
+    fill(cache, dense, attachment)
+    room, own = Room.of(model, length), method.method if isinstance(method, Artifact) else method
+    held = cache.report()
+    whole = (length, rows) == (tokens, batch)
+    return Check(length, rows, held.nbytes, rows * room.held(own), rows * room.full, whole)

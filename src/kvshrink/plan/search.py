@@ -1,0 +1,171 @@
+"""The search: Optuna's TPE (arXiv 2304.11127) chooses settings, the budget sets the dial, the probe says the KL.
+
+Under a byte budget each trial stands at the budget and its KL is minimised. Under a KL each trial's dial goes down in
+bytes until the KL is passed, and the bytes are minimised; a trial that misses the KL at the best bytes so far is left
+there. The best setting of each method is then stood at a quarter, half, twice and four times the bytes, for the front.
+
+A run resumes by replay: the sampler is seeded and what was measured is in the log, so an interrupted search goes on as
+if nothing had happened. (A stored study would not: Optuna keeps trials, not the sampler's state.)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from kvshrink.errors import KVShrinkError, SettingError
+from kvshrink.methods._roles import Method
+from kvshrink.plan.bench import Bench, Point
+from kvshrink.plan.budget import Budget
+from kvshrink.plan.space import defaults, label, smallest, stand, suggest
+from kvshrink.store.bytes import human
+
+LEVELS = (0.25, 0.5, 2.0, 4.0)  # of the plan's bytes, where the best setting of each method is measured too
+STEP = 1.02  # bytes are searched this finely under a KL
+STARTUP = 10  # trials before the sampler begins to learn
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """The points of which none has both fewer bytes and a smaller KL, by bytes."""
+    front: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.nbytes, p.kl)):
+        if not front or p.kl < front[-1].kl:
+            front.append(p)
+    return front
+
+
+@dataclass
+class Search:
+    """trials: settings that are tried. points: every setting that was measured."""
+
+    bench: Bench
+    budget: Budget
+    names: Sequence[str]
+    trials: int
+    seed: int
+    points: list[Point] = field(default_factory=list)
+
+    def run(self) -> Point:
+        """The chosen point. Raises SettingError if the budget is smaller than anything."""
+        names = self._possible()
+        study = _study(self.seed, min(STARTUP, self.trials))
+        for name in names:
+            own = defaults(name, self.bench.room)
+            study.enqueue_trial({"method": name, **{f"{name}.{k}": v for k, v in own.items()}})
+        with tqdm(total=self.trials, desc="plan", unit="trial", disable=not self.bench.progress) as bar:
+            for _ in range(self.trials):
+                trial = study.ask()
+                method = suggest(trial, names, self.bench.room)
+                value = self._at_bytes(method) if self.budget.nbytes is not None else self._at_kl(method)
+                study.tell(trial, value, state=None if value is not None else _pruned())
+                bar.update()
+        chosen = self._chosen() or self._smallest(names)
+        if chosen is None:
+            best = min(self.points, key=lambda p: p.kl)
+            raise SettingError(
+                f"no setting that was tried comes to a KL of {self.budget.kl:g} nats: the smallest was {best.kl:.3g}, "
+                f"with {label(best.method)} at {human(best.nbytes)}. Allow that much, or try more."
+            )
+        self._sweep(chosen)
+        return self._chosen() or chosen
+
+    def _possible(self) -> list[str]:
+        """The methods that have a setting within the budget."""
+        if self.budget.nbytes is None:
+            return list(self.names)
+        room, least = self.bench.room, {name: smallest(name, self.bench.room) for name in self.names}
+        possible = [name for name in self.names if least[name][0] <= self.budget.nbytes]
+        if not possible:
+            size, method = min(least.values(), key=lambda pair: pair[0])
+            batch = self.budget.batch
+            raise SettingError(
+                f"{self.budget.nbytes * batch} bytes are too few for {batch} x {room.tokens} tokens: the smallest "
+                f"possible are {size * batch} (kept {math.ceil(1e6 * size / room.full) / 1e6:g}), "
+                f"with {label(method)}. Give that much."
+            )
+        return possible
+
+    def _smallest(self, names: Sequence[str]) -> Point | None:
+        """Where a byte budget is so small that no trial stood within it: the best of the methods' smallest settings."""
+        if self.budget.nbytes is None:
+            return None
+        room = self.bench.room
+        there = [stand(smallest(name, room)[1], room, self.budget.nbytes) for name in names]
+        return min((self._measure(m) for m in there if m is not None), key=lambda p: p.kl)
+
+    def _measure(self, method: Method) -> Point:
+        point = self.bench.point(method)
+        if point not in self.points:
+            self.points.append(point)
+        return point
+
+    def _at_bytes(self, method: Method) -> float | None:
+        """KL at the budget; None if the setting cannot be as small."""
+        assert self.budget.nbytes is not None
+        there = stand(method, self.bench.room, self.budget.nbytes)
+        return None if there is None else self._measure(there).kl
+
+    def _at_kl(self, method: Method) -> float | None:
+        """Log of the bytes that the KL takes; where that is above the best so far, of more than the best, by the KL."""
+        assert self.budget.kl is not None
+        room, chosen = self.bench.room, self._chosen()
+        there = stand(method, room, room.full if chosen is None else chosen.nbytes / STEP)
+        if there is None:
+            return None
+        best = self._measure(there)
+        if best.kl > self.budget.kl:
+            return math.log(best.nbytes) + math.log(best.kl / self.budget.kl)
+        low = best.nbytes / 1024
+        while best.nbytes > STEP * low:
+            middle = math.sqrt(low * best.nbytes)
+            there = stand(method, room, middle)
+            if there is not None and (point := self._measure(there)).kl <= self.budget.kl:
+                best = point
+            else:
+                low = middle
+        return math.log(best.nbytes)
+
+    def _chosen(self) -> Point | None:
+        """The smallest KL within the bytes, or the fewest bytes within the KL."""
+        if self.budget.nbytes is not None:
+            within = [p for p in self.points if p.nbytes <= self.budget.nbytes]
+            return min(within, key=lambda p: (p.kl, p.nbytes), default=None)
+        within = [p for p in self.points if p.kl <= (self.budget.kl or 0.0)]
+        return min(within, key=lambda p: (p.nbytes, p.kl), default=None)
+
+    def best_of(self, name: str, nbytes: int) -> Point | None:
+        """The method's point to go on with: the smallest KL of those nearest to these bytes."""
+        own = [p for p in self.points if p.name == name]
+        near = [p for p in own if p.nbytes <= nbytes] or own
+        return min(near, key=lambda p: p.kl, default=None)
+
+    def _sweep(self, chosen: Point) -> None:
+        room = self.bench.room
+        for name in tqdm(self.names, desc="front", unit="method", disable=not self.bench.progress):
+            best = self.best_of(name, chosen.nbytes)
+            start = best.method if best else smallest(name, room)[1]
+            for level in LEVELS:
+                if (there := stand(start, room, level * chosen.nbytes)) is not None:
+                    self._measure(there)
+
+
+def _study(seed: int, startup: int) -> Any:
+    """A seeded study in memory, silent. Raises KVShrinkError if Optuna is not installed."""
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup))
+
+
+def _pruned() -> Any:
+    """The state of a trial that has no setting at the budget: the sampler keeps away from it."""
+    return _optuna().trial.TrialState.PRUNED
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise KVShrinkError("kvshrink plan needs Optuna: pip install 'kvshrink[plan]'.") from error
+    return optuna

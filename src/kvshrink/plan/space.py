@@ -1,0 +1,102 @@
+"""What a search may choose, and the setting of a method that stands at so many bytes.
+
+Every method has its dial (`Method.dial`), which the bytes set; everything else is a choice from a short list. So each
+trial uses its budget up, and the search compares what the bytes are spent on.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import product
+from typing import Any
+
+from kvshrink.errors import SettingError
+from kvshrink.eval.budget import Room
+from kvshrink.methods import build, get, name_of
+from kvshrink.methods._roles import Method
+
+METHODS = ("spectral", "cskv", "rtn", "kivi")
+WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
+METRICS = {"key_metric": ("plain", "query"), "value_metric": ("plain", "output")}
+SPACE: dict[str, dict[str, tuple]] = {
+    "spectral": {"rotate": (True, False), **METRICS},
+    "cskv": {"bits": (None, 4, 3, 2), "key_share": (0.3, 0.4, 0.5, 0.6, 0.7), **METRICS},
+    "rtn": {"group": (32, 64, 128), "key_axis": ("channel", "token")},
+}
+FREE = ("window", "sinks", "rotate", *METRICS)  # bytes are fewest at the smallest, or do not depend on it
+
+Choices = Mapping[str, Sequence]
+
+
+def known(names: Sequence[str]) -> list[str]:
+    """The names, each once. Raises SettingError on one that no plan can have."""
+    for name in names:
+        cls = get(name)
+        if cls.drops_tokens or cls.dial is None:
+            raise SettingError(f"{name} cannot be planned: it drops tokens or has no dial. Use {', '.join(METHODS)}.")
+    if not names:
+        raise SettingError(f"--methods names none. Use some of {', '.join(METHODS)}.")
+    return list(dict.fromkeys(names))
+
+
+def choices(name: str, room: Room) -> Choices:
+    """{setting: values} of a method, its dial left out."""
+    found: dict[str, Sequence] = {"window": WINDOWS, "sinks": SINKS, **SPACE.get(name, {})}
+    if name == "kivi":
+        found.pop("sinks")  # the paper has none
+    heads = math.gcd(*(shape.heads for shape in room.layers))
+    if name == "cskv":
+        found["group_heads"] = (None, *(n for n in range(1, heads) if heads % n == 0))
+    return found
+
+
+def defaults(name: str, room: Room) -> dict[str, Any]:
+    """The method's own settings, as far as they are among the choices."""
+    own = {f.name: f.default for f in fields(get(name))}
+    return {k: own[k] for k, values in choices(name, room).items() if own[k] in values}
+
+
+def suggest(trial: Any, names: Sequence[str], room: Room) -> Method:
+    """What an Optuna trial chooses, the dial as the method has it."""
+    name = trial.suggest_categorical("method", names)
+    chosen = {k: trial.suggest_categorical(f"{name}.{k}", list(v)) for k, v in choices(name, room).items()}
+    return build(name, chosen)
+
+
+def stand(method: Method, room: Room, nbytes: float) -> Method | None:
+    """The method with its dial at the largest setting that holds no more than `nbytes` of one sequence, or None."""
+    dial = str(method.dial)
+    values = method.dial_values(room.layers[0], room.tokens)
+
+    def held(i: int) -> int:
+        return room.held(replace(method, **{dial: values[i]}))
+
+    best = bisect_right(range(len(values)), nbytes, key=held) - 1
+    return replace(method, **{dial: values[best]}) if best >= 0 and held(best) > 0 else None
+
+
+def smallest(name: str, room: Room) -> tuple[int, Method]:
+    """(bytes of one sequence, the method) at the smallest of all its choices. Raises SettingError if none fits."""
+    every = choices(name, room)
+    found = []
+    for chosen in product(*(values[:1] if k in FREE else values for k, values in every.items())):
+        method = build(name, dict(zip(every, chosen, strict=True)))
+        values = method.dial_values(room.layers[0], room.tokens)
+        held = [*range(len(values))]
+        at = bisect_right(held, 0, key=lambda i, m=method, v=values: room.held(replace(m, **{str(m.dial): v[i]})))
+        if at < len(values):
+            method = replace(method, **{str(method.dial): values[at]})
+            found.append((room.held(method), method))
+    if not found:
+        raise SettingError(f"{name} has no setting for this model's {room.layers[0].width} KV channels.")
+    return min(found, key=lambda pair: pair[0])
+
+
+def label(method: Method) -> str:
+    """The settings that are not the method's own, its dial always: "kept=0.0487 window=16"."""
+    own = {f.name: f.default for f in fields(method)}
+    named = {k: v for k, v in method.settings().items() if v != own[k] or k == method.dial}
+    return f"{name_of(method)} " + " ".join(
+        f"{k}={v:.5g}" if type(v) is float else f"{k}={v}" for k, v in named.items()
+    )
