@@ -341,6 +341,23 @@ def test_words_follow_from_numbers(done):
 
 
 @pytest.mark.parametrize(
+    ("answers", "kl", "word"),
+    [(0.625, 0.625, "Agrees"), (0.625, 0.25, "Mixed"), (0.25, 0.625, "Mixed"), (0.25, 0.25, "Differs, by the KL")],
+)
+def test_the_best_split_is_judged_by_answers_and_by_kl(done, answers, kl, word):
+    found = read(done[1], "split")
+    for row in found["rows"]:
+        if row["keep"] == 0.25:
+            top, least = row["key_share"] == answers, row["key_share"] == kl
+            row["lines"] |= {
+                "score": 0.9 if top else 0.8,
+                "scores": [1.0] * (9 if top else 8) + [0.0] * (1 if top else 2),
+            }
+            row["kl"] |= {"mean": 0.1 if least else 0.2, "by_document": [0.1, 0.11] if least else [0.2, 0.22]}
+    assert f"**{word}.** The paper: keys get more" in split.say(found)[-1]
+
+
+@pytest.mark.parametrize(
     ("ours", "theirs", "answer"),
     [(0.8, 0.0, "Yes"), (0.0, 0.0, "No"), (0.8, 0.8, "No"), (0.9, 0.3, "Not by itself")],
 )
