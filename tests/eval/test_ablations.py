@@ -1,6 +1,5 @@
 """The ablations: every experiment on a tiny random model, resumed without making anything; words follow numbers."""
 
-import copy
 import json
 import sys
 
@@ -12,14 +11,17 @@ from kvshrink import cli, data, detach, reference_model
 from kvshrink.errors import SettingError
 from kvshrink.eval.ablations import EXPERIMENTS, chosen, initialisation, quantisation, split, training, window
 from kvshrink.eval.ablations import run as runs
-from kvshrink.eval.ablations.lab import LINES, Settings
+from kvshrink.eval.ablations.lab import Settings
 from kvshrink.eval.ablations.latents import OFFICIAL, OURS, UNCLAMPED
 from kvshrink.eval.ablations.official_quantiser import fake_quantise, official, one_sign
-from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.rows import LINES, Verdict, better, keeps, nothing
 from kvshrink.eval.ablations.words import claim, tally
+from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
+from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.runner import Runner
-from kvshrink.eval.teacher import follow
+from kvshrink.eval.teacher import opened
+from kvshrink.fit import fit
 from kvshrink.fit.curve import curve
 from kvshrink.kernels.affine import dequantize, quantize
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -117,6 +119,10 @@ def test_the_rows_are_those_of_the_paper(done):
         (5, 3, 16),
         (6, 2, 16),
     ]
+    for kind in (window.CLOSED, window.TRAINED):
+        bytes_held = [r["kl"]["kept"] for r in found["window"] if r["kind"] == kind]
+        assert bytes_held == sorted(bytes_held)
+        assert bytes_held[0] < 0.4 < 0.7 < bytes_held[-1]
     told = {r["key_share"]: r["paper"] for r in found["split"] if r["keep"] == 0.5}
     assert told[0.75] == {"as kept": 0.98, "as removed": 0.94}
     assert {(r["start"], r["keep"], r["kind"]) for r in found["quantisation"] if r["start"]} == {
@@ -154,6 +160,15 @@ def test_training_starts_where_the_start_is_and_never_goes_below_the_closed_form
     by = {r["init"]: r for r in found["rows"]}
     assert by["pca"]["start"] == found["closed"]
     assert by["random"]["start"] > by["svd"]["start"] > found["closed"]
+
+
+def test_the_loss_of_a_fit_is_what_its_training_saw(tiny):
+    """The same row twice, so that a step on one row is a step on the whole text; a rate that moves nothing."""
+    model, tokenizer = tiny
+    row = torch.randint(2, len(tokenizer), (1, 128), generator=torch.Generator().manual_seed(0))
+    artifact = fit(model, CSKV(keep=0.5, init="svd", steps=1, lr=1e-12), row.repeat(2, 1), progress=False)
+    records = [x.get("training", x) for x in artifact.provenance["layers"].values()]
+    assert training.loss(artifact) == pytest.approx(sum(x["loss"][0] for x in records), rel=1e-4)
 
 
 def test_latents_are_measured_by_layer_and_side_under_three_quantisers(done):
@@ -252,26 +267,29 @@ def test_the_official_formula_loses_one_sign_groups(mean, wanted, ours):
     assert error(fake_quantise(x, 4, clamped=False)) == pytest.approx(ours, rel=0.08)
 
 
-def test_the_real_cache_path_reads_what_the_official_formula_gives(tiny, texts):
-    """Without its fault the simulated codec is as good as ours; with values of one sign it is not."""
-    from kvshrink.eval.entries import Entry
-
+def test_the_real_cache_reads_what_the_official_formula_gives(tiny, texts):
+    """Moving an orthonormal basis' mean along it gives latents of one sign that stand for the same values."""
     model, tokenizer = tiny
-    (entry,) = fitted([Entry("x", CSKV(keep=0.5, bits=4, init="asvd"))], model, tokenizer, texts)
-    shifted = copy.deepcopy({i: dict(t) for i, t in entry.method.layers.items()})
-    for tensors in shifted.values():  # latents far from zero, which the decoder takes back
-        down, up = tensors["value_down"], tensors["value_up"]
-        shift = torch.linalg.lstsq(
-            down.transpose(1, 2), torch.full((1, down.shape[2], 1), 4 * float(down.std()))
-        ).solution
-        tensors["value_mean"] = tensors["value_mean"] - shift[..., 0]
-        assert torch.linalg.matrix_rank(up[0]) == up.shape[1]
-    moved = type(entry.method)(entry.method.method, shifted, entry.method.model, entry.method.provenance)
-    ids = torch.randint(2, len(tokenizer), (1, 400), generator=torch.Generator().manual_seed(0))
-    methods = {"ours": moved, "official": official(moved)}
-    kl = {k: float(t.kl.mean()) for k, t in follow(model, methods, ids, 390).items()}
-    assert kl["official"] > 0
-    assert kl["official"] != kl["ours"]
+    (entry,) = fitted([Entry("x", CSKV(keep=0.5, bits=4))], model, tokenizer, texts)
+    centred = entry.method
+    layers = {i: dict(fitted) for i, fitted in centred.layers.items()}
+    for fitted_layer in layers.values():
+        fitted_layer["value_mean"] = fitted_layer["value_mean"] - 3 * fitted_layer["value_up"].sum(1)
+    moved = type(centred)(centred.method, layers, centred.model, centred.provenance)
+    ids = torch.randint(2, len(tokenizer), (1, 200), generator=torch.Generator().manual_seed(0))
+    error = {
+        name: [x.value_error for x in layer_errors(model, artifact, ids, 190)]
+        for name, artifact in (("ours", moved), ("official", official(moved)), ("centred", official(centred)))
+    }
+    for ours, clipped, plain in zip(*error.values(), strict=True):
+        assert plain == pytest.approx(ours, rel=0.1)
+        assert clipped > 1.5 * ours
+    held = {name: _held(model, artifact, ids) for name, artifact in (("ours", moved), ("official", official(moved)))}
+    assert held["official"] > held["ours"], "simulated: float32 latents"
+
+
+def _held(model, artifact, ids):
+    return opened(model, {"": artifact}, ids)[1][""].nbytes
 
 
 def _row(scores, kl):
@@ -288,26 +306,55 @@ def test_answers_decide_and_the_kl_only_where_they_do_not():
     assert better(_row(good, [0.2, 0.21, 0.4]), _row(close, [0.1, 0.11, 0.2])).sign == -1
     noisy = better(_row(good, [0.2, 0.1, 0.4]), _row(close, [0.1, 0.2, 0.3]))
     assert (noisy.sign, "within the noise" in noisy.how) == (0, True)
+    assert [keeps(_row(good, None), _row(x, None), 0.1) for x in (close, [1.0] * 8 + [0.0] * 2, bad)] == [
+        True,
+        None,
+        False,
+    ]
+    signs = [nothing({"lines": x}, 0.1).sign for x in (_lines(0.05, 0), _lines(0.2, 0.05), _lines(0.5, 0.3))]
+    assert signs == [1, 0, -1]
+
+
+def _lines(score, low):
+    return {"score": score, "low": low, "high": 1.0, "cases": 20}
 
 
 def test_words_follow_from_numbers(done):
     assert claim("x.", Verdict(1, "a")).startswith("**Agrees.**")
     assert claim("x.", Verdict(-1, "a")).startswith("**Differs.**")
     assert claim("x.", Verdict(0, "a")).startswith("**Not decided.**")
+    assert claim("x.", Verdict(1, "a", "KL")).startswith("**Agrees, by the KL.**")
     two = [("50 %", Verdict(1, "a")), ("80 %", Verdict(-1, "b"))]
     assert tally("x.", two).startswith("**Mixed.**")
-    assert "so at 50 %, the other way round at 80 %" in tally("x.", two)
+    assert "so at 50 % (50 %: a), the other way round at 80 % (80 %: b)" in tally("x.", two)
     assert tally("x.", two[:1]).startswith("**Agrees.**")
 
     found = read(done[1], "initialisation")
     paragraph = initialisation.say(found)
     for row in found["rows"]:
         if row["init"] == "random" and row["when"] == "after":
-            row["lines"] |= {"score": 0.9, "scores": [1.0] * 9 + [0.0], "cases": 10}
+            row["lines"] |= {"score": 0.9, "scores": [1.0] * 9 + [0.0], "cases": 10, "low": 0.6}
     changed = initialisation.say(found)
     assert paragraph[0].startswith("**Agrees.**"), "an untrained random model answers nothing"
     assert changed[0].startswith("**Differs.**")
-    assert ".90 at 50 %" in changed[0]
+    assert "50 %: .90" in changed[0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kl", "word"),
+    [(0.625, 0.625, "Agrees"), (0.625, 0.25, "Mixed"), (0.25, 0.625, "Mixed"), (0.25, 0.25, "Differs, by the KL")],
+)
+def test_the_best_split_is_judged_by_answers_and_by_kl(done, answers, kl, word):
+    found = read(done[1], "split")
+    for row in found["rows"]:
+        if row["keep"] == 0.25:
+            top, least = row["key_share"] == answers, row["key_share"] == kl
+            row["lines"] |= {
+                "score": 0.9 if top else 0.8,
+                "scores": [1.0] * (9 if top else 8) + [0.0] * (1 if top else 2),
+            }
+            row["kl"] |= {"mean": 0.1 if least else 0.2, "by_document": [0.1, 0.11] if least else [0.2, 0.22]}
+    assert f"**{word}.** The paper: keys get more" in split.say(found)[-1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from kvshrink.eval.report.figures_cache import log_axis
 from kvshrink.eval.report.style import INK, Style, styles
 
 KL = "KL from the full cache, nats a token"
+KL_SHORT = "KL, nats a token"
 LINES = "LongEval lines right"
 PAPER = "paper, LongChat-7B"
 MARGIN = 1.6
@@ -36,10 +37,14 @@ def looks(names: Sequence[str]) -> dict[str, Style]:
     return styles(list(names))
 
 
-def lines_at(row: dict, x: float) -> list[Point]:
-    """A row's score on lines as a point, or nothing."""
-    got = row["lines"]
+def lines_at(row: dict, x: float, kind: str = "lines") -> list[Point]:
+    """A row's score as a point, or nothing."""
+    got = row[kind]
     return [Point(x, got["score"], got["low"], got["high"])] if got else []
+
+
+def long_at(row: dict, x: float) -> list[Point]:
+    return lines_at(row, x, "long")
 
 
 def kl_at(row: dict, x: float) -> list[Point]:
@@ -48,21 +53,33 @@ def kl_at(row: dict, x: float) -> list[Point]:
 
 
 def curves(
-    axis: Any, series: Curves, look: Mapping[str, Style], dashed: Sequence[str] = (), spread: float = 0.0
+    axis: Any,
+    series: Curves,
+    look: Mapping[str, Style],
+    dashed: Sequence[str] = (),
+    spread: float = 0.0,
+    octaves: bool = False,
 ) -> dict:
-    """A curve per series with intervals as bars, set apart sideways by `spread`; {name: handle}."""
+    """A curve per series with intervals as bars, set apart sideways by `spread` (of an octave); {name: handle}."""
     handles = {}
     for i, (name, points) in enumerate(series.items()):
         if not points:
             continue
         style, aside = look[name], spread * (i - (len(series) - 1) / 2)
-        at = [p.x + aside for p in points]
+        at = [p.x * 2**aside if octaves else p.x + aside for p in points]
         bars = [(x, p.low, p.high) for x, p in zip(at, points, strict=True) if p.low is not None and p.high is not None]
         if bars:
             axis.vlines(*zip(*bars, strict=True), color=style.colour, alpha=0.35, lw=1)
         faint = {"ls": "--", "mfc": plots.pyplot().rcParams["figure.facecolor"]} if name in dashed else {"ls": "-"}
         (handles[name],) = axis.plot(at, [p.y for p in points], color=style.colour, marker=style.mark, **faint)
     return handles
+
+
+def dashed_key(axis: Any, name: str) -> dict:
+    """A handle that says what hollow marks on dashed curves are."""
+    hollow = plots.pyplot().rcParams["figure.facecolor"]
+    (line,) = axis.plot([], [], color=INK, ls="--", marker="o", mfc=hollow)
+    return {name: line}
 
 
 def paper(axis: Any, points: Sequence[tuple[float, float]]) -> dict:

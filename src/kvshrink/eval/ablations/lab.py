@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.errors import EvalError
-from kvshrink.eval.ablations.rows import divergence, row
+from kvshrink.eval.ablations.rows import LINES, divergence, row
 from kvshrink.eval.budget import at_kept
 from kvshrink.eval.catalogue import Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.entries import Entry
@@ -34,8 +34,6 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 
-LINES = ("longeval/official", "longeval/generated")
-LONG = ("needle", "passkey/book")
 OFFICIAL_CASES = 50  # as many does the bundled file have
 PAPER_STEPS, PAPER_LR = 12_000, 5e-5
 MOST_LR = 1e-3

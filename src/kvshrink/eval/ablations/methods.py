@@ -8,8 +8,8 @@ the paper's recipe, and this library's closed forms. Departures: H2O is not here
 from typing import Any
 
 from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import LINES, LONG, PAPER_LR, PAPER_STEPS, Lab
-from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS, Lab
+from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better, keeps
 from kvshrink.eval.entries import FULL, ZEROS, Entry
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -27,8 +27,7 @@ STREAMING, ASVD = "StreamingLLM, same bytes", "ASVD, untrained"
 RECIPE, OWN_LR = "CSKV, paper's recipe", "CSKV, recipe at lr 5e-5"
 PCA, WEIGHTED = "CSKV, closed form", "CSKV, weighted closed form"
 ORDER = (STREAMING, ASVD, OWN_LR, RECIPE, PCA, WEIGHTED)
-SCORES = {"lines": charts.LINES, "needle": "needle right", "passkey/book": "passkey right", "kl": charts.KL}
-SIGNS = {1: "better", 0: "not to be told apart", -1: "worse"}
+SCORES = {"lines": charts.LINES, "needle": "needle right", "passkey/book": "passkey right", "kl": charts.KL_SHORT}
 
 
 def run(lab: Lab) -> dict:
@@ -78,10 +77,9 @@ def say(data: dict) -> list[str]:
         words.claim("at 80 % ASVD without training fails (.12 against .93).", _pair(rows, RECIPE, ASVD, low)),
         words.tally("StreamingLLM is far below CSKV (.05 against .93 at 80 %, .14 against .96 at 50 %).", pairs),
     ]
-    for kind, text in ((RECIPE, "trained"), (WEIGHTED, "weighted closed")):
+    for kind, text in ((RECIPE, "trained factors"), (WEIGHTED, "the weighted closed form")):
         found = [(_removed(k), v) for k in KEEPS if (v := _pair(rows, PCA, kind, k))]
-        parts = "; ".join(f"{SIGNS[v.sign]} at {at} ({v.how})" for at, v in found)
-        out.append(f"Not in the paper: the plain closed form, beside the {text} one, is {parts}.")
+        out.append(words.beside(f"the plain closed form, beside {text},", found))
     return out
 
 
@@ -122,7 +120,6 @@ def _pair(rows: dict, a: str, b: str, keep: float) -> Verdict:
 def _little(rows: dict, kind: str, keep: float, paper: str) -> str:
     """Whether a method is within NEAR of the full cache's score."""
     full, own = rows.get(FULL), rows.get(_label(kind, keep))
-    if not full or not own or not full["lines"] or not own["lines"]:
+    if not full or not own:
         return words.near(paper, None, "not measured")
-    lost = full["lines"]["score"] - own["lines"]["score"]
-    return words.near(paper, lost <= NEAR, f"{words.scored(own)}; full cache {words.scored(full)}")
+    return words.near(paper, keeps(full, own, NEAR), f"{words.scored(own)}; full cache {words.scored(full)}")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from kvshrink.eval.ablations.lab import LINES, PAPER_LR, PAPER_STEPS
-from kvshrink.eval.ablations.rows import number
+from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS
+from kvshrink.eval.ablations.rows import LINES, number
 
 LEFT_OUT = 6  # lines of what was left out, before they are counted
 
@@ -17,7 +17,7 @@ def page(found: Mapping[str, dict], modules: Mapping[str, ModuleType]) -> str:
     for name, data in found.items():
         parts += [f"## {modules[name].TITLE}", _settings(data["settings"])]
         if data["rows"]:
-            parts.append(" ".join(modules[name].say(data)))
+            parts.append("\n".join(f"- {sentence}" for sentence in modules[name].say(data) if sentence))
             parts.append(f"![{modules[name].TITLE}]({name}.png)")
             parts += [markdown(*t) for t in tables(modules[name], data)]
         parts += _missing(data)
@@ -92,9 +92,9 @@ INTRODUCTION = (
     "The CSKV paper's tables and figures ([arXiv 2409.10593](https://arxiv.org/abs/2409.10593)) in shape, on another "
     "model: what is compared is which row is above which, not the scores. The sentences are written by the program "
     "from the numbers: *agrees* and *differs* need an exact McNemar test on the same cases below .05, or, where "
-    "answers do not decide, a KL whose paired 95 % interval over documents excludes a tie; else *not decided*. Every "
-    "context is compressed before its question is seen. Bytes are measured, with window, sinks, scales and positions. "
-    "Lines are LongEval records of 30 lines, official and generated ones together. Brackets are 95 % intervals (Wilson "
-    "for answers, Student's t over documents for KL), parentheses the number of answers or documents. All rows have 4 "
-    "sinks, which the paper has not, and a window of 32 unless they say otherwise."
+    "answers do not decide, a KL whose paired 95 % interval over documents excludes a tie (*by the KL*); else *not "
+    "decided*. Every context is compressed before its question is seen. Bytes are measured, with window, sinks, scales "
+    "and positions. Lines are LongEval records of 30 lines, official and generated ones together. Brackets are 95 % "
+    "intervals (Wilson for answers, Student's t over documents for KL), parentheses the number of answers or documents."
+    " All rows have 4 sinks, which the paper has not, and a window of 32 unless they say otherwise."
 )

@@ -12,7 +12,8 @@ from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab, relabelled
 from kvshrink.eval.ablations.latents import OFFICIAL, OURS, SIDES, UNCLAMPED, latent_rows
 from kvshrink.eval.ablations.official_quantiser import official
-from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.rows import Verdict, better, keeps, nothing
+from kvshrink.eval.ablations.words import listed
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.methods.artifact import Artifact
 
@@ -78,20 +79,16 @@ def draw(data: dict) -> Any:
 
 def say(data: dict) -> list[str]:
     rows = {r["label"]: r for r in data["rows"]}
-    out = []
-    for start, title in STARTS.items():
-        ptq = [r for r in _own(data, start, PTQ) if r["lines"]]
-        failed = [r["lines"]["score"] <= FAILED for r in ptq]
-        scores = words.listed(f"{words.number(r['lines']['score'])} at {_removed(r['keep'])}" for r in ptq)
-        verdict = None if not failed or (any(failed) and not all(failed)) else all(failed)
-        out.append(
-            words.near(
-                "PTQ scores 0 at every ratio.", verdict, f"{title}, PTQ with our quantiser {scores or 'not measured'}"
-            )
-        )
-        out.append(words.tally(f"QAT is above PTQ ({title}).", _pairs(rows, start, QAT, PTQ)))
-        out.append(_little(rows, start, title))
-    return [*out, *_clamp(data, rows)]
+    recipe, closed = STARTS
+    ptq = [(_removed(r["keep"]), nothing(r, FAILED)) for r in _own(data, recipe, PTQ) if r["lines"]]
+    return [
+        words.tally("PTQ scores 0 at every ratio (ours with our quantiser).", ptq),
+        words.tally("QAT is above PTQ at every ratio.", _pairs(rows, recipe, QAT, PTQ)),
+        _little(rows, recipe),
+        words.beside("with the closed form, PTQ, beside no quantisation,", _pairs(rows, closed, PTQ, NONE)),
+        words.beside("with the closed form, QAT, beside PTQ,", _pairs(rows, closed, QAT, PTQ)),
+        *_clamp(data, rows),
+    ]
 
 
 def table(data: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -119,61 +116,63 @@ def table(data: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return head, rows
 
 
+ROOM = 1.3  # rows of dots that the legend takes
 QUANTISERS = (OFFICIAL, UNCLAMPED, OURS)
 
 
 def _clamp(data: dict, rows: dict[str, dict]) -> list[str]:
     """The question, answered by what the official formula costs beside ours."""
-    start, keep = "asvd", min(KEEPS)
-    parts = []
-    for side in SIDES:
-        own = _latents(data, start, keep, side)
-        if own:
-            errors = ", ".join(f"{mean(x['latent'][q] for x in own):.3f} {q}" for q in QUANTISERS)
-            parts.append(f"{side}s {100 * mean(x['one_sign'] for x in own):.1f} % of groups, error {errors}")
-    pairs = _pairs(rows, start, PTQ, CLAMPED)
+    start = "asvd"
     clamped = [r for r in _own(data, start, CLAMPED) if r["lines"]]
     ours = [r for r in _own(data, start, PTQ) if r["lines"]]
     if not clamped or not ours:
         return ["Whether the clamped zero point explains the paper's PTQ of 0 was not measured."]
-    collapsed = [r["lines"]["score"] <= FAILED for r in clamped]
-    stands = [r["lines"]["score"] > FAILED for r in ours]
-    if all(collapsed) and all(stands):
+    collapsed, stands = ([r["lines"]["score"] <= FAILED for r in own] for own in (clamped, ours))
+    pairs = _pairs(rows, start, PTQ, CLAMPED)
+    if all(collapsed) and not any(stands):
         answer = "Yes, on this model: with the official formula PTQ falls to nothing, with ours it does not."
-    elif any(c and s for c, s in zip(collapsed, stands, strict=True)):
+    elif any(c and not s for c, s in zip(collapsed, stands, strict=True)):
         answer = (
             "In part, on this model: at some ratios PTQ falls to nothing with the official formula and not with ours."
         )
-    elif any(v.sign > 0 for _, v in pairs):
-        answer = "Not by itself, on this model: the official formula makes PTQ worse, and not nothing."
+    elif any(v.sign > 0 and v.by == "answers" for _, v in pairs):
+        answer = "Not by itself, on this model: the official formula loses answers, but not all."
     else:
-        answer = "No, on this model: with the official formula PTQ is not surely worse than with ours."
-    costs = "; ".join(f"{at}: ours {v.how}" for at, v in pairs)
-    centred = [
-        f"{side}s {100 * mean(x['one_sign'] for x in own):.1f} %"
-        for side in SIDES
-        if (own := _latents(data, "pca", keep, side))
-    ]
+        answer = "No, on this model: with the official formula PTQ does not surely answer less than with ours."
     return [
         f"**Is the paper's PTQ of 0.00 the clamped zero point? {answer}**",
-        f"Groups of one sign at {_removed(keep)} removed, recipe's factors, which are not centred: {'; '.join(parts)}.",
-        f"Centred factors have fewer or more by the text they meet: {words.listed(centred)}." if centred else "",
-        f"Our quantiser beside the official formula, recipe's factors: {costs}.",
+        f"With the recipe's factors, ours, beside the official formula, is {words.sorted_out(pairs, 1, words.BETTER)}.",
+        *(_groups(data, s, title) for s, title in STARTS.items()),
     ]
 
 
-def _little(rows: dict, start: str, title: str) -> str:
+def _groups(data: dict, start: str, title: str) -> str:
+    """How many groups are of one sign at the smallest rank, and what that does to the latents."""
+    parts, keep = [], min(KEEPS)
+    for side in SIDES:
+        if own := _latents(data, start, keep, side):
+            errors = listed(f"{mean(x['latent'][q] for x in own):.3f} by {q}" for q in QUANTISERS)
+            worst = max(own, key=lambda x: x["latent"][OFFICIAL])
+            share = f"{100 * mean(x['one_sign'] for x in own):.1f} % of groups"
+            parts.append(
+                f"{side}s {share}, error {errors} (layer {worst['layer']}: "
+                f"{100 * worst['one_sign']:.1f} %, {worst['latent'][OFFICIAL]:.3f} against {worst['latent'][OURS]:.3f})"
+            )
+    centred = "which is centred" if start == "pca" else "which is not centred"
+    return f"Latents of one sign at {_removed(keep)} removed, {title}, {centred}: {'; '.join(parts)}."
+
+
+def _little(rows: dict, start: str) -> str:
     """Whether quantisation-aware training loses little against no quantisation."""
-    found = []
-    for keep in KEEPS:
-        a, b = rows.get(_label(start, keep, QAT)), rows.get(_label(start, keep, NONE))
-        if a and b and a["lines"] and b["lines"]:
-            found.append((keep, a["lines"]["score"], b["lines"]["score"]))
-    paper = "QAT at 4 bits is within .02 of no quantisation."
-    if not found:
-        return words.near(paper, None, "not measured")
-    here = words.listed(f"{words.number(a)} for {words.number(b)} at {_removed(k)}" for k, a, b in found)
-    return words.near(paper, all(b - a <= NEAR for _, a, b in found), f"{title} {here}")
+    pairs = [(k, rows.get(_label(start, k, NONE)), rows.get(_label(start, k, QAT))) for k in KEEPS]
+    known = [(k, a, b, keeps(a, b, NEAR)) for k, a, b in pairs if a and b and a["lines"] and b["lines"]]
+    kept = [ok for *_, ok in known]
+    verdict = None if not kept else False if False in kept else None if None in kept else True
+    scores = (
+        f"{words.number(b['lines']['score'])} for {words.number(a['lines']['score'])} at {_removed(k)}"
+        for k, a, b, _ in known
+    )
+    return words.near("QAT at 4 bits is within .02 of no quantisation.", verdict, listed(scores) or "not measured")
 
 
 def _pairs(rows: dict, start: str, a: str, b: str) -> list[tuple[str, Verdict]]:
@@ -192,9 +191,9 @@ def _errors(axis: Any, data: dict) -> None:
     }
     handles = charts.dots(axis, labels, series, look)
     charts.logs(axis, "x", [p.x for own in series.values() for p in own])
-    axis.set_xlabel(f"error of latents, {_removed(keep)} removed")
-    axis.set_xlim(right=15 * axis.get_xlim()[1])  # room for the legend
-    axis.legend(handles.values(), handles, fontsize=7, loc="center right")
+    axis.set_xlabel(f"error of latents by layer, {_removed(keep)} removed")
+    axis.set_ylim(len(labels) + ROOM, -0.5)
+    axis.legend(handles.values(), handles, fontsize=7, loc="lower right")
 
 
 def _latents(data: dict, start: str, keep: float, side: str) -> list[dict]:

@@ -5,7 +5,7 @@ from math import log
 from statistics import mean
 from typing import NamedTuple
 
-from kvshrink.eval.entries import Entry
+from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary
 from kvshrink.eval.measure import CHUNK, MODE
 from kvshrink.eval.outcomes import Outcome
@@ -17,27 +17,30 @@ DIGITS = 6
 SURE = 0.05  # of a paired test
 LEAST_KL = 1e-9  # below which two are the same
 KEYS = ("task", "length", "cases", "score", "low", "high", "kept", "lost", "won", "p")
-LINES = "longeval"
+LINES = ("longeval/official", "longeval/generated")
+LONG = ("needle", "passkey/book")
 
 
 class Verdict(NamedTuple):
-    """sign: 1 if the first is better, -1 if the second is, 0 if neither is surely. how: the numbers, in words."""
+    """sign: 1 if the first is better, -1 if the second is, 0 if neither is surely. how: the numbers, in words.
+
+    by: what decided, "answers" or "KL".
+    """
 
     sign: int
     how: str
+    by: str = ""
 
 
 def row(entry: Entry, outcomes: Sequence[Outcome], full: Sequence[Outcome], kl: dict | None) -> dict:
-    """All that was measured of one entry. lines: both kinds of LongEval lines pooled; a case counts once."""
-    both = list(outcomes) if entry.label == "full" else [*full, *outcomes]
+    """All that was measured of one entry. lines, long: the tasks of each kind pooled, None unless all were answered."""
+    both = list(outcomes) if entry.label == FULL else [*full, *outcomes]
     tasks = [line.to_dict() for line in summarise(both, [entry]) if line.method == entry.label]
-    pooled = [o for o in outcomes if o.task.startswith(LINES)]
-    return {
-        "label": entry.label,
-        "tasks": [{k: t[k] for k in KEYS} for t in tasks],
-        "lines": pool(pooled) if pooled else None,
-        "kl": kl,
-    }
+    found: dict = {"label": entry.label, "tasks": [{k: t[k] for k in KEYS} for t in tasks], "kl": kl}
+    for kind, titles in (("lines", LINES), ("long", LONG)):
+        own, whole = ([o for o in x if o.task in titles] for x in (outcomes, full))
+        found[kind] = pool(own) if own and len(own) == len(whole) else None
+    return found
 
 
 def pool(outcomes: Sequence[Outcome]) -> dict:
@@ -63,18 +66,33 @@ def divergence(tracks: Sequence[Track], seed: int) -> dict:
     return {"documents": len(tracks), "positions": found["positions"], **values, "by_document": by_document}
 
 
-def better(a: dict, b: dict) -> Verdict:
+def better(a: dict, b: dict, kind: str = "lines") -> Verdict:
     """Whether row a is better than row b: by the answers on the same cases, or else by the KL on the same documents."""
-    by_answers, by_kl = _by_answers(a, b), _by_kl(a, b)
+    by_answers, by_kl = _by_answers(a[kind], b[kind]), _by_kl(a, b)
     if by_answers.sign or not by_kl.how:
         return by_answers
     if not by_answers.how:
         return by_kl
-    return Verdict(by_kl.sign, f"{by_answers.how}; {by_kl.how}")
+    return Verdict(by_kl.sign, f"{by_answers.how}; {by_kl.how}", by_kl.by)
 
 
-def _by_answers(a: dict, b: dict) -> Verdict:
-    ours, theirs = a["lines"], b["lines"]
+def keeps(full: dict, own: dict, near: float) -> bool | None:
+    """Whether a row's score on lines is within `near` of another's; None if it seems not, and is not surely lower."""
+    if not full["lines"] or not own["lines"]:
+        return None
+    if full["lines"]["score"] - own["lines"]["score"] <= near:
+        return True
+    return False if better(full, own).sign > 0 else None
+
+
+def nothing(own: dict, most: float) -> Verdict:
+    """Whether a row answers (nearly) no lines: 1 if the score is at most `most`, -1 if it is surely above."""
+    lines = own["lines"]
+    how = f"{number(lines['score'])} [{number(lines['low'])}-{number(lines['high'])}]"
+    return Verdict(1 if lines["score"] <= most else -1 if lines["low"] > most else 0, how, "answers")
+
+
+def _by_answers(ours: dict | None, theirs: dict | None) -> Verdict:
     if not ours or not theirs or len(ours["scores"]) != len(theirs["scores"]):
         return Verdict(0, "")
     how = f"{number(ours['score'])} against {number(theirs['score'])} of {ours['cases']} answers"
@@ -82,7 +100,7 @@ def _by_answers(a: dict, b: dict) -> Verdict:
         return Verdict(0, how)
     p = paired(ours["scores"], theirs["scores"]).p
     sign = (ours["score"] > theirs["score"]) - (ours["score"] < theirs["score"]) if p < SURE else 0
-    return Verdict(sign, f"{how}, p = {p:.2g}")
+    return Verdict(sign, f"{how}, p = {p:.2g}", "answers" if sign else "")
 
 
 def _by_kl(a: dict, b: dict) -> Verdict:
@@ -98,7 +116,7 @@ def _by_kl(a: dict, b: dict) -> Verdict:
         return Verdict(0, f"{how} on one document")
     low, high = student(ratios)
     sign = 1 if high < 0 else -1 if low > 0 else 0
-    return Verdict(sign, how if sign else f"{how}, within the noise of {len(ratios)} documents")
+    return Verdict(sign, how if sign else f"{how}, within the noise", "KL" if sign else "")
 
 
 def number(score: float) -> str:

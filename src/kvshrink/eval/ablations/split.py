@@ -10,7 +10,7 @@ from typing import Any
 
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.rows import better
+from kvshrink.eval.ablations.rows import LEAST_KL, Verdict, better
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.methods.lowrank.cskv import CSKV
 
@@ -85,38 +85,44 @@ def say(data: dict) -> list[str]:
         theirs = next((r for r in rows if r["key_share"] == told), None)
         least, most = f"{best['label']}: {words.scored(best)}", f"{top['label']}: {words.scored(top)}"
         out.append(f"At {100 * (1 - keep):.0f} % removed: least KL at {least}; most lines right at {most}.")
-        out += _readings(rows, keep)
+        out.append(_alike(rows, keep))
         if keep == min(KEEPS) and theirs is not None:
-            found = better(best, theirs)
-            here = f"{best['label']} against the paper's {theirs['label']}: {found.how}"
-            out.append(
-                words.near(
-                    f"keys get more: {100 * told:.1f} % of the kept channels are best.",
-                    _same(best, theirs, found.sign),
-                    here,
-                )
-            )
+            paper = f"keys get more: {100 * told:.1f} % of the kept channels are best."
+            out.append(_best(paper, best, top, theirs))
     return out
 
 
-def _same(best: dict, theirs: dict, sign: int) -> bool:
-    """The paper's best is ours, or cannot be told from it."""
-    return best is theirs or sign <= 0
+def _best(paper: str, best: dict, top: dict, theirs: dict) -> str:
+    """Whether the paper's best split has the least KL, and the most answers."""
+    same = [row is theirs for row in (top, best)]
+    if all(same):
+        return words.claim(paper, Verdict(1, "the same, by answers and by KL"))
+    if any(same):
+        by, other = ("answers", "KL") if same[0] else ("KL", "answers")
+        found = better(theirs, best if same[0] else top)
+        return f"**Mixed.** The paper: {paper} Here: the same by {by}, another by {other} ({found.how})."
+    found = better(theirs, best)
+    return words.claim(paper, found._replace(how=f"{theirs['label']} against {best['label']}: {found.how}"))
 
 
-def _readings(rows: list[dict], keep: float) -> list[str]:
-    """How the KL goes with the paper's scores under both readings of its labels."""
-    found = {}
-    for reading, of in (("kept", lambda s: s), ("removed", lambda s: 1 - s)):
-        pairs = [(-log(max(r["kl"]["mean"], 1e-12)), PAPER[keep].get(of(r["key_share"]))) for r in rows if r["kl"]]
-        known = [(x, y) for x, y in pairs if y is not None]
-        if len({x for x, _ in known}) > 2:
-            found[reading] = correlation(*zip(*known, strict=True))
-    if len(found) < 2 or keep != max(KEEPS):
-        return []
-    (kept, removed), closer = found.values(), max(found, key=lambda k: found[k])
-    text = f"correlation of -log KL with its scores: {kept:+.2f} as kept, {removed:+.2f} as removed"
-    return [f"The paper's labels can be read both ways here; read as shares {closer} they are closer to ours ({text})."]
+def _alike(rows: list[dict], keep: float) -> str:
+    """How our scores go with the paper's over the splits: under both readings of its labels where there are two."""
+    parts, readings = [], {"kept": lambda s: s, "removed": lambda s: 1 - s}
+    if keep != max(KEEPS):
+        del readings["removed"]  # the labels' sum only fits shares kept
+    for reading, of in readings.items():
+        told = {r["label"]: PAPER[keep].get(of(r["key_share"])) for r in rows}
+        answers = [(r["lines"]["score"], told[r["label"]]) for r in rows if r["lines"]]
+        kl = [(-log(max(r["kl"]["mean"], LEAST_KL)), told[r["label"]]) for r in rows if r["kl"]]
+        parts.append(f"read as {reading}: {_correlation(answers)} of answers, {_correlation(kl)} of -log KL")
+    return f"Correlation with the paper's scores over the splits, its labels {'; '.join(parts)}."
+
+
+def _correlation(pairs: list[tuple[float, float | None]]) -> str:
+    known = [(x, y) for x, y in pairs if y is not None]
+    if any(len({p[side] for p in known}) < 2 for side in (0, 1)):
+        return "none"
+    return f"{correlation(*zip(*known, strict=True)):+.2f}"
 
 
 def _kept(lab: Lab, method: CSKV) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """How many recent tokens are exact: CSKV (arXiv 2409.10593), the window ablation, at 80 % of the channels removed.
 
 Departure: tokens leave the window in pages of 32, so a window of w is w to w + 31 exact tokens, and 4 sinks; the bytes
-grow with the window and are given. A window stops where it would hold a whole context.
+grow with the window and are given. A window stops where it would hold a whole context, so what is said rests on the
+long tasks (needle and passkey) and the KL; lines are shown as far as their short contexts go.
 """
 
 from typing import Any
 
 from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import LINES, LONG, Lab, relabelled
-from kvshrink.eval.ablations.rows import Verdict, better
+from kvshrink.eval.ablations.lab import Lab, relabelled
+from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better
 from kvshrink.eval.entries import FULL, Entry
 
 TITLE = "Window (Figure)"
@@ -38,20 +39,22 @@ def draw(data: dict) -> Any:
     figure, axes = charts.panels(3, 3.1, 3.0)
     look = charts.looks([CLOSED, TRAINED])
     handles: dict = {}
+    most = max((r["window"] or 0 for r in data["rows"]), default=0)
     full = next((r for r in data["rows"] if r["label"] == FULL), None)
-    for axis, at in zip(axes, (charts.lines_at, _long_at, charts.kl_at), strict=True):
+    for axis, at in zip(axes, (charts.lines_at, charts.long_at, charts.kl_at), strict=True):
         series = {k: [p for r in _own(data, k) for p in at(r, r["window"])] for k in (CLOSED, TRAINED)}
-        handles |= charts.curves(axis, series, look)
+        handles |= charts.curves(axis, series, look, spread=0.15, octaves=True)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("window, tokens")
-        ticks = [w for w in WINDOWS if any(p.x == w for own in series.values() for p in own)][::2]
+        ticks = [w for w in WINDOWS if w <= most][::2]
         axis.set_xticks(ticks, [str(w) for w in ticks])
         axis.set_xticks([], minor=True)
     for axis in axes[:2]:
         charts.scores_axis(axis)
+    axes[0].set_ylabel("LongEval lines right, short contexts")
     axes[1].set_ylabel("needle and passkey right")
+    axes[0].set_xlim(axes[1].get_xlim())
     charts.kl_axis(axes[2])
-    most = max((r["window"] or 0 for r in data["rows"]), default=0)
     handles |= charts.paper(axes[0], [(w, y) for w, y in PAPER.items() if w <= most])
     handles |= charts.full_line(axes[0], full)
     charts.legend(figure, handles)
@@ -64,25 +67,19 @@ def say(data: dict) -> list[str]:
         own = {r["window"]: r for r in _own(data, kind)}
         most = max(own, default=0)
         known = [(w, own[w]) for w in (SMALL, ENOUGH, most) if w in own]
-        here = "; ".join(f"{w}: {words.scored(r)}, {_kept(r)}" for w, r in dict(known).items())
-        gain = better(own[ENOUGH], own[SMALL]) if {SMALL, ENOUGH} <= set(own) else Verdict(0, "")
-        more = better(own[most], own[ENOUGH]) if ENOUGH in own and most > ENOUGH else Verdict(0, "")
+        here = "; ".join(f"{w}: {words.scored(r, 'long')}, {_kept(r)}" for w, r in dict(known).items())
+        gain = better(own[ENOUGH], own[SMALL], "long") if {SMALL, ENOUGH} <= set(own) else Verdict(0, "")
+        more = better(own[most], own[ENOUGH], "long") if ENOUGH in own and most > ENOUGH else Verdict(0, "")
         out += [
-            f"{kind[:1].upper()}{kind[1:]} ({here}).",
+            f"{kind[:1].upper()}{kind[1:]}, needle and passkey ({here}).",
             words.claim(f"a window of {ENOUGH} is worth .15 over one of {SMALL} (.92, .77).", gain),
             words.claim(f"beyond {ENOUGH} there is a little more (.96 at 2048).", more),
         ]
     return out
 
 
-def _long_at(row: dict, x: float) -> list[charts.Point]:
-    """Mean of the long tasks, without an interval of its own: they are two different tasks."""
-    scores = [t["score"] for t in row["tasks"] if t["task"] in LONG]
-    return [charts.Point(x, sum(scores) / len(scores))] if len(scores) == len(LONG) else []
-
-
 def _kept(row: dict) -> str:
-    kept = (row["kl"] or row["lines"] or {}).get("kept")
+    kept = (row["kl"] or row["long"] or {}).get("kept")
     return "bytes not measured" if kept is None else f"{100 * kept:.0f} % of the bytes"
 
 

@@ -4,28 +4,42 @@ from collections.abc import Iterable, Sequence
 
 from kvshrink.eval.ablations.rows import Verdict, number
 
-PAPER = "LongChat-7B, LongEval"
+Placed = Sequence[tuple[str, Verdict]]  # one comparison at several places: "50 %", ...
 
 
 def claim(paper: str, found: Verdict, wanted: int = 1) -> str:
     """The paper's finding, and whether the sign found is the wanted one."""
-    return f"**{_word(found.sign, wanted)}.** The paper: {paper} Here: {found.how or 'not measured'}."
+    return f"**{_word(found, wanted)}.** The paper: {paper} Here: {found.how or 'not measured'}."
 
 
-def tally(paper: str, found: Sequence[tuple[str, Verdict]], wanted: int = 1) -> str:
-    """As `claim`, for one comparison at several places ("50 %", ...), which are listed by how they came out."""
+def tally(paper: str, found: Placed, wanted: int = 1) -> str:
+    """As `claim`, at several places, which are listed by how they came out."""
     if not found:
         return f"**Not measured.** The paper: {paper}"
-    signs = {wanted: "so", -wanted: "the other way round", 0: "undecided"}
-    parts = [
-        f"{text} at {listed(place for place, v in found if v.sign == sign)}"
-        for sign, text in signs.items()
-        if any(v.sign == sign for _, v in found)
-    ]
-    there = {v.sign for _, v in found} - {0}
-    word = _word(there.pop() if len(there) == 1 else 0, wanted) if len(there) < 2 else "Mixed"
-    detail = "; ".join(f"{place}: {v.how}" for place, v in found)
-    return f"**{word}.** The paper: {paper} Here {', '.join(parts)} ({detail})."
+    decided = [v for _, v in found if v.sign]
+    if {v.sign for v in decided} == {1, -1}:
+        word = "Mixed"
+    else:
+        # by answers if any is
+        word = _word(min(decided, key=lambda v: v.by, default=Verdict(0, "")), wanted)
+    return f"**{word}.** The paper: {paper} Here {sorted_out(found, wanted, SO)}."
+
+
+def beside(what: str, found: Placed) -> str:
+    """A comparison that the paper does not have."""
+    return f"Not in the paper: {what} is {sorted_out(found, 1, BETTER)}." if found else ""
+
+
+def sorted_out(found: Placed, wanted: int, names: dict[int, str]) -> str:
+    """The places by outcome, with the numbers of those that are decided."""
+    parts = []
+    for sign in (wanted, -wanted, 0):
+        own = [(place, v) for place, v in found if v.sign == sign]
+        if own:
+            numbers = "; ".join(f"{place}: {v.how}" for place, v in own) if sign else ""
+            name = names[sign * wanted]
+            parts.append(f"{name} at {listed(p for p, _ in own)}" + (f" ({numbers})" if numbers else ""))
+    return ", ".join(parts)
 
 
 def near(paper: str, ok: bool | None, here: str) -> str:
@@ -39,16 +53,22 @@ def listed(items: Iterable[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def scored(row: dict) -> str:
-    """A row's score on lines with its interval, and its KL."""
+def scored(row: dict, kind: str = "lines") -> str:
+    """A row's score with its interval, and its KL."""
     parts = []
-    if lines := row["lines"]:
-        span = f"{number(lines['low'])}-{number(lines['high'])}"
-        parts.append(f"{number(lines['score'])} [{span}] of {lines['cases']} answers")
+    if got := row[kind]:
+        span = f"{number(got['low'])}-{number(got['high'])}"
+        parts.append(f"{number(got['score'])} [{span}] of {got['cases']} answers")
     if row["kl"]:
         parts.append(f"KL {row['kl']['mean']:.3g}")
     return ", ".join(parts) or "nothing measured"
 
 
-def _word(sign: int, wanted: int) -> str:
-    return "Agrees" if sign == wanted else "Not decided" if sign == 0 else "Differs"
+SO = {1: "so", -1: "the other way round", 0: "undecided"}
+BETTER = {1: "better", -1: "worse", 0: "not to be told apart"}
+
+
+def _word(found: Verdict, wanted: int) -> str:
+    if found.sign == 0:
+        return "Not decided"
+    return ("Agrees" if found.sign == wanted else "Differs") + (", by the KL" if found.by == "KL" else "")
