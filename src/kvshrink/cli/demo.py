@@ -24,6 +24,7 @@ SPECS = (
     "cskv:keep=0.2,bits=4",
     "streaming_llm:like=cskv keep=0.2 bits=4",
     "rtn:bits=2",
+    "spectral:kept=0.03",
 )
 
 
@@ -32,10 +33,10 @@ def demo(
     cases: Annotated[int, typer.Option(min=1, max=50, help="Cases per method and task.")] = 25,
     json: JsonOption = False,
 ) -> None:
-    """Fit CSKV on the bundled model, answer official LongEval cases and 4k passkeys from the shrunken cache."""
+    """Fit CSKV and spectral bits on the bundled model, answer LongEval cases and 4k passkeys from shrunken caches."""
     started = time.perf_counter()
     model, tokenizer = load("reference")
-    console.print("Fitting CSKV in closed form on the bundled reference model (4 layers, 128 KV channels).")
+    console.print("Fitting CSKV and spectral bits on the bundled reference model (4 layers, 128 KV channels).")
     entries = fitted([parse(spec) for spec in SPECS], model, tokenizer, calibration.texts(None))
     runner = Runner(model, tokenizer, entries)
     console.print("Answering. The context is compressed before the question is seen.")
