@@ -157,7 +157,7 @@ def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
     code, out, _ = run("demo", "--cases", 1, "--json")
     assert code == 0
     results = json.loads(out.splitlines()[-1])["results"]
-    assert len(results) == 12
+    assert len(results) == 14
     assert {"accuracy.png", "results.json", "artifact"} <= {p.name for p in (tmp_path / "demo").iterdir()}
 
 
