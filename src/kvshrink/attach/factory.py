@@ -50,10 +50,7 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
 
 def shapes(attachment: Attachment) -> list[LayerShape | None]:
     """Shape of each layer's cache; None for a layer that stays as it is."""
-    out: list[LayerShape | None] = []
-    for info in attachment.layers:
-        out.append(shape_of(info.module) if info.compressed else None)
-    return out
+    return [shape_of(info.module) if info.compressed else None for info in attachment.layers]
 
 
 def _check(artifact: Artifact, attachment: Attachment) -> None:

@@ -61,7 +61,7 @@ class LayerFacts:
     value_weight: Tensor
     query_energy: Float[Tensor, "h d"]
     output_gram: Float[Tensor, "h d d"]
-    pairs: tuple[Tensor, Tensor] | None = None  # channels of a head that RoPE turns together, first and second
+    pairs: tuple[Tensor, Tensor] | None = None
 
 
 class Probe(ABC):

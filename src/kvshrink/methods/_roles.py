@@ -61,6 +61,7 @@ class Codec(ABC):
         return None
 
     def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
+        """What chooses the tokens that are read. Asked only of a codec whose `reads` gives a number."""
         raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:

@@ -2,6 +2,8 @@
 
 from kvshrink.errors import SettingError
 
+BITS = (8, 4, 3, 2)  # of a stored latent
+
 
 def whole(name: str, value: object, optional: bool = False) -> None:
     """Raise SettingError unless the value is an int, or None where a setting may be left out."""
@@ -17,3 +19,11 @@ def require(ok: bool, what: str, remedy: str) -> None:
     """Raise SettingError unless ok."""
     if not ok:
         raise SettingError(f"{what} is not possible. {remedy}")
+
+
+def keep_and_bits(keep: object, bits: object) -> None:
+    """Raise SettingError unless keep is a share above 0 and bits are those of a latent, or None."""
+    number("keep", keep)
+    whole("bits", bits, optional=True)
+    require(0 < keep <= 1, f"keep={keep}", "Use a share of channels above 0, up to 1.")  # type: ignore[operator]
+    require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")

@@ -5,7 +5,7 @@ z @ up + mean. An orthonormal basis has down = up^T and is stored once.
 """
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -129,6 +129,14 @@ def key_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
 def value_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
     """What an error in a value costs: the squared error of the layer's output, each head by itself."""
     return torch.block_diag(*facts.output_gram.double())
+
+
+def metrics_of(method: Any, facts: LayerFacts) -> tuple[Tensor | None, Tensor | None]:
+    """What `key_metric` and `value_metric` of a method name; None: plain."""
+    return (
+        key_metric(facts) if method.key_metric == "query" else None,
+        value_metric(facts) if method.value_metric == "output" else None,
+    )
 
 
 def weighted_svd(

@@ -17,11 +17,10 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._latents import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
-from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods._settings import BITS, number, require, whole
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Bool, Float, Int
 
-BITS = (8, 4, 3, 2)
 FILLS = ("mean", "zero")
 GROUP = 32  # channels of a head that share a value's scale, as in KIVI (arXiv 2402.02750)
 

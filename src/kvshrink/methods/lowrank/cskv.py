@@ -20,18 +20,16 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._latents import packing
 from kvshrink.methods._roles import Fitted, Method
-from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods._settings import keep_and_bits, number, require, whole
 from kvshrink.methods.lowrank._basis import (
     BasisCodec,
-    key_metric,
     leading,
+    metrics_of,
     orthonormal,
     principal,
-    value_metric,
     weighted_svd,
 )
 
-BITS = (8, 4, 3, 2)
 INITS = ("pca", "asvd", "svd", "random")
 LOSSES = ("rows", "output", "kl")
 ALPHA = 0.5  # ASVD's exponent on mean |x|
@@ -82,12 +80,9 @@ class CSKV(Method):
     def check(self) -> None:
         super().check()
         whole("steps", self.steps)
-        whole("bits", self.bits, optional=True)
         whole("group_heads", self.group_heads, optional=True)
-        number("keep", self.keep)
+        keep_and_bits(self.keep, self.bits)
         number("lr", self.lr)
-        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
-        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
         require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
         share = self.key_share
         ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
@@ -131,10 +126,7 @@ class CSKV(Method):
         """Basis of keys and values of one layer, before any training."""
         rank_k, rank_v = self.ranks(facts.shape, key_share)
         groups = self._groups(facts.shape)
-        metrics = (
-            key_metric(facts) if self.key_metric == "query" else None,
-            value_metric(facts) if self.value_metric == "output" else None,
-        )
+        metrics = metrics_of(self, facts)
         key = self._side(facts.key, facts.key_weight, facts.input_scale, groups, rank_k, 0, metrics[0])
         value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
         return {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}

@@ -20,12 +20,11 @@ from torch import Tensor
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._latents import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
-from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import by_threshold
 
 SIDES = ("key", "value")
-BITS = (8, 4, 3, 2)
 
 
 @final
@@ -45,10 +44,7 @@ class EigenAttention(Method):
 
     def check(self) -> None:
         super().check()
-        number("keep", self.keep)
-        whole("bits", self.bits, optional=True)
-        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
-        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
+        keep_and_bits(self.keep, self.bits)
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [total / (2 * shape.head_dim) for total in range(2, 2 * shape.head_dim + 1)]

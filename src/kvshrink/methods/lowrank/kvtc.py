@@ -23,7 +23,7 @@ from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._mixed import group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank.spectral import SIDES, Spectral, group_sizes, trimmed
+from kvshrink.methods.lowrank.spectral import SIDES, Spectral, energies_of, group_sizes, trimmed
 
 CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than a byte
 
@@ -59,9 +59,8 @@ class KVTC(Method):
         sizes = group_sizes(facts.shape.width)
         whole = left = int(self.bits_per_token(facts.shape, {}) * self.page / 8)
         for side, budget in zip(SIDES, (whole // 2, whole), strict=True):
-            energies = [float(part.sum()) for part in out[f"{side}_variance"].double().split(sizes)]
             # what the keys leave over goes to the values
-            widths = allocate(energies, sizes, min(budget, left), self.widths, self.page)
+            widths = allocate(energies_of(out, side), sizes, min(budget, left), self.widths, self.page)
             left -= _bits.cost_of(widths, sizes, self.page)
             out = trimmed({**out, f"{side}_widths": torch.tensor(widths, dtype=torch.uint8)}, side)
             if not any(widths):

@@ -27,13 +27,12 @@ from torch import Tensor
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._latents import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
-from kvshrink.methods._settings import number, require, whole
+from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import in_proportion
 from kvshrink.methods.lowrank._rotate import rotation
 
 SIDES = ("key", "value")
-BITS = (8, 4, 3, 2)
 STEP, WIDE = 32, 512  # the paper's ranks are multiples of 32 of groups of 512 channels; below that, 1/64 of a group
 
 
@@ -61,10 +60,7 @@ class Palu(Method):
 
     def check(self) -> None:
         super().check()
-        number("keep", self.keep)
-        whole("bits", self.bits, optional=True)
-        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
-        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
+        keep_and_bits(self.keep, self.bits)
         heads = self.group_heads
         require(type(heads) is int and heads >= 1, f"group_heads={heads!r}", "Use a whole number, 1 or more.")
         require(self.ranks in ("fisher", "uniform"), f"ranks={self.ranks!r}", "Use 'fisher' or 'uniform'.")

@@ -21,11 +21,9 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._latents import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
-from kvshrink.methods._settings import number, require, whole
-from kvshrink.methods.lowrank._basis import BasisCodec, principal
+from kvshrink.methods._settings import keep_and_bits
+from kvshrink.methods.lowrank._basis import BasisCodec, principal, second_moment
 from kvshrink.shapes import Float
-
-BITS = (8, 4, 3, 2)
 
 
 @final
@@ -46,10 +44,7 @@ class RopeCommuting(Method):
 
     def check(self) -> None:
         super().check()
-        number("keep", self.keep)
-        whole("bits", self.bits, optional=True)
-        require(0 < self.keep <= 1, f"keep={self.keep}", "Use a share of channels above 0, up to 1.")
-        require(self.bits is None or self.bits in BITS, f"bits={self.bits}", f"Use None or one of {BITS}.")
+        keep_and_bits(self.keep, self.bits)
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [2 * pairs / shape.width for pairs in range(1, shape.width // 2 + 1)]
@@ -103,7 +98,7 @@ def commuting(key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None, ran
     components of it at a time.
     """
     n = len(key.mean)
-    second = (key.covariance.double() + torch.outer(key.mean, key.mean).double()).view(heads, n // heads, heads, -1)
+    second = second_moment(key).double().view(heads, n // heads, heads, -1)
     still = torch.ones(n // heads, dtype=torch.bool, device=second.device)
     gains, rows = [], []
     if pairs is not None:

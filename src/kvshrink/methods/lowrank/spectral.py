@@ -24,7 +24,7 @@ from kvshrink.methods._mixed import Mixed, group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import number, require
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank._basis import BasisCodec, key_metric, spectrum, value_metric
+from kvshrink.methods.lowrank._basis import BasisCodec, metrics_of, spectrum
 from kvshrink.methods.lowrank._rotate import rotation
 
 SIDES = ("key", "value")
@@ -89,10 +89,7 @@ class Spectral(Method):
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """All directions of one layer, and widths for this layer by itself."""
-        metrics = (
-            key_metric(facts) if self.key_metric == "query" else None,
-            value_metric(facts) if self.value_metric == "output" else None,
-        )
+        metrics = metrics_of(self, facts)
         out: dict[str, Tensor] = {}
         for side, moments, metric in zip(SIDES, (facts.key, facts.value), metrics, strict=True):
             variance, down, up = spectrum(moments.covariance, 1, facts.shape.width, metric)
@@ -149,7 +146,7 @@ class Spectral(Method):
 
     def _widths(self, fitted: Fitted, side: str, budget: int) -> Tensor:
         sizes = group_sizes(len(fitted[f"{side}_variance"]))
-        chosen = _bits.fill(_energies(fitted, side), sizes, budget, self.widths, self.page)
+        chosen = _bits.fill(energies_of(fitted, side), sizes, budget, self.widths, self.page)
         return torch.tensor(chosen, dtype=torch.uint8)
 
     def _points(self, fitted: Fitted, side: str) -> Iterator[tuple[int, Tensor, float]]:
@@ -164,7 +161,7 @@ class Spectral(Method):
 
     def _error(self, fitted: Fitted, side: str, widths: Tensor) -> float:
         """Expected squared error over the variance, in the side's metric."""
-        energies = _energies(fitted, side)
+        energies = energies_of(fitted, side)
         return _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
 
     def _by_kl(self, fitted: Fitted, layer: int, side: str, shape: LayerShape, probe: Probe) -> _bits.Curve:
@@ -206,7 +203,7 @@ def group_sizes(channels: int) -> tuple[int, ...]:
     return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
 
 
-def _energies(fitted: Fitted, side: str) -> list[float]:
+def energies_of(fitted: Fitted, side: str) -> list[float]:
     """Variance of each group of channels."""
     variance = fitted[f"{side}_variance"].double()
     return [float(part.sum()) for part in variance.split(group_sizes(len(variance)))]
