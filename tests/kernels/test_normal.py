@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvshrink.kernels.normal import from_codes, to_codes
-from kvshrink.kernels.normal.reference import _levels, expected_error
+from kvshrink.kernels.normal.reference import expected_error, levels
 
 
 @pytest.mark.parametrize(("bits", "error"), [(0, 1.0), (1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
@@ -17,15 +17,15 @@ def test_error_is_max_s_table(bits, error):
 def test_levels_are_means_of_their_cells(bits):
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(3))
     codes = to_codes(x, bits)
-    for code, level in enumerate(_levels(bits).tolist()):
+    for code, level in enumerate(levels(bits).tolist()):
         assert float(x[codes == code].mean()) == pytest.approx(level, abs=0.02)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_code_is_the_nearest_level_and_error_is_as_expected(bits):
     x = torch.cat([torch.randn(200_000, generator=torch.Generator().manual_seed(1)), torch.tensor([-99.0, 99.0])])
-    codes, levels = to_codes(x, bits), _levels(bits).float()
-    nearest = (x[:2000, None] - levels).abs().argmin(1)
+    codes, table = to_codes(x, bits), levels(bits).float()
+    nearest = (x[:2000, None] - table).abs().argmin(1)
     assert torch.equal(codes[:2000].long(), nearest)
     assert codes[-2:].tolist() == [0, 2**bits - 1]
     back = from_codes(codes, bits)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvshrink.store.bytes import nbytes
-from kvshrink.store.pages import Pages
+from kvshrink.store.pages import JOINED, LONG, Pages
 
 PAGE = 4
 
@@ -17,7 +17,7 @@ def filled(*extents: int) -> Pages:
     """Pages with extents of so many pages each, tokens numbered by column."""
     pages, column = Pages(PAGE), 0
     for count in extents:
-        pages.append(page_of(*range(column, column + count * PAGE)), column)
+        pages.append([page_of(*range(column, column + count * PAGE))], count, column)
         column += count * PAGE
     return pages
 
@@ -57,14 +57,43 @@ def test_long_extents_are_read_without_a_copy():
         assert isinstance(block.columns, slice)
 
 
-def test_growing_never_copies_what_is_there():
-    pages, known = Pages(PAGE), []
-    for column in range(0, 400, PAGE):
-        pages.append(page_of(*range(column, column + PAGE)), column)
-        known.append(pages.extents[-1]["k.codes"])
-        assert all(e["k.codes"] is t for e, t in zip(pages.extents, known, strict=True))
-    assert len(pages) == 100
-    assert pages.tokens == 400
+def test_a_prefill_in_parts_is_one_extent():
+    pages = filled(1)
+    parts = (page_of(*range(at, at + size)) for at, size in ((4, 8), (12, 8), (20, 4)))
+    pages.append(parts, 5, 4)
+    assert [len(e["k.codes"][0]) for e in pages.extents] == [1, 5]
+    assert read(pages, 1000) == [(list(range(24)), list(range(24)))]
+
+
+def test_growing_keeps_extents_few_and_copies_a_page_at_most_twice():
+    pages, copies, before = Pages(PAGE), torch.zeros(600, dtype=torch.int), {}
+    for page in range(600):
+        column = page * PAGE
+        pages.append([page_of(*range(column, column + PAGE))], 1, column)
+        now, at = {}, 0
+        for extent in pages.extents:
+            for i in range(extent["k.codes"].shape[1]):
+                now[at + i] = extent["k.codes"].untyped_storage().data_ptr()
+            at += extent["k.codes"].shape[1]
+        copies += torch.tensor([before.get(i, now.get(i)) != now.get(i) for i in range(600)]).int()
+        before = now
+    assert len(pages.extents) <= 600 // LONG + 2 * JOINED
+    assert (int(copies.max()), pages.tokens) == (2, 600 * PAGE)
+    assert [c for columns, _ in read(pages, 64) for c in columns] == list(range(600 * PAGE))
+
+
+@pytest.mark.parametrize("extents", [(5,), (1,) * 5, (40, 1, 1), (20, 16, 3, 2, 17, 1), (1,) * 40], ids=str)
+@pytest.mark.parametrize("cut", [0, 1])
+def test_runs_cover_all_in_few_blocks_and_never_copy_a_long_extent(extents, cut):
+    pages = filled(*extents)
+    limit = sum(extents) - cut
+    blocks = list(pages.runs(limit))
+    shown = [int(t) for b in blocks for t in b.stored["k.codes"][0].flatten()]
+    assert shown == list(range(limit * PAGE))
+    assert [c for b in blocks for c in range(b.columns.start, b.columns.stop)] == shown
+    known = {e["k.codes"].untyped_storage().data_ptr() for e in pages.extents if e["k.codes"].shape[1] >= JOINED}
+    assert known <= {b.stored["k.codes"].untyped_storage().data_ptr() for b in blocks}
+    assert len(blocks) <= 2 * len(known) + 1
 
 
 @pytest.mark.parametrize("length", range(21))
@@ -98,7 +127,7 @@ def test_after_a_crop_into_a_page_the_next_page_starts_anew():
     pages = filled(3)
     cut = pages.extents[0]["k.codes"][:, 1].clone()
     pages.crop(6)
-    pages.append(page_of(60, 61, 62, 63, 64, 65, 66, 67), 6)
+    pages.append([page_of(60, 61, 62, 63, 64, 65, 66, 67)], 2, 6)
     assert torch.equal(pages.extents[0]["k.codes"][:, 1], cut)
     assert pages.first == [0, 4, 6, 10]
     for tokens in (4, 8, 100):
@@ -109,7 +138,7 @@ def test_after_a_crop_into_a_page_the_next_page_starts_anew():
 
 def test_a_gap_between_pages_is_not_taken_for_a_run_of_columns():
     pages = filled(1)
-    pages.append(page_of(9, 10, 11, 12), 9)
+    pages.append([page_of(9, 10, 11, 12)], 1, 9)
     assert read(pages, 100) == [([0, 1, 2, 3, 9, 10, 11, 12], [0, 1, 2, 3, 9, 10, 11, 12])]
 
 

@@ -1,8 +1,8 @@
 """Attention over [sinks | body | window + new]: each segment gives its output and log-sum-exp, then they are merged.
 
-The body is read a block at a time: keys are rebuilt for one block, unless their codec absorbs queries and they stay
-latent; values stay latent until after the weighted sum.
-No full-length K or V of a layer is ever alive.
+The body is read by one fused kernel where there is one for the device and the pages (kernels/decode), else a block at a
+time: keys are rebuilt for one block, unless their codec absorbs queries and they stay latent; values stay latent until
+after the weighted sum. No full-length K or V of a layer is ever alive.
 """
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from kvshrink.cache.chosen import read_chosen
 from kvshrink.cache.layer import Handle
 from kvshrink.cache.view import Slice, View, visible
-from kvshrink.kernels.attention import Running, finish, fold, merge, start
+from kvshrink.kernels.attention import Running, finish, fold, join, merge, start
+from kvshrink.kernels.decode import Turn, fused
 from kvshrink.shapes import Float
 from kvshrink.store.pages import Block
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
+FUSED_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
 
 
@@ -109,6 +111,9 @@ def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
     if one and key_codec.reads(handle.pages * layer.pages.page) is not None:
         out, lse = read_chosen(slices[0], softcap, _block_tokens(handle))
         return [[(value_codec.expand(out, heads), lse)]]
+    if len(slices) == 1 and (parts := _fused(slices[0], softcap)) is not None:
+        out, lse = join(parts)
+        return [[(value_codec.expand(out, heads), lse)]]
     states: list[Running] = [start(q, value_codec.width) for q, _ in slices]
     absorbed = [key_codec.absorb(q) for q, _ in slices]
     queries = [q if a is None else a for a, (q, _) in zip(absorbed, slices, strict=True)]
@@ -122,6 +127,32 @@ def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
         del keys, latent  # not alive beside the next block's
     done = [finish(state) for state in states]
     return [[(value_codec.expand(out, heads), lse) for out, lse in done]]
+
+
+def _fused(part: Slice, softcap: float | None) -> Segment | None:
+    """(latent output, log-sum-exp) of each run of pages; None if there is no kernel for them."""
+    query, view = part
+    layer, rope = view.handle.layer, view.handle.rope
+    assert layer.codecs is not None
+    key_codec, value_codec = layer.codecs
+    if query.shape[2] > FUSED_ROWS:
+        return None
+    asked, found = key_codec.absorb(query), []
+    for block in layer.pages.runs(view.handle.pages):
+        keys, values = key_codec.packed(block.part("k.")), value_codec.packed(block.part("v."))
+        if keys is None or values is None or (kernel := fused(query.device, keys, values)) is None:
+            return None
+        turn = None
+        if key_codec.site == "k_pre" and rope is not None:
+            columns = block.columns if isinstance(block.columns, slice) else block.columns.clamp_min(0)
+            turn = Turn(layer.table.positions[:, columns], rope.inv_freq, rope.scaling, rope.interleaved)
+        basis = key_codec.expansion
+        if basis is None and turn is not None:
+            return None
+        seen = visible(block, view)
+        query_of = query if asked is None else asked
+        found.append(kernel(query_of, keys, basis, turn, values, seen, softcap, layer.shape.dtype))
+    return found
 
 
 def _keys(block: Block, handle: Handle) -> Float[Tensor, "b h t d"]:

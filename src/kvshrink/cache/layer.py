@@ -133,10 +133,11 @@ class CompressedLayer(CacheLayerMixin):
         out = skip + (spare - skip) // page * page
         if wanted is not None and out:
             self.sinks.capture(keys, values, first, wanted[:, :out])
-        if self.codecs is not None:
-            for start in range(skip, out, ENCODE_TOKENS):
-                part = slice(start, min(start + ENCODE_TOKENS, out))
-                self._encode(keys[:, :, part], values[:, :, part], first + start, rope)
+        if self.codecs is not None and out > skip:
+            starts = range(skip, out, ENCODE_TOKENS)
+            parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
+            encoded = (self._encode(keys[:, :, p], values[:, :, p], first + p.start, rope) for p in parts)
+            self.pages.append(encoded, (out - skip) // page, first + skip)
         self.window.keep(keys[:, :, out:], values[:, :, out:])
 
     def _skip(self, wanted: Tensor, first: int, spare: int) -> int:
@@ -147,7 +148,7 @@ class CompressedLayer(CacheLayerMixin):
         needed = (real & ~wanted).any(0)
         return int(needed.int().argmax()) if bool(needed.any()) else spare
 
-    def _encode(self, keys: Tensor, values: Tensor, column: int, rope: Rope | None) -> None:
+    def _encode(self, keys: Tensor, values: Tensor, column: int, rope: Rope | None) -> dict[str, Tensor]:
         assert self.codecs is not None
         key_codec, value_codec = self.codecs
         positions = self.table.positions[:, column : column + keys.shape[2]]
@@ -158,7 +159,7 @@ class CompressedLayer(CacheLayerMixin):
         stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
         if self.watch is not None:
             self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
-        self.pages.append(stored, column)
+        return stored
 
     def _counted(self, valid: Tensor | None, column: int, count: int) -> Tensor | None:
         """Tokens of the body that attention reads from it: no pads, and no sinks, which padding leaves in pages."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvshrink.errors import DataError
 from kvshrink.kernels.affine import dequantize, quantize
+from kvshrink.kernels.latents import Packed, load
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._roles import Stored
 from kvshrink.shapes import Bool, Float, Int
@@ -39,8 +40,11 @@ class Raw:
         pages = data.unflatten(2, (-1, self.page)).transpose(1, 2)
         return {"latent": pages.clone(memory_format=torch.contiguous_format)}
 
+    def packed(self, stored: Stored) -> Packed:
+        return Packed("raw", stored, self.width, self.page)
+
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        return self.lead(stored, self.width)
+        return load(self.packed(stored))
 
     def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
         """The first `width` channels, the others unread."""
@@ -81,8 +85,11 @@ class Affine:
         flat = self._ungrouped(codes).flatten(3)  # [b, p, G, page * r]
         return {"codes": pack(flat, self.bits), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
+    def packed(self, stored: Stored) -> Packed:
+        return Packed(self.axis, stored, self.width, self.page, ((self.bits, self.width),), self.group)
+
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        return self.lead(stored, self.width)
+        return load(self.packed(stored))
 
     def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
         """The first `width` channels; the others are not unpacked, but at 3 bits, where a code lies in two bytes."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import DataError
-from kvshrink.kernels.normal import from_codes, to_codes
-from kvshrink.kernels.pack import pack, packed_bytes, unpack
+from kvshrink.kernels.latents import Packed, load
+from kvshrink.kernels.normal import to_codes
+from kvshrink.kernels.pack import pack, packed_bytes
 from kvshrink.methods._roles import Stored
 from kvshrink.shapes import Bool, Float, Int
 
@@ -23,7 +24,7 @@ GAIN_BYTES = 2
 
 @dataclass(frozen=True)
 class Mixed:
-    """sizes: channels of each group; bits: their width, 1 or more."""
+    """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more."""
 
     sizes: tuple[int, ...]
     bits: tuple[int, ...]
@@ -63,17 +64,12 @@ class Mixed:
         codes = [pack(to_codes(unit[..., part], bits).flatten(3), bits) for bits, part in self.runs()]
         return {"codes": torch.cat(codes, -1) if codes else pages.new_zeros(*pages.shape[:3], 0).byte(), "gain": gain}
 
+    def packed(self, stored: Stored) -> Packed:
+        runs = tuple((bits, part.stop - part.start) for bits, part in self.runs())
+        return Packed("normal", stored, self.width, self.page, runs, self.sizes[0] if self.sizes else 1)
+
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        codes, at, parts = stored["codes"], 0, []
-        for bits, channels in self.runs():
-            count = channels.stop - channels.start
-            size = packed_bytes(self.page * count, bits)
-            run = unpack(codes[..., at : at + size], bits).unflatten(-1, (self.page, count))
-            parts.append(from_codes(run, bits))
-            at += size
-        spread = self._spread(stored["gain"])[:, :, :, None]
-        unit = torch.cat(parts, -1) if parts else spread.expand(*spread.shape[:3], self.page, 0)
-        return (unit * spread).transpose(1, 2).flatten(2, 3)
+        return load(self.packed(stored))
 
     def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
         """The first `width` channels; all are unpacked."""

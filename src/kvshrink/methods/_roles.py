@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kvshrink.kernels.decode import Basis
+from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._settings import require, whole
 from kvshrink.shapes import Bool, Float, Int
@@ -50,6 +52,15 @@ class Codec(ABC):
 
     def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
         """Queries whose product with the latents of "k_post" keys is their score; None: keys are rebuilt."""
+        return None
+
+    def packed(self, stored: Stored) -> Packed | None:
+        """The same pages as fused kernels read them; None: `unpack` alone can."""
+        return None
+
+    @property
+    def expansion(self) -> Basis | None:
+        """How a fused kernel rebuilds keys from latents; None: latents are keys, or `absorb` makes queries fit them."""
         return None
 
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:

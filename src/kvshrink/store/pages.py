@@ -1,17 +1,21 @@
-"""Encoded tokens in pages of equal size, taken as they come and never copied to grow.
+"""Encoded tokens in pages of equal size, never encoded again and hardly ever copied.
 
-Every stored tensor has shape [b, p, ...], p pages. A prefill arrives as one extent of many pages, decoding adds
-extents of one page; readers get blocks: views of long extents, or short extents joined for the length of one read
-(a copy of compressed bytes only). `crop` may cut a page short; the page then stays short, and the next starts anew.
+Every stored tensor has shape [b, p, ...], p pages. A prefill becomes one extent of many pages. Decoding adds extents of
+one page, and each 16 of a size are joined, so that a page is copied at most twice and there are never many extents; the
+16 that are joined are held twice for that moment. Readers get blocks, which are views of extents or, where these are
+short, joined for the length of one read. `crop` may cut a page short; it then stays short, and the next starts anew.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Stored = Mapping[str, Tensor]
+
+JOINED = 16  # extents of a size that become one
+LONG = JOINED**2  # pages of an extent that is never joined to another
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,31 @@ class Pages:
     def tokens(self) -> int:
         return sum(self.used)
 
-    def append(self, stored: Stored, column: int) -> None:
-        """Add whole pages that cover the columns from `column` on."""
-        extent = dict(stored)
-        count = next(iter(extent.values())).shape[1]
+    def append(self, parts: Iterable[Stored], pages: int, column: int) -> None:
+        """Add `pages` whole pages that cover the columns from `column` on, as one extent, from parts as they come."""
+        extent: dict[str, Tensor] = {}
+        at = 0
+        for part in parts:
+            count = _pages(part)
+            if count == pages:
+                extent = dict(part)
+            elif not extent:
+                extent = {k: t.new_empty(t.shape[0], pages, *t.shape[2:]) for k, t in part.items()}
+            if count < pages:
+                for name, t in part.items():
+                    extent[name][:, at : at + count] = t
+            at += count
         self.extents.append(extent)
-        self.first += [column + i * self.page for i in range(count)]
-        self.used += [self.page] * count
+        self.first += [column + i * self.page for i in range(pages)]
+        self.used += [self.page] * pages
+        self._join()
+
+    def _join(self) -> None:
+        """Make one extent of the last ones where enough of them are alike in size."""
+        for limit in (JOINED, LONG):
+            last = self.extents[-JOINED:]
+            if len(last) == JOINED and all(limit // JOINED <= _pages(e) < limit for e in last):
+                self.extents[-JOINED:] = [_joined(last)]
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on; nothing is encoded again."""
@@ -84,8 +106,24 @@ class Pages:
         if held:
             yield self._block(held, start)
 
+    def runs(self, limit: int) -> Iterator[Block]:
+        """The first `limit` pages in as few blocks as there are without a copy of more than some pages."""
+        held: list[dict[str, Tensor]] = []
+        start = at = 0
+        for extent in self.extents:
+            count = min(_pages(extent), limit - at)
+            if count <= 0:
+                break
+            if held and (count >= JOINED or _pages(held[0]) >= JOINED):
+                yield self._block(held, start)
+                held, start = [], at
+            held.append({k: t[:, :count] for k, t in extent.items()})
+            at += count
+        if held:
+            yield self._block(held, start)
+
     def _block(self, held: list[dict[str, Tensor]], start: int) -> Block:
-        stored = held[0] if len(held) == 1 else {k: torch.cat([e[k] for e in held], 1) for k in held[0]}
+        stored = _joined(held)
         count = _pages(stored)
         first, used = self.first[start : start + count], self.used[start : start + count]
         if all(u == self.page for u in used) and first[-1] - first[0] == (count - 1) * self.page:
@@ -115,6 +153,10 @@ class Pages:
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             self.extents[int(index)][key] = tensor
+
+
+def _joined(extents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return extents[0] if len(extents) == 1 else {k: torch.cat([e[k] for e in extents], 1) for k in extents[0]}
 
 
 def _pages(stored: Stored) -> int:

@@ -64,6 +64,13 @@ def finish(state: Running) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h
     return state.values / state.mass.clamp_min(1e-30), state.top + state.mass.log()
 
 
+def join(
+    parts: list[tuple[Float[Tensor, "b h x d"], Float[Tensor, "b h x 1"]]],
+) -> tuple[Float[Tensor, "b h x d"], Float[Tensor, "b h x 1"]]:
+    """(output, log-sum-exp) over the union of segments, to be merged with others."""
+    return merge(parts), torch.stack([lse for _, lse in parts]).logsumexp(0) if len(parts) > 1 else parts[0][1]
+
+
 def merge(
     parts: list[tuple[Float[Tensor, "b h x d"], Float[Tensor, "b h x 1"]]],
 ) -> Float[Tensor, "b h x d"]:

@@ -39,7 +39,9 @@ def load(packed: Packed) -> Float[Tensor, "b G t r"]:
     if packed.form == "raw":
         pages = stored["latent"].float()
     elif packed.form == "normal":
-        pages = torch.cat([from_codes(c, bits) for bits, c in _runs(packed)], -1) * _spread(packed, "gain")[..., None, :]
+        spread = _spread(packed, "gain")[..., None, :]
+        unit = [from_codes(codes, bits) for bits, codes in _runs(packed)]
+        pages = torch.cat(unit, -1) * spread if unit else spread.expand(*spread.shape[:3], packed.page, 0)
     else:
         codes = torch.cat([c for _, c in _runs(packed)], -1)
         if packed.form == "channel":

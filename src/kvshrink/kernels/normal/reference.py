@@ -20,8 +20,8 @@ ROUNDS = 400  # of Lloyd's iteration; up to 4 bits the levels then stand still t
 
 def to_codes(x: Float[Tensor, "*all"], bits: int) -> UInt8[Tensor, "*all"]:
     """The nearest level of each number, as its index from the lowest."""
-    levels, x = _levels(bits), x.float()
-    borders = (levels[1:] + levels[:-1]) / 2
+    found, x = levels(bits), x.float()
+    borders = (found[1:] + found[:-1]) / 2
     if bits > COUNTED:
         return torch.bucketize(x.contiguous(), borders.to(x.device, torch.float32)).to(torch.uint8)
     codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
@@ -32,7 +32,7 @@ def to_codes(x: Float[Tensor, "*all"], bits: int) -> UInt8[Tensor, "*all"]:
 
 def from_codes(codes: UInt8[Tensor, "*all"], bits: int) -> Float[Tensor, "*all"]:
     """Float32 levels of the codes."""
-    table = _levels(bits).to(codes.device, torch.float32)
+    table = levels(bits).to(codes.device, torch.float32)
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
@@ -41,20 +41,21 @@ def expected_error(bits: int) -> float:
     """Mean squared error of a unit normal number: 1 at 0 bits."""
     if bits == 0:
         return 1.0
-    levels = _levels(bits)
-    cells, means = _cells(levels)
+    found = levels(bits)
+    cells, means = _cells(found)
     # E (x - m)^2 = 1 - E m^2 where each level is its cell's mean; general form for levels that are not quite
-    return float(1 - 2 * (cells * means * levels).sum() + (cells * levels.square()).sum())
+    return float(1 - 2 * (cells * means * found).sum() + (cells * found.square()).sum())
 
 
 @cache
-def _levels(bits: int) -> Float[Tensor, " levels"]:
+def levels(bits: int) -> Float[Tensor, " levels"]:
+    """The levels from the lowest to the highest, float64."""
     # the first guess is the best for many levels: quantiles of a normal of variance 3 (Panter and Dite, 1951)
     rank = (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
-    levels = sqrt(3) * torch.special.ndtri(rank)
+    found = sqrt(3) * torch.special.ndtri(rank)
     for _ in range(ROUNDS):
-        levels = _cells(levels)[1]
-    return levels
+        found = _cells(found)[1]
+    return found
 
 
 def _cells(levels: Tensor) -> tuple[Tensor, Tensor]:

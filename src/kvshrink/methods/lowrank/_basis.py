@@ -10,6 +10,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.decode import Basis
+from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, Moments
 from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._mixed import Mixed
@@ -63,6 +65,13 @@ class BasisCodec(Codec):
         if self.site != "k_post":
             return None
         return query @ self._by_head(query.shape[1]).transpose(1, 2)
+
+    def packed(self, stored: Stored) -> Packed:
+        return self.packing.packed(stored)
+
+    @property
+    def expansion(self) -> Basis | None:
+        return Basis(self.up, self.mean) if self.site == "k_pre" else None
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()

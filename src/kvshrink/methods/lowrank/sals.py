@@ -17,6 +17,8 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from kvshrink.kernels.decode import Basis
+from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import number, require
@@ -51,6 +53,13 @@ class ChoosingCodec(Codec):
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         return self.basis.expand(latent, heads)
+
+    def packed(self, stored: Stored) -> Packed:
+        return self.basis.packed(stored)
+
+    @property
+    def expansion(self) -> Basis | None:
+        return self.basis.expansion
 
     def page_bytes(self) -> int:
         return self.basis.page_bytes()

@@ -5,6 +5,7 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._latents import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Stored
@@ -32,6 +33,9 @@ class HeadwiseCodec(Codec):
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         return latent
+
+    def packed(self, stored: Stored) -> Packed:
+        return self.packing.packed(stored)
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()

@@ -1,0 +1,139 @@
+"""The fused decode attention of `reference.py` in C++ (native/decode.cpp), for pages of 32 tokens on a CPU.
+
+Products are of bfloat16 pairs where the model is bfloat16 and the processor has them, else of float32. Differences from
+the reference, all below what bfloat16 itself loses: those roundings, and that a key is turned by its page's angle and
+then its own place in the page, with angles in float64.
+"""
+
+import ctypes
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvshrink.kernels import native
+from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.normal.reference import levels
+from kvshrink.kernels.pack.reference import WIDTHS
+from kvshrink.shapes import Bool, Float
+
+PAGE = 32
+FORMS = {"channel": 3, "token": 4, "normal": 5}
+RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIDES = {"channel": ("scale", "low"), "token": ("scale", "low"), "normal": ("gain",)}
+
+
+class _Side(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("form", "groups", "width", "group", "runs")),
+        *((name, c_void_p) for name in ("bits", "channels", "data", "scale", "low")),
+        *((f"{name}_{axis}", c_int64) for name in ("data", "scale", "low") for axis in ("row", "page", "group")),
+        ("levels", c_void_p),
+    )
+
+
+class _Job(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("batch", "heads", "x", "wide", "pages", "threads", "pairs", "interleaved")),
+        *((name, _Side) for name in ("keys", "values")),
+        *((name, c_void_p) for name in ("query", "up", "mean", "inv_freq")),
+        *((name, c_float) for name in ("scaling", "softcap")),
+        ("positions", c_void_p),
+        ("positions_row", c_int64),
+        ("visible", c_void_p),
+        *((f"visible_{axis}", c_int64) for axis in ("row", "head", "x", "token")),
+        *((name, c_void_p) for name in ("out", "lse")),
+    )
+
+
+def available(keys: Packed, values: Packed) -> bool:
+    """Whether the C++ kernel can be had, and reads these."""
+    return keys.page == values.page == PAGE and native.library() is not None
+
+
+def decode(
+    query: Float[Tensor, "b h x e"],
+    keys: Packed,
+    basis: Basis | None,
+    turn: Turn | None,
+    values: Packed,
+    visible: Bool[Tensor, "#b #h #x t"] | None,
+    softcap: float | None,
+    precision: torch.dtype,
+) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
+    """As the reference. Needs `available`."""
+    library = native.library()
+    assert library is not None
+    b, h, x, wide = query.shape
+    held: list = []  # what the pointers of the job point to
+    out, lse = torch.empty(b, h, x, values.width), torch.empty(b, h, x, 1)
+    job = _Job(batch=b, heads=h, x=x, wide=wide, pages=_pages(keys), threads=torch.get_num_threads())
+    job.keys, job.values = _side(keys, held), _side(values, held)
+    job.query = _pointer(query.float().contiguous(), held)
+    if basis is not None:
+        job.up, job.mean = (_pointer(t.float().contiguous(), held) for t in basis)
+        if turn is not None:
+            positions = turn.positions.to(torch.int32).expand(b, -1)
+            positions = positions if positions.stride(1) == 1 else positions.contiguous()
+            job.pairs, job.interleaved, job.scaling = len(turn.inv_freq), turn.interleaved, turn.scaling
+            job.inv_freq = _pointer(turn.inv_freq.float().contiguous(), held)
+            job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
+    if visible is not None:
+        seen = visible.expand(b, h, x, -1)
+        job.visible = _pointer(seen, held)
+        job.visible_row, job.visible_head, job.visible_x, job.visible_token = seen.stride()
+    job.softcap = softcap or 0.0
+    job.out, job.lse = out.data_ptr(), lse.data_ptr()
+    library.kvshrink_decode(byref(job), c_int32(precision == torch.bfloat16))
+    return out, lse
+
+
+def _side(packed: Packed, held: list) -> _Side:
+    raw = packed.form == "raw"
+    data = packed.stored["latent" if raw else "codes"]
+    data = data if data[0, 0, 0].is_contiguous() else data.contiguous()
+    side = _Side(
+        form=RAW[data.dtype] if raw else FORMS[packed.form],
+        groups=data.shape[2],
+        width=packed.width,
+        group=max(1, packed.group),
+        runs=len(packed.runs),
+        data=_pointer(data, held),
+        levels=_pointer(_levels(packed.form == "normal"), held),
+    )
+    side.data_row, side.data_page, side.data_group = (s * data.itemsize for s in data.stride()[:3])
+    side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
+    for field, name in zip(("scale", "low"), SIDES.get(packed.form, ()), strict=False):
+        t = packed.stored[name]
+        t = t if t[0, 0, 0].is_contiguous() else t.contiguous()
+        setattr(side, field, _pointer(t, held))
+        for axis, stride in zip(("row", "page", "group"), t.stride()[:3], strict=True):
+            setattr(side, f"{field}_{axis}", stride * t.itemsize)
+    return side
+
+
+def _pointer(tensor: Tensor, held: list) -> int:
+    held.append(tensor)
+    return tensor.data_ptr()
+
+
+def _pages(packed: Packed) -> int:
+    return next(iter(packed.stored.values())).shape[1]
+
+
+@cache
+def _runs(runs: tuple[tuple[int, int], ...]) -> tuple[ctypes.Array, ctypes.Array]:
+    kind = c_int32 * max(1, len(runs))
+    return kind(*(bits for bits, _ in runs)), kind(*(channels for _, channels in runs))
+
+
+@cache
+def _levels(normal: bool) -> Float[Tensor, "9 256"]:
+    """What a code of so many bits stands for, before scale and minimum."""
+    table = torch.arange(256, dtype=torch.float32).repeat(9, 1)
+    if normal:
+        for bits in WIDTHS:
+            table[bits, : 2**bits] = levels(bits)
+    return table

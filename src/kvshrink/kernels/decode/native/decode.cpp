@@ -1,0 +1,67 @@
+// Decode attention over stored pages: ../reference.py says what it computes.
+//
+// A task is a run of pages of one batch row. Page by page: unpack the keys of a group, rebuild and turn them where there
+// is a basis, score, softmax over what was seen so far, unpack the values, add them up. Only a page's tile is ever alive.
+// Tasks are merged by their log-sum-exp. Keys turn by their place in the page alone; the query is turned back by the
+// page's first position, once for 32 tokens.
+#include <memory>
+
+#include "task.h"
+
+namespace {
+
+template <class T> void merge(const Job &job, const Shared<T> &all, std::vector<std::unique_ptr<Task<T>>> &tasks) {
+    const int width = job.values.width;
+    for (int row = 0; row < job.batch; row++)
+        for (int q = 0; q < all.rows; q++) {
+            float top = NEVER, mass = 0;
+            for (auto &task : tasks)
+                if (task->row == row) top = std::max(top, task->top[q]);
+            float *out = job.out + (int64_t(row) * all.rows + q) * width;
+            std::fill(out, out + width, 0.0f);
+            for (auto &task : tasks) {
+                if (task->row != row || task->top[q] == NEVER) continue;
+                const float share = std::exp(task->top[q] - top), *sum = task->sums.data + q * all.value_wide;
+                mass += share * sum16(load16(task->mass.data() + 16 * q));
+                for (int c = 0; c < width; c++) out[c] += share * sum[c];
+            }
+            if (mass > 0)
+                for (int c = 0; c < width; c++) out[c] /= mass;
+            job.lse[int64_t(row) * all.rows + q] = mass > 0 ? top + std::log(mass) : NEVER;
+        }
+}
+
+template <class T> void decode(const Job &job) {
+    const Shared<T> all(job);
+    // a few tasks for each thread, so that one that is held up does not hold up all
+    const int splits = std::min(job.pages, std::max(1, (4 * job.threads + job.batch - 1) / job.batch));
+    std::vector<std::unique_ptr<Task<T>>> tasks(size_t(job.batch) * splits);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads)
+    for (int i = 0; i < int(tasks.size()); i++) {
+        const int64_t part = i % splits;
+        tasks[i].reset(new Task<T>(all, i / splits, part * job.pages / splits, (part + 1) * job.pages / splits));
+        tasks[i]->run();
+    }
+    merge(job, all, tasks);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether products of bfloat16 pairs are built in.
+int kvshrink_pairs() {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void kvshrink_decode(const Job *job, int32_t pairs) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    if (pairs) return decode<PairTiles>(*job);
+#endif
+    decode<FloatTiles>(*job);
+}
+}

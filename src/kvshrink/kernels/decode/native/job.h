@@ -1,0 +1,18 @@
+// What Python asks for: mirrored by _Job in ../cpu.py.
+#pragma once
+#include "pages.h"
+
+struct Job {
+    int32_t batch, heads, x, wide;  // wide: channels of a query
+    int32_t pages, threads, pairs, interleaved;
+    Side keys, values;
+    const float *query;             // [b][h][x][wide], scaled
+    const float *up, *mean;         // [G][r][a], [G][a]; up is null where scores are products with the latents
+    const float *inv_freq;          // [pairs]; null: keys are not turned
+    float scaling, softcap;         // softcap 0: none
+    const int32_t *positions;       // [b][t]
+    int64_t positions_row;
+    const uint8_t *visible;         // null: everything
+    int64_t visible_row, visible_head, visible_x, visible_token;
+    float *out, *lse;               // [b][h][x][r], [b][h][x]
+};

@@ -1,0 +1,83 @@
+// Stored pages, as kernels/latents/reference.py defines them, and one page's numbers as a tile of floats.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+constexpr int PAGE = 32;
+constexpr int HALF = PAGE / 2;
+
+enum Form { RAW_F32, RAW_BF16, RAW_F16, CHANNEL, TOKEN, NORMAL };
+
+// Strides are bytes. scale holds the gain of NORMAL; scale, low and gain are float16.
+struct Side {
+    int32_t form, groups, width, group, runs;
+    const int32_t *bits, *channels;  // of each run
+    const char *data, *scale, *low;
+    int64_t data_row, data_page, data_group;
+    int64_t scale_row, scale_page, scale_group;
+    int64_t low_row, low_page, low_group;
+    const float *levels;  // [9][256]: by bits, the number that a code stands for; the code itself for CHANNEL and TOKEN
+};
+
+inline float half_of(const char *p, int64_t i) {
+    _Float16 x;
+    std::memcpy(&x, p + 2 * i, 2);
+    return static_cast<float>(x);
+}
+
+inline float raw_of(int form, const char *p, int64_t i) {
+    if (form == RAW_F16) return half_of(p, i);
+    float x;
+    if (form == RAW_F32) {
+        std::memcpy(&x, p + 4 * i, 4);
+        return x;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, p + 2 * i, 2);
+    uint32_t wide = uint32_t(bits) << 16;
+    std::memcpy(&x, &wide, 4);
+    return x;
+}
+
+// One page of one group: where its tensors lie.
+struct Spot {
+    const char *data, *scale, *low;
+    Spot(const Side &s, int64_t row, int64_t page, int64_t group)
+        : data(s.data + row * s.data_row + page * s.data_page + group * s.data_group),
+          scale(s.scale + row * s.scale_row + page * s.scale_page + group * s.scale_group),
+          low(s.low + row * s.low_row + page * s.low_page + group * s.low_group) {}
+};
+
+inline int64_t run_bytes(int bits, int channels) { return int64_t(PAGE) * channels * bits / 8; }
+
+// Codes of one run, one byte each, to out[token * stride + channel].
+inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
+    if (bits == 3) {  // three bytes are a little-endian word of eight codes
+        int token = 0, channel = 0;
+        for (int word = 0; word < PAGE * channels / 8; word++, in += 3) {
+            uint32_t w = in[0] | in[1] << 8 | in[2] << 16;
+            for (int i = 0; i < 8; i++, w >>= 3) {
+                out[token * stride + channel] = w & 7;
+                if (++channel == channels) channel = 0, token++;
+            }
+        }
+        return;
+    }
+    const int planes = 8 / bits, rows = PAGE / planes, mask = (1 << bits) - 1;
+    for (int plane = 0; plane < planes; plane++)
+        for (int row = 0; row < rows; row++) {
+            const uint8_t *from = in + row * channels;
+            uint8_t *to = out + (plane * rows + row) * stride;
+            for (int c = 0; c < channels; c++) to[c] = (from[c] >> (plane * bits)) & mask;
+        }
+}
+
+// All codes of a page, [PAGE][stride].
+inline void unpack_page(const Side &s, const Spot &at, uint8_t *out, int stride) {
+    const uint8_t *in = reinterpret_cast<const uint8_t *>(at.data);
+    for (int run = 0; run < s.runs; run++) {
+        unpack_run(in, s.bits[run], s.channels[run], out, stride);
+        in += run_bytes(s.bits[run], s.channels[run]);
+        out += s.channels[run];
+    }
+}

@@ -1,0 +1,253 @@
+// A run of pages of one batch row: softmax attention to them, page by page.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "basis.h"
+
+template <class T> struct Task {
+    typedef typename T::Lane Lane;
+    const Shared<T> &all;
+    const Job &job;
+    const int row, first, last;
+    std::vector<float> top, mass, added;  // mass in 16 parts
+    Buffer<float> sums;  // [rows][value_wide]
+    // tiles of the page at hand
+    Buffer<Lane> keys, values, weights, folded;
+    Buffer<float> scores, turned, cos, sin, block;
+    Buffer<uint8_t> codes;
+    Buffer<float> numbers, floats;
+    Scratch room;
+    std::vector<double> far_cos, far_sin;
+    int64_t far = -1;
+    bool follow = false;  // whether this page's tokens follow each other
+    Buffer<float> back_cos, back_sin;                      // [wide]
+    Buffer<float> slopes, slow_latent, slow_scores;        // [rows][wide], [2x][rank_wide], [2x][PAGE]
+    Buffer<Lane> slow_packed, slow_asked;                  // [2x][slow_depth], [2x][depth]
+
+    Task(const Shared<T> &s, int row, int first, int last)
+        : all(s), job(s.job), row(row), first(first), last(last), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
+          sums(size_t(s.rows) * s.value_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
+          weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.wide),
+          cos(size_t(s.turning) * 4 * PAGE), sin(size_t(s.turning) * 4 * PAGE), block(BLOCK * PAGE),
+          codes(size_t(PAGE) * stride_of(s.job)), numbers(size_t(2) * PAGE * stride_of(s.job)),
+          floats(size_t(PAGE) * stride_of(s.job)),
+          room{codes.data, stride_of(s.job), numbers.data, floats.data}, far_cos(s.step_cos.size()), far_sin(s.step_cos.size()),
+          back_cos(s.wide), back_sin(s.wide), slopes(size_t(s.rows) * s.wide),
+          slow_latent(size_t(2) * s.job.x * s.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
+          slow_packed(size_t(2) * s.job.x * s.slow_depth), slow_asked(size_t(2) * s.job.x * s.depth) {
+        for (int i = 0; i < s.wide; i++) back_cos.data[i] = 1;  // of columns that do not turn
+    }
+
+    // Queries of all rows, or weights of all rows for each group of channels.
+    static size_t folded_of(const Shared<T> &s) {
+        const Side &v = s.job.values;
+        const size_t groups = (v.width + v.group - 1) / v.group;
+        return s.rows * std::max<size_t>(s.depth, (v.form == TOKEN ? groups : 0) * T::value_depth);
+    }
+    static int stride_of(const Job &j) { return padded(std::max(j.keys.width, j.values.width), 64); }
+
+    void run() {
+        for (int page = first; page < last; page++) {
+            const float *near_cos = all.near_cos.data(), *near_sin = all.near_sin.data();
+            if (job.up) place(page, near_cos, near_sin);
+            std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
+            for (int g = 0; g < job.keys.groups; g++) {
+                const Spot at(job.keys, row, page, g);
+                if (job.up) {
+                    T::load_keys(job.keys, at, room, keys.data);
+                    for (int i = 0; i < all.group_heads; i++) rebuild(g * all.group_heads + i, near_cos, near_sin);
+                } else {
+                    score(at, g);
+                }
+            }
+            soften(page);
+            for (int g = 0; g < job.values.groups; g++) add(Spot(job.values, row, page, g), g);
+        }
+    }
+
+    // Scores of a group whose queries fit its latents.
+    void score(const Spot &at, int g) {
+        const int count = all.group_heads * job.x, first_row = g * count;
+        float *to = scores.data + first_row * PAGE;
+        const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
+        if (T::folds_keys(job.keys)) {
+            const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
+            T::fold_keys(job.keys, at, room, query, count, folded.data, added.data(), keys.data);
+            for (int r = 0; r < count; r++)
+                for (int v = 0; v < PAGE; v += 16) store16(to + r * PAGE + v, all16(added[r]));
+            rows = folded.data;
+        } else {
+            T::load_keys(job.keys, at, room, keys.data);
+        }
+        multiply_rows<T>(count, rows, all.depth, keys.data, PAGE, all.depth, PAGE, to, PAGE);
+    }
+
+    // The weighted sum of a group's values.
+    void add(const Spot &at, int g) {
+        const int count = all.rows / job.values.groups, wide = all.value_wide, group = job.values.group;
+        float *to = sums.data + int64_t(g) * count * wide;
+        if (T::folds_values(job.values, count)) {
+            T::fold_values(job.values, at, room, scores.data + g * count * PAGE, count, folded.data, to, wide);
+            T::load_codes(job.values, at, values.data, wide);
+            for (int c = 0; c < job.values.width; c += group)
+                multiply_rows<T>(count, folded.data + c / group * count * T::value_depth, T::value_depth, values.data + c,
+                                 wide, T::value_depth, std::min(group, wide - c), to + c, wide);
+            return;
+        }
+        T::load_values(job.values, at, room, values.data, wide);
+        for (int r = 0; r < count; r++)
+            T::pack_weights(scores.data + (g * count + r) * PAGE, weights.data + r * T::value_depth);
+        multiply_rows<T>(count, weights.data, T::value_depth, values.data, wide, T::value_depth, wide, to, wide);
+    }
+
+    // Queries for this page. Tokens of a page nearly always follow each other; where they do not (pads, cut pages), the
+    // page gets a table of its own, the queries are not turned back, and no block is slow.
+    void place(int page, const float *&near_cos, const float *&near_sin) {
+        const int wide = all.wide;
+        const float *asked = all.asked.data() + int64_t(row) * all.rows * wide;
+        const int32_t *position = job.positions + row * job.positions_row + int64_t(page) * PAGE;
+        follow = true;
+        for (int t = 1; all.turning && t < PAGE; t++) follow &= position[t] == position[0] + t;
+        if (!follow) {
+            std::memcpy(turned.data, asked, size_t(all.rows) * wide * 4);
+            near_cos = cos.data, near_sin = sin.data;
+            for (int p = 0; p < 4 * all.turning; p++)
+                for (int t = 0; all.pairs[p] >= 0 && t < PAGE; t++) {
+                    const double angle = double(position[t]) * job.inv_freq[all.pairs[p]];
+                    cos.data[p * PAGE + t] = job.scaling * std::cos(angle);
+                    sin.data[p * PAGE + t] = job.scaling * std::sin(angle);
+                }
+            return;
+        }
+        if (all.turning) go(position[0]);
+        const v16i swap = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
+        for (int q = 0; q < all.rows; q++)
+            for (int i = 0; i < wide; i += 16) {
+                const v16 x = load16(asked + q * wide + i);
+                const v16 y = x * load16(back_cos.data + i) + __builtin_shuffle(x, swap) * load16(back_sin.data + i);
+                store16(turned.data + q * wide + i, y);
+                store16(slopes.data + q * wide + i, __builtin_shuffle(y, swap) * load16(all.theta.data() + i));
+            }
+    }
+
+    // What turns queries back by the page's first position, or by its middle where blocks are slow. One page further
+    // than the last one is a product, not a call of cos and sin.
+    void go(int64_t position) {
+        const int n = all.step_cos.size();
+        for (int f = 0; f < n; f++) {
+            double c, s;
+            if (far >= 0 && position == far + PAGE) {
+                c = far_cos[f] * all.step_cos[f] - far_sin[f] * all.step_sin[f];
+                s = far_sin[f] * all.step_cos[f] + far_cos[f] * all.step_sin[f];
+            } else {
+                const double angle = double(position) * job.inv_freq[f];
+                c = std::cos(angle), s = std::sin(angle);
+            }
+            far_cos[f] = c, far_sin[f] = s;
+        }
+        far = position;
+        for (int p = 0; p < 4 * all.turning; p++) {
+            const int f = all.pairs[p], i = p / 4 * 8 + p % 4;
+            if (f < 0) continue;
+            double c = far_cos[f], s = far_sin[f];
+            if (p >= 4 * all.quick) {
+                const double first = c;
+                c = c * all.mid_cos[f] - s * all.mid_sin[f], s = s * all.mid_cos[f] + first * all.mid_sin[f];
+            }
+            back_cos.data[i] = back_cos.data[i + 4] = job.scaling * c;
+            back_sin.data[i] = job.scaling * s, back_sin.data[i + 4] = -job.scaling * s;
+        }
+    }
+
+    // Scores of one KV head: 8 channels of all its keys at a time, turned while they are in registers.
+    void rebuild(int h, const float *near_cos, const float *near_sin) {
+        const int count = follow ? all.quick : all.blocks;
+        float *to = scores.data + h * job.x * PAGE;
+        for (int b = 0; b < count; b++) {
+            const int64_t at = int64_t(h) * all.wide + b * 8;
+            multiply<T, 8>(all.basis.data() + at * all.depth, all.depth, keys.data, PAGE, all.depth, PAGE, block.data, PAGE,
+                           all.mean.data() + at);
+            dots(block.data, b < all.turning ? near_cos + b * 4 * PAGE : nullptr, near_sin + b * 4 * PAGE,
+                 turned.data + int64_t(h) * job.x * all.wide + b * 8, all.wide, to);
+        }
+        if (count < all.blocks) absorb(h, to);
+    }
+
+    // What the slow blocks add to a head's scores.
+    void absorb(int h, float *to) {
+        const int x = job.x, wide = all.rank_wide, rank = job.keys.width, count = (all.blocks - all.quick) * 8;
+        for (int r = 0; r < 2 * x; r++) {
+            const float *from = (r < x ? turned.data : slopes.data) + (int64_t(h) * x + r % x) * all.wide + all.quick * 8;
+            T::pack(from, count, slow_packed.data + r * all.slow_depth);
+        }
+        std::memset(slow_latent.data, 0, size_t(2) * x * wide * 4);
+        multiply_rows<T>(2 * x, slow_packed.data, all.slow_depth, all.slow_basis.data() + int64_t(h) * all.slow_depth * wide,
+                         wide, all.slow_depth, wide, slow_latent.data, wide);
+        for (int r = 0; r < 2 * x; r++) {
+            const float *latent = slow_latent.data + r * wide;
+            for (int v = 0; v < PAGE; v += 16) store16(slow_scores.data + r * PAGE + v, all16(latent[rank]));
+            T::pack(latent, rank, slow_asked.data + r * all.depth);
+        }
+        multiply_rows<T>(2 * x, slow_asked.data, all.depth, keys.data, PAGE, all.depth, PAGE, slow_scores.data, PAGE);
+        const v16 first = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int r = 0; r < x; r++)
+            for (int v = 0; v < PAGE; v += 16) {
+                const float *level = slow_scores.data + r * PAGE + v, *slope = level + x * PAGE;
+                store16(to + r * PAGE + v,
+                        load16(to + r * PAGE + v) + load16(level) + (first + (v - MIDDLE)) * load16(slope));
+            }
+    }
+
+    // What 8 channels of the keys add to all rows' scores; cos null: they do not turn.
+    void dots(const float *k, const float *cos, const float *sin, const float *q, int q_row, float *to) {
+        for (int v = 0; v < PAGE; v += 16) {
+            v16 x[8];
+            for (int i = 0; i < 8; i++) x[i] = load16(k + i * PAGE + v);
+            for (int i = 0; cos && i < 4; i++) {
+                const v16 c = load16(cos + i * PAGE + v), s = load16(sin + i * PAGE + v), first = x[i];
+                x[i] = first * c - x[4 + i] * s;
+                x[4 + i] = x[4 + i] * c + first * s;
+            }
+            for (int r = 0; r < job.x; r++) {
+                v16 sum = load16(to + r * PAGE + v), other = x[4] * q[r * q_row + 4];
+                for (int i = 0; i < 4; i++) sum += x[i] * q[r * q_row + i];
+                for (int i = 5; i < 8; i++) other += x[i] * q[r * q_row + i];
+                store16(to + r * PAGE + v, sum + other);
+            }
+        }
+    }
+
+    // Scores to weights of this page; sums so far shrink where a higher score has come.
+    void soften(int page) {
+        for (int q = 0; q < all.rows; q++) {
+            float *s = scores.data + q * PAGE;
+            v16 lo = load16(s), hi = load16(s + 16);
+            if (job.softcap > 0) {
+                lo = tanh16(lo / job.softcap) * job.softcap;
+                hi = tanh16(hi / job.softcap) * job.softcap;
+            }
+            if (job.visible) {
+                const uint8_t *seen = job.visible + row * job.visible_row + q / job.x * job.visible_head +
+                                      q % job.x * job.visible_x + int64_t(page) * PAGE * job.visible_token;
+                for (int t = 0; t < 16; t++) {
+                    if (!seen[t * job.visible_token]) lo[t] = NEVER;
+                    if (!seen[(t + 16) * job.visible_token]) hi[t] = NEVER;
+                }
+            }
+            const float highest = std::max(max16(lo), max16(hi));
+            if (highest > top[q]) {
+                const float shrink = std::exp(top[q] - highest);  // 0 at first
+                store16(mass.data() + 16 * q, load16(mass.data() + 16 * q) * shrink);
+                float *sum = sums.data + q * all.value_wide;
+                for (int i = 0; i < all.value_wide; i += 16) store16(sum + i, load16(sum + i) * shrink);
+                top[q] = highest;
+            }
+            const float base = top[q] == NEVER ? 0.0f : top[q];
+            lo = exp16(lo - base), hi = exp16(hi - base);
+            store16(mass.data() + 16 * q, load16(mass.data() + 16 * q) + lo + hi);
+            store16(s, lo), store16(s + 16, hi);
+        }
+    }
+};

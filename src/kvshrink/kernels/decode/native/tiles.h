@@ -1,0 +1,76 @@
+// A page's latents as the right-hand side of a product, in one of two precisions.
+//
+// Products are C[row][n] += sum over depth of A[row][depth] * Z[depth][n], A broadcast and Z in vectors of 16:
+//   keys     Z [channels][PAGE]: rows of A are queries, or columns of a basis
+//   values   Z [tokens][channels]: rows of A are softmax weights
+// FloatTiles works everywhere. PairTiles puts two bfloat16 in each 32-bit lane, for the dot product of pairs that
+// AVX512-BF16 has: half the depth, half the time.
+// Where scales allow it they are folded into A and Z stays codes: `fold_keys` into the queries, page by page, `fold_values`
+// into the weights. FloatTiles leaves that out.
+#pragma once
+#include "pages.h"
+#include "vector.h"
+
+inline int padded(int width, int to) { return (width + to - 1) / to * to; }
+
+struct Scratch {
+    uint8_t *codes;  // [PAGE][stride]
+    int stride;
+    float *numbers;  // scales, then minima: PAGE * stride each
+    float *floats;   // [PAGE][stride], where a page goes through floats
+};
+
+// still: the largest change of a turn within half a page, in radians, that may be taken as linear.
+struct FloatTiles {
+    typedef float Lane;
+    static constexpr float still = 0.0f;
+    static int key_depth(int width) { return width; }
+    static constexpr int value_depth = PAGE;
+    static v16 product(v16 sum, float a, const float *z) { return sum + a * load16(z); }
+    static void pack(const float *from, int64_t step, int n, float *to) {
+        for (int i = 0; i < n; i++) to[i] = from[i * step];
+    }
+    static void pack(const float *from, int n, float *to) { std::memcpy(to, from, n * 4); }
+    static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
+    static bool folds_keys(const Side &) { return false; }
+    static bool folds_values(const Side &, int) { return false; }
+    static void fold_keys(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, float *) {}
+    static void fold_values(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, int) {}
+    static void load_codes(const Side &, const Spot &, float *, int) {}
+    static void load_keys(const Side &s, const Spot &at, Scratch &room, float *z) { load(s, at, room, z, 1, PAGE); }
+    static void load_values(const Side &s, const Spot &at, Scratch &room, float *z, int width) {
+        load(s, at, room, z, width, 1);
+    }
+
+  private:
+    static void load(const Side &s, const Spot &at, Scratch &room, float *z, int by_token, int by_channel) {
+        const int w = s.width;
+        if (s.form <= RAW_F16) {
+            for (int t = 0; t < PAGE; t++)
+                for (int c = 0; c < w; c++) z[t * by_token + c * by_channel] = raw_of(s.form, at.data, int64_t(t) * w + c);
+            return;
+        }
+        unpack_page(s, at, room.codes, room.stride);
+        const int groups = s.form == TOKEN || s.form == NORMAL ? (w + s.group - 1) / s.group : w;
+        float *scale = room.numbers, *low = scale + PAGE * room.stride;
+        const int count = s.form == TOKEN ? PAGE * groups : groups;
+        for (int i = 0; i < count; i++) {
+            scale[i] = half_of(at.scale, i);
+            low[i] = s.form == NORMAL ? 0.0f : half_of(at.low, i);
+        }
+        int c = 0;
+        for (int run = 0; run < s.runs; run++) {
+            const float *levels = s.levels + 256 * s.bits[run];
+            for (int end = c + s.channels[run]; c < end; c++) {
+                const int g = s.form == CHANNEL ? c : c / s.group, step = s.form == TOKEN ? groups : 0;
+                for (int t = 0; t < PAGE; t++)
+                    z[t * by_token + c * by_channel] =
+                        levels[room.codes[t * room.stride + c]] * scale[g + t * step] + low[g + t * step];
+            }
+        }
+    }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include "pairs.h"
+#endif

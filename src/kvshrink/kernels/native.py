@@ -1,0 +1,90 @@
+"""C++ kernels for CPUs: built once with g++, kept in the user's cache folder, loaded with ctypes. All of it is optional.
+
+Plain C functions, so that a build takes seconds: torch's own headers take minutes. The threads are torch's: the library
+is left to find the OpenMP that torch has loaded, since a second pool would fight with the first one for the cores.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math")
+SHARED = ("-shared", "-fPIC")
+SECONDS = 300  # after which a compiler that hangs is given up
+
+log = logging.getLogger("kvshrink")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The built library; None, said once in the log, where it cannot be built or loaded."""
+    if os.environ.get("KVSHRINK_NATIVE") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        log.warning("no g++: decoding runs in plain torch, several times slower. Install g++ for the C++ kernels.")
+        return None
+    for threads in (("-fopenmp",), ()):  # without OpenMP where torch brings none: one thread is still far faster
+        try:
+            return ctypes.CDLL(str(_built(compiler, (*FLAGS, *threads))))
+        except (OSError, subprocess.SubprocessError) as error:
+            told = getattr(error, "stderr", None) or str(error)
+    log.warning("the C++ kernels cannot be built, decoding runs in plain torch, several times slower: %s", told[-2000:])
+    return None
+
+
+def _built(compiler: str, flags: tuple[str, ...]) -> Path:
+    """Path of the shared object, compiled if this source was not yet, by this compiler for this processor."""
+    sources = sorted(HERE.glob("*/native/*"))
+    seed = hashlib.sha256(repr((compiler, flags, platform.machine(), _processor())).encode())
+    for source in sources:
+        seed.update(source.read_bytes())
+    target = folder() / f"kernels-{seed.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    log.info("building the C++ kernels, once: %s", target)
+    # a name of its own until it is whole: another process may build at the same time
+    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+        fresh = Path(made) / target.name
+        units = [str(s) for s in sources if s.suffix == ".cpp"]
+        # linked without OpenMP's library, see above; its names are found among those that torch has loaded
+        objects = [str(Path(made) / f"{i}.o") for i in range(len(units))]
+        for unit, made_object in zip(units, objects, strict=True):
+            _run([compiler, *flags, "-fPIC", "-c", unit, "-o", made_object])
+        _run([compiler, "-shared", *objects, "-o", str(fresh)])
+        os.replace(fresh, target)
+    return target
+
+
+def folder() -> Path:
+    """Where built kernels are kept: $KVSHRINK_CACHE, or the user's cache folder, or a temporary one."""
+    base = os.environ.get("KVSHRINK_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    for path in (Path(base) / "kvshrink", Path(tempfile.gettempdir()) / f"kvshrink-{os.getuid()}"):
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(path, os.W_OK):
+            return path
+    raise OSError("no folder to keep built kernels in. Set KVSHRINK_CACHE to one that can be written.")
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
