@@ -17,7 +17,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math")
-SHARED = ("-shared", "-fPIC")
 SECONDS = 300  # after which a compiler that hangs is given up
 
 log = logging.getLogger("kvshrink")
@@ -34,34 +33,36 @@ def library() -> ctypes.CDLL | None:
         return None
     for threads in (("-fopenmp",), ()):  # without OpenMP where torch brings none: one thread is still far faster
         try:
-            return ctypes.CDLL(str(_built(compiler, (*FLAGS, *threads))))
+            return _load(compiler, (*FLAGS, *threads))
         except (OSError, subprocess.SubprocessError) as error:
             told = getattr(error, "stderr", None) or str(error)
     log.warning("the C++ kernels cannot be built, decoding runs in plain torch, several times slower: %s", told[-2000:])
     return None
 
 
-def _built(compiler: str, flags: tuple[str, ...]) -> Path:
-    """Path of the shared object, compiled if this source was not yet, by this compiler for this processor."""
+def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The shared object, compiled if this source was not yet by this compiler for this processor."""
     sources = sorted(HERE.glob("*/native/*"))
     seed = hashlib.sha256(repr((compiler, flags, platform.machine(), _processor())).encode())
     for source in sources:
         seed.update(source.read_bytes())
     target = folder() / f"kernels-{seed.hexdigest()[:16]}.so"
     if target.exists():
-        return target
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError as error:
+            log.warning("%s cannot be loaded (%s) and is built again", target, error)
     log.info("building the C++ kernels, once: %s", target)
-    # a name of its own until it is whole: another process may build at the same time
+    # in a folder of its own until it is whole: another process may build at the same time
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
-        fresh = Path(made) / target.name
-        units = [str(s) for s in sources if s.suffix == ".cpp"]
-        # linked without OpenMP's library, see above; its names are found among those that torch has loaded
-        objects = [str(Path(made) / f"{i}.o") for i in range(len(units))]
-        for unit, made_object in zip(units, objects, strict=True):
-            _run([compiler, *flags, "-fPIC", "-c", unit, "-o", made_object])
-        _run([compiler, "-shared", *objects, "-o", str(fresh)])
-        os.replace(fresh, target)
-    return target
+        objects = []
+        for source in (s for s in sources if s.suffix == ".cpp"):
+            objects.append(str(Path(made) / f"{source.parts[-3]}-{source.stem}.o"))
+            _run([compiler, *flags, "-fPIC", "-c", str(source), "-o", objects[-1]])
+        # linked without OpenMP's library, see above: its names are found among those that torch has loaded
+        _run([compiler, "-shared", *objects, "-o", str(Path(made) / target.name)])
+        os.replace(Path(made) / target.name, target)
+    return ctypes.CDLL(str(target))
 
 
 def folder() -> Path:
@@ -72,7 +73,8 @@ def folder() -> Path:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
             continue
-        if os.access(path, os.W_OK):
+        # code is loaded from here: nobody else may have made it
+        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
             return path
     raise OSError("no folder to keep built kernels in. Set KVSHRINK_CACHE to one that can be written.")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvshrink.kernels import native
 from kvshrink.kernels.decode.reference import Basis, Turn, decode
 from kvshrink.kernels.latents import Packed
 
@@ -21,5 +22,6 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
     if device.type == "cpu":
         from kvshrink.kernels.decode import cpu
 
-        return cpu.decode if cpu.available(keys, values) else None
+        fits = keys.page == values.page == cpu.PAGE
+        return cpu.decode if fits and native.library() is not None else None
     return None

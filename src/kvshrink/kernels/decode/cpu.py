@@ -48,11 +48,6 @@ class _Job(Structure):
     )
 
 
-def available(keys: Packed, values: Packed) -> bool:
-    """Whether the C++ kernel can be had, and reads these."""
-    return keys.page == values.page == PAGE and native.library() is not None
-
-
 def decode(
     query: Float[Tensor, "b h x e"],
     keys: Packed,
@@ -63,7 +58,7 @@ def decode(
     softcap: float | None,
     precision: torch.dtype,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
-    """As the reference. Needs `available`."""
+    """As the reference, for pages of PAGE tokens; needs native.library()."""
     library = native.library()
     assert library is not None
     b, h, x, wide = query.shape

@@ -57,7 +57,7 @@ def decode(
         flat = latent @ basis.up + basis.mean[:, None]
         rows = flat.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
     if turn is not None:
-        angles = turn.positions[..., None].float() * turn.inv_freq
+        angles = turn.positions[..., None].to(turn.inv_freq.dtype) * turn.inv_freq
         cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
         rows = rotate(rows, cos, sin, turn.interleaved, inverse=False)
     return finish(fold(start(query, values.width), query, rows, load(values), visible, softcap))

@@ -11,8 +11,8 @@ from kvshrink.shapes import Float
 
 def rotate(
     x: Float[Tensor, "b h t d"],
-    cos: Float[Tensor, "b t f"],
-    sin: Float[Tensor, "b t f"],
+    cos: Float[Tensor, "#b t f"],
+    sin: Float[Tensor, "#b t f"],
     interleaved: bool,
     inverse: bool,
 ) -> Float[Tensor, "b h t d"]:

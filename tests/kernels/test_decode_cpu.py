@@ -1,0 +1,205 @@
+"""kernels/decode/cpu.py against its reference: every stored form, odd shapes, masks, positions, and what lies around."""
+
+import itertools
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+from kvshrink.kernels import native
+from kvshrink.kernels.decode import Basis, Turn, cpu, fused, reference
+from kvshrink.kernels.latents import Packed
+from kvshrink.methods._latents import Affine, Raw
+from kvshrink.methods._mixed import Mixed
+from tests.kernels.tolerances import assert_close
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: decoding runs in plain torch")
+DTYPES = [torch.float32, torch.bfloat16]
+FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "normal"]
+PAGE = 32
+
+
+def packed(form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64) -> Packed:
+    """Random latents in this form, whose tensors are a part of larger ones that hold NaN and codes of all ones."""
+    rows = torch.randn(b, groups, (pages + 2) * PAGE, width) + 0.3
+    if form == "normal":
+        sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
+        bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
+        packing = Mixed(sizes, tuple(bits), PAGE)
+    elif form == "raw":
+        packing = Raw(groups, width, PAGE, dtype)
+    else:
+        packing = Affine(groups, width, PAGE, form[1], form[0], min(group, width))
+    stored = packing.store(rows, None)
+    for tensor in stored.values():
+        around = 255 if tensor.dtype == torch.uint8 else float("nan")
+        tensor[:, 0], tensor[:, -1] = around, around
+    return packing.packed({name: tensor[:, 1:-1] for name, tensor in stored.items()})
+
+
+def basis_of(groups: int, width: int, heads: int, d: int) -> Basis:
+    a = heads // groups * d
+    return Basis(torch.randn(groups, width, a) / width**0.5, torch.randn(groups, a) * 0.2)
+
+
+def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float = 5e5, **settings) -> Turn:
+    f = int(d / 2 * part)
+    given = {"scaling": 1.0, "interleaved": False} | settings
+    return Turn(torch.arange(first, first + tokens).int()[None], base ** (-torch.arange(f) / f), **given)
+
+
+def compare(query, keys, basis, turn, values, visible, softcap, dtype):
+    want = reference.decode(query, keys, basis, turn, values, visible, softcap, dtype)
+    assert_close(cpu.decode(query, keys, basis, turn, values, visible, softcap, dtype), want, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_rebuilt_and_not(form, dtype):
+    for (h, x, d), groups, width, pages in [((8, 4, 128), 8, 25, 3), ((2, 3, 64), 1, 21, 1), ((4, 1, 80), 2, 51, 7)]:
+        keys = packed(form, groups, width, pages, 2, dtype)
+        values = packed(form, 1, 70, pages, 2, dtype)
+        query, turn = torch.randn(2, h, x, d) * d**-0.5, turn_of(pages * PAGE, d)
+        compare(query, keys, basis_of(groups, width, h, d), turn, values, None, None, dtype)
+    for (h, x), width, values_group in [((4, 4), 128, 32), ((2, 9), 96, 20), ((3, 1), 30, 64)]:
+        keys = packed(form, h, width, 5, 1, dtype)
+        values = packed(form, h, width, 5, 1, dtype, values_group)
+        compare(torch.randn(1, h, x, width) * width**-0.5, keys, None, None, values, None, None, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(1, 8), (2, 4), (4, 1)], ids=["MQA", "GQA", "MHA"])
+def test_head_dims_and_ropes(d, heads, dtype):
+    h, x = heads
+    keys, values = packed(("channel", 4), 1, 45, 4, 1, dtype), packed(("token", 4), 1, 45, 4, 1, dtype)
+    query, basis = torch.randn(1, h, x, d) * d**-0.5, basis_of(1, 45, h, d)
+    turns = [
+        turn_of(128, d, base=1e4),
+        turn_of(128, d, part=0.5, interleaved=True, scaling=1.3),
+        turn_of(128, d, part=0.25),
+    ]
+    for turn in (*turns, None):
+        compare(query, keys, basis, turn, values, None, 5.0, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", list(itertools.product((1, 3), (1, 4), (1, 2))), ids=str)
+def test_masks_of_every_shape(shape, dtype):
+    keys, values = packed(("channel", 4), 4, 20, 3, 3, dtype), packed(("token", 4), 1, 40, 3, 3, dtype)
+    visible = torch.rand(*shape, 96) > 0.5
+    visible[-1, -1, -1] = False  # a row that sees nothing
+    visible[..., 32:64] &= torch.rand(*shape, 1) > 0.5  # pages of which nothing is seen
+    query = torch.randn(3, 4, 2, 64) / 8
+    compare(query, keys, basis_of(4, 20, 4, 64), turn_of(96, 64), values, visible, None, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_positions_of_their_own(dtype):
+    """Pads in front of a row, a page that was cut, rows that differ, and slots that are no token at all."""
+    keys, values = packed(("channel", 4), 2, 20, 4, 2, dtype), packed(("token", 4), 1, 40, 4, 2, dtype)
+    positions = torch.stack([torch.arange(128) - 17, torch.cat([torch.arange(40), torch.arange(35, 123)])]).int()
+    visible = (positions >= 0)[:, None, None]
+    turn = turn_of(128, 64)._replace(positions=positions.clamp_min(-1))
+    compare(torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible, None, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    keys, values = (
+        packed(("channel", 4), 2, 20, 9, 2, torch.bfloat16),
+        packed(("token", 4), 1, 40, 9, 2, torch.bfloat16),
+    )
+    query, basis, before = torch.randn(2, 2, 3, 64) / 8, basis_of(2, 20, 2, 64), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(query, keys, basis, turn_of(288, 64), values, None, None, torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_far_positions():
+    """The kernel's angles are float64; the reference's are float32, and off by up to .004 at position 100,000."""
+    keys, values = packed(("channel", 4), 1, 45, 4, 1, torch.float32), packed(("token", 4), 1, 45, 4, 1, torch.float32)
+    query, basis, turn = torch.randn(1, 2, 4, 64) / 8, basis_of(1, 45, 2, 64), turn_of(128, 64, first=100_000)
+    got = cpu.decode(query, keys, basis, turn, values, None, None, torch.float32)
+    near = turn._replace(inv_freq=turn.inv_freq.double())
+    want = reference.decode(query, keys, basis, near, values, None, None, torch.float32)
+    assert_close(got, want, torch.float32)
+
+
+@needs_compiler
+def test_slow_turns_are_as_good_as_exact_ones():
+    """In bfloat16 most pairs of a long base are taken as turning linearly within a page; that must not show."""
+    keys, values = packed(("channel", 8), 1, 64, 4, 1, torch.bfloat16), packed("raw", 1, 16, 4, 1, torch.bfloat16)
+    query, basis = torch.randn(1, 8, 4, 128), basis_of(1, 64, 8, 128)
+    errors = {}
+    for base in (3.0, 1e7):  # none of them slow, nearly all of them
+        turn = turn_of(128, 128, first=9000, base=base)
+        want = reference.decode(query, keys, basis, turn, values, None, None, torch.bfloat16)
+        got = cpu.decode(query, keys, basis, turn, values, None, None, torch.bfloat16)
+        errors[base] = float((got[1] - want[1]).abs().mean())
+    assert errors[1e7] < 2 * errors[3.0] + 1e-3
+
+
+@needs_compiler
+def test_other_page_sizes_and_a_set_environment_are_left_to_the_reference(monkeypatch):
+    keys = packed("raw", 1, 8, 1, 1, torch.float32)
+    assert fused(torch.device("cpu"), keys, keys) is cpu.decode
+    assert fused(torch.device("cpu"), keys._replace(page=16), keys) is None
+    monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
+    assert fused(torch.device("cpu"), keys, keys) is None
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has not built anything yet."""
+    monkeypatch.setenv("KVSHRINK_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING, "kvshrink"):
+        assert native.library() is None
+        assert native.library() is None
+    assert len(caplog.records) == 1
+    assert "Install g++" in caplog.text
+    assert fused(torch.device("cpu"), *[packed("raw", 1, 8, 1, 1, torch.float32)] * 2) is None
+
+
+@needs_compiler
+def test_a_build_that_fails_says_why(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    with caplog.at_level(logging.WARNING, "kvshrink"):
+        assert native.library() is None
+    assert "no-such-flag" in caplog.text
+
+
+@needs_compiler
+def test_a_build_is_kept_and_a_broken_one_is_made_again(fresh, monkeypatch):
+    assert native.library() is not None
+    (made,) = (fresh / "kvshrink").iterdir()
+    stamp = made.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert made.stat().st_mtime_ns == stamp
+    assert [p.name for p in (fresh / "kvshrink").iterdir()] == [made.name]
+    # half of it, as a full disk leaves it; elsewhere, since a process loads a path only once
+    broken = fresh / "other" / "kvshrink" / made.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+    monkeypatch.setenv("KVSHRINK_CACHE", str(fresh / "other"))
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert broken.stat().st_size == made.stat().st_size
