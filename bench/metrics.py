@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-
 from equal_bytes import DIVERGED, SCORED, TASKS, beside, compared, divergence
+
 from kvshrink import CSKV, reference_model
 from kvshrink.eval import calibration
 from kvshrink.eval.catalogue import choices, gather

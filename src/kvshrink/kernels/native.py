@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs: built once with g++, kept in the user's cache folder, loaded with ctypes. All of it is optional.
+"""C++ kernels for CPUs: built once with g++, kept in the user's cache folder, loaded with ctypes. All optional.
 
 Plain C functions, so that a build takes seconds: torch's own headers take minutes. The threads are torch's: the library
 is left to find the OpenMP that torch has loaded, since a second pool would fight with the first one for the cores.
