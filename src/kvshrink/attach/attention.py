@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvshrink.attach.grouped import grouped
 from kvshrink.cache.attend import attend
 from kvshrink.errors import CacheError
 
@@ -61,6 +62,10 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, with our boolean mask in the form that it expects."""
     previous = getattr(module, PREVIOUS, "sdpa")
+    if previous == "sdpa" and query.shape[2] == 1 and _plain(mask, dropout, softcap, kwargs):
+        out = grouped(query, key, value, mask, scaling)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     extra = dict(kwargs) if softcap is None else {**kwargs, "softcap": softcap}
     if previous == "eager":
         call: Callable = _eager_of(module)
@@ -72,6 +77,12 @@ def _dense(
             mask = mask[:, 0, -1]
             mask = None if bool(mask.all()) else mask
     return call(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
+
+
+def _plain(mask: Tensor | None, dropout: float, softcap: float | None, kwargs: dict) -> bool:
+    """Whether nothing was asked of sdpa but attention over these keys, so that `grouped` may do it."""
+    extra = [softcap, kwargs.get("position_bias"), kwargs.get("cache")]
+    return dropout == 0.0 and all(e is None for e in extra) and (mask is None or mask.dtype == torch.bool)
 
 
 def _eager_of(module: nn.Module) -> Callable:

@@ -1,0 +1,58 @@
+"""Attention of one new token to full keys and values on a CPU: where torch's sdpa is slow, our kernel reads them.
+
+With one new token sdpa's CPU kernel does a vector product per query head and reads a KV head again for each of them.
+Here the query heads of a KV head are rows of one product (kernels/decode, the "raw" form). At Llama-3.1-8B's shape,
+32k tokens and bfloat16 that is some ten times faster; sums are float32 in both. See bench/results/decode.json.
+"""
+
+import torch
+from torch import Tensor
+
+from kvshrink.kernels.attention import finish, fold, merge, start
+from kvshrink.kernels.decode import fused
+from kvshrink.kernels.latents import Packed
+from kvshrink.shapes import Bool, Float
+
+PAGE = 32
+FEWEST = 1024  # tokens from which float32 gains; 16-bit floats gain at any length
+MOST_ROWS = 64  # query heads per KV head
+
+
+def grouped(
+    query: Float[Tensor, "b q 1 d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "#b #q 1 t"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "b q 1 e"] | None:
+    """The output; None where sdpa is as fast, or no kernel is there."""
+    b, heads, _, d = query.shape
+    h, t = keys.shape[1:3]
+    whole = t // PAGE * PAGE
+    if not whole or not _gains(query, keys, t):
+        return None
+    pages = [Packed("raw", {"latent": _pages(x[:, :, :whole])}, x.shape[3], PAGE) for x in (keys, values)]
+    kernel = fused(query.device, *pages)
+    if kernel is None:
+        return None
+    rows = query.float().mul(query.shape[-1] ** -0.5 if scaling is None else scaling).reshape(b, h, -1, d)
+    seen = None if mask is None else mask.reshape(b, *((1, 1) if mask.shape[1] == 1 else (h, heads // h)), t)
+    parts = [kernel(rows, pages[0], None, None, pages[1], _upto(seen, 0, whole), None, query.dtype)]
+    if whole < t:
+        rest = keys[:, :, whole:].float(), values[:, :, whole:].float()
+        parts.append(finish(fold(start(rows, rest[1].shape[3]), rows, *rest, _upto(seen, whole, t), None)))
+    return merge(parts).reshape(b, heads, 1, -1).to(query.dtype)
+
+
+def _gains(query: Tensor, keys: Tensor, tokens: int) -> bool:
+    rows = query.shape[1] // keys.shape[1]
+    small = query.dtype in (torch.bfloat16, torch.float16) or (rows > 1 and tokens >= FEWEST)
+    return small and rows <= MOST_ROWS and query.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _pages(rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b p h 32 d"]:
+    return rows.unflatten(2, (-1, PAGE)).transpose(1, 2)
+
+
+def _upto(seen: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if seen is None else seen[..., start:end]
