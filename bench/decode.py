@@ -1,216 +1,154 @@
-"""Decode attention of one layer: shrunken caches beside DynamicCache + sdpa, measured in turn in one process.
+"""Decode of one layer: shrunken caches beside the full cache and transformers' own quantised caches, in turn.
 
-    python bench/decode.py                                   # or: make bench
-    bench/peers/make.sh quanto && bench/peers/quanto/venv/bin/python bench/decode.py --quanto
+    make bench                                               # CPU, some minutes, without peers
+    python="$(bench/peers/make.sh quanto hqq)" && $python bench/decode.py --peers quanto hqq
+    make bench-gpu                                           # on a machine with a GPU
 
-A step is what a layer does for one new token: the cache's `update` and the attention over everything cached. The result
-is checked first, against attention over the same cache rebuilt at full width; a wrong result prints no time.
-On a CPU only the ratios are results. The last line is one JSON object, also written to --out.
+A step is what a layer does for one new token: the cache's `update` and the attention over everything cached, or with
+--attention-only the attention alone. Each side's output is checked first against float32 attention over the same cache
+at full width; a side that is wrong ends the run without a time. On a CPU only the ratios are results. Each point is
+written to --out as soon as it is there, with the picture beside it; run again to go on.
 """
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import sides
 import torch
-from torch import Tensor
-from transformers import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from layer import MODELS, Layer
+from plot_decode import draw
+from timing import against, bandwidth, in_turn, setting
 
-from kvshrink.attach.attention import kvshrink_attention
-from kvshrink.cache import KVCache
-from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.rope import Rope
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
-from kvshrink.methods.lowrank._basis import orthonormal
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
+from kvshrink.methods.lowrank.sals import SALS
+from kvshrink.methods.lowrank.spectral import Spectral
+from kvshrink.methods.quant.kivi import KIVI
 from kvshrink.methods.quant.rtn import RTN
-from kvshrink.store.bytes import nbytes
-from kvshrink.store.tokens import TokenTable
+from kvshrink.store import files
 
-MODELS = {"llama-3.1-8b": (32, 8, 128, 5e5), "llama-2-7b": (32, 32, 128, 1e4)}  # q heads, KV heads, head dim, theta
-
-
-@dataclass
-class Side:
-    """One way to hold the cache: `step` does one token's update and attention and gives its output."""
-
-    name: str
-    step: Callable[[], Tensor]
-    held: Callable[[], int]
-    check: Callable[[], float] | None = None
-
-
-class Case:
-    """Random keys, values and queries of one layer."""
-
-    def __init__(self, model: str, tokens: int, dtype: torch.dtype) -> None:
-        self.q_heads, self.heads, self.d, theta = MODELS[model]
-        self.tokens, self.dtype = tokens, dtype
-        self.module = torch.nn.Module()
-        self.module.num_key_value_groups = self.q_heads // self.heads
-        self.rope = Rope(theta ** (-torch.arange(0, self.d, 2).float() / self.d), 1.0, False)
-        g = torch.Generator().manual_seed(0)
-        shape = (1, self.heads, tokens, self.d)
-        self.keys = torch.randn(shape, generator=g).to(dtype)
-        self.values = torch.randn(shape, generator=g).to(dtype)
-        self.key = torch.randn(1, self.heads, 1, self.d, generator=g).to(dtype)
-        self.value = torch.randn(1, self.heads, 1, self.d, generator=g).to(dtype)
-        self.query = torch.randn(1, self.q_heads, 1, self.d, generator=g).to(dtype)
-
-    def sdpa(self, keys: Tensor, values: Tensor) -> Tensor:
-        return sdpa_attention_forward(self.module, self.query, keys, values, None)[0]
-
-    def shrunken(self, name: str, method: Method) -> Side:
-        shape = LayerShape(self.heads, self.d, self.dtype)
-        table = TokenTable()
-        layer = CompressedLayer(method, shape, method.codecs(shape, fitted(method, shape)), table)
-        cache = KVCache([layer], method, table, "bench", "bench")
-
-        def update(keys: Tensor, values: Tensor, own: bool = True) -> tuple[Tensor, Tensor]:
-            start = layer.seen
-            positions = torch.arange(start, start + keys.shape[2], dtype=torch.int32)[None]
-            cache.stage(0, positions, None, self.rope, own, "bench")
-            return cache.update(keys, values, 0)
-
-        def step() -> Tensor:
-            keys, values = update(self.key, self.value)
-            return kvshrink_attention(self.module, self.query, keys, values, None)[0]
-
-        def check() -> float:
-            """Relative error of our attention against float32 attention over the cache rebuilt at full width."""
-            ours = step().float()
-            cache.crop(-1)
-            keys, values = update(self.key, self.value, own=False)
-            g = self.q_heads // self.heads
-            k, v = (x.float().repeat_interleave(g, 1) for x in (keys, values))
-            weights = torch.softmax(self.query.float() @ k.transpose(-1, -2) * self.d**-0.5, -1)
-            wanted = (weights @ v).transpose(1, 2)
-            return float((ours - wanted).norm() / wanted.norm())
-
-        update(self.keys, self.values)
-        return Side(name, step, lambda: cache.nbytes, check)
-
-    def dense(self) -> list[Side]:
-        cache = DynamicCache()
-        cache.update(self.keys, self.values, 0)
-
-        def step() -> Tensor:
-            keys, values = cache.update(self.key, self.value, 0)
-            return self.sdpa(keys, values)
-
-        def attention_only() -> Tensor:
-            return self.sdpa(cache.layers[0].keys, cache.layers[0].values)
-
-        def held() -> int:
-            return nbytes([cache.layers[0].keys, cache.layers[0].values])
-
-        return [Side("DynamicCache + sdpa", step, held), Side("sdpa alone, no update", attention_only, held)]
-
-    def quanto(self) -> Side:
-        from transformers.cache_utils import QuantoQuantizedLayer
-
-        layer = QuantoQuantizedLayer(nbits=4)
-        layer.update(self.keys, self.values)
-
-        def step() -> Tensor:
-            keys, values = layer.update(self.key, self.value)
-            return self.sdpa(keys, values)
-
-        def held() -> int:
-            packed = [q._data._data for q in (layer._quantized_keys, layer._quantized_values)]
-            side = [t for q in (layer._quantized_keys, layer._quantized_values) for t in (q._scale, q._shift)]
-            return nbytes([*packed, *side, layer.keys, layer.values])
-
-        return Side("QuantizedCache quanto int4", step, held)
+BASE = "DynamicCache + sdpa"
+WRONG = 2e-2  # relative error of an output from which a side is wrong
+METHODS: dict[str, Method] = {
+    "CSKV 0.2 int4 auto": CSKV(keep=0.2, bits=4, group_heads=1),
+    "CSKV 0.2 auto": CSKV(keep=0.2, group_heads=1),
+    "CSKV 0.2 int4 joint": CSKV(keep=0.2, bits=4),
+    "RoPE-commuting 0.2 int4": RopeCommuting(keep=0.2, bits=4),
+    "RoPE-commuting 0.2": RopeCommuting(keep=0.2),
+    "SALS 0.2 int4, 1/8 of tokens": SALS(keep=0.2, bits=4, topk=0.125),
+    "spectral 0.0625": Spectral(kept=0.0625, allocation="energy"),
+    "KIVI int4": KIVI(bits=4),
+    "KIVI int2": KIVI(bits=2),
+    "RTN int4": RTN(bits=4),
+}
+SOME = ("CSKV 0.2 int4 auto", "CSKV 0.2 auto", "RoPE-commuting 0.2 int4", "RoPE-commuting 0.2", "KIVI int4")
+KEEPS = {
+    f"{name} {keep} int4": method(keep=keep, bits=4, **more)
+    for keep in (0.1, 0.3, 0.5)
+    for name, method, more in (("CSKV", CSKV, {"group_heads": 1}), ("RoPE-commuting", RopeCommuting, {}))
+}
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 65536, 131072)
+BATCHES = (4, 8, 16, 32)
+BATCHED = 4096  # tokens of each row of a batch
 
 
-def fitted(method: Method, shape: LayerShape) -> dict[str, Tensor]:
-    """Random orthonormal bases: speed and bytes do not depend on what they hold."""
-    if not isinstance(method, CSKV):
-        return {}
-    rank_k, rank_v = method.ranks(shape)
-    groups = shape.heads // (method.group_heads or shape.heads)
-    key = orthonormal(groups, shape.width // groups, rank_k, 0).float()
-    value = orthonormal(1, shape.width, rank_v, 1).float()
-    means = {"key_mean": torch.zeros(groups, shape.width // groups), "value_mean": torch.zeros(1, shape.width)}
-    return {"key_up": key, "value_up": value, **means}
+def points(sweep: str, tokens: int, batch: int) -> list[tuple[int, int, dict[str, Method]]]:
+    """(tokens, batch, methods): the main point, and what --sweep adds."""
+    some = {name: METHODS[name] for name in SOME}
+    found = [(tokens, batch, METHODS | (KEEPS if sweep in ("keep", "all") else {}))]
+    if sweep in ("context", "all"):
+        found += [(t, batch, some) for t in CONTEXTS if t != tokens]
+    if sweep in ("batch", "all"):
+        found += [(BATCHED, b, some) for b in BATCHES]
+    return found
 
 
-def measure(sides: list[Side], repeats: int) -> dict[str, list[float]]:
-    """Seconds per step of each side, measured in turn, after one unmeasured round."""
-    times: dict[str, list[float]] = {s.name: [] for s in sides}
-    with torch.inference_mode():
-        for round_ in range(repeats + 1):
-            for side in sides:
-                start = time.perf_counter()
-                side.step()
-                if round_:
-                    times[side.name].append(time.perf_counter() - start)
-    return times
+def measure(
+    layer: Layer, methods: dict[str, Method], peers: list[str], rounds: int, attention_only: bool
+) -> list[dict]:
+    """Rows of one point. Raises SystemExit on a wrong output, without a time."""
+    found = [sides.growing(layer), *sides.in_place(layer), *(sides.quantized(layer, p) for p in peers)]
+    found += [sides.shrunken(layer, name, method) for name, method in methods.items()]
+    errors = {side.name: side.error() for side in found}
+    if wrong := {name: round(e, 4) for name, e in errors.items() if not e < WRONG}:
+        raise SystemExit(f"wrong attention output, no times: {wrong}")
+    steps = {side.name: side.attend if attention_only else side.step for side in found}
+    times = in_turn(steps, rounds, layer.device)
+    dense = min((s.name for s in found if s.name.startswith("full")), key=lambda n: statistics.median(times[n]))
+    read, full = bandwidth(layer.device), found[0].held()
+    rows = []
+    for side in found:
+        floor = side.held() / read
+        rows.append(
+            {
+                "side": side.name,
+                **against(times, side.name, BASE),
+                "over_best_dense": against(times, side.name, dense),
+                "kept": round(side.held() / full, 4),
+                "over_byte_floor": round(statistics.median(times[side.name]) / floor, 2),
+                "error": round(errors[side.name], 5),
+            }
+        )
+        if layer.device.type == "cuda":
+            rows[-1]["microseconds"] = round(1e6 * statistics.median(times[side.name]), 1)
+    for row in rows:
+        row["best_dense"] = row["side"] == dense
+    return rows
+
+
+def show(point: dict) -> None:
+    print(f"\n{point['tokens']} tokens, batch {point['batch']}")
+    for row in point["rows"]:
+        dense = row["over_best_dense"]["ratio"]
+        print(
+            f"  {row['side']:34s} {row['ratio']:8.4f}x of {BASE} {dense:8.3f}x of the best dense "
+            f"{100 * row['kept']:6.1f} % of bytes {row['over_byte_floor']:7.1f}x their reading"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quanto", action="store_true", help="also QuantizedCache (needs optimum-quanto)")
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=33, help="a page leaves the window in one of 32")
+    parser.add_argument("--sweep", choices=["none", "context", "batch", "keep", "all"], default="none")
+    parser.add_argument("--peers", nargs="*", choices=["quanto", "hqq"], default=[])
+    parser.add_argument("--attention-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/decode.json"))
     args = parser.parse_args()
-    case = Case(args.model, args.tokens, getattr(torch, args.dtype))
-    with torch.inference_mode():
-        sides = case.dense()
-        if args.quanto:
-            sides.append(case.quanto())
-        sides += [
-            case.shrunken("CSKV keep 0.2 int4", CSKV(keep=0.2, bits=4)),
-            case.shrunken("CSKV keep 0.2 int4 group_heads 1", CSKV(keep=0.2, bits=4, group_heads=1)),
-            case.shrunken("CSKV keep 0.2", CSKV(keep=0.2)),
-            case.shrunken("RTN int4", RTN(bits=4)),
-        ]
-        errors = {s.name: s.check() for s in sides if s.check is not None}
-    if wrong := {name: e for name, e in errors.items() if not e < 2e-2}:
-        raise SystemExit(f"wrong attention output, no times: {wrong}")
-    times = measure(sides, args.repeats)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    baseline = median["DynamicCache + sdpa"]
-    full = sides[0].held()
-    rows = []
-    for side in sides:
-        t = times[side.name]
-        rows.append(
-            {
-                "side": side.name,
-                "ratio": round(median[side.name] / baseline, 4),
-                "spread": [round(min(t) / baseline, 4), round(max(t) / baseline, 4)],
-                "kept": round(side.held() / full, 4),
-                "error": errors.get(side.name),
-            }
-        )
-        print(f"{side.name:36s} {rows[-1]['ratio']:8.3f} x  {100 * rows[-1]['kept']:6.1f} % of bytes")
+    if args.tokens < 256 or args.batch < 1 or args.rounds < 1:
+        parser.error("use --tokens of at least 256, --batch and --rounds of at least 1")
+    device = torch.device(args.device)
+    asked = {k: v for k, v in vars(args).items() if k in ("model", "dtype", "device", "rounds", "attention_only")}
     record = {
-        "what": "time of one layer's decode step / time of DynamicCache + sdpa, median of alternating runs",
-        **{k: v for k, v in vars(args).items() if k != "out"},
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "rows": rows,
+        "what": f"time of one layer's decode step over that of {BASE}, and over the fastest full cache",
+        "command": "python bench/decode.py --sweep all --peers quanto hqq",
+        "asked": asked,
+        "setting": setting(device),
+        "points": [],
     }
-    if "QuantizedCache quanto int4" in median:
-        ours = median["CSKV keep 0.2 int4"]
-        record["cskv_over_quanto"] = round(ours / median["QuantizedCache quanto int4"], 4)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if before.get("asked") == asked and before.get("setting") == record["setting"]:
+            record["points"] = before["points"]
+    done = {(p["tokens"], p["batch"]) for p in record["points"]}
+    with torch.inference_mode():
+        for tokens, batch, methods in points(args.sweep, args.tokens, args.batch):
+            if (tokens, batch) in done:
+                continue
+            layer = Layer(args.model, tokens, batch, getattr(torch, args.dtype), device)
+            peers = args.peers if (tokens, batch) == (args.tokens, args.batch) else []
+            rows = measure(layer, methods, peers, args.rounds, args.attention_only)
+            record["points"].append({"tokens": tokens, "batch": batch, "rows": rows})
+            show(record["points"][-1])
+            files.write_json(args.out, record)
+    draw(record, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

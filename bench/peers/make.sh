@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# A throw-away environment that holds one peer beside kvshrink, so that both are measured in one process.
-# usage: bench/peers/make.sh quanto     -> bench/peers/quanto/venv/bin/python
+# A throw-away environment that holds peers beside kvshrink, so that all are measured in one process.
+# usage: bench/peers/make.sh quanto hqq     -> bench/peers/quanto-hqq/venv/bin/python
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-peer="${1:-}"
-case "$peer" in
-  quanto) packages=(optimum-quanto==0.2.7 ninja) ;;
-  hqq) packages=(hqq==0.2.8.post1) ;;
-  *) echo "usage: $0 quanto|hqq" >&2; exit 2 ;;
-esac
-venv="$here/$peer/venv"
+packages=()
+for peer in "$@"; do
+  case "$peer" in
+    quanto) packages+=(optimum-quanto==0.2.7 ninja) ;;
+    hqq) packages+=(hqq==0.2.8.post1 setuptools) ;;
+    *) packages=(); break ;;
+  esac
+done
+if [ ${#packages[@]} -eq 0 ]; then
+  echo "usage: $0 quanto|hqq ..." >&2
+  exit 2
+fi
+venv="$here/$(IFS=-; echo "$*")/venv"
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" torch
-"$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root" "${packages[@]}"
+"$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[eval]" "${packages[@]}"
 echo "$venv/bin/python"

@@ -1,0 +1,45 @@
+"""A model of random weights whose attention has Llama-3.1-8B's shape and which is small in everything else, so that a
+step's time is the cache's; and artifacts for it without a fit."""
+
+import torch
+from layer import fitted
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvshrink.attach import attach
+from kvshrink.attach.factory import shapes
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+
+LAYERS = 4
+
+
+def random_model(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """4 layers, 32 query and 8 KV heads of 128 channels, hidden size 512. Seed 0."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2**18,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(device, dtype).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
+    """The method for all layers alike, as if fitted on random rows: speed and bytes do not depend on that."""
+    attachment = attach(model)
+    if not method.needs_fit:
+        return Artifact(method, {})
+    shape = shapes(attachment)[0]
+    assert shape is not None
+    learnt = fitted(method, shape)
+    return Artifact(method, dict.fromkeys(range(LAYERS), learnt), {"fingerprint": attachment.fingerprint})
