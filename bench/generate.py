@@ -51,12 +51,17 @@ class Side:
 
     def __init__(self, model: LlamaForCausalLM, cache: object, tokens: int) -> None:
         self.model, self.cache = model, cache
-        self.ids = torch.randint(0, 512, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+        self.ids = torch.randint(1, 512, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
 
     def seconds(self, count: int) -> float:
         watch = Stopwatch()
         self.ids = self.model.generate(
-            self.ids, past_key_values=self.cache, max_new_tokens=count + 1, do_sample=False, streamer=watch
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            max_new_tokens=count + 1,
+            do_sample=False,
+            streamer=watch,
         )
         return (watch.times[-1] - watch.times[1]) / count
 

@@ -14,7 +14,7 @@ from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.tokens import TokenTable
@@ -39,8 +39,7 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
         if shape is None:
             layers.append(DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window))
         else:
-            fitted = _on_device(artifact, i, key_value_weights(attachment.layers[i].module)[0])
-            codecs = artifact.method.codecs(shape, fitted)
+            codecs = _codecs(artifact, i, shape, key_value_weights(attachment.layers[i].module)[0])
             watched = _watch(artifact, i, codecs) if watch else None
             layers.append(CompressedLayer(artifact.method, shape, codecs, table, watched))
     device = key_value_weights(attachment.layers[0].module)[0].device
@@ -70,15 +69,16 @@ def _check(artifact: Artifact, attachment: Attachment) -> None:
         )
 
 
-def _on_device(artifact: Artifact, layer: int, like: Tensor) -> Fitted:
-    """The layer's tensors on the model's device, moved once per artifact and device."""
-    if layer not in artifact.layers:
-        return {}
-    moved = artifact.__dict__.setdefault("_moved", {})
-    key = (layer, like.device)
-    if key not in moved:
-        moved[key] = {k: t.to(like.device) for k, t in artifact.layers[layer].items() if not k.endswith(LOOKED_AT)}
-    return moved[key]
+def _codecs(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> tuple[Codec, Codec] | None:
+    """The layer's codecs, with tensors on the model's device: made once per artifact, shared by all of its caches."""
+    made = artifact.__dict__.setdefault("_codecs", {})
+    key = (layer, shape, like.device)
+    if key not in made:
+        fitted = artifact.layers.get(layer, {})
+        made[key] = artifact.method.codecs(
+            shape, {k: t.to(like.device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)}
+        )
+    return made[key]
 
 
 def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:

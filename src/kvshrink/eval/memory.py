@@ -12,7 +12,7 @@ from torch import Tensor
 def decode_peak(model: Any, cache: Any, token: Tensor) -> int:
     """Most bytes alive at once while `token` [b, 1] goes through the model with this filled cache, beyond those before.
 
-    Counted by the allocator, CUDA's or the CPU's, so it includes the logits and what the step adds to the cache, but not
+    Counted by the allocator, CUDA's or the CPU's, so it includes the logits and what the step adds to the cache, not
     the tiles that the C++ kernel holds on each thread: at most some MiB, whatever the context.
     The cache takes the token: give a `copy.deepcopy` of one that is still needed.
     """

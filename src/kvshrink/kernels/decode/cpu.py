@@ -6,6 +6,7 @@ then its own place in the page, with angles in float64.
 """
 
 import ctypes
+import weakref
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -38,7 +39,7 @@ class _Job(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("batch", "heads", "x", "wide", "pages", "threads", "pairs", "interleaved")),
         *((name, _Side) for name in ("keys", "values")),
-        *((name, c_void_p) for name in ("query", "up", "mean", "inv_freq")),
+        *((name, c_void_p) for name in ("query", "rebuild", "up", "mean", "inv_freq")),
         *((name, c_float) for name in ("scaling", "softcap")),
         ("positions", c_void_p),
         ("positions_row", c_int64),
@@ -67,22 +68,45 @@ def decode(
     job = _Job(batch=b, heads=h, x=x, wide=wide, pages=_pages(keys), threads=torch.get_num_threads())
     job.keys, job.values = _side(keys, held), _side(values, held)
     job.query = _pointer(query.float().contiguous(), held)
+    pairs = precision == torch.bfloat16
     if basis is not None:
-        job.up, job.mean = (_pointer(t.float().contiguous(), held) for t in basis)
         if turn is not None:
             positions = turn.positions.to(torch.int32).expand(b, -1)
             positions = positions if positions.stride(1) == 1 else positions.contiguous()
             job.pairs, job.interleaved, job.scaling = len(turn.inv_freq), turn.interleaved, turn.scaling
             job.inv_freq = _pointer(turn.inv_freq.float().contiguous(), held)
             job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
+        job.rebuild = _prepared(job, basis, turn, pairs).address
     if visible is not None:
         seen = visible.expand(b, h, x, -1)
         job.visible = _pointer(seen, held)
         job.visible_row, job.visible_head, job.visible_x, job.visible_token = seen.stride()
     job.softcap = softcap or 0.0
     job.out, job.lse = out.data_ptr(), lse.data_ptr()
-    library.kvshrink_decode(byref(job), c_int32(precision == torch.bfloat16))
+    library.kvshrink_decode(byref(job), c_int32(pairs))
     return out, lse
+
+
+class _Prepared:
+    """A basis as products read it: made once, since that takes as long as reading some hundred tokens."""
+
+    def __init__(self, job: _Job, basis: Basis, pairs: bool) -> None:
+        library = native.library()
+        assert library is not None
+        library.kvshrink_prepare.restype = c_void_p
+        held: list = []
+        job.up, job.mean = (_pointer(t.float().contiguous(), held) for t in (basis.up, basis.mean))
+        self.address = library.kvshrink_prepare(byref(job), c_int32(pairs))
+        job.up = job.mean = None
+        weakref.finalize(self, library.kvshrink_forget, c_void_p(self.address), c_int32(pairs))
+
+
+def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepared:
+    turned = None if turn is None else (turn.inv_freq.float().numpy().tobytes(), turn.interleaved)
+    key = ("cpu", job.heads, job.wide, pairs, turned)
+    if key not in basis.prepared:
+        basis.prepared[key] = _Prepared(job, basis, pairs)
+    return basis.prepared[key]
 
 
 def _side(packed: Packed, held: list) -> _Side:

@@ -5,6 +5,7 @@ latents. All query heads of a KV head are rows ("x" is query heads per KV head t
 more than a tile of any of it; this definition holds the whole block.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,16 @@ from kvshrink.kernels.rope import rotate
 from kvshrink.shapes import Bool, Float, Int
 
 
-class Basis(NamedTuple):
-    """Keys from latents: z @ up + mean, for G groups of KV heads of a = heads * d channels."""
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Keys from latents: z @ up + mean, for G groups of KV heads of a = heads * d channels. Never changed in place.
+
+    prepared: what a kernel has made of it for its own use, kept as long as the basis.
+    """
 
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
+    prepared: dict = field(default_factory=dict, repr=False)
 
 
 class Turn(NamedTuple):

@@ -5,6 +5,7 @@ z @ up + mean. An orthonormal basis has down = up^T and is stored once.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, final
 
 import torch
@@ -69,8 +70,8 @@ class BasisCodec(Codec):
     def packed(self, stored: Stored) -> Packed:
         return self.packing.packed(stored)
 
-    @property
-    def expansion(self) -> Basis | None:
+    @cached_property
+    def expansion(self) -> Basis | None:  # type: ignore[override]
         return Basis(self.up, self.mean) if self.site == "k_pre" else None
 
     def page_bytes(self) -> int:

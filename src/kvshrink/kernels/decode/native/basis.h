@@ -1,4 +1,5 @@
-// What all tasks share: queries, and for keys that are rebuilt their basis, column by column, and how they turn.
+// How keys are rebuilt and turned: the basis column by column, as products read it. It does not change from step to step,
+// so that Python keeps it (../cpu.py). And what all tasks of a step share.
 //
 // A head's columns stand in blocks of 8: four first halves of RoPE's pairs and their second halves, or columns that do not
 // turn; short blocks are filled with columns of zeros. Quick blocks come first. Slow blocks turn so little within a page
@@ -15,38 +16,27 @@
 
 constexpr float MIDDLE = (PAGE - 1) / 2.0f;
 
-template <class T> struct Shared {
+template <class T> struct Rebuild {
     typedef typename T::Lane Lane;
-    const Job &job;
-    const int group_heads, depth, rows, value_wide;
+    int group_heads = 0, depth = 0;
     int turning = 0, blocks = 0, quick = 0;   // blocks: those of pairs, all, those that are rebuilt on every page
     int wide = 0, slow_depth = 0, rank_wide = 0;
     std::vector<int> pairs, column;           // the pair of each block's four places, the column of each place; -1: none
-    std::vector<Lane> query, basis, slow_basis;
-    std::vector<float> mean, asked;           // [h][wide]; queries in the order of the blocks, [b][rows][wide]
+    std::vector<Lane> basis, slow_basis;
+    std::vector<float> mean;                  // [h][wide]
     std::vector<float> near_cos, near_sin;    // [place of a pair][PAGE]: a turn by the place in a page
     std::vector<float> theta;                 // frequency of each place's pair, and minus it: what turns by a quarter
     std::vector<double> step_cos, step_sin, mid_cos, mid_sin;  // by pair: a turn by a page, by half a page
 
-    explicit Shared(const Job &j)
-        : job(j), group_heads(j.heads / j.keys.groups), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x),
-          value_wide(padded(j.values.width, 32)) {
-        if (!j.up) {
-            query.resize(size_t(j.batch) * rows * depth);
-            for (int64_t i = 0; i < int64_t(j.batch) * rows; i++)
-                T::pack(j.query + i * j.wide, j.keys.width, query.data() + i * depth);
-            return;
-        }
-        order(), fill_turn(), fill_basis(), fill_slow();
-        asked.resize(size_t(j.batch) * rows * wide);
-        for (int64_t row = 0; row < int64_t(j.batch) * rows; row++)
-            for (int i = 0; i < wide; i++) asked[row * wide + i] = column[i] < 0 ? 0.0f : j.query[row * j.wide + column[i]];
+    Rebuild() {}
+    explicit Rebuild(const Job &job) : group_heads(job.heads / job.keys.groups), depth(T::key_depth(job.keys.width)) {
+        order(job), fill_turn(job), fill_basis(job), fill_slow(job);
     }
 
-    int pair_count() const { return job.inv_freq ? job.pairs : 0; }
+    static int pair_count(const Job &job) { return job.inv_freq ? job.pairs : 0; }
 
-    void order() {
-        const int f = pair_count(), rest = job.wide - 2 * f;
+    void order(const Job &job) {
+        const int f = pair_count(job), rest = job.wide - 2 * f;
         turning = (f + 3) / 4, blocks = turning + (rest + 7) / 8, wide = padded(blocks * 8, 16);
         std::vector<int> slow;
         for (int b = 0; b < turning; b++) {
@@ -55,15 +45,15 @@ template <class T> struct Shared {
             if (most * MIDDLE <= T::still)
                 slow.push_back(b);
             else
-                place(b, f);
+                place(job, b, f);
         }
         quick = T::still > 0 ? pairs.size() / 4 : blocks;
-        for (int b : slow) place(b, f);
+        for (int b : slow) place(job, b, f);
         column.resize(wide, -1);
         for (int i = 0; i < rest; i++) column[turning * 8 + i] = 2 * f + i;
     }
 
-    void place(int block, int f) {
+    void place(const Job &job, int block, int f) {
         for (int half = 0; half < 2; half++)
             for (int i = 4 * block; i < 4 * block + 4; i++) {
                 if (!half) pairs.push_back(i < f ? i : -1);
@@ -71,9 +61,9 @@ template <class T> struct Shared {
             }
     }
 
-    void fill_turn() {
+    void fill_turn(const Job &job) {
         near_cos.resize(size_t(4) * turning * PAGE), near_sin.resize(near_cos.size()), theta.resize(wide);
-        for (int f = 0; f < pair_count(); f++) {
+        for (int f = 0; f < pair_count(job); f++) {
             const double angle = job.inv_freq[f];
             mid_cos.push_back(std::cos(angle * MIDDLE)), mid_sin.push_back(std::sin(angle * MIDDLE));
             step_cos.push_back(std::cos(angle * PAGE)), step_sin.push_back(std::sin(angle * PAGE));
@@ -91,26 +81,26 @@ template <class T> struct Shared {
     }
 
     // Row i of a head's basis, or its mean after the last row.
-    const float *basis_row(int head, int i) const {
+    const float *basis_row(const Job &job, int head, int i) const {
         const int64_t a = int64_t(group_heads) * job.wide, group = head / group_heads;
         const float *row = i < job.keys.width ? job.up + (group * job.keys.width + i) * a : job.mean + group * a;
         return row + head % group_heads * job.wide;
     }
 
-    void fill_basis() {
+    void fill_basis(const Job &job) {
         const int r = job.keys.width;
         const int64_t a = int64_t(group_heads) * job.wide;
         basis.resize(size_t(job.heads) * wide * depth), mean.resize(size_t(job.heads) * wide);
         for (int h = 0; h < job.heads; h++)
             for (int i = 0; i < wide; i++)
                 if (column[i] >= 0) {
-                    T::pack(basis_row(h, 0) + column[i], a, r, basis.data() + (size_t(h) * wide + i) * depth);
-                    mean[h * wide + i] = basis_row(h, r)[column[i]];
+                    T::pack(basis_row(job, h, 0) + column[i], a, r, basis.data() + (size_t(h) * wide + i) * depth);
+                    mean[h * wide + i] = basis_row(job, h, r)[column[i]];
                 }
     }
 
     // [h][slow_depth][rank_wide], the lane after the last rank for the mean.
-    void fill_slow() {
+    void fill_slow(const Job &job) {
         const int count = (blocks - quick) * 8;
         slow_depth = T::key_depth(count), rank_wide = padded(job.keys.width + 1, 32);
         slow_basis.resize(size_t(job.heads) * slow_depth * rank_wide);
@@ -120,10 +110,33 @@ template <class T> struct Shared {
             for (int i = 0; i <= job.keys.width; i++) {
                 for (int c = 0; c < count; c++) {
                     const int at = column[quick * 8 + c];
-                    row[c] = at < 0 ? 0.0f : basis_row(h, i)[at];
+                    row[c] = at < 0 ? 0.0f : basis_row(job, h, i)[at];
                 }
                 T::pack(row.data(), count, packed.data());
                 for (int k = 0; k < slow_depth; k++) slow_basis[(size_t(h) * slow_depth + k) * rank_wide + i] = packed[k];
             }
+    }
+};
+
+template <class T> struct Shared {
+    typedef typename T::Lane Lane;
+    const Job &job;
+    const Rebuild<T> &how;  // empty where scores are products with the latents
+    const int depth, rows, value_wide;
+    std::vector<Lane> query;   // as products read it, [b][rows][depth]; or
+    std::vector<float> asked;  // in the order of the blocks, [b][rows][wide]
+
+    Shared(const Job &j, const Rebuild<T> &how)
+        : job(j), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
+        const int64_t count = int64_t(j.batch) * rows;
+        if (!j.rebuild) {
+            query.resize(count * depth);
+            for (int64_t i = 0; i < count; i++) T::pack(j.query + i * j.wide, j.keys.width, query.data() + i * depth);
+            return;
+        }
+        asked.resize(count * how.wide);
+        for (int64_t row = 0; row < count; row++)
+            for (int i = 0; i < how.wide; i++)
+                asked[row * how.wide + i] = how.column[i] < 0 ? 0.0f : j.query[row * j.wide + how.column[i]];
     }
 };

@@ -32,7 +32,8 @@ template <class T> void merge(const Job &job, const Shared<T> &all, std::vector<
 }
 
 template <class T> void decode(const Job &job) {
-    const Shared<T> all(job);
+    static const Rebuild<T> none;
+    const Shared<T> all(job, job.rebuild ? *static_cast<const Rebuild<T> *>(job.rebuild) : none);
     // a few tasks for each thread, so that one that is held up does not hold up all
     const int splits = std::min(job.pages, std::max(1, (4 * job.threads + job.batch - 1) / job.batch));
     std::vector<std::unique_ptr<Task<T>>> tasks(size_t(job.batch) * splits);
@@ -56,6 +57,24 @@ int kvshrink_pairs() {
 #else
     return 0;
 #endif
+}
+
+// How keys of this basis are rebuilt, for any step's `rebuild`, with the same `pairs`; to be given to kvshrink_forget.
+void *kvshrink_prepare(const Job *job, int32_t pairs) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    if (pairs) return new Rebuild<PairTiles>(*job);
+#endif
+    return new Rebuild<FloatTiles>(*job);
+}
+
+void kvshrink_forget(void *rebuild, int32_t pairs) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    if (pairs) {
+        delete static_cast<Rebuild<PairTiles> *>(rebuild);
+        return;
+    }
+#endif
+    delete static_cast<Rebuild<FloatTiles> *>(rebuild);
 }
 
 void kvshrink_decode(const Job *job, int32_t pairs) {

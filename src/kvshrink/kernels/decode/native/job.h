@@ -7,7 +7,8 @@ struct Job {
     int32_t pages, threads, pairs, interleaved;
     Side keys, values;
     const float *query;             // [b][h][x][wide], scaled
-    const float *up, *mean;         // [G][r][a], [G][a]; up is null where scores are products with the latents
+    const void *rebuild;            // what kvshrink_prepare gave; null where scores are products with the latents
+    const float *up, *mean;         // [G][r][a], [G][a], read by kvshrink_prepare alone
     const float *inv_freq;          // [pairs]; null: keys are not turned
     float scaling, softcap;         // softcap 0: none
     const int32_t *positions;       // [b][t]

@@ -10,7 +10,7 @@ template <class T> struct Task {
     typedef typename T::Lane Lane;
     const Shared<T> &all;
     const Job &job;
-    const int row, first, last;
+    const int row, first, last, group_heads;
     std::vector<float> top, mass, added;  // mass in 16 parts
     Buffer<float> sums;  // [rows][value_wide]
     // tiles of the page at hand
@@ -27,17 +27,18 @@ template <class T> struct Task {
     Buffer<Lane> slow_packed, slow_asked;                  // [2x][slow_depth], [2x][depth]
 
     Task(const Shared<T> &s, int row, int first, int last)
-        : all(s), job(s.job), row(row), first(first), last(last), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
+        : all(s), job(s.job), row(row), first(first), last(last),
+          group_heads(s.job.heads / s.job.keys.groups), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
           sums(size_t(s.rows) * s.value_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
-          weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.wide),
-          cos(size_t(s.turning) * 4 * PAGE), sin(size_t(s.turning) * 4 * PAGE), block(BLOCK * PAGE),
+          weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.how.wide),
+          cos(size_t(s.how.turning) * 4 * PAGE), sin(size_t(s.how.turning) * 4 * PAGE), block(BLOCK * PAGE),
           codes(size_t(PAGE) * stride_of(s.job)), numbers(size_t(2) * PAGE * stride_of(s.job)),
           floats(size_t(PAGE) * stride_of(s.job)),
-          room{codes.data, stride_of(s.job), numbers.data, floats.data}, far_cos(s.step_cos.size()), far_sin(s.step_cos.size()),
-          back_cos(s.wide), back_sin(s.wide), slopes(size_t(s.rows) * s.wide),
-          slow_latent(size_t(2) * s.job.x * s.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
-          slow_packed(size_t(2) * s.job.x * s.slow_depth), slow_asked(size_t(2) * s.job.x * s.depth) {
-        for (int i = 0; i < s.wide; i++) back_cos.data[i] = 1;  // of columns that do not turn
+          room{codes.data, stride_of(s.job), numbers.data, floats.data}, far_cos(s.how.step_cos.size()), far_sin(s.how.step_cos.size()),
+          back_cos(s.how.wide), back_sin(s.how.wide), slopes(size_t(s.rows) * s.how.wide),
+          slow_latent(size_t(2) * s.job.x * s.how.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
+          slow_packed(size_t(2) * s.job.x * s.how.slow_depth), slow_asked(size_t(2) * s.job.x * s.depth) {
+        for (int i = 0; i < s.how.wide; i++) back_cos.data[i] = 1;  // of columns that do not turn
     }
 
     // Queries of all rows, or weights of all rows for each group of channels.
@@ -50,14 +51,14 @@ template <class T> struct Task {
 
     void run() {
         for (int page = first; page < last; page++) {
-            const float *near_cos = all.near_cos.data(), *near_sin = all.near_sin.data();
-            if (job.up) place(page, near_cos, near_sin);
+            const float *near_cos = all.how.near_cos.data(), *near_sin = all.how.near_sin.data();
+            if (job.rebuild) place(page, near_cos, near_sin);
             std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
             for (int g = 0; g < job.keys.groups; g++) {
                 const Spot at(job.keys, row, page, g);
-                if (job.up) {
+                if (job.rebuild) {
                     T::load_keys(job.keys, at, room, keys.data);
-                    for (int i = 0; i < all.group_heads; i++) rebuild(g * all.group_heads + i, near_cos, near_sin);
+                    for (int i = 0; i < group_heads; i++) rebuild(g * group_heads + i, near_cos, near_sin);
                 } else {
                     score(at, g);
                 }
@@ -69,7 +70,7 @@ template <class T> struct Task {
 
     // Scores of a group whose queries fit its latents.
     void score(const Spot &at, int g) {
-        const int count = all.group_heads * job.x, first_row = g * count;
+        const int count = group_heads * job.x, first_row = g * count;
         float *to = scores.data + first_row * PAGE;
         const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
         if (T::folds_keys(job.keys)) {
@@ -105,42 +106,42 @@ template <class T> struct Task {
     // Queries for this page. Tokens of a page nearly always follow each other; where they do not (pads, cut pages), the
     // page gets a table of its own, the queries are not turned back, and no block is slow.
     void place(int page, const float *&near_cos, const float *&near_sin) {
-        const int wide = all.wide;
+        const int wide = all.how.wide;
         const float *asked = all.asked.data() + int64_t(row) * all.rows * wide;
         const int32_t *position = job.positions + row * job.positions_row + int64_t(page) * PAGE;
         follow = true;
-        for (int t = 1; all.turning && t < PAGE; t++) follow &= position[t] == position[0] + t;
+        for (int t = 1; all.how.turning && t < PAGE; t++) follow &= position[t] == position[0] + t;
         if (!follow) {
             std::memcpy(turned.data, asked, size_t(all.rows) * wide * 4);
             near_cos = cos.data, near_sin = sin.data;
-            for (int p = 0; p < 4 * all.turning; p++)
-                for (int t = 0; all.pairs[p] >= 0 && t < PAGE; t++) {
-                    const double angle = double(position[t]) * job.inv_freq[all.pairs[p]];
+            for (int p = 0; p < 4 * all.how.turning; p++)
+                for (int t = 0; all.how.pairs[p] >= 0 && t < PAGE; t++) {
+                    const double angle = double(position[t]) * job.inv_freq[all.how.pairs[p]];
                     cos.data[p * PAGE + t] = job.scaling * std::cos(angle);
                     sin.data[p * PAGE + t] = job.scaling * std::sin(angle);
                 }
             return;
         }
-        if (all.turning) go(position[0]);
+        if (all.how.turning) go(position[0]);
         const v16i swap = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
         for (int q = 0; q < all.rows; q++)
             for (int i = 0; i < wide; i += 16) {
                 const v16 x = load16(asked + q * wide + i);
                 const v16 y = x * load16(back_cos.data + i) + __builtin_shuffle(x, swap) * load16(back_sin.data + i);
                 store16(turned.data + q * wide + i, y);
-                store16(slopes.data + q * wide + i, __builtin_shuffle(y, swap) * load16(all.theta.data() + i));
+                store16(slopes.data + q * wide + i, __builtin_shuffle(y, swap) * load16(all.how.theta.data() + i));
             }
     }
 
     // What turns queries back by the page's first position, or by its middle where blocks are slow. One page further
     // than the last one is a product, not a call of cos and sin.
     void go(int64_t position) {
-        const int n = all.step_cos.size();
+        const int n = all.how.step_cos.size();
         for (int f = 0; f < n; f++) {
             double c, s;
             if (far >= 0 && position == far + PAGE) {
-                c = far_cos[f] * all.step_cos[f] - far_sin[f] * all.step_sin[f];
-                s = far_sin[f] * all.step_cos[f] + far_cos[f] * all.step_sin[f];
+                c = far_cos[f] * all.how.step_cos[f] - far_sin[f] * all.how.step_sin[f];
+                s = far_sin[f] * all.how.step_cos[f] + far_cos[f] * all.how.step_sin[f];
             } else {
                 const double angle = double(position) * job.inv_freq[f];
                 c = std::cos(angle), s = std::sin(angle);
@@ -148,13 +149,13 @@ template <class T> struct Task {
             far_cos[f] = c, far_sin[f] = s;
         }
         far = position;
-        for (int p = 0; p < 4 * all.turning; p++) {
-            const int f = all.pairs[p], i = p / 4 * 8 + p % 4;
+        for (int p = 0; p < 4 * all.how.turning; p++) {
+            const int f = all.how.pairs[p], i = p / 4 * 8 + p % 4;
             if (f < 0) continue;
             double c = far_cos[f], s = far_sin[f];
-            if (p >= 4 * all.quick) {
+            if (p >= 4 * all.how.quick) {
                 const double first = c;
-                c = c * all.mid_cos[f] - s * all.mid_sin[f], s = s * all.mid_cos[f] + first * all.mid_sin[f];
+                c = c * all.how.mid_cos[f] - s * all.how.mid_sin[f], s = s * all.how.mid_cos[f] + first * all.how.mid_sin[f];
             }
             back_cos.data[i] = back_cos.data[i + 4] = job.scaling * c;
             back_sin.data[i] = job.scaling * s, back_sin.data[i + 4] = -job.scaling * s;
@@ -163,28 +164,28 @@ template <class T> struct Task {
 
     // Scores of one KV head: 8 channels of all its keys at a time, turned while they are in registers.
     void rebuild(int h, const float *near_cos, const float *near_sin) {
-        const int count = follow ? all.quick : all.blocks;
+        const int count = follow ? all.how.quick : all.how.blocks;
         float *to = scores.data + h * job.x * PAGE;
         for (int b = 0; b < count; b++) {
-            const int64_t at = int64_t(h) * all.wide + b * 8;
-            multiply<T, 8>(all.basis.data() + at * all.depth, all.depth, keys.data, PAGE, all.depth, PAGE, block.data, PAGE,
-                           all.mean.data() + at);
-            dots(block.data, b < all.turning ? near_cos + b * 4 * PAGE : nullptr, near_sin + b * 4 * PAGE,
-                 turned.data + int64_t(h) * job.x * all.wide + b * 8, all.wide, to);
+            const int64_t at = int64_t(h) * all.how.wide + b * 8;
+            multiply<T, 8>(all.how.basis.data() + at * all.depth, all.depth, keys.data, PAGE, all.depth, PAGE, block.data, PAGE,
+                           all.how.mean.data() + at);
+            dots(block.data, b < all.how.turning ? near_cos + b * 4 * PAGE : nullptr, near_sin + b * 4 * PAGE,
+                 turned.data + int64_t(h) * job.x * all.how.wide + b * 8, all.how.wide, to);
         }
-        if (count < all.blocks) absorb(h, to);
+        if (count < all.how.blocks) absorb(h, to);
     }
 
     // What the slow blocks add to a head's scores.
     void absorb(int h, float *to) {
-        const int x = job.x, wide = all.rank_wide, rank = job.keys.width, count = (all.blocks - all.quick) * 8;
+        const int x = job.x, wide = all.how.rank_wide, rank = job.keys.width, count = (all.how.blocks - all.how.quick) * 8;
         for (int r = 0; r < 2 * x; r++) {
-            const float *from = (r < x ? turned.data : slopes.data) + (int64_t(h) * x + r % x) * all.wide + all.quick * 8;
-            T::pack(from, count, slow_packed.data + r * all.slow_depth);
+            const float *from = (r < x ? turned.data : slopes.data) + (int64_t(h) * x + r % x) * all.how.wide + all.how.quick * 8;
+            T::pack(from, count, slow_packed.data + r * all.how.slow_depth);
         }
         std::memset(slow_latent.data, 0, size_t(2) * x * wide * 4);
-        multiply_rows<T>(2 * x, slow_packed.data, all.slow_depth, all.slow_basis.data() + int64_t(h) * all.slow_depth * wide,
-                         wide, all.slow_depth, wide, slow_latent.data, wide);
+        multiply_rows<T>(2 * x, slow_packed.data, all.how.slow_depth, all.how.slow_basis.data() + int64_t(h) * all.how.slow_depth * wide,
+                         wide, all.how.slow_depth, wide, slow_latent.data, wide);
         for (int r = 0; r < 2 * x; r++) {
             const float *latent = slow_latent.data + r * wide;
             for (int v = 0; v < PAGE; v += 16) store16(slow_scores.data + r * PAGE + v, all16(latent[rank]));
