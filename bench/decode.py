@@ -136,7 +136,7 @@ def fitted(method: Method, shape: LayerShape) -> dict[str, Tensor]:
     if not isinstance(method, CSKV):
         return {}
     rank_k, rank_v = method.ranks(shape)
-    groups = shape.heads // (method.group_heads or shape.heads)
+    groups = method.groups(shape)
     key = orthonormal(groups, shape.width // groups, rank_k, 0).float()
     value = orthonormal(1, shape.width, rank_v, 1).float()
     means = {"key_mean": torch.zeros(groups, shape.width // groups), "value_mean": torch.zeros(1, shape.width)}

@@ -1,4 +1,4 @@
-"""What grouping costs on a made layer of 8 heads of 128 channels. SYNTHETIC: no trained model is like it; see `made`."""
+"""What grouping costs on a made layer of 8 heads of 128 channels. SYNTHETIC: no trained model is like it; see HOW."""
 
 import torch
 from torch import Tensor
