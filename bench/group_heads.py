@@ -158,7 +158,7 @@ def main() -> None:
             assert abs(held / theirs - 1) < 0.01, (held, theirs)
             against = {by: beside(found[e.label], found[other]) for by, found in read.items()}
             won = paired(hits[e.label], hits[other])
-            against["answers"] = {"only_this": won.only_a, "only_joint": won.only_b, "p": round(won.p, 4)}
+            against["answers"] = {"only_this": won.only_a, "only_joint": won.only_b, "p": float(f"{won.p:.2g}")}
             row["beside_joint"] = {"held_ratio": held / theirs, **against}
         rows.append(row)
     where = {"model": "reference, float32, 2 KV heads of 64", "tokens": LENGTH, "documents": len(book)}
