@@ -33,8 +33,8 @@ from kvshrink.store import files
 BASE = "DynamicCache + sdpa"
 WRONG = 2e-2  # relative error of an output from which a side is wrong
 METHODS: dict[str, Method] = {
-    "CSKV 0.2 int4 auto": CSKV(keep=0.2, bits=4, group_heads=1),
-    "CSKV 0.2 auto": CSKV(keep=0.2, group_heads=1),
+    "CSKV 0.2 int4 auto": CSKV(keep=0.2, bits=4, group_heads="auto"),
+    "CSKV 0.2 auto": CSKV(keep=0.2, group_heads="auto"),
     "CSKV 0.2 int4 joint": CSKV(keep=0.2, bits=4),
     "RoPE-commuting 0.2 int4": RopeCommuting(keep=0.2, bits=4),
     "RoPE-commuting 0.2": RopeCommuting(keep=0.2),
@@ -48,7 +48,7 @@ SOME = ("CSKV 0.2 int4 auto", "CSKV 0.2 auto", "RoPE-commuting 0.2 int4", "RoPE-
 KEEPS = {
     f"{name} {keep} int4": method(keep=keep, bits=4, **more)
     for keep in (0.1, 0.3, 0.5)
-    for name, method, more in (("CSKV", CSKV, {"group_heads": 1}), ("RoPE-commuting", RopeCommuting, {}))
+    for name, method, more in (("CSKV", CSKV, {"group_heads": "auto"}), ("RoPE-commuting", RopeCommuting, {}))
 }
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 65536, 131072)
 BATCHES = (4, 8, 16, 32)

@@ -37,9 +37,10 @@ def random_model(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
 def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
     """The method for all layers alike, as if fitted on random rows: speed and bytes do not depend on that."""
     attachment = attach(model)
-    if not method.needs_fit:
-        return Artifact(method, {})
     shape = shapes(attachment)[0]
     assert shape is not None
+    method = method.settle([shape], model.device)
+    if not method.needs_fit:
+        return Artifact(method, {})
     learnt = fitted(method, shape)
     return Artifact(method, dict.fromkeys(range(LAYERS), learnt), {"fingerprint": attachment.fingerprint})

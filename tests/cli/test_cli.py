@@ -138,6 +138,20 @@ def test_a_plan_is_searched_resumed_and_fitted(run, text, tmp_path):
     assert (code, "was made for other" in err) == (2, True)
 
 
+@pytest.mark.parametrize(("given", "fitted"), [("'auto'", (1, 2)), ("auto", (1, 2)), ("1", (1,)), ("None", (None,))])
+def test_group_heads_by_name_number_or_none(run, text, tmp_path, given, fitted):
+    spec = f"cskv:keep=0.25,bits=4,group_heads={given}"
+    assert run("fit", "--method", spec, "--text", text, "--length", 256, "--out", "art")[0] == 0
+    artifact = Artifact.from_pretrained(tmp_path / "art")
+    assert artifact.method.group_heads in fitted
+    rows = []
+    for source in (("--artifact", "art"), ("--method", spec)):
+        code, out, _ = run("inspect", *source, "--out", "s.png", "--json")
+        assert code == 0
+        rows.append(json.loads(out.splitlines()[-1])["layers"])
+    assert rows[0] == rows[1]
+
+
 def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text, monkeypatch):
     monkeypatch.setattr(probe, "ROWS", 1)
     args = ("--text", text, "--length", 256)

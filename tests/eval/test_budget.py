@@ -6,6 +6,7 @@ import torch
 from kvshrink import CSKV, RTN, attach, detach, fit, make_cache, reference_model
 from kvshrink.errors import SettingError
 from kvshrink.eval.budget import TOLERANCE, at_kept, promised
+from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 
 
@@ -34,6 +35,15 @@ def test_a_budget_is_met_by_the_cache_itself(model, method, target, tokens):
     assert (1 - TOLERANCE) * target <= chosen.kept <= (1 + TOLERANCE) * target
     assert type(chosen.method) is type(method)
     assert chosen.method.window == method.window or isinstance(method, StreamingLLM)
+
+
+@pytest.mark.parametrize(("flops", "heads"), [(1e30, 2), (1.0, 1)])
+def test_a_budget_settles_what_depends_on_the_device(model, monkeypatch, flops, heads):
+    """Bytes are promised before a fit, so the number of heads per basis must be known."""
+    monkeypatch.setattr("kvshrink.methods.lowrank.cskv.measure", lambda device, dtype: Ceilings(flops, 1e9))
+    auto, given = CSKV(bits=4, group_heads="auto"), CSKV(bits=4, group_heads=heads)
+    assert at_kept(auto, 0.1, model, 2000) == at_kept(given, 0.1, model, 2000)
+    assert promised(auto, model, 2000) == promised(given, model, 2000) > 0
 
 
 def test_it_is_the_largest_setting_under_the_target(model):

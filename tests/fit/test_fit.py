@@ -23,6 +23,7 @@ from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
 from kvshrink.fit.watch import LayerWatch
+from kvshrink.kernels.ceilings import Ceilings
 
 SHAPE = {
     "hidden_size": 32,
@@ -153,6 +154,24 @@ def test_from_disk_layer_by_layer_is_the_same_fit(model, rows, tmp_path):
         for name, tensor in layer.items():
             torch.testing.assert_close(there.layers[i][name], tensor, rtol=1e-5, atol=1e-6)
     kvshrink.make_cache(model, there)
+    kvshrink.detach(model)
+
+
+@pytest.mark.parametrize(("flops", "heads"), [(1e30, 2), (1.0, 1)])
+def test_group_heads_auto_is_a_number_in_the_artifact(model, rows, tmp_path, monkeypatch, flops, heads):
+    """Whatever machine reads it; from a folder as from memory, and cut to fewer components."""
+    with monkeypatch.context() as patch:
+        patch.setattr("kvshrink.methods.lowrank.cskv.measure", lambda device, dtype: Ceilings(flops, 1e9))
+        artifact = kvshrink.fit(model, CSKV(keep=0.5, group_heads="auto"), rows, progress=False)
+        model.save_pretrained(tmp_path / "model")
+        from_disk = kvshrink.fit(tmp_path / "model", CSKV(keep=0.5, group_heads="auto"), rows, progress=False)
+    wanted = kvshrink.fit(model, CSKV(keep=0.5, group_heads=heads), rows, progress=False)
+    assert artifact.method == from_disk.method == wanted.method
+    assert artifact.layers[0]["key_up"].shape[0] == 2 // heads
+    assert torch.equal(artifact.layers[2]["key_up"], wanted.layers[2]["key_up"])
+    artifact.save_pretrained(tmp_path / "artifact")
+    assert json.loads((tmp_path / "artifact" / "kvshrink.json").read_text())["settings"]["group_heads"] == heads
+    kvshrink.make_cache(model, kvshrink.Artifact.from_pretrained(tmp_path / "artifact").at(0.25))
     kvshrink.detach(model)
 
 

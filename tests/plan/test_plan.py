@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvshrink import RTN, detach, fit, make_cache, reference_model
+from kvshrink import CSKV, RTN, detach, fit, make_cache, reference_model
 from kvshrink.attach.families import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
@@ -20,6 +20,7 @@ from kvshrink.fit.data import token_rows
 from kvshrink.fit.job import fingerprint_of
 from kvshrink.fit.probe import LENGTH, Recall, recall_rows
 from kvshrink.fit.source import InMemory, OnDisk
+from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods import get
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank import spectral
@@ -273,6 +274,16 @@ def test_stand_is_the_largest_setting_within_the_bytes(llama, name):
         at = values.index(getattr(there, method.dial))
         assert room.held(there) <= share * room.full
         assert at + 1 == len(values) or room.held(replace(there, **{method.dial: values[at + 1]})) > share * room.full
+
+
+def test_a_plan_has_a_number_of_heads_per_basis(llama, monkeypatch):
+    """None and the divisors are searched; "auto" is one of them, by the device, wherever a method is stood."""
+    monkeypatch.setattr("kvshrink.methods.lowrank.cskv.measure", lambda device, dtype: Ceilings(100.0, 1.0))
+    room = Room.of(llama[0], 4096)
+    assert choices("cskv", room)["group_heads"] == (None, 1, 2, 4)
+    share = 0.1 * room.full
+    assert stand(CSKV(group_heads="auto"), room, share) == stand(CSKV(group_heads=2), room, share)
+    assert stand(CSKV(group_heads="auto", bits=4), room, share) == stand(CSKV(group_heads=1, bits=4), room, share)
 
 
 @pytest.mark.parametrize("name", METHODS)

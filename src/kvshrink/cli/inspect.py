@@ -54,6 +54,7 @@ def inspect(
     shapes, weights = _layers(source, spectra=fitted is None)
     if not shapes:
         raise UnsupportedModelError(f"{model} has no full-attention layer: there is nothing to shrink.")
+    chosen = chosen.settle(list(shapes.values()), source.device)
     widths = {i: len(t["value_spectrum"]) for i, t in fitted.layers.items()} if fitted else {}
     if fitted and widths != {i: shape.width for i, shape in shapes.items()}:
         made_for = fitted.model.get("name", "another model")

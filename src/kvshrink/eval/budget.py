@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
+import torch
+
 from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
 from kvshrink.attach.families import text_config
@@ -40,6 +42,7 @@ def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
     if not 0 < target <= 1:
         raise SettingError(f"kept={target} is not possible. Use a share of bytes above 0, up to 1.")
     room = Room.of(model, tokens)
+    method = room.settled(method)
     values = method.dial_values(room.layers[0], tokens) if method.dial else (None,)
 
     def setting(i: int) -> Method:
@@ -62,11 +65,15 @@ def promised(method: Method, model: Any, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Room:
-    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay."""
+    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay.
+
+    device: where the model is, on which methods settle.
+    """
 
     layers: list[LayerShape]
     tokens: int
     fixed: int
+    device: torch.device
 
     @classmethod
     def of(cls, model: Any, tokens: int) -> "Room":
@@ -76,16 +83,22 @@ class Room:
             raise SettingError("this model has no full-attention layer: there is nothing to shrink.")
         sliding = len(all_shapes) - len(layers)
         length = min(tokens, (getattr(text_config(model), "sliding_window", None) or 1) - 1)
-        return cls(layers, tokens, sliding * length * layers[0].token_bytes)
+        device = next(model.parameters()).device
+        return cls(layers, tokens, sliding * length * layers[0].token_bytes, device)
 
     @property
     def full(self) -> int:
         """Bytes of the full cache of one sequence."""
         return self.tokens * sum(shape.token_bytes for shape in self.layers) + self.fixed
 
+    def settled(self, method: Method) -> Method:
+        """The method as a fit on this model would start from it."""
+        return method.settle(self.layers, self.device)
+
     def held(self, method: Method) -> int:
         """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
         try:
+            method = self.settled(method)
             parts = [n * method.layer_bytes(shape, {}, self.tokens) for shape, n in Counter(self.layers).items()]
         except SettingError:
             return 0

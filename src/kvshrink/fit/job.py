@@ -78,6 +78,8 @@ def fit_all(
             raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
     source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
     infos = layers_of(source.model)
+    shapes = [shape_of(info.module) for info in infos if info.compressed]
+    methods = [method.settle(shapes, source.device) for method in methods]
     if isinstance(data, str) or (not isinstance(data, Tensor) and data and isinstance(data[0], str)):
         tokenizer = tokenizer or _tokenizer(source.name)
         rows = token_rows(data, tokenizer, length, methods[0].page)  # type: ignore[arg-type]

@@ -22,6 +22,10 @@ class InMemory:
         self.model = model
         self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @contextmanager
     def embeddings(self) -> Iterator[None]:
         yield
@@ -47,6 +51,11 @@ class OnDisk:
             raise KVShrinkError(f"{self.folder} is no saved causal language model: {reason}") from error
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model would run: weights are read on the CPU, one layer at a time."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
@@ -100,6 +101,11 @@ class Method(ABC):
     def dial_values(self, shape: LayerShape, tokens: int) -> Sequence:
         """Values of the dial for a cache of `tokens` tokens, the one with the fewest bytes first."""
         return ()
+
+    def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
+        """Before anything is fitted: the method with what depends on the device decided, so that an artifact means the
+        same on every machine. shapes: of the layers that are compressed."""
+        return self
 
     @abstractmethod
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:

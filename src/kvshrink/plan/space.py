@@ -66,7 +66,7 @@ def suggest(trial: Any, names: Sequence[str], room: Room) -> Method:
 
 def stand(method: Method, room: Room, nbytes: float) -> Method | None:
     """The method with its dial at the largest setting that holds no more than `nbytes` of one sequence, or None."""
-    dial = str(method.dial)
+    method, dial = room.settled(method), str(method.dial)
     values = method.dial_values(room.layers[0], room.tokens)
 
     def held(i: int) -> int:

@@ -128,7 +128,7 @@ def _correlation(pairs: list[tuple[float, float | None]]) -> str:
 def _kept(lab: Lab, method: CSKV) -> tuple[int, int]:
     """Channels kept of a layer's keys and of its values, all heads together."""
     rank_k, rank_v = method.ranks(lab.shape)
-    return rank_k * (lab.shape.heads // (method.group_heads or lab.shape.heads)), rank_v
+    return rank_k * method.groups(lab.shape), rank_v
 
 
 def _own(data: dict, keep: float) -> list[dict]:

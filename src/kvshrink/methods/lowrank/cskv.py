@@ -10,13 +10,15 @@ exact; the zero point is a float (the official one is clamped); between 32 and 6
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.kernels.ceilings import measure
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._latents import packing
 from kvshrink.methods._roles import Fitted, Method
@@ -29,6 +31,7 @@ from kvshrink.methods.lowrank._basis import (
     principal,
     weighted_svd,
 )
+from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
 
 INITS = ("pca", "asvd", "svd", "random")
 LOSSES = ("rows", "output", "kl")
@@ -43,7 +46,9 @@ class CSKV(Method):
     keep:        share of channels kept, rank over KV width (the paper's 1 - ratio), averaged over keys and values.
     bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
     init:        "pca" (closed form), or the paper's "asvd", "svd", "random".
-    group_heads: KV heads that share one key basis; None: all, as the paper. 1 or 2 make decoding cheaper.
+    group_heads: KV heads that share one key basis; None: all, as the paper and the most accurate per byte
+                 (docs/decisions/006-group-heads.md). Fewer make decoding cheaper; "auto" lets `fit` take the most whose
+                 keys are rebuilt no slower than the cache is read, as measured on the device at hand.
     key_share:   share of the kept channels that goes to keys; "auto" lets `fit` choose it layer by layer.
     steps:       optimiser steps of training after `init`, kept if it is better on held-out rows; 0: none.
     loss:        what is trained: "rows" (the paper's layer-wise reconstruction of keys and values), "output" (of the
@@ -58,7 +63,7 @@ class CSKV(Method):
     keep: float = 0.2
     bits: int | None = None
     init: Literal["pca", "asvd", "svd", "random"] = "pca"
-    group_heads: int | None = None
+    group_heads: int | Literal["auto"] | None = None
     key_share: float | Literal["auto"] = 0.5
     steps: int = 0
     qat: bool = False
@@ -80,14 +85,16 @@ class CSKV(Method):
     def check(self) -> None:
         super().check()
         whole("steps", self.steps)
-        whole("group_heads", self.group_heads, optional=True)
+        heads = self.group_heads
+        if heads != "auto":
+            whole("group_heads", heads, optional=True)
+            require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
         keep_and_bits(self.keep, self.bits)
         number("lr", self.lr)
         require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
         share = self.key_share
         ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
         require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
-        require(self.group_heads is None or self.group_heads >= 1, f"group_heads={self.group_heads}", "Use 1 or more.")
         for name, other in (("key_metric", "query"), ("value_metric", "output")):
             metric = getattr(self, name)
             require(metric in ("plain", other), f"{name}={metric!r}", f"Use 'plain' or {other!r}.")
@@ -100,6 +107,23 @@ class CSKV(Method):
         require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
 
+    def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
+        """group_heads="auto" as a number, by `_groups` and the speed of `device`.
+
+        The number hardly depends on keep, which moves the rebuild and what is read alike. key_share="auto" counts as
+        half.
+        """
+        if self.group_heads != "auto" or not shapes:
+            return self
+
+        def costs(size: int) -> list[Cost]:
+            own = replace(self, group_heads=size)
+            every = dict.fromkeys(shapes)
+            return [Cost(x.width, own.ranks(x)[0], own.bits_per_token(x, {}) / 8) for x in every]
+
+        heads = [shape.heads for shape in shapes]
+        return replace(self, group_heads=heads_per_basis(heads, costs, measure(device, shapes[0].dtype)))
+
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [channels / shape.width for channels in range(1, shape.width + 1)]
 
@@ -111,7 +135,7 @@ class CSKV(Method):
         share = key_share if key_share is not None else 0.5 if self.key_share == "auto" else float(self.key_share)
         n, total = shape.width, 2 * self.keep * shape.width
         key = min(max(total * share, total - n), n)
-        groups = self._groups(shape)
+        groups = self.groups(shape)
         rank_k, rank_v = int(key / groups + 1e-6), int(total - key + 1e-6)
         if rank_k < 1 or rank_v < 1:
             least = max(groups / share, 1 / (1 - share)) / (2 * n)
@@ -125,7 +149,7 @@ class CSKV(Method):
     def fit_layer(self, facts: LayerFacts, key_share: float | None = None) -> dict[str, Tensor]:
         """Basis of keys and values of one layer, before any training."""
         rank_k, rank_v = self.ranks(facts.shape, key_share)
-        groups = self._groups(facts.shape)
+        groups = self.groups(facts.shape)
         metrics = metrics_of(self, facts)
         key = self._side(facts.key, facts.key_weight, facts.input_scale, groups, rank_k, 0, metrics[0])
         value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
@@ -134,7 +158,7 @@ class CSKV(Method):
     def cut(self, fitted: Fitted, key_share: float | None = None) -> dict[str, Tensor]:
         """Tensors of this setting's ranks from those of a layer fitted at a higher `keep`."""
         groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].shape[1]
-        heads = groups * (self.group_heads or 1)
+        heads = groups * (self._settled() or 1)
         ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), key_share)
         return {**fitted, **leading(fitted, "key", ranks[0]), **leading(fitted, "value", ranks[1])}
 
@@ -146,16 +170,22 @@ class CSKV(Method):
         if fitted:
             return super().bits_per_token(shape, fitted)
         rank_k, rank_v = self.ranks(shape)
-        key = packing(self._groups(shape), rank_k, self.page, self.bits, "channel", self.value_group, shape.dtype)
+        key = packing(self.groups(shape), rank_k, self.page, self.bits, "channel", self.value_group, shape.dtype)
         value = packing(1, rank_v, self.page, self.bits, "token", self.value_group, shape.dtype)
         return (key.page_bytes() + value.page_bytes()) * 8 / self.page
 
-    def _groups(self, shape: LayerShape) -> int:
-        size = self.group_heads or shape.heads
+    def groups(self, shape: LayerShape) -> int:
+        """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
+        size = self._settled() or shape.heads
         require(
             shape.heads % size == 0, f"group_heads={size} with {shape.heads} KV heads", "Use a divisor of the heads."
         )
         return shape.heads // size
+
+    def _settled(self) -> int | None:
+        if self.group_heads == "auto":
+            raise SettingError("group_heads='auto' is a number only after `fit`. Fit the method, or give a number.")
+        return self.group_heads
 
     def _side(
         self,
