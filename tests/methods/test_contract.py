@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from jaxtyping import TypeCheckError
 
 from kvshrink import methods
+from kvshrink.cache import attend
+from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec
 from kvshrink.store.bytes import nbytes
 from tests.cache.build import feed, make
 
@@ -235,3 +239,43 @@ def test_a_setting_of_the_wrong_type_is_refused_in_one_line(name):
             object.__setattr__(method, field.name, wrong)
             with contextlib.suppress(methods.SettingError, TypeCheckError):
                 method.check()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: all attention is block by block")
+def test_attention_by_the_fused_kernel_and_block_by_block_agree(method, shape, fit, monkeypatch):
+    """Pads, several runs of pages, a page that was cut; one new token and three; with a soft cap and without."""
+    cache = make(method, shape, [fit(method, shape)])
+    d, taken = shape.head_dim, []
+    rope = Rope(1e4 ** (-torch.arange(0, d, 2).float() / d), 1.0, False)
+    real = torch.ones(2, 700, dtype=torch.bool)
+    real[0, :30] = False
+
+    def rows(count: int) -> list[torch.Tensor]:
+        return [torch.randn(2, shape.heads, count, d)]
+
+    for count in (600, 33, 32):
+        seen = cache.get_seq_length()
+        feed(cache, rows(count), rows(count), rope, real[:, seen : seen + count])
+    cache.crop(-67)
+
+    def fused(*args):
+        found = real_fused(*args)
+        taken.append(found is not None)
+        return found
+
+    real_fused = attend._fused
+    monkeypatch.setattr(attend, "_fused", fused)
+    for s in (1, 3):
+        seen = cache.get_seq_length()
+        keys, values = feed(cache, rows(s), rows(s), rope, real[:, seen : seen + s])[0]
+        mask = torch.ones(s, seen + s, dtype=torch.bool).tril(seen) & real[:, None, None, : seen + s]
+        query = torch.randn(2, 2 * shape.heads, s, d)
+        for softcap in (None, 2.0):
+            out = []
+            for reference in ("0", "1"):
+                monkeypatch.setenv("KVSHRINK_REFERENCE", reference)
+                out.append(attend.attend(query, keys, values, mask, d**-0.5, softcap, keys._kvshrink))
+            torch.testing.assert_close(out[0], out[1], rtol=1e-3, atol=1e-4)
+    if not method.drops_tokens:
+        readable = all(type(codec).packed is not Codec.packed for codec in cache.layers[0].codecs)
+        assert taken[-4:] == [readable, False] * 2

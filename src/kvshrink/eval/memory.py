@@ -12,18 +12,25 @@ from torch import Tensor
 def decode_peak(model: Any, cache: Any, token: Tensor) -> int:
     """Most bytes alive at once while `token` [b, 1] goes through the model with this filled cache, beyond those before.
 
-    Counted by the allocator, CUDA's or the CPU's, so it includes the logits and what the step adds to the cache, not
-    the tiles that the C++ kernel holds on each thread: at most some MiB, whatever the context.
-    The cache takes the token: give a `copy.deepcopy` of one that is still needed.
+    It includes the logits and what the step adds to the cache. The cache takes the
+    token: give a `copy.deepcopy` of one that is still needed.
     """
 
     def step() -> None:
         model(input_ids=token, past_key_values=cache, use_cache=True)
 
-    return _cuda(step, token.device) if token.is_cuda else _cpu(step)
+    return peak(step, token.device)
 
 
-def _cuda(step: Callable[[], None], device: torch.device) -> int:
+def peak(step: Callable[[], object], device: torch.device) -> int:
+    """Most bytes alive at once during `step`, beyond those before, counted by the allocator, CUDA's or the CPU's.
+
+    Not the tiles that the C++ kernel holds on each thread: at most some MiB, whatever the context.
+    """
+    return _cuda(step, device) if device.type == "cuda" else _cpu(step)
+
+
+def _cuda(step: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -32,7 +39,7 @@ def _cuda(step: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _cpu(step: Callable[[], None]) -> int:
+def _cpu(step: Callable[[], object]) -> int:
     """The running sum of the allocator's events, which the profiler records in order, inside of operators too."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints two lines of its own
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
