@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo test quick check bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/kvshrink demo --out demo
@@ -21,8 +21,16 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_tree.py
 
+# Ratios of one run, into bench/results: minutes each. With transformers' quantised caches: see bench/decode.py.
 bench: $(STAMP)
-	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/decode.py --sweep context
+	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/prefill.py
+
+# With the Python at hand, since it needs a torch built for the GPU; triton comes with that.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) bench/decode.py --device cuda --attention-only --batch 8 --sweep context \
+		--out bench/results/decode_gpu.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

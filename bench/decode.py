@@ -5,9 +5,9 @@
     make bench-gpu                                           # on a machine with a GPU
 
 A step is what a layer does for one new token: the cache's `update` and the attention over everything cached, or with
---attention-only the attention alone. Each side's output is checked first against float32 attention over the same cache
-at full width; a side that is wrong ends the run without a time. On a CPU only the ratios are results. Each point is
-written to --out as soon as it is there, with the picture beside it; run again to go on.
+--attention-only the attention alone (on a GPU as one CUDA graph). Each side's output is checked first against float32
+attention over the same cache at full width; a side that is wrong ends the run without a time. On a CPU only the ratios
+are results. Each point is written to --out as soon as it is there, and at the end the picture; run again to go on.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sides
 import torch
 from layer import MODELS, Layer
 from plot_decode import draw
-from timing import against, bandwidth, in_turn, setting
+from timing import against, bandwidth, captured, in_turn, setting
 
 from kvshrink.methods._roles import Method
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -76,6 +76,10 @@ def measure(
     if wrong := {name: round(e, 4) for name, e in errors.items() if not e < WRONG}:
         raise SystemExit(f"wrong attention output, no times: {wrong}")
     steps = {side.name: side.attend if attention_only else side.step for side in found}
+    graphs: dict[str, bool] = {}
+    if attention_only and layer.device.type == "cuda":
+        for name, step in steps.items():
+            steps[name], graphs[name] = captured(step)
     times = in_turn(steps, rounds, layer.device)
     dense = min((s.name for s in found if s.name.startswith("full")), key=lambda n: statistics.median(times[n]))
     read, full = bandwidth(layer.device), found[0].held()
@@ -94,6 +98,7 @@ def measure(
         )
         if layer.device.type == "cuda":
             rows[-1]["microseconds"] = round(1e6 * statistics.median(times[side.name]), 1)
+            rows[-1]["graph"] = graphs.get(side.name, False)
     for row in rows:
         row["best_dense"] = row["side"] == dense
     return rows

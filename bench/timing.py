@@ -28,6 +28,24 @@ def in_turn(steps: dict[str, Callable[[], object]], rounds: int, device: torch.d
     return times
 
 
+def captured(step: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+    """(the step's kernels as one CUDA graph, True), so that a GPU does not wait for Python; (the step, False) where it
+    cannot be captured."""
+    try:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # kernels are compiled and tuned at their first calls
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        return step, False
+    return graph.replay, True
+
+
 def against(times: dict[str, list[float]], name: str, base: str) -> dict:
     """Time of `name` over that of `base`: median of medians, quartiles over rounds, and of all rounds together (which
     has in it what happens in some rounds alone, as a page that leaves the window)."""
