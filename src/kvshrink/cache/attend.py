@@ -41,7 +41,7 @@ def attend(
         slices.append(
             Slice(part.reshape(b, h, -1, part.shape[-1]), View(mask, s, at, part.shape[2], heads // h, handle))
         )
-    segments = [_exact(slices, keys, values, softcap), *_sinks(slices, softcap), *_body(slices, softcap)]
+    segments = [_exact(slices, keys, values, softcap), *_body(slices, softcap)]
     merged = [merge(list(parts)).unflatten(2, (heads // h, -1)).flatten(1, 2) for parts in zip(*segments, strict=True)]
     return torch.cat(merged, 2).to(query.dtype)
 
@@ -72,33 +72,49 @@ Segment = list[tuple[Tensor, Tensor]]  # (output, log-sum-exp) of each slice
 
 
 def _exact(slices: list[Slice], keys: Tensor, values: Tensor, softcap: float | None) -> Segment:
+    """Sinks, window and new tokens, a block at a time; the sinks join the first block, since few tokens cost as much
+    as some more."""
     handle = slices[0].view.handle
+    sinks = handle.layer.sinks
     states, step = [start(q, values.shape[3]) for q, _ in slices], _block_tokens(handle)
     for at in range(0, keys.shape[2], step):
-        k, v = keys[:, :, at : at + step].float(), values[:, :, at : at + step].float()
+        k, v = keys[:, :, at : at + step], values[:, :, at : at + step]
         columns = slice(handle.first + at, handle.first + at + k.shape[2])
+        seen = [view.columns(columns) for _, view in slices]
+        if at == 0 and sinks.columns is not None and sinks.keys is not None and sinks.values is not None:
+            seen = [
+                _beside(_sinks_seen(view), s, sinks.size, k.shape[2]) for s, (_, view) in zip(seen, slices, strict=True)
+            ]
+            k, v = torch.cat([sinks.keys, k], 2), torch.cat([sinks.values, v], 2)
+        k, v = k.float(), v.float()
         states = [
-            fold(state, q, k, v, view.columns(columns), softcap)
-            for state, (q, view) in zip(states, slices, strict=True)
+            fold(state, q, k, v, shown, softcap) for state, (q, _), shown in zip(states, slices, seen, strict=True)
         ]
     return [finish(state) for state in states]
 
 
-def _sinks(slices: list[Slice], softcap: float | None) -> list[Segment]:
-    handle = slices[0].view.handle
-    sinks = handle.layer.sinks
-    if sinks.columns is None or sinks.keys is None or sinks.values is None:
-        return []
-    columns = sinks.columns if handle.layer.table.padded else sinks.columns[0]
-    # sinks taken in this very step are still in the exact tokens as well
+def _sinks_seen(view: View) -> Tensor | None:
+    """Which sinks a slice sees. Those taken in this very step are still in the exact tokens as well."""
+    handle = view.handle
+    sinks, padded = handle.layer.sinks, handle.layer.table.padded
+    assert sinks.columns is not None
+    seen = view.columns(sinks.columns if padded else sinks.columns[0])
+    if not padded and sinks.full and handle.first >= sinks.size:  # without pads they are the first columns
+        return seen
     there = sinks.before(handle.first)[:, None, None]
-    keys, values = sinks.keys.float(), sinks.values.float()
-    segment = []
-    for query, view in slices:
-        seen = view.columns(columns)
-        state = start(query, values.shape[3])
-        segment.append(finish(fold(state, query, keys, values, there if seen is None else seen & there, softcap)))
-    return [segment]
+    return there if seen is None else seen & there
+
+
+def _beside(left: Tensor | None, right: Tensor | None, left_size: int, right_size: int) -> Tensor | None:
+    """Two visibilities [#b, #h, #x, size], None for all of it, as one."""
+    if left is None and right is None:
+        return None
+    some = left if left is not None else right
+    assert some is not None
+    left = some.new_ones(1, 1, 1, left_size) if left is None else left
+    right = some.new_ones(1, 1, 1, right_size) if right is None else right
+    rows = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+    return torch.cat([x.expand(*rows, -1) for x in (left, right)], -1)
 
 
 def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
