@@ -77,7 +77,7 @@ def _exact(slices: list[Slice], keys: Tensor, values: Tensor, softcap: float | N
     handle = slices[0].view.handle
     sinks = handle.layer.sinks
     states, step = [start(q, values.shape[3]) for q, _ in slices], _block_tokens(handle)
-    for at in range(0, keys.shape[2], step):
+    for at in range(0, keys.shape[2] or int(sinks.columns is not None), step):  # after a crop none may be exact
         k, v = keys[:, :, at : at + step], values[:, :, at : at + step]
         columns = slice(handle.first + at, handle.first + at + k.shape[2])
         seen = [view.columns(columns) for _, view in slices]
