@@ -1,0 +1,75 @@
+"""Attention of one KV head's rows to a range of pages: one program per (batch row and KV head, range, block of rows).
+
+A program goes over its range in tiles of P pages. It reads the latents of its head's group by itself: heads that share
+a group read the same bytes at about the same time, so that all but one read them from the L2 cache, and each rebuilds
+only its own keys. Scores are [tokens, rows], as keys come out of their product that way and go into the next one from
+registers.
+"""
+
+import triton
+import triton.language as tl
+
+from kvshrink.kernels.decode.gpu.keys import products, turned
+from kvshrink.kernels.decode.gpu.tiles import latents
+
+
+@triton.jit
+def attend(
+    query, keys, up, mean, turn, values, visible, out, lse,
+    heads, x, pages, range_pages, softcap,
+    K_FORM: tl.constexpr, K_BITS: tl.constexpr, K_WIDTH: tl.constexpr, K_GROUPS: tl.constexpr, K_SHARE: tl.constexpr,
+    V_FORM: tl.constexpr, V_BITS: tl.constexpr, V_WIDTH: tl.constexpr, V_GROUPS: tl.constexpr, V_SHARE: tl.constexpr,
+    REBUILT: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, K_CHUNK: tl.constexpr, V_ALL: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """out [b, h, ranges, x, V_WIDTH] and lse [b, h, ranges, x] of each range of `range_pages` pages, float32."""
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1).to(tl.int64) * range_pages
+    end = tl.minimum(first + range_pages, pages)
+    asked = query + (row * heads + head) * x * WIDE + rows.to(tl.int64)[None, :] * WIDE  # [1, ROWS]
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, V_ALL), tl.float32)
+    for page in range(first, end, P):
+        token = page * T + tl.arange(0, P * T).to(tl.int64)
+        if REBUILT:
+            scores = turned(
+                asked, rows < x, keys, up, mean, turn, row, head, heads, page, end, token, token < end * T,
+                K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, WIDE, PAIRS, INTERLEAVED, DTYPE, T, ROWS, K_CHUNK, P,
+            )  # fmt: skip
+        else:
+            scores = products(
+                asked, rows < x, keys, row, head, heads, page, end,
+                K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, DTYPE, T, ROWS, K_CHUNK, P,
+            )  # fmt: skip
+        if CAPPED:
+            # tanh, of which triton's language has none that every backend knows
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+        seen = (token < end * T)[:, None]
+        if MASKED:
+            flags = visible.data + row * visible.at[0] + head.to(tl.int64) * visible.at[1]
+            flags += rows.to(tl.int64)[None, :] * visible.at[2] + token[:, None] * visible.at[3]
+            seen = seen & (tl.load(flags, mask=seen & (rows < x)[None, :], other=0) != 0)
+        scores = tl.where(seen, scores, float("-inf"))
+
+        highest = tl.maximum(top, tl.max(scores, 0))
+        # a row that has seen nothing yet: subtracting 0 instead of -inf keeps its weights 0 rather than NaN
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp(scores - base[None, :])
+        shrink = tl.exp(top - base)
+        top, mass = highest, mass * shrink + tl.sum(weights, 0)
+        z = latents(
+            values, row, head * V_GROUPS // heads, page, end, 0,
+            V_FORM, V_BITS, V_WIDTH, V_SHARE, DTYPE, P, T, V_ALL,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(weights.to(DTYPE)), z, total * shrink[:, None], input_precision="ieee")
+
+    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * x + rows
+    channel = tl.arange(0, V_ALL)
+    wanted = (rows < x)[:, None] & (channel < V_WIDTH)[None, :]
+    mean_value = total / tl.maximum(mass, 1e-30)[:, None]
+    tl.store(out + place[:, None] * V_WIDTH + channel[None, :], mean_value, mask=wanted)
+    tl.store(lse + place, tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-30)), float("-inf")), mask=rows < x)

@@ -1,0 +1,102 @@
+"""Scores of a tile of keys: products with their latents as they are, or with keys rebuilt and turned in registers.
+
+The channels of a key come as three lists: the first and the second of each pair that RoPE turns, and those that it
+leaves. Each list is a product of its own, so that turning needs no exchange between threads and both layouts of pairs
+("half", "interleaved") differ only in the lists. Latents come in chunks of C channels where there are many.
+"""
+
+import triton
+import triton.language as tl
+
+from kvshrink.kernels.decode.gpu.tiles import latents
+
+
+@triton.jit
+def products(
+    asked, alive, keys, row, head, heads, page, end,
+    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
+    DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Scores [P * T, ROWS] with latents that are keys themselves."""
+    scores = tl.zeros((P * T, ROWS), tl.float32)
+    for at in range(0, WIDTH, C):
+        channel = at + tl.arange(0, C)
+        z = latents(keys, row, head * GROUPS // heads, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        scores = tl.dot(z, _rows(asked, alive, channel, channel < WIDTH, DTYPE), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def turned(
+    asked, alive, keys, up, mean, turn, row, head, heads, page, end, token, there,
+    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Scores [P * T, ROWS] with rebuilt keys: z @ up + mean, turned by the angles of their tokens' positions."""
+    group = head * GROUPS // heads
+    members = heads // GROUPS
+    wide = members * D  # channels of a group's keys
+    column = head % members * D
+    basis = up + group.to(tl.int64) * WIDTH * wide + column
+    means = mean + group * wide + column
+    F: tl.constexpr = _padded(PAIRS)
+    REST: tl.constexpr = _padded(D - 2 * PAIRS)
+    pair = tl.arange(0, F)
+    one = 2 * pair if INTERLEAVED else pair
+    two = one + (1 if INTERLEAVED else PAIRS)
+    rest = 2 * PAIRS + tl.arange(0, REST)
+
+    if PAIRS > 0:
+        a = tl.zeros((P * T, F), tl.float32) + tl.load(means + one, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
+        b = tl.zeros((P * T, F), tl.float32) + tl.load(means + two, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
+    if 2 * PAIRS < D:
+        still = tl.zeros((P * T, REST), tl.float32) + tl.load(means + rest, mask=rest < D, other=0.0).to(tl.float32)[None, :]
+    for at in range(0, WIDTH, C):
+        latent = at + tl.arange(0, C)
+        z = latents(keys, row, group, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        if PAIRS > 0:
+            a = tl.dot(z, _columns(basis, wide, latent, WIDTH, one, pair < PAIRS, DTYPE), a, input_precision="ieee")
+            b = tl.dot(z, _columns(basis, wide, latent, WIDTH, two, pair < PAIRS, DTYPE), b, input_precision="ieee")
+        if 2 * PAIRS < D:
+            still = tl.dot(z, _columns(basis, wide, latent, WIDTH, rest, rest < D, DTYPE), still, input_precision="ieee")
+
+    scores = tl.zeros((P * T, ROWS), tl.float32)
+    if PAIRS > 0:
+        cos, sin = _angles(turn, row, token, there, pair, PAIRS)
+        first, second = (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
+        scores = tl.dot(first, _rows(asked, alive, one, pair < PAIRS, DTYPE), scores, input_precision="ieee")
+        scores = tl.dot(second, _rows(asked, alive, two, pair < PAIRS, DTYPE), scores, input_precision="ieee")
+    if 2 * PAIRS < D:
+        scores = tl.dot(still.to(DTYPE), _rows(asked, alive, rest, rest < D, DTYPE), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
+    """cos and sin [tokens, pairs] with RoPE's scaling; the product of position and frequency is float32, as the
+    reference's is."""
+    at = turn.positions + row * turn.at[0] + token * turn.at[1]
+    position = tl.load(at, mask=there, other=0).to(tl.float32)
+    frequency = tl.load(turn.inv_freq + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
+    angle = position[:, None] * frequency[None, :]
+    return tl.cos(angle) * turn.scaling, tl.sin(angle) * turn.scaling
+
+
+@triton.jit
+def _rows(asked, alive, channel, known, DTYPE: tl.constexpr):
+    """Queries [channels, ROWS], 0 where there is no such row or channel."""
+    return tl.load(asked + channel[:, None], mask=alive[None, :] & known[:, None], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _columns(basis, wide, latent, WIDTH: tl.constexpr, channel, known, DTYPE: tl.constexpr):
+    """The basis [latents, channels] of some channels, 0 where there is no such latent or channel."""
+    mask = (latent < WIDTH)[:, None] & known[None, :]
+    return tl.load(basis + (latent[:, None] * wide + channel[None, :]), mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.constexpr_function
+def _padded(count):
+    """The width of a tile that holds so many channels: a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(count))

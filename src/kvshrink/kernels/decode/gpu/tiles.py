@@ -1,0 +1,84 @@
+"""Tiles of latents: unpacked and dequantised in registers. kernels/latents and kernels/pack say what is stored.
+
+A tile is P pages of T tokens, so P * T rows, of C channels from channel `first` on. Offsets into stored tensors are
+int64: a long cache has more than 2^31 elements.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def latents(
+    side, row, group, page, end, first,
+    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """[P * T, C] in DTYPE, of the pages from `page` on; 0 from page `end` and from channel WIDTH on."""
+    pages = (page + tl.arange(0, P)).to(tl.int64)[:, None, None]
+    token = tl.arange(0, T)[None, :, None]
+    channel = first + tl.arange(0, C)[None, None, :]
+    there = (pages < end) & (channel < WIDTH)
+    data = side.data + (row * side.data_at[0] + group * side.data_at[2]) + pages * side.data_at[1]
+    scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1]
+    low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1]
+    if FORM == "raw":
+        tile = tl.load(data + (token * WIDTH + channel), mask=there, other=0.0)
+    elif FORM == "normal":
+        levels = _levels(side, data, token, channel, there, WIDTH, T)
+        tile = levels * tl.load(scale + channel // SHARE, mask=there, other=0.0).to(tl.float32)
+    else:
+        if BITS == 3:
+            codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T)
+        else:
+            codes = _planes(data, channel, there, BITS, WIDTH, P, T, C)
+        # one number per channel and page, or per token and SHARE channels
+        if FORM == "channel":
+            at, known = channel, there
+        elif SHARE >= WIDTH:
+            at, known = token, pages < end
+        else:
+            at, known = token * ((WIDTH + SHARE - 1) // SHARE) + channel // SHARE, there
+        scales = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
+        tile = codes.to(tl.float32) * scales + tl.load(low + at, mask=known, other=0.0).to(tl.float32)
+    # a token's `low` alone would stand beyond WIDTH
+    return tl.reshape(tl.where(there, tile, 0.0).to(DTYPE), (P * T, C))
+
+
+@triton.jit
+def _planes(
+    data, channel, there, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """Codes [P, T, C] of one run of 1, 2, 4 or 8 bits: byte j of m holds the codes j, j + m, ..., and m is a whole
+    number of tokens, so that each byte is read once."""
+    tokens: tl.constexpr = T * BITS // 8
+    at = tl.arange(0, tokens)[None, :, None] * WIDTH + channel
+    packed = tl.load(data + at, mask=there, other=0).to(tl.int32)
+    shift = tl.arange(0, 8 // BITS)[None, :, None, None] * BITS
+    codes = (packed[:, None, :, :] >> shift) & (2**BITS - 1)
+    return tl.reshape(codes, (P, T, C))
+
+
+@triton.jit
+def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.constexpr):
+    """Levels [P, T, C], float32, of runs of different bits: a table says where each channel's codes lie."""
+    known = channel < WIDTH
+    base = tl.load(side.places + channel, mask=known, other=0)
+    count = tl.load(side.places + (WIDTH + channel), mask=known, other=0)
+    index = tl.load(side.places + (2 * WIDTH + channel), mask=known, other=0)
+    bits = tl.load(side.places + (3 * WIDTH + channel), mask=known, other=8)
+    codes = _scattered(data, token, base, count, index, bits, there, T)
+    return tl.load(side.levels + (bits * 256 + codes), mask=there, other=0.0)
+
+
+@triton.jit
+def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
+    """Codes [P, T, C], each found by itself: a channel's run begins at byte `base` and has `count` channels, of which it
+    is number `index`. Neighbours read the same byte again, from the cache."""
+    bit = (token * count + index) * 3
+    whole = T * bits // 8  # tokens of a plane: a power of two, but at 3 bits, which have no planes
+    byte = base + tl.where(bits == 3, bit >> 3, (token & (whole - 1)) * count + index)
+    shift = tl.where(bits == 3, bit & 7, (token * 8 // T) & -bits)
+    word = tl.load(data + byte, mask=there, other=0).to(tl.int32)
+    word |= tl.load(data + byte + 1, mask=there & (shift + bits > 8), other=0).to(tl.int32) << 8
+    return (word >> shift) & ((1 << bits) - 1)

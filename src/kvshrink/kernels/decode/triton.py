@@ -1,0 +1,123 @@
+"""The fused decode attention of `reference.py` as Triton programs (gpu/), for CUDA devices.
+
+The pages are split into ranges, so that a few rows of queries fill the whole device; a second program joins the ranges.
+Grids depend on shapes alone and nothing is read back, so that calls can be captured in a CUDA graph, once the same
+shapes have been called: the first call compiles and chooses among CONFIGS. Factors of products are rounded to
+`precision`; sums, softmax and angles are float32.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvshrink.kernels.decode.gpu.attend import attend
+from kvshrink.kernels.decode.gpu.join import join
+from kvshrink.kernels.decode.gpu.side import Angles, Flags, constants, side
+from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.latents import Packed
+from kvshrink.shapes import Bool, Float
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the programs run in numpy, on CPU tensors
+TILES = (1, 2, 4)  # pages of a tile
+RANGE = 4  # least pages of a range
+PER_PROCESSOR = 4  # programs that a multiprocessor has to work on in turn or at a time
+MOST_RANGES = 128
+ROW_ELEMENTS = 2**14  # rows times value channels of a program's sum, 64 KiB of registers
+CHUNK_BYTES = 2**16  # of the part of a basis that a product takes at a time
+
+CONFIGS = [
+    triton.Config({"P": pages}, num_warps=warps, num_stages=stages)
+    for pages, warps, stages in ((1, 4, 2), (2, 4, 2), (2, 4, 3), (2, 8, 2), (4, 4, 2), (4, 8, 2), (4, 8, 3))
+]
+KEY = [
+    *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "WIDTH", "GROUPS", "SHARE")),
+    *("REBUILT", "WIDE", "PAIRS", "MASKED", "DTYPE", "T", "ROWS"),
+]
+_tuned = triton.autotune(CONFIGS[1:2] if INTERPRETED else CONFIGS, key=KEY)(attend)
+
+
+def decode(
+    query: Float[Tensor, "b h x e"],
+    keys: Packed,
+    basis: Basis | None,
+    turn: Turn | None,
+    values: Packed,
+    visible: Bool[Tensor, "#b #h #x t"] | None,
+    softcap: float | None,
+    precision: torch.dtype,
+) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
+    """As the reference, for pages that gpu/side.py: fits."""
+    b, h, x, wide = query.shape
+    pages = next(iter(keys.stored.values())).shape[1]
+    rows = max(16, min(64, triton.next_power_of_2(x), ROW_ELEMENTS // triton.next_power_of_2(values.width)))
+    blocks = triton.cdiv(x, rows)
+    size = _range(pages, b * h * blocks, query.device)
+    ranges = triton.cdiv(pages, size)
+    out = query.new_empty(b, h, ranges, x, values.width, dtype=torch.float32)
+    lse = query.new_empty(b, h, ranges, x, dtype=torch.float32)
+    chunk = CHUNK_BYTES // (precision.itemsize * _power(wide))
+    _tuned[(b * h, ranges, blocks)](
+        query.float().contiguous(),
+        side(keys),
+        *((None, None) if basis is None else (t.contiguous() for t in basis)),
+        None if turn is None else _angles(turn, b),
+        side(values),
+        None if visible is None else _flags(visible, (b, h, x)),
+        out,
+        lse,
+        h,
+        x,
+        pages,
+        size,
+        softcap or 1.0,
+        **constants(keys, "K"),
+        **constants(values, "V"),
+        REBUILT=basis is not None,
+        WIDE=wide,
+        PAIRS=0 if turn is None else len(turn.inv_freq),
+        INTERLEAVED=turn is not None and turn.interleaved,
+        CAPPED=softcap is not None,
+        MASKED=visible is not None,
+        DTYPE=getattr(tl, str(precision).removeprefix("torch.")),
+        T=keys.page,
+        ROWS=rows,
+        K_CHUNK=min(_power(keys.width), max(16, chunk)),
+        V_ALL=_power(values.width),
+    )
+    if ranges == 1:
+        return out[:, :, 0], lse[:, :, 0, :, None]
+    whole, sums = out.new_empty(b, h, x, values.width), lse.new_empty(b, h, x, 1)
+    channels = min(128, _power(values.width))
+    grid = (b * h * x, triton.cdiv(values.width, channels))
+    join[grid](out, lse, whole, sums, x, ranges, WIDTH=values.width, C=channels)
+    return whole, sums
+
+
+def _power(count: int) -> int:
+    """The width of a tile that holds so many channels: a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def _range(pages: int, programs: int, device: torch.device) -> int:
+    """Pages of a range: enough ranges to fill the device, in whole tiles of any config."""
+    wanted = min(MOST_RANGES, triton.cdiv(PER_PROCESSOR * _processors(device), programs))
+    size = max(RANGE, triton.cdiv(pages, wanted))
+    return triton.cdiv(size, TILES[-1]) * TILES[-1]
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _angles(turn: Turn, b: int) -> Angles:
+    row, token = turn.positions.expand(b, -1).stride()
+    return Angles(turn.positions, (row, token), turn.inv_freq, turn.scaling)
+
+
+def _flags(visible: Tensor, shape: tuple[int, int, int]) -> Flags:
+    row, head, x, token = visible.expand(*shape, -1).stride()
+    return Flags(visible.view(torch.uint8), (row, head, x, token))
