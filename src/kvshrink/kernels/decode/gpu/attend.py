@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvshrink.kernels.decode.gpu.keys import products, turned
-from kvshrink.kernels.decode.gpu.tiles import latents
+from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def attend(
             values, row, head * V_GROUPS // heads, page, end, 0,
             V_FORM, V_BITS, V_WIDTH, V_SHARE, DTYPE, P, T, V_ALL,
         )  # fmt: skip
-        total = tl.dot(tl.trans(weights.to(DTYPE)), z, total * shrink[:, None], input_precision="ieee")
+        total = multiply(tl.trans(rounded(weights, DTYPE)), z, total * shrink[:, None])
 
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * x + rows
     channel = tl.arange(0, V_ALL)

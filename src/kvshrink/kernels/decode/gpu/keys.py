@@ -8,7 +8,7 @@ leaves. Each list is a product of its own, so that turning needs no exchange bet
 import triton
 import triton.language as tl
 
-from kvshrink.kernels.decode.gpu.tiles import latents
+from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def products(
     for at in range(0, WIDTH, C):
         channel = at + tl.arange(0, C)
         z = latents(keys, row, head * GROUPS // heads, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
-        scores = tl.dot(z, _rows(asked, alive, channel, channel < WIDTH, DTYPE), scores, input_precision="ieee")
+        scores = multiply(z, _rows(asked, alive, channel, channel < WIDTH, DTYPE), scores)
     return scores
 
 
@@ -48,28 +48,34 @@ def turned(
     rest = 2 * PAIRS + tl.arange(0, REST)
 
     if PAIRS > 0:
-        a = tl.zeros((P * T, F), tl.float32) + tl.load(means + one, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
-        b = tl.zeros((P * T, F), tl.float32) + tl.load(means + two, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
+        a = _start(means, one, pair < PAIRS, P * T)
+        b = _start(means, two, pair < PAIRS, P * T)
     if 2 * PAIRS < D:
-        still = tl.zeros((P * T, REST), tl.float32) + tl.load(means + rest, mask=rest < D, other=0.0).to(tl.float32)[None, :]
+        still = _start(means, rest, rest < D, P * T)
     for at in range(0, WIDTH, C):
         latent = at + tl.arange(0, C)
         z = latents(keys, row, group, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
         if PAIRS > 0:
-            a = tl.dot(z, _columns(basis, wide, latent, WIDTH, one, pair < PAIRS, DTYPE), a, input_precision="ieee")
-            b = tl.dot(z, _columns(basis, wide, latent, WIDTH, two, pair < PAIRS, DTYPE), b, input_precision="ieee")
+            a = multiply(z, _columns(basis, wide, latent, WIDTH, one, pair < PAIRS, DTYPE), a)
+            b = multiply(z, _columns(basis, wide, latent, WIDTH, two, pair < PAIRS, DTYPE), b)
         if 2 * PAIRS < D:
-            still = tl.dot(z, _columns(basis, wide, latent, WIDTH, rest, rest < D, DTYPE), still, input_precision="ieee")
+            still = multiply(z, _columns(basis, wide, latent, WIDTH, rest, rest < D, DTYPE), still)
 
     scores = tl.zeros((P * T, ROWS), tl.float32)
     if PAIRS > 0:
         cos, sin = _angles(turn, row, token, there, pair, PAIRS)
-        first, second = (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
-        scores = tl.dot(first, _rows(asked, alive, one, pair < PAIRS, DTYPE), scores, input_precision="ieee")
-        scores = tl.dot(second, _rows(asked, alive, two, pair < PAIRS, DTYPE), scores, input_precision="ieee")
+        first, second = rounded(a * cos - b * sin, DTYPE), rounded(b * cos + a * sin, DTYPE)
+        scores = multiply(first, _rows(asked, alive, one, pair < PAIRS, DTYPE), scores)
+        scores = multiply(second, _rows(asked, alive, two, pair < PAIRS, DTYPE), scores)
     if 2 * PAIRS < D:
-        scores = tl.dot(still.to(DTYPE), _rows(asked, alive, rest, rest < D, DTYPE), scores, input_precision="ieee")
+        scores = multiply(rounded(still, DTYPE), _rows(asked, alive, rest, rest < D, DTYPE), scores)
     return scores
+
+
+@triton.jit
+def _start(means, channel, known, TOKENS: tl.constexpr):
+    """The mean of some channels, for every token: what products are added to."""
+    return tl.zeros((TOKENS, 1), tl.float32) + tl.load(means + channel, mask=known, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -86,14 +92,14 @@ def _angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
 @triton.jit
 def _rows(asked, alive, channel, known, DTYPE: tl.constexpr):
     """Queries [channels, ROWS], 0 where there is no such row or channel."""
-    return tl.load(asked + channel[:, None], mask=alive[None, :] & known[:, None], other=0.0).to(DTYPE)
+    return rounded(tl.load(asked + channel[:, None], mask=alive[None, :] & known[:, None], other=0.0), DTYPE)
 
 
 @triton.jit
 def _columns(basis, wide, latent, WIDTH: tl.constexpr, channel, known, DTYPE: tl.constexpr):
     """The basis [latents, channels] of some channels, 0 where there is no such latent or channel."""
     mask = (latent < WIDTH)[:, None] & known[None, :]
-    return tl.load(basis + (latent[:, None] * wide + channel[None, :]), mask=mask, other=0.0).to(DTYPE)
+    return rounded(tl.load(basis + (latent[:, None] * wide + channel[None, :]), mask=mask, other=0.0), DTYPE)
 
 
 @triton.constexpr_function

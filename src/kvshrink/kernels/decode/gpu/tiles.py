@@ -7,6 +7,8 @@ int64: a long cache has more than 2^31 elements.
 import triton
 import triton.language as tl
 
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def latents(
@@ -42,7 +44,7 @@ def latents(
         scales = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
         tile = codes.to(tl.float32) * scales + tl.load(low + at, mask=known, other=0.0).to(tl.float32)
     # a token's `low` alone would stand beyond WIDTH
-    return tl.reshape(tl.where(there, tile, 0.0).to(DTYPE), (P * T, C))
+    return tl.reshape(rounded(tl.where(there, tile, 0.0), DTYPE), (P * T, C))
 
 
 @triton.jit
@@ -73,8 +75,8 @@ def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.conste
 
 @triton.jit
 def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
-    """Codes [P, T, C], each found by itself: a channel's run begins at byte `base` and has `count` channels, of which it
-    is number `index`. Neighbours read the same byte again, from the cache."""
+    """Codes [P, T, C], each found by itself: a channel is number `index` of `count` in a run that begins at `base`.
+    Neighbours read the same byte again, from the cache."""
     bit = (token * count + index) * 3
     whole = T * bits // 8  # tokens of a plane: a power of two, but at 3 bits, which have no planes
     byte = base + tl.where(bits == 3, bit >> 3, (token & (whole - 1)) * count + index)
@@ -82,3 +84,21 @@ def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
     word = tl.load(data + byte, mask=there, other=0).to(tl.int32)
     word |= tl.load(data + byte + 1, mask=there & (shift + bits > 8), other=0).to(tl.int32) << 8
     return (word >> shift) & ((1 << bits) - 1)
+
+
+@triton.jit
+def multiply(a, b, total):
+    """total + a @ b, summed in float32."""
+    if INTERPRETED:  # in numpy, which knows no bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x in DTYPE, to the nearest."""
+    x = x.to(tl.float32)
+    if INTERPRETED and DTYPE == tl.bfloat16:  # where a plain conversion would cut
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
