@@ -2,14 +2,14 @@
 
 A program goes over its range in tiles of P pages. It reads the latents of its head's group by itself: heads that share
 a group read the same bytes at about the same time, so that all but one read them from the L2 cache, and each rebuilds
-only its own keys. Scores are [tokens, rows], as keys come out of their product that way and go into the next one from
-registers.
+only its own keys. Rows are the last axis of everything: a rebuilt key then goes from one product into the next one in
+registers, and both products have the many tokens or channels where tensor cores want 64 or more.
 """
 
 import triton
 import triton.language as tl
 
-from kvshrink.kernels.decode.gpu.keys import products, turned
+from kvshrink.kernels.decode.gpu.keys import columns, products, turned
 from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
@@ -32,12 +32,15 @@ def attend(
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, V_ALL), tl.float32)
+    total = tl.zeros((V_ALL, ROWS), tl.float32)
+    basis = None
+    if REBUILT and K_WIDTH <= K_CHUNK:
+        basis = columns(up, head, heads, 0, K_WIDTH, K_GROUPS, WIDE, PAIRS, INTERLEAVED, DTYPE, K_CHUNK)
     for page in range(first, end, P):
         token = page * T + tl.arange(0, P * T).to(tl.int64)
         if REBUILT:
             scores = turned(
-                asked, rows < x, keys, up, mean, turn, row, head, heads, page, end, token, token < end * T,
+                asked, rows < x, keys, up, basis, mean, turn, row, head, heads, page, end, token, token < end * T,
                 K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, WIDE, PAIRS, INTERLEAVED, DTYPE, T, ROWS, K_CHUNK, P,
             )  # fmt: skip
         else:
@@ -65,11 +68,11 @@ def attend(
             values, row, head * V_GROUPS // heads, page, end, 0,
             V_FORM, V_BITS, V_WIDTH, V_SHARE, DTYPE, P, T, V_ALL,
         )  # fmt: skip
-        total = multiply(tl.trans(rounded(weights, DTYPE)), z, total * shrink[:, None])
+        total = multiply(tl.trans(z), rounded(weights, DTYPE), total * shrink[None, :])
 
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * x + rows
-    channel = tl.arange(0, V_ALL)
-    wanted = (rows < x)[:, None] & (channel < V_WIDTH)[None, :]
-    mean_value = total / tl.maximum(mass, 1e-30)[:, None]
-    tl.store(out + place[:, None] * V_WIDTH + channel[None, :], mean_value, mask=wanted)
-    tl.store(lse + place, tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-30)), float("-inf")), mask=rows < x)
+    channel = tl.arange(0, V_ALL)[:, None]
+    wanted = (channel < V_WIDTH) & (rows < x)[None, :]
+    some = tl.maximum(mass, 1e-30)
+    tl.store(out + (place[None, :] * V_WIDTH + channel), total / some[None, :], mask=wanted)
+    tl.store(lse + place, tl.where(mass > 0, top + tl.log(some), float("-inf")), mask=rows < x)

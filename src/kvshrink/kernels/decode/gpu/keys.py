@@ -28,38 +28,33 @@ def products(
 
 @triton.jit
 def turned(
-    asked, alive, keys, up, mean, turn, row, head, heads, page, end, token, there,
+    asked, alive, keys, up, basis, mean, turn, row, head, heads, page, end, token, there,
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Scores [P * T, ROWS] with rebuilt keys: z @ up + mean, turned by the angles of their tokens' positions."""
-    group = head * GROUPS // heads
-    members = heads // GROUPS
-    wide = members * D  # channels of a group's keys
-    column = head % members * D
-    basis = up + group.to(tl.int64) * WIDTH * wide + column
-    means = mean + group * wide + column
-    F: tl.constexpr = _padded(PAIRS)
-    REST: tl.constexpr = _padded(D - 2 * PAIRS)
-    pair = tl.arange(0, F)
-    one = 2 * pair if INTERLEAVED else pair
-    two = one + (1 if INTERLEAVED else PAIRS)
-    rest = 2 * PAIRS + tl.arange(0, REST)
+    """Scores [P * T, ROWS] with rebuilt keys: z @ up + mean, turned by the angles of their tokens' positions.
 
+    basis: from `columns`, if the latents are one chunk.
+    """
+    one, two, rest = lists(D, PAIRS, INTERLEAVED)
+    pair = tl.arange(0, one.shape[0])
+    group = head * GROUPS // heads
+    means = mean + head.to(tl.int64) * D  # [G, a] is [h, d]
     if PAIRS > 0:
         a = _start(means, one, pair < PAIRS, P * T)
         b = _start(means, two, pair < PAIRS, P * T)
     if 2 * PAIRS < D:
         still = _start(means, rest, rest < D, P * T)
     for at in range(0, WIDTH, C):
-        latent = at + tl.arange(0, C)
         z = latents(keys, row, group, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        if WIDTH > C:
+            basis = columns(up, head, heads, at, WIDTH, GROUPS, D, PAIRS, INTERLEAVED, DTYPE, C)
         if PAIRS > 0:
-            a = multiply(z, _columns(basis, wide, latent, WIDTH, one, pair < PAIRS, DTYPE), a)
-            b = multiply(z, _columns(basis, wide, latent, WIDTH, two, pair < PAIRS, DTYPE), b)
+            a = multiply(z, basis[0], a)
+            b = multiply(z, basis[1], b)
         if 2 * PAIRS < D:
-            still = multiply(z, _columns(basis, wide, latent, WIDTH, rest, rest < D, DTYPE), still)
+            still = multiply(z, basis[2], still)
 
     scores = tl.zeros((P * T, ROWS), tl.float32)
     if PAIRS > 0:
@@ -70,6 +65,39 @@ def turned(
     if 2 * PAIRS < D:
         scores = multiply(rounded(still, DTYPE), _rows(asked, alive, rest, rest < D, DTYPE), scores)
     return scores
+
+
+@triton.jit
+def columns(
+    up, head, heads, first,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A head's part of the basis [C, channels] for each list of channels, from latent `first` on."""
+    one, two, rest = lists(D, PAIRS, INTERLEAVED)
+    pair = tl.arange(0, one.shape[0])
+    members = heads // GROUPS
+    latent = first + tl.arange(0, C)[:, None]
+    start = up + (head // members).to(tl.int64) * WIDTH * members * D + head % members * D + latent * members * D
+    known = latent < WIDTH
+    a, b, still = 0, 0, 0
+    if PAIRS > 0:
+        a = rounded(tl.load(start + one[None, :], mask=known & (pair < PAIRS)[None, :], other=0.0), DTYPE)
+        b = rounded(tl.load(start + two[None, :], mask=known & (pair < PAIRS)[None, :], other=0.0), DTYPE)
+    if 2 * PAIRS < D:
+        still = rounded(tl.load(start + rest[None, :], mask=known & (rest < D)[None, :], other=0.0), DTYPE)
+    return a, b, still
+
+
+@triton.jit
+def lists(D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The channels that are first and second of a pair, and those that do not turn, each filled to a tile's width."""
+    F: tl.constexpr = _padded(PAIRS)
+    pair = tl.arange(0, F)
+    one = 2 * pair if INTERLEAVED else pair
+    two = one + (1 if INTERLEAVED else PAIRS)
+    R: tl.constexpr = _padded(D - 2 * PAIRS)
+    return one, two, 2 * PAIRS + tl.arange(0, R)
 
 
 @triton.jit
@@ -93,13 +121,6 @@ def _angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
 def _rows(asked, alive, channel, known, DTYPE: tl.constexpr):
     """Queries [channels, ROWS], 0 where there is no such row or channel."""
     return rounded(tl.load(asked + channel[:, None], mask=alive[None, :] & known[:, None], other=0.0), DTYPE)
-
-
-@triton.jit
-def _columns(basis, wide, latent, WIDTH: tl.constexpr, channel, known, DTYPE: tl.constexpr):
-    """The basis [latents, channels] of some channels, 0 where there is no such latent or channel."""
-    mask = (latent < WIDTH)[:, None] & known[None, :]
-    return rounded(tl.load(basis + (latent[:, None] * wide + channel[None, :]), mask=mask, other=0.0), DTYPE)
 
 
 @triton.constexpr_function

@@ -68,15 +68,15 @@ def side(packed: Packed) -> Side:
 
 def constants(packed: Packed, name: str) -> dict[str, Any]:
     """What a program is built for, under the names of its arguments."""
-    shape = next(iter(packed.stored.values())).shape
+    groups = next(iter(packed.stored.values())).shape[2]
     # one run is addressed by arithmetic; bits 0: there may be several, and a table says where a channel lies
     bits = packed.runs[0][0] if packed.form in ("channel", "token") else 0
     return {
         f"{name}_FORM": packed.form,
         f"{name}_BITS": bits,
         f"{name}_WIDTH": packed.width,
-        f"{name}_GROUPS": shape[2],
-        f"{name}_SHARE": max(1, packed.group),
+        f"{name}_GROUPS": groups,
+        f"{name}_SHARE": packed.group if packed.form in ("token", "normal") else 1,
     }
 
 

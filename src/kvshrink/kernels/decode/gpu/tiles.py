@@ -22,29 +22,31 @@ def latents(
     channel = first + tl.arange(0, C)[None, None, :]
     there = (pages < end) & (channel < WIDTH)
     data = side.data + (row * side.data_at[0] + group * side.data_at[2]) + pages * side.data_at[1]
-    scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1]
-    low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1]
     if FORM == "raw":
         tile = tl.load(data + (token * WIDTH + channel), mask=there, other=0.0)
-    elif FORM == "normal":
-        levels = _levels(side, data, token, channel, there, WIDTH, T)
-        tile = levels * tl.load(scale + channel // SHARE, mask=there, other=0.0).to(tl.float32)
     else:
-        if BITS == 3:
-            codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T)
+        if FORM == "normal":
+            codes = _levels(side, data, token, channel, there, WIDTH, T)
+        elif BITS == 3:
+            codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T).to(tl.float32)
         else:
-            codes = _planes(data, channel, there, BITS, WIDTH, P, T, C)
-        # one number per channel and page, or per token and SHARE channels
-        if FORM == "channel":
-            at, known = channel, there
-        elif SHARE >= WIDTH:
-            at, known = token, pages < end
-        else:
-            at, known = token * ((WIDTH + SHARE - 1) // SHARE) + channel // SHARE, there
-        scales = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
-        tile = codes.to(tl.float32) * scales + tl.load(low + at, mask=known, other=0.0).to(tl.float32)
-    # a token's `low` alone would stand beyond WIDTH
-    return tl.reshape(rounded(tl.where(there, tile, 0.0), DTYPE), (P * T, C))
+            codes = _planes(data, channel, there, BITS, WIDTH, P, T, C).to(tl.float32)
+        # S neighbours have their numbers in common; they come as an axis, so that each number is read once
+        S: tl.constexpr = _alike(SHARE, WIDTH, C)
+        N: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
+        share = (first + tl.arange(0, C // S) * S)[None, None, :] // SHARE
+        known = (pages < end) & (share < N)
+        at = token * N + share if FORM == "token" else share
+        scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1] + at
+        tile = (
+            tl.reshape(codes, (P, T, C // S, S)) * tl.load(scale, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
+        )
+        if FORM != "normal":
+            low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1] + at
+            tile += tl.load(low, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
+            # a group's `low` alone would stand beyond WIDTH
+            tile = tl.where(tl.reshape(channel < WIDTH, (1, 1, C // S, S)), tile, 0.0)
+    return tl.reshape(rounded(tile, DTYPE), (P * T, C))
 
 
 @triton.jit
@@ -102,3 +104,11 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.constexpr_function
+def _alike(share, width, tile):
+    """Of a tile's channels, a power of two, how many in a row are sure to have their numbers in common."""
+    if share >= min(width, tile):
+        return tile
+    return share if share & (share - 1) == 0 else 1
