@@ -26,11 +26,11 @@ RANGE = 4  # least pages of a range
 PER_PROCESSOR = 4  # programs that a multiprocessor has to work on in turn or at a time
 MOST_RANGES = 128
 ROW_ELEMENTS = 2**14  # rows times value channels of a program's sum, 64 KiB of registers
-CHUNK_BYTES = 2**16  # of the part of a basis that a product takes at a time
+BASIS_BYTES = 2**16  # of a head's basis that a program keeps; a larger one is read again for each tile, in parts
 
 CONFIGS = [
     triton.Config({"P": pages}, num_warps=warps, num_stages=stages)
-    for pages, warps, stages in ((1, 4, 2), (2, 4, 2), (2, 4, 3), (2, 8, 2), (4, 4, 2), (4, 8, 2), (4, 8, 3))
+    for pages, warps, stages in ((1, 4, 2), (2, 4, 2), (4, 8, 2))  # each takes seconds to compile
 ]
 KEY = [
     *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "WIDTH", "GROUPS", "SHARE")),
@@ -58,7 +58,6 @@ def decode(
     ranges = triton.cdiv(pages, size)
     out = query.new_empty(b, h, ranges, x, values.width, dtype=torch.float32)
     lse = query.new_empty(b, h, ranges, x, dtype=torch.float32)
-    chunk = CHUNK_BYTES // (precision.itemsize * _power(wide))
     _tuned[(b * h, ranges, blocks)](
         query.float().contiguous(),
         side(keys),
@@ -84,7 +83,7 @@ def decode(
         DTYPE=getattr(tl, str(precision).removeprefix("torch.")),
         T=keys.page,
         ROWS=rows,
-        K_CHUNK=min(_power(keys.width), max(16, chunk)),
+        K_CHUNK=_chunk(keys.width, precision.itemsize * _power(wide)),
         V_ALL=_power(values.width),
     )
     if ranges == 1:
@@ -99,6 +98,12 @@ def decode(
 def _power(count: int) -> int:
     """The width of a tile that holds so many channels: a power of two that a product takes."""
     return max(16, triton.next_power_of_2(count))
+
+
+def _chunk(width: int, latent_bytes: int) -> int:
+    """Key latents that a product takes at a time, where one has so many bytes of a head's basis or queries."""
+    most = BASIS_BYTES // latent_bytes
+    return _power(width) if _power(width) <= most else max(16, most // 4)
 
 
 def _range(pages: int, programs: int, device: torch.device) -> int:

@@ -8,6 +8,7 @@ leaves. Each list is a product of its own, so that turning needs no exchange bet
 import triton
 import triton.language as tl
 
+from kvshrink.kernels.decode.gpu.angles import angles
 from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
@@ -48,17 +49,18 @@ def turned(
         still = _start(means, rest, rest < D, P * T)
     for at in range(0, WIDTH, C):
         z = latents(keys, row, group, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        part = basis
         if WIDTH > C:
-            basis = columns(up, head, heads, at, WIDTH, GROUPS, D, PAIRS, INTERLEAVED, DTYPE, C)
+            part = columns(up, head, heads, at, WIDTH, GROUPS, D, PAIRS, INTERLEAVED, DTYPE, C)
         if PAIRS > 0:
-            a = multiply(z, basis[0], a)
-            b = multiply(z, basis[1], b)
+            a = multiply(z, part[0], a)
+            b = multiply(z, part[1], b)
         if 2 * PAIRS < D:
-            still = multiply(z, basis[2], still)
+            still = multiply(z, part[2], still)
 
     scores = tl.zeros((P * T, ROWS), tl.float32)
     if PAIRS > 0:
-        cos, sin = _angles(turn, row, token, there, pair, PAIRS)
+        cos, sin = angles(turn, row, token, there, pair, PAIRS)
         first, second = rounded(a * cos - b * sin, DTYPE), rounded(b * cos + a * sin, DTYPE)
         scores = multiply(first, _rows(asked, alive, one, pair < PAIRS, DTYPE), scores)
         scores = multiply(second, _rows(asked, alive, two, pair < PAIRS, DTYPE), scores)
@@ -104,17 +106,6 @@ def lists(D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 def _start(means, channel, known, TOKENS: tl.constexpr):
     """The mean of some channels, for every token: what products are added to."""
     return tl.zeros((TOKENS, 1), tl.float32) + tl.load(means + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
-    """cos and sin [tokens, pairs] with RoPE's scaling; the product of position and frequency is float32, as the
-    reference's is."""
-    at = turn.positions + row * turn.at[0] + token * turn.at[1]
-    position = tl.load(at, mask=there, other=0).to(tl.float32)
-    frequency = tl.load(turn.inv_freq + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
-    angle = position[:, None] * frequency[None, :]
-    return tl.cos(angle) * turn.scaling, tl.sin(angle) * turn.scaling
 
 
 @triton.jit
