@@ -4,6 +4,8 @@ Both come from one reduction to an eighth of a turn and two short polynomials: C
 carry a branch for large angles, which made most of the code of a whole program and much of its time.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -17,6 +19,7 @@ QUARTER_REST: tl.constexpr = tl.constexpr(-4.37113900018624283e-8)
 
 
 @triton.jit
+@no_type_check
 def angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
     """cos and sin [tokens, pairs] with RoPE's scaling; the product of position and frequency is float32, as the
     reference's is."""
@@ -28,6 +31,7 @@ def angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _cos_sin(angle):
     """To 2e-7, up to angles of 2^20. Polynomials of least error on [-pi/4, pi/4], as in Cephes' sinf and cosf."""
     quarters = tl.floor(angle * TWO_OVER_PI + 0.5)
@@ -43,6 +47,7 @@ def _cos_sin(angle):
 
 
 @triton.jit
+@no_type_check
 def _fma(x, y, z):
     """x * y + z, rounded once."""
     if INTERPRETED:

@@ -6,6 +6,8 @@ only its own keys. Rows are the last axis of everything: a rebuilt key then goes
 registers, and both products have the many tokens or channels where tensor cores want 64 or more.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,7 @@ from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
 @triton.jit
+@no_type_check
 def attend(
     query, keys, up, mean, turn, values, visible, out, lse,
     heads, x, pages, range_pages, softcap,

@@ -1,10 +1,13 @@
 """The ranges of a row of queries become one: outputs weighted by their log-sum-exp, 16 ranges at a time."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def join(parts, lses, out, lse, x, ranges, WIDTH: tl.constexpr, C: tl.constexpr):
     """parts [n, ranges, x, WIDTH] and lses [n, ranges, x] to out [n, x, WIDTH] and lse [n, x], float32.
 

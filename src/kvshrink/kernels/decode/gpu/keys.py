@@ -5,6 +5,8 @@ leaves. Each list is a product of its own, so that turning needs no exchange bet
 ("half", "interleaved") differ only in the lists. Latents come in chunks of C channels where there are many.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -13,6 +15,7 @@ from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
 
 @triton.jit
+@no_type_check
 def products(
     asked, alive, keys, row, head, heads, page, end,
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
@@ -28,6 +31,7 @@ def products(
 
 
 @triton.jit
+@no_type_check
 def turned(
     asked, alive, keys, up, basis, mean, turn, row, head, heads, page, end, token, there,
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
@@ -70,6 +74,7 @@ def turned(
 
 
 @triton.jit
+@no_type_check
 def columns(
     up, head, heads, first,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr,
@@ -92,6 +97,7 @@ def columns(
 
 
 @triton.jit
+@no_type_check
 def lists(D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The channels that are first and second of a pair, and those that do not turn, each filled to a tile's width."""
     F: tl.constexpr = _padded(PAIRS)
@@ -103,18 +109,21 @@ def lists(D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _start(means, channel, known, TOKENS: tl.constexpr):
     """The mean of some channels, for every token: what products are added to."""
     return tl.zeros((TOKENS, 1), tl.float32) + tl.load(means + channel, mask=known, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
+@no_type_check
 def _rows(asked, alive, channel, known, DTYPE: tl.constexpr):
     """Queries [channels, ROWS], 0 where there is no such row or channel."""
     return rounded(tl.load(asked + channel[:, None], mask=alive[None, :] & known[:, None], other=0.0), DTYPE)
 
 
 @triton.constexpr_function
+@no_type_check
 def _padded(count):
     """The width of a tile that holds so many channels: a power of two that a product takes."""
     return max(16, triton.next_power_of_2(count))

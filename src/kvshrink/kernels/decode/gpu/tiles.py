@@ -4,6 +4,8 @@ A tile is P pages of T tokens, so P * T rows, of C channels from channel `first`
 int64: a long cache has more than 2^31 elements.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+@no_type_check
 def latents(
     side, row, group, page, end, first,
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
@@ -50,6 +53,7 @@ def latents(
 
 
 @triton.jit
+@no_type_check
 def _planes(
     data, channel, there, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr
 ):
@@ -64,6 +68,7 @@ def _planes(
 
 
 @triton.jit
+@no_type_check
 def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.constexpr):
     """Levels [P, T, C], float32, of runs of different bits: a table says where each channel's codes lie."""
     known = channel < WIDTH
@@ -76,6 +81,7 @@ def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.conste
 
 
 @triton.jit
+@no_type_check
 def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
     """Codes [P, T, C], each found by itself: a channel is number `index` of `count` in a run that begins at `base`.
     Neighbours read the same byte again, from the cache."""
@@ -89,6 +95,7 @@ def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def multiply(a, b, total):
     """total + a @ b, summed in float32."""
     if INTERPRETED:  # in numpy, which knows no bfloat16
@@ -97,16 +104,18 @@ def multiply(a, b, total):
 
 
 @triton.jit
+@no_type_check
 def rounded(x, DTYPE: tl.constexpr):
     """x in DTYPE, to the nearest."""
     x = x.to(tl.float32)
     if INTERPRETED and DTYPE == tl.bfloat16:  # where a plain conversion would cut
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @triton.constexpr_function
+@no_type_check
 def _alike(share, width, tile):
     """Of a tile's channels, a power of two, how many in a row are sure to have their numbers in common."""
     if share >= min(width, tile):
