@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 
 from kvshrink.kernels.decode import Basis, Turn
@@ -40,3 +41,17 @@ def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float 
     f = int(d / 2 * part)
     given = {"scaling": 1.0, "interleaved": False} | settings
     return Turn(torch.arange(first, first + tokens).int()[None], base ** (-torch.arange(f) / f), **given)
+
+
+def far(packed: Packed, folder) -> Packed:
+    """The same pages, with rows, pages and groups (two of each) too far apart for 32 bits: in files that are nearly all
+    hole."""
+    strides = (2**31, 2**31 + 2**20, 2**31 + 2**21)
+    moved = {}
+    for name, tensor in packed.stored.items():
+        assert tensor.shape[:3] == (2, 2, 2)
+        rest = tensor[0, 0, 0].contiguous().stride()
+        data = np.memmap(folder / name, np.uint8, "w+", shape=((sum(strides) + 2**20) * tensor.itemsize,))
+        view = torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, (*strides, *rest))
+        moved[name] = view.copy_(tensor)
+    return packed._replace(stored=moved)

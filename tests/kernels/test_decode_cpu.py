@@ -9,7 +9,7 @@ import torch
 
 from kvshrink.kernels import native
 from kvshrink.kernels.decode import cpu, fused, reference
-from tests.kernels.samples import FORMS, PAGE, basis_of, packed, turn_of
+from tests.kernels.samples import FORMS, PAGE, basis_of, far, packed, turn_of
 from tests.kernels.tolerances import assert_close
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: decoding runs in plain torch")
@@ -74,6 +74,13 @@ def test_positions_of_their_own(dtype):
     visible = (positions >= 0)[:, None, None]
     turn = turn_of(128, 64)._replace(positions=positions.clamp_min(-1))
     compare(torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible, None, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
+def test_offsets_beyond_32_bits(form, tmp_path):
+    pages = far(packed(form, 2, 16, 2, 2, torch.float32), tmp_path)
+    compare(torch.randn(2, 2, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
 @needs_compiler

@@ -6,14 +6,12 @@ values differ in form.
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
 from kvshrink.kernels.decode import fused, reference
 from kvshrink.kernels.decode.gpu.side import fits
-from kvshrink.kernels.latents import Packed
-from tests.kernels.samples import FORMS, basis_of, packed, turn_of
+from tests.kernels.samples import FORMS, basis_of, far, packed, turn_of
 from tests.kernels.tolerances import assert_close
 
 pytest.importorskip("triton", reason="no triton: CUDA devices then decode in plain torch")
@@ -117,25 +115,11 @@ def test_latents_that_come_in_parts(form, monkeypatch):
         compare(torch.randn(1, 1, 1, 90) / 9, keys, None, None, values, None, None, torch.bfloat16)
 
 
-def test_offsets_beyond_32_bits(tmp_path):
-    """The pages of two rows and two groups lie 3 GB apart, in a file that is nearly all hole."""
-    if DEVICE.type == "cuda":
-        pytest.skip("the file is for the CPU; a GPU would need 9 GB of real memory")
-    for side in (("channel", 4), ("token", 8), "normal"):
-        given = packed(side, 2, 16, 2, 2, torch.float32)
-        far = Packed(given.form, {n: _far(t, tmp_path / f"{side}{n}") for n, t in given.stored.items()}, *given[2:])
-        query = torch.randn(2, 2, 2, 16) / 4
-        compare(query, far, None, None, far, None, None, torch.float32)
-
-
-def _far(tensor, path):
-    """A copy whose rows, pages and groups are so far from each other that no 32-bit offset reaches them."""
-    strides = (2**32 + 64, 2**31 + 2**20, 2**30 + 2**19)
-    count = sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=False)) + 2**16
-    data = np.memmap(path, mode="w+", shape=(count * tensor.itemsize,), dtype=np.uint8)
-    rest = tensor[0, 0, 0].contiguous().stride()
-    far = torch.as_strided(torch.from_numpy(data).view(tensor.dtype), tensor.shape, (*strides, *rest))
-    return far.copy_(tensor)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the file is for the CPU; a GPU would need all its bytes in memory")
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
+def test_offsets_beyond_32_bits(form, tmp_path):
+    pages = far(packed(form, 2, 16, 2, 2, torch.float32), tmp_path)
+    compare(torch.randn(2, 2, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
 def test_what_does_not_fit_is_left_to_the_reference(monkeypatch):
