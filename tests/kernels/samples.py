@@ -44,14 +44,14 @@ def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float 
 
 
 def far(packed: Packed, folder) -> Packed:
-    """The same pages, with rows, pages and groups (two of each) too far apart for 32 bits: in files that are nearly all
-    hole."""
-    strides = (2**31, 2**31 + 2**20, 2**31 + 2**21)
+    """The same pages, with rows, pages and groups (three of each) so far apart that a place is beyond 32 bits but the
+    distance of neighbours is not: in files that are nearly all hole."""
+    strides = (2**30, 2**30 + 2**20, 2**30 + 2**22)
     moved = {}
     for name, tensor in packed.stored.items():
-        assert tensor.shape[:3] == (2, 2, 2)
+        assert tensor.shape[:3] == (3, 3, 3)
         rest = tensor[0, 0, 0].contiguous().stride()
-        data = np.memmap(folder / name, np.uint8, "w+", shape=((sum(strides) + 2**20) * tensor.itemsize,))
+        data = np.memmap(folder / name, np.uint8, "w+", shape=((2 * sum(strides) + 2**20) * tensor.itemsize,))
         view = torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, (*strides, *rest))
         moved[name] = view.copy_(tensor)
     return packed._replace(stored=moved)

@@ -79,8 +79,8 @@ def test_positions_of_their_own(dtype):
 @needs_compiler
 @pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
 def test_offsets_beyond_32_bits(form, tmp_path):
-    pages = far(packed(form, 2, 16, 2, 2, torch.float32), tmp_path)
-    compare(torch.randn(2, 2, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
+    pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
+    compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
 @needs_compiler

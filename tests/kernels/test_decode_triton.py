@@ -83,6 +83,16 @@ def test_positions_of_their_own(dtype):
         compare(torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible, None, dtype)
 
 
+def test_more_ranges_than_are_joined_at_a_time(monkeypatch):
+    from kvshrink.kernels.decode import triton
+
+    monkeypatch.setattr(triton, "PER_PROCESSOR", 32)
+    keys, values = packed("raw", 1, 16, 70, 1, torch.float32), packed("raw", 1, 16, 70, 1, torch.float32)
+    visible = torch.rand(1, 1, 3, 70 * 32) > 0.3
+    visible[:, :, 0, : 65 * 32], visible[:, :, 1, 10 * 32 :], visible[:, :, 2] = False, False, False
+    compare(torch.randn(1, 1, 3, 16), keys, None, None, values, visible, None, torch.float32)
+
+
 def test_far_positions():
     """Angles are products in float32, as the reference's are, so that they agree however large they are."""
     keys, values = packed(("channel", 4), 1, 20, 2, 1, torch.float32), packed("raw", 1, 20, 2, 1, torch.float32)
@@ -118,8 +128,8 @@ def test_latents_that_come_in_parts(form, monkeypatch):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the file is for the CPU; a GPU would need all its bytes in memory")
 @pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
 def test_offsets_beyond_32_bits(form, tmp_path):
-    pages = far(packed(form, 2, 16, 2, 2, torch.float32), tmp_path)
-    compare(torch.randn(2, 2, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
+    pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
+    compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
 def test_what_does_not_fit_is_left_to_the_reference(monkeypatch):

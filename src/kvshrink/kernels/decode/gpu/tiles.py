@@ -19,7 +19,8 @@ def latents(
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """[P * T, C] in DTYPE, of the pages from `page` on; 0 from page `end` and from channel WIDTH on."""
+    """[P * T, C] in DTYPE, of the pages from `page` on; 0 from page `end` on, finite from channel WIDTH on."""
+    group = group.to(tl.int64)
     pages = (page + tl.arange(0, P)).to(tl.int64)[:, None, None]
     token = tl.arange(0, T)[None, :, None]
     channel = first + tl.arange(0, C)[None, None, :]
@@ -47,8 +48,6 @@ def latents(
         if FORM != "normal":
             low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1] + at
             tile += tl.load(low, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
-            # a group's `low` alone would stand beyond WIDTH
-            tile = tl.where(tl.reshape(channel < WIDTH, (1, 1, C // S, S)), tile, 0.0)
     return tl.reshape(rounded(tile, DTYPE), (P * T, C))
 
 
