@@ -87,10 +87,10 @@ def test_more_ranges_than_are_joined_at_a_time(monkeypatch):
     from kvshrink.kernels.decode import triton
 
     monkeypatch.setattr(triton, "PER_PROCESSOR", 32)
-    keys, values = packed("raw", 1, 16, 70, 1, torch.float32), packed("raw", 1, 16, 70, 1, torch.float32)
-    visible = torch.rand(1, 1, 3, 70 * 32) > 0.3
-    visible[:, :, 0, : 65 * 32], visible[:, :, 1, 10 * 32 :], visible[:, :, 2] = False, False, False
-    compare(torch.randn(1, 1, 3, 16), keys, None, None, values, visible, None, torch.float32)
+    keys, values = packed("raw", 1, 16, 120, 1, torch.float32), packed("raw", 1, 16, 120, 1, torch.float32)
+    visible = torch.rand(1, 1, 12, 120 * 32) > 0.3
+    visible[:, :, 0, : 110 * 32], visible[:, :, 1, 10 * 32 :], visible[:, :, 2] = False, False, False
+    compare(torch.randn(1, 1, 12, 16), keys, None, None, values, visible, None, torch.float32)
 
 
 def test_far_positions():
