@@ -14,17 +14,19 @@ FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "norm
 PAGE = 32
 
 
-def packed(form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64) -> Packed:
+def packed(
+    form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64, page: int = PAGE
+) -> Packed:
     """Random latents in this form, whose tensors are a part of larger ones that hold NaN and codes of all ones."""
-    rows = torch.randn(b, groups, (pages + 2) * PAGE, width) + 0.3
+    rows = torch.randn(b, groups, (pages + 2) * page, width) + 0.3
     if form == "normal":
         sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
         bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
-        packing = Mixed(sizes, tuple(bits), PAGE)
+        packing = Mixed(sizes, tuple(bits), page)
     elif form == "raw":
-        packing = Raw(groups, width, PAGE, dtype)
+        packing = Raw(groups, width, page, dtype)
     else:
-        packing = Affine(groups, width, PAGE, form[1], form[0], min(group, width))
+        packing = Affine(groups, width, page, form[1], form[0], min(group, width))
     stored = packing.store(rows, None)
     for tensor in stored.values():
         around = 255 if tensor.dtype == torch.uint8 else float("nan")

@@ -49,6 +49,14 @@ def test_every_form_rebuilt_and_not(form, dtype):
     compare(torch.randn(1, 2, 4, 70) / 8, keys, None, None, values, None, None, dtype)
 
 
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("form", [("channel", 1), ("token", 3), ("channel", 4), "normal"], ids=str)
+def test_other_page_sizes(form, page):
+    keys, values = (packed(form, 1, 25, 3, 1, torch.float32, 16, page) for _ in range(2))
+    basis, turn = basis_of(1, 25, 1, 16), turn_of(3 * page, 16)
+    compare(torch.randn(1, 1, 2, 16) / 4, keys, basis, turn, values, None, None, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("d", "heads"), [(64, (1, 8)), (80, (2, 4)), (96, (4, 1)), (128, (2, 1)), (256, (1, 2))])
 def test_head_dims_and_ropes(d, heads, dtype):
@@ -136,6 +144,7 @@ def test_what_does_not_fit_is_left_to_the_reference(monkeypatch):
     keys = packed("raw", 1, 8, 1, 1, torch.float32)
     assert fits(keys, keys)
     assert not fits(keys._replace(page=16), keys)
+    assert not fits(keys._replace(page=8), keys._replace(page=8))
     assert not fits(keys._replace(page=24), keys._replace(page=24))
     assert not fits(keys, keys._replace(width=4096))
     assert not fits(keys._replace(width=0), keys)

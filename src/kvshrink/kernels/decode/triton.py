@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvshrink.kernels.decode.gpu.attend import attend
 from kvshrink.kernels.decode.gpu.join import join
-from kvshrink.kernels.decode.gpu.side import Angles, Flags, constants, side
+from kvshrink.kernels.decode.gpu.side import constants, side
 from kvshrink.kernels.decode.reference import Basis, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float
@@ -58,19 +58,25 @@ def decode(
     ranges = triton.cdiv(pages, size)
     out = query.new_empty(b, h, ranges, x, values.width, dtype=torch.float32)
     lse = query.new_empty(b, h, ranges, x, dtype=torch.float32)
+    positions = None if turn is None else _rows(turn.positions).expand(b, -1)
+    flags = None if visible is None else _rows(visible).expand(b, h, x, -1).view(torch.uint8)
     _tuned[(b * h, ranges, blocks)](
         query.float().contiguous(),
         side(keys),
         *((None, None) if basis is None else (t.contiguous() for t in basis)),
-        None if turn is None else _angles(turn, b),
+        positions,
+        None if turn is None else turn.inv_freq.contiguous(),
         side(values),
-        None if visible is None else _flags(visible, (b, h, x)),
+        flags,
         out,
         lse,
         h,
         x,
         pages,
         size,
+        0 if positions is None else positions.stride(0),
+        *((0, 0, 0) if flags is None else flags.stride()[:3]),
+        1.0 if turn is None else turn.scaling,
         softcap or 1.0,
         **constants(keys, "K"),
         **constants(values, "V"),
@@ -118,11 +124,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _angles(turn: Turn, b: int) -> Angles:
-    row, token = turn.positions.expand(b, -1).stride()
-    return Angles(turn.positions, (row, token), turn.inv_freq, turn.scaling)
-
-
-def _flags(visible: Tensor, shape: tuple[int, int, int]) -> Flags:
-    row, head, x, token = visible.expand(*shape, -1).stride()
-    return Flags(visible.view(torch.uint8), (row, head, x, token))
+def _rows(tensor: Tensor) -> Tensor:
+    """The same with neighbours along the last axis next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -20,14 +20,11 @@ QUARTER_REST: tl.constexpr = tl.constexpr(-4.37113900018624283e-8)
 
 @triton.jit
 @no_type_check
-def angles(turn, row, token, there, pair, PAIRS: tl.constexpr):
-    """cos and sin [tokens, pairs] with RoPE's scaling; the product of position and frequency is float32, as the
-    reference's is."""
-    at = turn.positions + row * turn.at[0] + token * turn.at[1]
-    position = tl.load(at, mask=there, other=0).to(tl.float32)
-    frequency = tl.load(turn.inv_freq + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
-    cos, sin = _cos_sin(position[:, None] * frequency[None, :])
-    return cos * turn.scaling, sin * turn.scaling
+def angles(positions, inv_freq, token, there, pair, PAIRS: tl.constexpr):
+    """cos and sin [tokens, pairs]; the product of position and frequency is float32, as the reference's is."""
+    position = tl.load(positions + token, mask=there, other=0).to(tl.float32)
+    frequency = tl.load(inv_freq + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
+    return _cos_sin(position[:, None] * frequency[None, :])
 
 
 @triton.jit

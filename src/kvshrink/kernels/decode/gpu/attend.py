@@ -14,12 +14,15 @@ import triton.language as tl
 from kvshrink.kernels.decode.gpu.keys import columns, products, turned
 from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 
+# numbers and alignments that change while a sequence grows: a program must not be compiled again for each
+MOVING = ("x", "pages", "range_pages", "positions_row", "visible_row", "visible_head", "visible_x")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=MOVING, do_not_specialize_on_alignment=("positions", "visible"))
 @no_type_check
 def attend(
-    query, keys, up, mean, turn, values, visible, out, lse,
-    heads, x, pages, range_pages, softcap,
+    query, keys, up, mean, positions, inv_freq, values, visible, out, lse,
+    heads, x, pages, range_pages, positions_row, visible_row, visible_head, visible_x, scaling, softcap,
     K_FORM: tl.constexpr, K_BITS: tl.constexpr, K_WIDTH: tl.constexpr, K_GROUPS: tl.constexpr, K_SHARE: tl.constexpr,
     V_FORM: tl.constexpr, V_BITS: tl.constexpr, V_WIDTH: tl.constexpr, V_GROUPS: tl.constexpr, V_SHARE: tl.constexpr,
     REBUILT: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -32,6 +35,11 @@ def attend(
     first = tl.program_id(1).to(tl.int64) * range_pages
     end = tl.minimum(first + range_pages, pages)
     asked = query + (row * heads + head) * x * WIDE + rows.to(tl.int64)[None, :] * WIDE  # [1, ROWS]
+    if MASKED:
+        flags = visible + row * visible_row + head.to(tl.int64) * visible_head
+        flags += rows.to(tl.int64)[None, :] * visible_x
+    if PAIRS > 0:
+        positions += row * positions_row
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
@@ -43,7 +51,8 @@ def attend(
         token = page * T + tl.arange(0, P * T).to(tl.int64)
         if REBUILT:
             scores = turned(
-                asked, rows < x, keys, up, basis, mean, turn, row, head, heads, page, end, token, token < end * T,
+                asked, rows < x, keys, up, basis, mean, positions, inv_freq, scaling,
+                row, head, heads, page, end, token, token < end * T,
                 K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, WIDE, PAIRS, INTERLEAVED, DTYPE, T, ROWS, K_CHUNK, P,
             )  # fmt: skip
         else:
@@ -56,9 +65,7 @@ def attend(
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
         seen = (token < end * T)[:, None]
         if MASKED:
-            flags = visible.data + row * visible.at[0] + head.to(tl.int64) * visible.at[1]
-            flags += rows.to(tl.int64)[None, :] * visible.at[2] + token[:, None] * visible.at[3]
-            seen = seen & (tl.load(flags, mask=seen & (rows < x)[None, :], other=0) != 0)
+            seen = seen & (tl.load(flags + token[:, None], mask=seen & (rows < x)[None, :], other=0) != 0)
         scores = tl.where(seen, scores, float("-inf"))
 
         highest = tl.maximum(top, tl.max(scores, 0))

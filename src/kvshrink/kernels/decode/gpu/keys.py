@@ -33,7 +33,8 @@ def products(
 @triton.jit
 @no_type_check
 def turned(
-    asked, alive, keys, up, basis, mean, turn, row, head, heads, page, end, token, there,
+    asked, alive, keys, up, basis, mean, positions, inv_freq, scaling,
+    row, head, heads, page, end, token, there,
     FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -64,7 +65,8 @@ def turned(
 
     scores = tl.zeros((P * T, ROWS), tl.float32)
     if PAIRS > 0:
-        cos, sin = angles(turn, row, token, there, pair, PAIRS)
+        cos, sin = angles(positions, inv_freq, token, there, pair, PAIRS)
+        cos, sin = cos * scaling, sin * scaling
         first, second = rounded(a * cos - b * sin, DTYPE), rounded(b * cos + a * sin, DTYPE)
         scores = multiply(first, _rows(asked, alive, one, pair < PAIRS, DTYPE), scores)
         scores = multiply(second, _rows(asked, alive, two, pair < PAIRS, DTYPE), scores)

@@ -14,7 +14,7 @@ from kvshrink.kernels.normal.reference import levels
 from kvshrink.kernels.pack.reference import WIDTHS, packed_bytes
 from kvshrink.shapes import Float, Int
 
-PAGES = (8, 16, 32, 64, 128)  # tokens of a page: planes of codes are whole tokens, and tiles powers of two
+PAGES = (16, 32, 64, 128)  # tokens of a page: planes of codes are whole tokens, and tiles what a product takes
 WIDEST = 1024  # channels of value latents, whose weighted sum a program holds in registers
 NUMBERS = {"raw": (), "channel": ("scale", "low"), "token": ("scale", "low"), "normal": ("gain",)}
 
@@ -32,22 +32,6 @@ class Side(NamedTuple):
     low_at: Strides
     places: Tensor  # where each channel's codes lie, of "normal"
     levels: Tensor  # what codes stand for, of "normal"
-
-
-class Angles(NamedTuple):
-    """RoPE: positions [#b, t] with their strides of row and token (0 where broadcast), frequencies, scaling."""
-
-    positions: Tensor
-    at: tuple[int, int]
-    inv_freq: Tensor
-    scaling: float
-
-
-class Flags(NamedTuple):
-    """A mask as bytes, with its strides of batch row, head, row of queries and token (0 where broadcast)."""
-
-    data: Tensor
-    at: tuple[int, int, int, int]
 
 
 def fits(keys: Packed, values: Packed) -> bool:
