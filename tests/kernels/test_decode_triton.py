@@ -5,6 +5,10 @@ values differ in form.
 """
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from tests.kernels.tolerances import assert_close
 
 pytest.importorskip("triton", reason="no triton: CUDA devices then decode in plain torch")
 
+REPO = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -138,6 +143,13 @@ def test_latents_that_come_in_parts(form, monkeypatch):
 def test_offsets_beyond_32_bits(form, tmp_path):
     pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
     compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
+
+
+def test_programs_compile_for_a_gpu(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.kernels.compile_for_gpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_does_not_fit_is_left_to_the_reference(monkeypatch):
