@@ -42,14 +42,14 @@ def main():
     launcher._tuned = Compiled(launcher.attend, **launcher.CONFIGS[2].all_kwargs())
     launcher.join = Compiled(launcher.join)
     bf16, fp32 = torch.bfloat16, torch.float32
-    some = torch.ones(1, 1, 1, 32 * 40, dtype=torch.bool)
+    some = torch.ones(1, 1, 1, 32 * 9, dtype=torch.bool)
     for key, value, width, basis, turn, visible, softcap, dtype in [
-        (("channel", 4), ("token", 4), 256, True, turn_of(1280, 128), some, None, bf16),
-        (("token", 3), "raw", 100, True, None, None, 5.0, fp32),
-        (("channel", 8), "normal", 320, True, turn_of(1280, 128, part=0.5, interleaved=True), None, None, bf16),
-        ("normal", ("channel", 1), 128, False, None, some, None, bf16),
+        (("channel", 4), ("token", 4), 128, True, turn_of(288, 128), some, None, bf16),
+        (("token", 3), "raw", 48, True, None, None, 5.0, fp32),
+        (("channel", 8), "normal", 320, True, turn_of(288, 128, part=0.5, interleaved=True), None, None, bf16),
+        ("normal", ("channel", 1), 64, False, None, some, None, bf16),
     ]:
-        keys, values = packed(key, 1, width, 40, 1, dtype), packed(value, 1, 96, 40, 1, dtype)
+        keys, values = packed(key, 1, width, 9, 1, dtype), packed(value, 1, 60, 9, 1, dtype)
         query = torch.randn(1, 2, 4, 128 if basis else width)
         launcher.decode(
             query, keys, basis_of(1, width, 2, 128) if basis else None, turn, values, visible, softcap, dtype

@@ -85,7 +85,7 @@ def test_masks_of_every_shape(shape):
     compare(query, keys, basis_of(4, 20, 4, 64), turn_of(96, 64), values, visible, None, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_positions_of_their_own(dtype):
     """Pads in front of a row, a page that was cut, rows that differ, and slots that are no token at all."""
     keys, values = packed(("channel", 4), 2, 20, 4, 2, dtype), packed(("token", 4), 1, 40, 4, 2, dtype)

@@ -21,8 +21,7 @@ from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the programs run in numpy, on CPU tensors
-TILES = (1, 2, 4)  # pages of a tile
-RANGE = 4  # least pages of a range
+RANGE = 4  # pages of a range are a multiple of this, so of any config's tile
 PER_PROCESSOR = 4  # programs that a multiprocessor has to work on in turn or at a time
 MOST_RANGES = 128
 ROW_ELEMENTS = 2**14  # rows times value channels of a program's sum, 64 KiB of registers
@@ -50,6 +49,28 @@ def decode(
     precision: torch.dtype,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """As the reference, for pages that gpu/side.py: fits."""
+    with torch.cuda.device_of(query):  # triton launches on the current device, whatever its tensors are on
+        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision)
+        if parts.shape[2] == 1:
+            return parts[:, :, 0], sums[:, :, 0, :, None]
+        b, h, ranges, x, width = parts.shape
+        out, lse = parts.new_empty(b, h, x, width), parts.new_empty(b, h, x, 1)
+        channels = min(128, _power(width))
+        join[(b * h * x, triton.cdiv(width, channels))](parts, sums, out, lse, x, ranges, WIDTH=width, C=channels)
+        return out, lse
+
+
+def _ranges(
+    query: Tensor,
+    keys: Packed,
+    basis: Basis | None,
+    turn: Turn | None,
+    values: Packed,
+    visible: Tensor | None,
+    softcap: float | None,
+    precision: torch.dtype,
+) -> tuple[Float[Tensor, "b h ranges x r"], Float[Tensor, "b h ranges x"]]:
+    """(weighted sum of value latents, log-sum-exp) of each range of pages."""
     b, h, x, wide = query.shape
     pages = next(iter(keys.stored.values())).shape[1]
     rows = max(16, min(64, triton.next_power_of_2(x), ROW_ELEMENTS // triton.next_power_of_2(values.width)))
@@ -92,13 +113,7 @@ def decode(
         K_CHUNK=_chunk(keys.width, precision.itemsize * _power(wide)),
         V_ALL=_power(values.width),
     )
-    if ranges == 1:
-        return out[:, :, 0], lse[:, :, 0, :, None]
-    whole, sums = out.new_empty(b, h, x, values.width), lse.new_empty(b, h, x, 1)
-    channels = min(128, _power(values.width))
-    grid = (b * h * x, triton.cdiv(values.width, channels))
-    join[grid](out, lse, whole, sums, x, ranges, WIDTH=values.width, C=channels)
-    return whole, sums
+    return out, lse
 
 
 def _power(count: int) -> int:
@@ -113,10 +128,9 @@ def _chunk(width: int, latent_bytes: int) -> int:
 
 
 def _range(pages: int, programs: int, device: torch.device) -> int:
-    """Pages of a range: enough ranges to fill the device, in whole tiles of any config."""
+    """Pages of a range: enough ranges to fill the device."""
     wanted = min(MOST_RANGES, triton.cdiv(PER_PROCESSOR * _processors(device), programs))
-    size = max(RANGE, triton.cdiv(pages, wanted))
-    return triton.cdiv(size, TILES[-1]) * TILES[-1]
+    return triton.cdiv(pages, wanted * RANGE) * RANGE
 
 
 @cache
