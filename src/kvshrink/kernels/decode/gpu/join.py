@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("x", "ranges"))
 @no_type_check
 def join(parts, lses, out, lse, x, ranges, WIDTH: tl.constexpr, C: tl.constexpr):
     """parts [n, ranges, x, WIDTH] and lses [n, ranges, x] to out [n, x, WIDTH] and lse [n, x], float32.
