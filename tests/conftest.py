@@ -12,6 +12,8 @@ import torch
 
 pytest_plugins = ["tests.scenarios.summary"]  # prints the count of lossless scenarios, also under xdist
 
+if not torch.cuda.is_available():  # before anything imports triton: its programs then run in numpy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 _empty, _new_empty = torch.empty, torch.Tensor.new_empty
 

@@ -8,45 +8,12 @@ import pytest
 import torch
 
 from kvshrink.kernels import native
-from kvshrink.kernels.decode import Basis, Turn, cpu, fused, reference
-from kvshrink.kernels.latents import Packed
-from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._mixed import Mixed
+from kvshrink.kernels.decode import cpu, fused, reference
+from tests.kernels.samples import FORMS, PAGE, basis_of, far, packed, turn_of
 from tests.kernels.tolerances import assert_close
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: decoding runs in plain torch")
 DTYPES = [torch.float32, torch.bfloat16]
-FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "normal"]
-PAGE = 32
-
-
-def packed(form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64) -> Packed:
-    """Random latents in this form, whose tensors are a part of larger ones that hold NaN and codes of all ones."""
-    rows = torch.randn(b, groups, (pages + 2) * PAGE, width) + 0.3
-    if form == "normal":
-        sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
-        bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
-        packing = Mixed(sizes, tuple(bits), PAGE)
-    elif form == "raw":
-        packing = Raw(groups, width, PAGE, dtype)
-    else:
-        packing = Affine(groups, width, PAGE, form[1], form[0], min(group, width))
-    stored = packing.store(rows, None)
-    for tensor in stored.values():
-        around = 255 if tensor.dtype == torch.uint8 else float("nan")
-        tensor[:, 0], tensor[:, -1] = around, around
-    return packing.packed({name: tensor[:, 1:-1] for name, tensor in stored.items()})
-
-
-def basis_of(groups: int, width: int, heads: int, d: int) -> Basis:
-    a = heads // groups * d
-    return Basis(torch.randn(groups, width, a) / width**0.5, torch.randn(groups, a) * 0.2)
-
-
-def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float = 5e5, **settings) -> Turn:
-    f = int(d / 2 * part)
-    given = {"scaling": 1.0, "interleaved": False} | settings
-    return Turn(torch.arange(first, first + tokens).int()[None], base ** (-torch.arange(f) / f), **given)
 
 
 def compare(query, keys, basis, turn, values, visible, softcap, dtype):
@@ -107,6 +74,13 @@ def test_positions_of_their_own(dtype):
     visible = (positions >= 0)[:, None, None]
     turn = turn_of(128, 64)._replace(positions=positions.clamp_min(-1))
     compare(torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible, None, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
+def test_offsets_beyond_32_bits(form, tmp_path):
+    pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
+    compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
 @needs_compiler

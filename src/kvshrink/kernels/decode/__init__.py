@@ -1,13 +1,19 @@
 """Decode attention over stored pages in one operation. See reference.py for what it means."""
 
+import logging
 import os
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 from kvshrink.kernels import native
+from kvshrink.kernels.decode.gpu.side import fits
 from kvshrink.kernels.decode.reference import Basis, Turn, decode
 from kvshrink.kernels.latents import Packed
+
+log = logging.getLogger("kvshrink")
 
 __all__ = ["Basis", "Turn", "decode", "fused"]
 
@@ -22,6 +28,18 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
     if device.type == "cpu":
         from kvshrink.kernels.decode import cpu
 
-        fits = keys.page == values.page == cpu.PAGE
-        return cpu.decode if fits and native.library() is not None else None
+        read = keys.page == values.page == cpu.PAGE
+        return cpu.decode if read and native.library() is not None else None
+    if device.type == "cuda" and fits(keys, values) and _has_triton():
+        from kvshrink.kernels.decode import triton
+
+        return triton.decode
     return None
+
+
+@cache
+def _has_triton() -> bool:
+    if find_spec("triton") is not None:
+        return True
+    log.warning("no triton: decoding runs in plain torch, several times slower. Install kvshrink[gpu].")
+    return False

@@ -1,0 +1,88 @@
+"""Attention of one KV head's rows to a range of pages: one program per (batch row and KV head, range, block of rows).
+
+A program goes over its range in tiles of P pages. It reads the latents of its head's group by itself: heads that share
+a group read the same bytes at about the same time, so that all but one read them from the L2 cache, and each rebuilds
+only its own keys. Rows are the last axis of everything: a rebuilt key then goes from one product into the next one in
+registers, and both products have the many tokens or channels where tensor cores want 64 or more.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from kvshrink.kernels.decode.gpu.keys import columns, products, turned
+from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
+
+# numbers and alignments that change while a sequence grows: a program must not be compiled again for each
+MOVING = ("x", "pages", "range_pages", "positions_row", "visible_row", "visible_head", "visible_x")
+
+
+@triton.jit(do_not_specialize=MOVING, do_not_specialize_on_alignment=("positions", "visible"))
+@no_type_check
+def attend(
+    query, keys, up, mean, positions, inv_freq, values, visible, out, lse,
+    heads, x, pages, range_pages, positions_row, visible_row, visible_head, visible_x, scaling, softcap,
+    K_FORM: tl.constexpr, K_BITS: tl.constexpr, K_WIDTH: tl.constexpr, K_GROUPS: tl.constexpr, K_SHARE: tl.constexpr,
+    V_FORM: tl.constexpr, V_BITS: tl.constexpr, V_WIDTH: tl.constexpr, V_GROUPS: tl.constexpr, V_SHARE: tl.constexpr,
+    REBUILT: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, K_CHUNK: tl.constexpr, V_ALL: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """out [b, h, ranges, x, V_WIDTH] and lse [b, h, ranges, x] of each range of `range_pages` pages, float32."""
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1).to(tl.int64) * range_pages
+    end = tl.minimum(first + range_pages, pages)
+    asked = query + (row * heads + head) * x * WIDE + rows.to(tl.int64)[None, :] * WIDE  # [1, ROWS]
+    if MASKED:
+        flags = visible + row * visible_row + head.to(tl.int64) * visible_head
+        flags += rows.to(tl.int64)[None, :] * visible_x
+    if PAIRS > 0:
+        positions += row * positions_row
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((V_ALL, ROWS), tl.float32)
+    basis = None
+    if REBUILT and K_WIDTH <= K_CHUNK:
+        basis = columns(up, head, heads, 0, K_WIDTH, K_GROUPS, WIDE, PAIRS, INTERLEAVED, DTYPE, K_CHUNK)
+    for page in range(first, end, P):
+        token = page * T + tl.arange(0, P * T).to(tl.int64)
+        if REBUILT:
+            scores = turned(
+                asked, rows < x, keys, up, basis, mean, positions, inv_freq, scaling,
+                row, head, heads, page, end, token, token < end * T,
+                K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, WIDE, PAIRS, INTERLEAVED, DTYPE, T, ROWS, K_CHUNK, P,
+            )  # fmt: skip
+        else:
+            scores = products(
+                asked, rows < x, keys, row, head, heads, page, end,
+                K_FORM, K_BITS, K_WIDTH, K_GROUPS, K_SHARE, DTYPE, T, ROWS, K_CHUNK, P,
+            )  # fmt: skip
+        if CAPPED:
+            # tanh, of which triton's language has none that every backend knows
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+        seen = (token < end * T)[:, None]
+        if MASKED:
+            seen = seen & (tl.load(flags + token[:, None], mask=seen & (rows < x)[None, :], other=0) != 0)
+        scores = tl.where(seen, scores, float("-inf"))
+
+        highest = tl.maximum(top, tl.max(scores, 0))
+        # a row that has seen nothing yet: subtracting 0 instead of -inf keeps its weights 0 rather than NaN
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp(scores - base[None, :])
+        shrink = tl.exp(top - base)
+        top, mass = highest, mass * shrink + tl.sum(weights, 0)
+        z = latents(
+            values, row, head * V_GROUPS // heads, page, end, 0,
+            V_FORM, V_BITS, V_WIDTH, V_SHARE, DTYPE, P, T, V_ALL,
+        )  # fmt: skip
+        total = multiply(tl.trans(z), rounded(weights, DTYPE), total * shrink[None, :])
+
+    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * x + rows
+    channel = tl.arange(0, V_ALL)[:, None]
+    wanted = (channel < V_WIDTH) & (rows < x)[None, :]
+    some = tl.maximum(mass, 1e-30)
+    tl.store(out + (place[None, :] * V_WIDTH + channel), total / some[None, :], mask=wanted)
+    tl.store(lse + place, tl.where(mass > 0, top + tl.log(some), float("-inf")), mask=rows < x)

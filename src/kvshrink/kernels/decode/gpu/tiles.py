@@ -1,0 +1,122 @@
+"""Tiles of latents: unpacked and dequantised in registers. kernels/latents and kernels/pack say what is stored.
+
+A tile is P pages of T tokens, so P * T rows, of C channels from channel `first` on. Offsets into stored tensors are
+int64: a long cache has more than 2^31 elements.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+@no_type_check
+def latents(
+    side, row, group, page, end, first,
+    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """[P * T, C] in DTYPE, of the pages from `page` on; 0 from page `end` on, finite from channel WIDTH on."""
+    group = group.to(tl.int64)
+    pages = (page + tl.arange(0, P)).to(tl.int64)[:, None, None]
+    token = tl.arange(0, T)[None, :, None]
+    channel = first + tl.arange(0, C)[None, None, :]
+    there = (pages < end) & (channel < WIDTH)
+    data = side.data + (row * side.data_at[0] + group * side.data_at[2]) + pages * side.data_at[1]
+    if FORM == "raw":
+        tile = tl.load(data + (token * WIDTH + channel), mask=there, other=0.0)
+    else:
+        if FORM == "normal":
+            codes = _levels(side, data, token, channel, there, WIDTH, T)
+        elif BITS == 3:
+            codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T).to(tl.float32)
+        else:
+            codes = _planes(data, channel, there, BITS, WIDTH, P, T, C).to(tl.float32)
+        # S neighbours have their numbers in common; they come as an axis, so that each number is read once
+        S: tl.constexpr = _alike(SHARE, WIDTH, C)
+        N: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
+        share = (first + tl.arange(0, C // S) * S)[None, None, :] // SHARE
+        known = (pages < end) & (share < N)
+        at = token * N + share if FORM == "token" else share
+        scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1] + at
+        tile = (
+            tl.reshape(codes, (P, T, C // S, S)) * tl.load(scale, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
+        )
+        if FORM != "normal":
+            low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1] + at
+            tile += tl.load(low, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
+    return tl.reshape(rounded(tile, DTYPE), (P * T, C))
+
+
+@triton.jit
+@no_type_check
+def _planes(
+    data, channel, there, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """Codes [P, T, C] of one run of 1, 2, 4 or 8 bits: byte j of m holds the codes j, j + m, ..., and m is a whole
+    number of tokens, so that each byte is read once."""
+    tokens: tl.constexpr = T * BITS // 8
+    at = tl.arange(0, tokens)[None, :, None] * WIDTH + channel
+    packed = tl.load(data + at, mask=there, other=0).to(tl.int32)
+    shift = tl.arange(0, 8 // BITS)[None, :, None, None] * BITS
+    codes = (packed[:, None, :, :] >> shift) & (2**BITS - 1)
+    return tl.reshape(codes, (P, T, C))
+
+
+@triton.jit
+@no_type_check
+def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.constexpr):
+    """Levels [P, T, C], float32, of runs of different bits: a table says where each channel's codes lie."""
+    known = channel < WIDTH
+    base = tl.load(side.places + channel, mask=known, other=0)
+    count = tl.load(side.places + (WIDTH + channel), mask=known, other=0)
+    index = tl.load(side.places + (2 * WIDTH + channel), mask=known, other=0)
+    bits = tl.load(side.places + (3 * WIDTH + channel), mask=known, other=8)
+    codes = _scattered(data, token, base, count, index, bits, there, T)
+    return tl.load(side.levels + (bits * 256 + codes), mask=there, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def _scattered(data, token, base, count, index, bits, there, T: tl.constexpr):
+    """Codes [P, T, C], each found by itself: a channel is number `index` of `count` in a run that begins at `base`.
+    Neighbours read the same byte again, from the cache."""
+    bit = (token * count + index) * 3
+    whole = T * bits // 8  # tokens of a plane: a power of two, but at 3 bits, which have no planes
+    byte = base + tl.where(bits == 3, bit >> 3, (token & (whole - 1)) * count + index)
+    shift = tl.where(bits == 3, bit & 7, (token * 8 // T) & -bits)
+    word = tl.load(data + byte, mask=there, other=0).to(tl.int32)
+    word |= tl.load(data + byte + 1, mask=there & (shift + bits > 8), other=0).to(tl.int32) << 8
+    return (word >> shift) & ((1 << bits) - 1)
+
+
+@triton.jit
+@no_type_check
+def multiply(a, b, total):
+    """total + a @ b, summed in float32."""
+    if INTERPRETED:  # in numpy, which knows no bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+@no_type_check
+def rounded(x, DTYPE: tl.constexpr):
+    """x in DTYPE, to the nearest."""
+    x = x.to(tl.float32)
+    if INTERPRETED and DTYPE == tl.bfloat16:  # where a plain conversion would cut
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.constexpr_function
+@no_type_check
+def _alike(share, width, tile):
+    """Of a tile's channels, a power of two, how many in a row are sure to have their numbers in common."""
+    if share >= min(width, tile):
+        return tile
+    return share if share & (share - 1) == 0 else 1

@@ -1,0 +1,143 @@
+"""The fused decode attention of `reference.py` as Triton programs (gpu/), for CUDA devices.
+
+The pages are split into ranges, so that a few rows of queries fill the whole device; a second program joins the ranges.
+Grids depend on shapes alone and nothing is read back, so that calls can be captured in a CUDA graph, once the same
+shapes have been called: the first call compiles and chooses among CONFIGS. Factors of products are rounded to
+`precision`; sums, softmax and angles are float32.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvshrink.kernels.decode.gpu.attend import attend
+from kvshrink.kernels.decode.gpu.join import join
+from kvshrink.kernels.decode.gpu.side import constants, side
+from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.latents import Packed
+from kvshrink.shapes import Bool, Float
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the programs run in numpy, on CPU tensors
+RANGE = 4  # pages of a range are a multiple of this, so of any config's tile
+PER_PROCESSOR = 4  # programs that a multiprocessor has to work on in turn or at a time
+MOST_RANGES = 128
+ROW_ELEMENTS = 2**14  # rows times value channels of a program's sum, 64 KiB of registers
+BASIS_BYTES = 2**16  # of a head's basis that a program keeps; a larger one is read again for each tile, in parts
+
+CONFIGS = [
+    triton.Config({"P": pages}, num_warps=warps, num_stages=stages)
+    for pages, warps, stages in ((1, 4, 1), (1, 4, 2), (2, 4, 2), (4, 8, 2))  # the first needs least memory
+]
+KEY = [
+    *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "WIDTH", "GROUPS", "SHARE")),
+    *("REBUILT", "WIDE", "PAIRS", "MASKED", "DTYPE", "T", "ROWS"),
+]
+_tuned = triton.autotune(CONFIGS[2:3] if INTERPRETED else CONFIGS, key=KEY)(attend)
+
+
+def decode(
+    query: Float[Tensor, "b h x e"],
+    keys: Packed,
+    basis: Basis | None,
+    turn: Turn | None,
+    values: Packed,
+    visible: Bool[Tensor, "#b #h #x t"] | None,
+    softcap: float | None,
+    precision: torch.dtype,
+) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
+    """As the reference, for pages that gpu/side.py: fits."""
+    with torch.cuda.device_of(query):  # triton launches on the current device, whatever its tensors are on
+        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision)
+        if parts.shape[2] == 1:
+            return parts[:, :, 0], sums[:, :, 0, :, None]
+        b, h, ranges, x, width = parts.shape
+        out, lse = parts.new_empty(b, h, x, width), parts.new_empty(b, h, x, 1)
+        channels = min(128, _power(width))
+        join[(b * h * x, triton.cdiv(width, channels))](parts, sums, out, lse, x, ranges, WIDTH=width, C=channels)
+        return out, lse
+
+
+def _ranges(
+    query: Tensor,
+    keys: Packed,
+    basis: Basis | None,
+    turn: Turn | None,
+    values: Packed,
+    visible: Tensor | None,
+    softcap: float | None,
+    precision: torch.dtype,
+) -> tuple[Float[Tensor, "b h ranges x r"], Float[Tensor, "b h ranges x"]]:
+    """(weighted sum of value latents, log-sum-exp) of each range of pages."""
+    b, h, x, wide = query.shape
+    pages = next(iter(keys.stored.values())).shape[1]
+    rows = max(16, min(64, triton.next_power_of_2(x), ROW_ELEMENTS // triton.next_power_of_2(values.width)))
+    blocks = triton.cdiv(x, rows)
+    size = _range(pages, b * h * blocks, query.device)
+    ranges = triton.cdiv(pages, size)
+    out = query.new_empty(b, h, ranges, x, values.width, dtype=torch.float32)
+    lse = query.new_empty(b, h, ranges, x, dtype=torch.float32)
+    positions = None if turn is None else _rows(turn.positions).expand(b, -1)
+    flags = None if visible is None else _rows(visible).expand(b, h, x, -1).view(torch.uint8)
+    _tuned[(b * h, ranges, blocks)](
+        query.float().contiguous(),
+        side(keys),
+        *((None, None) if basis is None else (t.contiguous() for t in basis)),
+        positions,
+        None if turn is None else turn.inv_freq.contiguous(),
+        side(values),
+        flags,
+        out,
+        lse,
+        h,
+        x,
+        pages,
+        size,
+        0 if positions is None else positions.stride(0),
+        *((0, 0, 0) if flags is None else flags.stride()[:3]),
+        1.0 if turn is None else turn.scaling,
+        softcap or 1.0,
+        **constants(keys, "K"),
+        **constants(values, "V"),
+        REBUILT=basis is not None,
+        WIDE=wide,
+        PAIRS=0 if turn is None else len(turn.inv_freq),
+        INTERLEAVED=turn is not None and turn.interleaved,
+        CAPPED=softcap is not None,
+        MASKED=visible is not None,
+        DTYPE=getattr(tl, str(precision).removeprefix("torch.")),
+        T=keys.page,
+        ROWS=rows,
+        K_CHUNK=_chunk(keys.width, precision.itemsize * _power(wide)),
+        V_ALL=_power(values.width),
+    )
+    return out, lse
+
+
+def _power(count: int) -> int:
+    """The width of a tile that holds so many channels: a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def _chunk(width: int, latent_bytes: int) -> int:
+    """Key latents that a product takes at a time, where one has so many bytes of a head's basis or queries."""
+    most = BASIS_BYTES // latent_bytes
+    return _power(width) if _power(width) <= most else max(16, most // 4)
+
+
+def _range(pages: int, programs: int, device: torch.device) -> int:
+    """Pages of a range: enough ranges to fill the device."""
+    wanted = min(MOST_RANGES, triton.cdiv(PER_PROCESSOR * _processors(device), programs))
+    return triton.cdiv(pages, wanted * RANGE) * RANGE
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The same with neighbours along the last axis next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

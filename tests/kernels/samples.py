@@ -1,0 +1,59 @@
+"""Stored pages, bases and positions for the tests of decode kernels."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from kvshrink.kernels.decode import Basis, Turn
+from kvshrink.kernels.latents import Packed
+from kvshrink.methods._latents import Affine, Raw
+from kvshrink.methods._mixed import Mixed
+
+FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "normal"]
+PAGE = 32
+
+
+def packed(
+    form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64, page: int = PAGE
+) -> Packed:
+    """Random latents in this form, whose tensors are a part of larger ones that hold NaN and codes of all ones."""
+    rows = torch.randn(b, groups, (pages + 2) * page, width) + 0.3
+    if form == "normal":
+        sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
+        bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
+        packing = Mixed(sizes, tuple(bits), page)
+    elif form == "raw":
+        packing = Raw(groups, width, page, dtype)
+    else:
+        packing = Affine(groups, width, page, form[1], form[0], min(group, width))
+    stored = packing.store(rows, None)
+    for tensor in stored.values():
+        around = 255 if tensor.dtype == torch.uint8 else float("nan")
+        tensor[:, 0], tensor[:, -1] = around, around
+    return packing.packed({name: tensor[:, 1:-1] for name, tensor in stored.items()})
+
+
+def basis_of(groups: int, width: int, heads: int, d: int) -> Basis:
+    a = heads // groups * d
+    return Basis(torch.randn(groups, width, a) / width**0.5, torch.randn(groups, a) * 0.2)
+
+
+def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float = 5e5, **settings) -> Turn:
+    f = int(d / 2 * part)
+    given = {"scaling": 1.0, "interleaved": False} | settings
+    return Turn(torch.arange(first, first + tokens).int()[None], base ** (-torch.arange(f) / f), **given)
+
+
+def far(packed: Packed, folder) -> Packed:
+    """The same pages, with rows, pages and groups (three of each) so far apart that a place is beyond 32 bits but the
+    distance of neighbours is not: in files that are nearly all hole."""
+    strides = (2**30, 2**30 + 2**20, 2**30 + 2**22)
+    moved = {}
+    for name, tensor in packed.stored.items():
+        assert tensor.shape[:3] == (3, 3, 3)
+        rest = tensor[0, 0, 0].contiguous().stride()
+        data = np.memmap(folder / name, np.uint8, "w+", shape=((2 * sum(strides) + 2**20) * tensor.itemsize,))
+        view = torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, (*strides, *rest))
+        moved[name] = view.copy_(tensor)
+    return packed._replace(stored=moved)
