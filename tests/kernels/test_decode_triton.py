@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvshrink.kernels.decode import fused, reference
+from kvshrink.kernels.decode import Basis, fused, reference
 from kvshrink.kernels.decode.gpu.side import fits
 from tests.kernels.samples import FORMS, basis_of, far, packed, turn_of
 from tests.kernels.tolerances import assert_close
@@ -40,6 +40,8 @@ def _moved(x):
         return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
     if isinstance(x, dict):
         return {name: _moved(t) for name, t in x.items()}
+    if isinstance(x, Basis):
+        return Basis(_moved(x.up), _moved(x.mean))
     return type(x)(*map(_moved, x)) if isinstance(x, tuple) and hasattr(x, "_fields") else x
 
 

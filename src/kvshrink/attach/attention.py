@@ -66,6 +66,9 @@ def _dense(
         out = grouped(query, key, value, mask, scaling)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
+    if query.device.type == "cpu" and query.shape[2] > 1:
+        # as DynamicCache gives them: read many times, a head's tokens are faster side by side than among all heads'
+        key, value = key.contiguous(), value.contiguous()
     extra = dict(kwargs) if softcap is None else {**kwargs, "softcap": softcap}
     if previous == "eager":
         call: Callable = _eager_of(module)

@@ -84,7 +84,7 @@ def _ranges(
     _tuned[(b * h, ranges, blocks)](
         query.float().contiguous(),
         side(keys),
-        *((None, None) if basis is None else (t.contiguous() for t in basis)),
+        *((None, None) if basis is None else (basis.up.contiguous(), basis.mean.contiguous())),
         positions,
         None if turn is None else turn.inv_freq.contiguous(),
         side(values),
