@@ -18,8 +18,6 @@ from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.tokens import TokenTable
 
-ROOM = 256  # slots behind the tokens of a preallocated cache
-
 
 @dataclass
 class Side:
@@ -65,13 +63,10 @@ def growing(layer: Layer) -> Side:
 def in_place(layer: Layer) -> list[Side]:
     """The full cache in memory taken beforehand, so that a step copies one token: four ways to attend to it.
 
-    The buffers are shared and the step's slot is overwritten each time.
+    The buffers are shared and the step's slot, the last one, is overwritten each time; with more room behind it, as a
+    cache that grows needs, torch's matmul copies.
     """
-    buffers = [x.new_zeros(x.shape[0], x.shape[1], x.shape[2] + ROOM, x.shape[3]) for x in (layer.keys, layer.values)]
-    for buffer, rows in zip(buffers, (layer.keys, layer.values), strict=True):
-        buffer[:, :, : layer.tokens] = rows
-    end = layer.tokens + 1
-    keys, values = (buffer[:, :, :end] for buffer in buffers)
+    keys, values = torch.cat([layer.keys, layer.key], 2), torch.cat([layer.values, layer.value], 2)
 
     def side(name: str, attention: Callable[[], Tensor]) -> Side:
         def step() -> Tensor:
