@@ -67,9 +67,9 @@ def points(sweep: str, tokens: int, batch: int) -> list[tuple[int, int, dict[str
 
 
 def measure(
-    layer: Layer, methods: dict[str, Method], peers: list[str], rounds: int, attention_only: bool
+    layer: Layer, methods: dict[str, Method], peers: list[str], rounds: int, attention_only: bool, read: float
 ) -> list[dict]:
-    """Rows of one point. Raises SystemExit on a wrong output, without a time."""
+    """Rows of one point; read: bytes per second. Raises SystemExit on a wrong output, without a time."""
     found = [sides.growing(layer), *sides.in_place(layer), *(sides.quantized(layer, p) for p in peers)]
     found += [sides.shrunken(layer, name, method) for name, method in methods.items()]
     errors = {side.name: side.error() for side in found}
@@ -82,7 +82,7 @@ def measure(
             steps[name], graphs[name] = captured(step)
     times = in_turn(steps, rounds, layer.device)
     dense = min((s.name for s in found if s.name.startswith("full")), key=lambda n: statistics.median(times[n]))
-    read, full = bandwidth(layer.device), found[0].held()
+    full = found[0].held()
     rows = []
     for side in found:
         floor = side.held() / read
@@ -102,6 +102,35 @@ def measure(
     for row in rows:
         row["best_dense"] = row["side"] == dense
     return rows
+
+
+def slopes(found: list[dict]) -> list[dict]:
+    """How the time of a step grows with the context, batch 1, by least squares, over the growth of two full caches."""
+    singles = [p for p in found if p["batch"] == 1]
+    times: dict[str, list[tuple[int, float]]] = {}
+    for point in singles:
+        for row in point["rows"]:
+            # in readings of a full token's bytes, which are the same in all points of a run
+            reads = row["over_byte_floor"] * row["kept"] * point["tokens"]
+            times.setdefault(row["side"], []).append((point["tokens"], reads))
+    grown = {
+        name: statistics.linear_regression(*zip(*points, strict=True)).slope
+        for name, points in times.items()
+        if len(points) == len(singles) > 2
+    }
+    dense = min((name for name in grown if name.startswith("full")), key=lambda n: grown[n], default=None)
+    kept = {row["side"]: row["kept"] for row in max(singles, key=lambda p: p["tokens"])["rows"]}
+    return [
+        {
+            "side": n,
+            "over_base": round(g / grown[BASE], 4),
+            "over": dense,
+            "over_dense": round(g / grown[dense], 4),
+            "kept": kept[n],
+        }
+        for n, g in grown.items()
+        if dense is not None
+    ]
 
 
 def show(point: dict) -> None:
@@ -136,12 +165,13 @@ def main() -> None:
         "command": "python bench/decode.py --sweep all --peers quanto hqq",
         "asked": asked,
         "setting": setting(device),
+        "bytes_per_second": bandwidth(device),
         "points": [],
     }
     if args.out.exists():
         before = json.loads(args.out.read_text())
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
-            record["points"] = before["points"]
+            record |= {name: before[name] for name in ("bytes_per_second", "points")}
     done = {(p["tokens"], p["batch"]) for p in record["points"]}
     with torch.inference_mode():
         for tokens, batch, methods in points(args.sweep, args.tokens, args.batch):
@@ -149,10 +179,12 @@ def main() -> None:
                 continue
             layer = Layer(args.model, tokens, batch, getattr(torch, args.dtype), device)
             peers = args.peers if (tokens, batch) == (args.tokens, args.batch) else []
-            rows = measure(layer, methods, peers, args.rounds, args.attention_only)
+            rows = measure(layer, methods, peers, args.rounds, args.attention_only, record["bytes_per_second"])
             record["points"].append({"tokens": tokens, "batch": batch, "rows": rows})
             show(record["points"][-1])
             files.write_json(args.out, record)
+    record["slopes"] = slopes(record["points"])
+    files.write_json(args.out, record)
     draw(record, args.out.with_suffix(".png"))
 
 
