@@ -6,13 +6,15 @@
 
 A step is what a layer does for one new token: the cache's `update` and the attention over everything cached, or with
 --attention-only the attention alone (on a GPU as one CUDA graph). Each side's output is checked first against float32
-attention over the same cache at full width; a side that is wrong ends the run without a time. On a CPU only the ratios
-are results. Each point is written to --out as soon as it is there, and at the end the picture; run again to go on.
+attention over the same cache at full width (SALS as it reads all tokens); a wrong side ends the run without a time. On
+a CPU only the ratios are results. Each point is written to --out as soon as it is there, and at the end the picture;
+run again to go on.
 """
 
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import sides
@@ -105,21 +107,23 @@ def measure(
 
 
 def slopes(found: list[dict]) -> list[dict]:
-    """How the time of a step grows with the context, batch 1, by least squares, over the growth of two full caches."""
-    singles = [p for p in found if p["batch"] == 1]
+    """How the time of a step grows with the context, by least squares, over the growth of two full caches.
+
+    found: points of one batch, by context.
+    """
     times: dict[str, list[tuple[int, float]]] = {}
-    for point in singles:
+    for point in found:
         for row in point["rows"]:
             # in readings of a full token's bytes, which are the same in all points of a run
-            reads = row["over_byte_floor"] * row["kept"] * point["tokens"]
+            reads = row["over_byte_floor"] * row["kept"] * point["tokens"] * point["batch"]
             times.setdefault(row["side"], []).append((point["tokens"], reads))
     grown = {
         name: statistics.linear_regression(*zip(*points, strict=True)).slope
         for name, points in times.items()
-        if len(points) == len(singles) > 2
+        if len(points) == len(found) > 2
     }
     dense = min((name for name in grown if name.startswith("full")), key=lambda n: grown[n], default=None)
-    kept = {row["side"]: row["kept"] for row in max(singles, key=lambda p: p["tokens"])["rows"]}
+    kept = {row["side"]: row["kept"] for row in found[-1]["rows"]}
     return [
         {
             "side": n,
@@ -156,13 +160,15 @@ def main() -> None:
     parser.add_argument("--attention-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench/results/decode.json"))
     args = parser.parse_args()
+    if args.attention_only and args.peers:
+        parser.error("a quantised cache of transformers has no attention of its own: leave out --peers")
     if args.tokens < 256 or args.batch < 1 or args.rounds < 1:
         parser.error("use --tokens of at least 256, --batch and --rounds of at least 1")
     device = torch.device(args.device)
     asked = {k: v for k, v in vars(args).items() if k in ("model", "dtype", "device", "rounds", "attention_only")}
     record = {
         "what": f"time of one layer's decode step over that of {BASE}, and over the fastest full cache",
-        "command": "python bench/decode.py --sweep all --peers quanto hqq",
+        "command": " ".join(["python", *sys.argv]),
         "asked": asked,
         "setting": setting(device),
         "bytes_per_second": bandwidth(device),
@@ -172,20 +178,23 @@ def main() -> None:
         before = json.loads(args.out.read_text())
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record |= {name: before[name] for name in ("bytes_per_second", "points")}
-    done = {(p["tokens"], p["batch"]) for p in record["points"]}
+    done = {(p["tokens"], p["batch"]): {r["side"] for r in p["rows"]} for p in record["points"]}
     with torch.inference_mode():
         for tokens, batch, methods in points(args.sweep, args.tokens, args.batch):
-            if (tokens, batch) in done:
-                continue
-            layer = Layer(args.model, tokens, batch, getattr(torch, args.dtype), device)
             peers = args.peers if (tokens, batch) == (args.tokens, args.batch) else []
+            wanted = {*methods, *(f"QuantizedCache {p} int4" for p in peers)}
+            if wanted <= done.get((tokens, batch), set()):
+                continue
+            record["points"] = [p for p in record["points"] if (p["tokens"], p["batch"]) != (tokens, batch)]
+            layer = Layer(args.model, tokens, batch, getattr(torch, args.dtype), device)
             rows = measure(layer, methods, peers, args.rounds, args.attention_only, record["bytes_per_second"])
             record["points"].append({"tokens": tokens, "batch": batch, "rows": rows})
             show(record["points"][-1])
             files.write_json(args.out, record)
-    record["slopes"] = slopes(record["points"])
+    alike = sorted((p for p in record["points"] if p["batch"] == args.batch), key=lambda p: p["tokens"])
+    record["slopes"] = slopes(alike)
     files.write_json(args.out, record)
-    draw(record, args.out.with_suffix(".png"))
+    draw(alike, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

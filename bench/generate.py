@@ -5,7 +5,8 @@
 A model of 4 layers with Llama-3.1-8B's attention shape and random weights. Every cache is filled with the same random
 keys and values through its own `update`, as a one-shot prefill would (see kvshrink.eval.prefill: methods' prefills are
 the model's own). Then `model.generate` is timed from its first new token to its last. A side whose next logits with the
-fused kernel are not those of the reference path ends the run. Run again to go on where it stopped.
+fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that nothing
+differs). Run again to go on where it stopped.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from kvshrink.store import files
 
 BASE = "DynamicCache + sdpa"
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
-WRONG = 3e-2  # relative difference of logits
+WRONG = 5e-2  # relative difference of logits, after four layers that may each differ by bench/decode.py's WRONG
 
 
 class Stopwatch(BaseStreamer):
@@ -125,7 +126,7 @@ def draw(record: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     names = [r["side"] for r in record["points"][0]["rows"]]
     for n, name in enumerate(names):
-        y = [p["rows"][n]["faster"] for p in record["points"]]
+        y = [next(r["faster"] for r in p["rows"] if r["side"] == name) for p in record["points"]]
         axis.plot(
             [p["tokens"] for p in record["points"]], y, marker="o", ms=4, label=name, color="k" if not n else None
         )

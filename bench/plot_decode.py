@@ -5,20 +5,20 @@ from pathlib import Path
 from kvshrink.eval.plots import pyplot, save
 
 
-def draw(record: dict, path: Path) -> None:
+def draw(points: list[dict], path: Path) -> None:
+    """Points of one batch, by context."""
     plt = pyplot()
-    figure, (time, held, roof) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    singles = sorted((p for p in record["points"] if p["batch"] == 1), key=lambda p: p["tokens"])
-    names = list(dict.fromkeys(r["side"] for p in singles for r in p["rows"]))
-    everywhere = [n for n in names if sum(_row(p, n) is not None for p in singles) == len(singles)]
+    figure, (time, held, roof) = plt.subplots(1, 3, figsize=(16, 5.6), layout="constrained")
+    names = list(dict.fromkeys(r["side"] for p in points for r in p["rows"]))
+    everywhere = [n for n in names if all(_row(p, n) is not None for p in points)]
     for name in everywhere:
-        rows = [_row(p, name) for p in singles]
-        x, style = [p["tokens"] for p in singles], "--" if name.startswith(("full", "DynamicCache")) else "-"
-        kept = [r["kept"] * p["tokens"] for p, r in zip(singles, rows, strict=True)]
+        rows = [_row(p, name) for p in points]
+        x, style = [p["tokens"] for p in points], "--" if name.startswith(("full", "DynamicCache")) else "-"
+        kept = [r["kept"] * p["tokens"] for p, r in zip(points, rows, strict=True)]
         reads = [k * r["over_byte_floor"] for k, r in zip(kept, rows, strict=True)]
         time.plot(x, reads, style, marker="o", ms=4, label=name)
         held.plot(x, kept, style, marker="o", ms=4)
-    longest = max(singles, key=lambda p: len(p["rows"]))
+    longest = max(points, key=lambda p: len(p["rows"]))
     rows = sorted(longest["rows"], key=lambda r: -r["ratio"])
     roof.barh([r["side"] for r in rows], [r["over_byte_floor"] for r in rows], color="0.6")
     roof.axvline(1, color="k", lw=1)
@@ -32,7 +32,7 @@ def draw(record: dict, path: Path) -> None:
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
     roof.set_xscale("log")
-    time.legend(fontsize=7)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     save(figure, path)
 
 

@@ -30,13 +30,13 @@ def inputs(dtype, tokens=1100, b=2, q=6, h=2, d=64):
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
-@pytest.mark.parametrize("mask_heads", [None, 1, 6])
+@pytest.mark.parametrize("mask_heads", [None, 1, 6, "one row"])
 @pytest.mark.parametrize("tokens", [1024, 1100])
 def test_as_attention_in_float32(dtype, mask_heads, tokens):
     query, keys, values = inputs(dtype, tokens)
     mask = None
     if mask_heads is not None:
-        mask = torch.rand(2, mask_heads, 1, tokens) > 0.5
+        mask = torch.rand(*((1, 1) if mask_heads == "one row" else (2, mask_heads)), 1, tokens) > 0.5
         mask[..., -1] = True
     with torch.no_grad():
         got = grouped(query, keys, values, mask, 0.2)
@@ -56,6 +56,7 @@ def test_what_sdpa_does_as_fast_is_left_to_it():
     assert not taken(torch.float32, tokens=1024, h=6)
     assert not taken(torch.float32, tokens=500)
     assert not taken(torch.bfloat16, tokens=31)
+    assert not taken(torch.float64, tokens=1024)
     with torch.enable_grad():
         assert not taken(torch.bfloat16, tokens=64)
 

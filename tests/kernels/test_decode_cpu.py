@@ -2,13 +2,16 @@
 
 import itertools
 import logging
+import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from kvshrink.kernels import native
-from kvshrink.kernels.decode import cpu, fused, reference
+from kvshrink.kernels.decode import Basis, cpu, fused, reference
 from tests.kernels.samples import FORMS, PAGE, basis_of, far, packed, turn_of
 from tests.kernels.tolerances import assert_close
 
@@ -176,3 +179,34 @@ def test_a_build_is_kept_and_a_broken_one_is_made_again(fresh, monkeypatch):
     native.library.cache_clear()
     assert native.library() is not None
     assert broken.stat().st_size == made.stat().st_size
+
+
+@needs_compiler
+def test_a_large_mean_does_not_shift_the_scores():
+    """As the biases of some models' keys make it: rounded to bfloat16 it would move all scores of the body alike."""
+    keys, values = packed(("channel", 8), 1, 64, 4, 1, torch.bfloat16), packed("raw", 1, 16, 4, 1, torch.bfloat16)
+    query, basis = torch.randn(1, 8, 4, 128) / 128**0.5, basis_of(1, 64, 8, 128)
+    basis = Basis(basis.up, basis.mean * 500)  # deviation 100
+    compare(query, keys, basis, turn_of(128, 128, base=1e7), values, None, None, torch.bfloat16)
+
+
+@needs_compiler
+def test_threads_that_meet_a_basis_at_once_prepare_it_once(monkeypatch):
+    keys, values = packed(("channel", 4), 1, 20, 2, 1, torch.float32), packed("raw", 1, 16, 2, 1, torch.float32)
+    query, basis, made = torch.randn(1, 2, 1, 64) / 8, basis_of(1, 20, 2, 64), []
+    real = cpu._Prepared.__init__
+
+    def slow(self, *args):
+        time.sleep(0.05)
+        made.append(self)
+        real(self, *args)
+
+    monkeypatch.setattr(cpu._Prepared, "__init__", slow)
+    job = (query, keys, basis, turn_of(64, 64), values, None, None, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        outs = [f.result() for f in [pool.submit(cpu.decode, *job) for _ in range(4)]]
+    assert len(made) == 1
+    assert all(torch.equal(out, outs[0][0]) for out, _ in outs)
+    copied = pickle.loads(pickle.dumps(basis))
+    assert not copied.prepared
+    assert_close(cpu.decode(query, keys, copied, *job[3:]), outs[0], torch.float32)

@@ -134,7 +134,7 @@ def test_latents_that_come_in_parts(form, monkeypatch):
     monkeypatch.setattr(triton, "BASIS_BYTES", 64 * 16 * 2)
     keys, values = packed(form, 1, 90, 2, 1, torch.bfloat16, 32), packed("raw", 1, 16, 2, 1, torch.bfloat16)
     basis, query = basis_of(1, 90, 2, 64), torch.randn(1, 2, 1, 64) / 8
-    for group in (32, 128) if form[0] == "token" else (32,):
+    for group in (32, 48, 128) if form[0] == "token" else (32, 48):
         keys = packed(form, 1, 90, 2, 1, torch.bfloat16, group)
         compare(query, keys, basis, turn_of(64, 64), values, None, None, torch.bfloat16)
         compare(torch.randn(1, 1, 1, 90) / 9, keys, None, None, values, None, None, torch.bfloat16)

@@ -17,6 +17,7 @@ from kvshrink.methods._latents import Affine, Raw
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
 
@@ -69,6 +70,7 @@ def _check(artifact: Artifact, attachment: Attachment) -> None:
         )
 
 
+@lasting
 def _codecs(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> tuple[Codec, Codec] | None:
     """The layer's codecs, with tensors on the model's device: made once per artifact, shared by all of its caches."""
     made = artifact.__dict__.setdefault("_codecs", {})

@@ -36,7 +36,9 @@ def grouped(
     if kernel is None:
         return None
     rows = query.float().mul(query.shape[-1] ** -0.5 if scaling is None else scaling).reshape(b, h, -1, d)
-    seen = None if mask is None else mask.reshape(b, *((1, 1) if mask.shape[1] == 1 else (h, heads // h)), t)
+    seen = None
+    if mask is not None:
+        seen = mask.expand(b, -1, -1, -1).reshape(b, *((1, 1) if mask.shape[1] == 1 else (h, heads // h)), t)
     parts = [kernel(rows, pages[0], None, None, pages[1], _upto(seen, 0, whole), None, query.dtype)]
     if whole < t:
         rest = keys[:, :, whole:].float(), values[:, :, whole:].float()

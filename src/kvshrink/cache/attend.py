@@ -151,7 +151,8 @@ def _fused(part: Slice, softcap: float | None) -> Segment | None:
     layer, rope = view.handle.layer, view.handle.rope
     assert layer.codecs is not None
     key_codec, value_codec = layer.codecs
-    if query.shape[2] > FUSED_ROWS:
+    learns = torch.is_grad_enabled() and query.requires_grad  # kernels have no gradient
+    if query.shape[2] > FUSED_ROWS or learns:
         return None
     asked, found = key_codec.absorb(query), []
     for block in layer.pages.runs(view.handle.pages):

@@ -25,7 +25,8 @@ def decode_peak(model: Any, cache: Any, token: Tensor) -> int:
 def peak(step: Callable[[], object], device: torch.device) -> int:
     """Most bytes alive at once during `step`, beyond those before, counted by the allocator, CUDA's or the CPU's.
 
-    Not the tiles that the C++ kernel holds on each thread: at most some MiB, whatever the context.
+    Not the tiles of the C++ kernel: less than a MiB on each thread and some KiB for each of its tasks, four a thread,
+    whatever the context.
     """
     return _cuda(step, device) if device.type == "cuda" else _cpu(step)
 

@@ -67,8 +67,9 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 def folder() -> Path:
     """Where built kernels are kept: $KVSHRINK_CACHE, or the user's cache folder, or a temporary one."""
-    base = os.environ.get("KVSHRINK_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    for path in (Path(base) / "kvshrink", Path(tempfile.gettempdir()) / f"kvshrink-{os.getuid()}"):
+    base = os.environ.get("KVSHRINK_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    known = [] if base.startswith("~") else [Path(base) / "kvshrink"]  # a user may have no home
+    for path in (*known, Path(tempfile.gettempdir()) / f"kvshrink-{os.getuid()}"):
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:

@@ -1,9 +1,10 @@
 """Encoded tokens in pages of equal size, never encoded again and hardly ever copied.
 
 Every stored tensor has shape [b, p, ...], p pages. A prefill becomes one extent of many pages. Decoding adds extents of
-one page, and each 16 of a size are joined, so that a page is copied at most twice and there are never many extents; the
-16 that are joined are held twice for that moment. Readers get blocks, which are views of extents or, where these are
-short, joined for the length of one read. `crop` may cut a page short; it then stays short, and the next starts anew.
+one page, and each 16 of less than 16 pages are joined, and each 16 of less than 256, so that a page is copied at most
+twice while a sequence grows and there are never many extents; the 16 that are joined are held twice for that moment.
+Readers get blocks, which are views of extents or, where these are short, joined for the length of one read. `crop` may
+cut a page short; it then stays short, and the next starts anew.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -13,6 +13,7 @@ from kvshrink.kernels.decode.gpu.side import fits
 from kvshrink.kernels.decode.reference import Basis, Turn, decode
 from kvshrink.kernels.latents import Packed
 
+RAW = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger("kvshrink")
 
 __all__ = ["Basis", "Turn", "decode", "fused"]
@@ -28,13 +29,18 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
     if device.type == "cpu":
         from kvshrink.kernels.decode import cpu
 
-        read = keys.page == values.page == cpu.PAGE
+        read = keys.page == values.page == cpu.PAGE and all(map(_known, (keys, values)))
         return cpu.decode if read and native.library() is not None else None
-    if device.type == "cuda" and fits(keys, values) and _has_triton():
+    if device.type == "cuda" and fits(keys, values) and all(map(_known, (keys, values))) and _has_triton():
         from kvshrink.kernels.decode import triton
 
         return triton.decode
     return None
+
+
+def _known(packed: Packed) -> bool:
+    """Whether kernels read its floats, if it has any: not float64."""
+    return packed.form != "raw" or packed.stored["latent"].dtype in RAW
 
 
 @cache

@@ -6,6 +6,7 @@ then its own place in the page, with angles in float64.
 """
 
 import ctypes
+import threading
 import weakref
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -23,6 +24,7 @@ from kvshrink.shapes import Bool, Float
 PAGE = 32
 FORMS = {"channel": 3, "token": 4, "normal": 5}
 RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PREPARING = threading.Lock()
 SIDES = {"channel": ("scale", "low"), "token": ("scale", "low"), "normal": ("gain",)}
 
 
@@ -76,7 +78,8 @@ def decode(
             job.pairs, job.interleaved, job.scaling = len(turn.inv_freq), turn.interleaved, turn.scaling
             job.inv_freq = _pointer(turn.inv_freq.float().contiguous(), held)
             job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
-        job.rebuild = _prepared(job, basis, turn, pairs).address
+        held.append(_prepared(job, basis, turn, pairs))
+        job.rebuild = held[-1].address
     if visible is not None:
         seen = visible.expand(b, h, x, -1)
         job.visible = _pointer(seen, held)
@@ -104,9 +107,10 @@ class _Prepared:
 def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepared:
     turned = None if turn is None else (turn.inv_freq.float().numpy().tobytes(), turn.interleaved)
     key = ("cpu", job.heads, job.wide, pairs, turned)
-    if key not in basis.prepared:
-        basis.prepared[key] = _Prepared(job, basis, pairs)
-    return basis.prepared[key]
+    with _PREPARING:  # another thread may be at its first step with the same artifact
+        if key not in basis.prepared:
+            basis.prepared[key] = _Prepared(job, basis, pairs)
+        return basis.prepared[key]
 
 
 def _side(packed: Packed, held: list) -> _Side:

@@ -28,6 +28,9 @@ class Basis:
     mean: Float[Tensor, "G a"]
     prepared: dict = field(default_factory=dict, repr=False)
 
+    def __reduce__(self) -> tuple:
+        return Basis, (self.up, self.mean)  # what is prepared means nothing to another process
+
 
 class Turn(NamedTuple):
     """RoPE of rebuilt keys. A negative position is a pad, which `visible` hides; it may be turned by anything."""

@@ -117,6 +117,6 @@ def rounded(x, DTYPE: tl.constexpr):
 @no_type_check
 def _alike(share, width, tile):
     """Of a tile's channels, a power of two, how many in a row are sure to have their numbers in common."""
-    if share >= min(width, tile):
+    if share >= width or share % tile == 0:
         return tile
     return share if share & (share - 1) == 0 else 1

@@ -99,15 +99,15 @@ template <class T> struct Rebuild {
                 }
     }
 
-    // [h][slow_depth][rank_wide], the lane after the last rank for the mean.
+    // [h][slow_depth][rank_wide].
     void fill_slow(const Job &job) {
         const int count = (blocks - quick) * 8;
-        slow_depth = T::key_depth(count), rank_wide = padded(job.keys.width + 1, 32);
+        slow_depth = T::key_depth(count), rank_wide = padded(job.keys.width, 32);
         slow_basis.resize(size_t(job.heads) * slow_depth * rank_wide);
         std::vector<float> row(count);
         std::vector<Lane> packed(slow_depth);
         for (int h = 0; h < job.heads; h++)
-            for (int i = 0; i <= job.keys.width; i++) {
+            for (int i = 0; i < job.keys.width; i++) {
                 for (int c = 0; c < count; c++) {
                     const int at = column[quick * 8 + c];
                     row[c] = at < 0 ? 0.0f : basis_row(job, h, i)[at];

@@ -1,9 +1,9 @@
 // Decode attention over stored pages: ../reference.py says what it computes.
 //
 // A task is a run of pages of one batch row. Page by page: unpack the keys of a group, rebuild and turn them where there
-// is a basis, score, softmax over what was seen so far, unpack the values, add them up. Only a page's tile is ever alive.
-// Tasks are merged by their log-sum-exp. Keys turn by their place in the page alone; the query is turned back by the
-// page's first position, once for 32 tokens.
+// is a basis, score, softmax over what was seen so far, unpack the values, add them up. A thread has one page's tile at a
+// time; tasks leave their sums, which are merged by their log-sum-exp. Keys turn by their place in the page alone; the
+// query is turned back by the page's first position, once for 32 tokens.
 #include <memory>
 
 #include "task.h"
@@ -42,6 +42,7 @@ template <class T> void decode(const Job &job) {
         const int64_t part = i % splits;
         tasks[i].reset(new Task<T>(all, i / splits, part * job.pages / splits, (part + 1) * job.pages / splits));
         tasks[i]->run();
+        tasks[i]->release();
     }
     merge(job, all, tasks);
 }

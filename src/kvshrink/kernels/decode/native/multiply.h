@@ -12,6 +12,7 @@ template <class T> struct Buffer {
     Buffer(Buffer &&other) : data(other.data) { other.data = nullptr; }
     Buffer(const Buffer &) = delete;
     ~Buffer() { std::free(data); }
+    void release() { std::free(data), data = nullptr; }
 };
 
 constexpr int BLOCK = 8;  // rows of A at a time: with 2 vectors of each, 16 sums in registers

@@ -49,6 +49,15 @@ template <class T> struct Task {
     }
     static int stride_of(const Job &j) { return padded(std::max(j.keys.width, j.values.width), 64); }
 
+    // Only sums, tops and masses are wanted after a run; whichever task comes next takes tiles of its own.
+    void release() {
+        for (auto *lanes : {&keys, &values, &weights, &folded, &slow_packed, &slow_asked}) lanes->release();
+        for (auto *floats : {&scores, &turned, &cos, &sin, &block, &numbers, &this->floats, &back_cos, &back_sin, &slopes,
+                             &slow_latent, &slow_scores})
+            floats->release();
+        codes.release();
+    }
+
     void run() {
         for (int page = first; page < last; page++) {
             const float *near_cos = all.how.near_cos.data(), *near_sin = all.how.near_sin.data();
@@ -182,13 +191,17 @@ template <class T> struct Task {
         for (int r = 0; r < 2 * x; r++) {
             const float *from = (r < x ? turned.data : slopes.data) + (int64_t(h) * x + r % x) * all.how.wide + all.how.quick * 8;
             T::pack(from, count, slow_packed.data + r * all.how.slow_depth);
+            // the mean in float32: rounded, it would shift the scores of all tokens alike
+            const float *mean = all.how.mean.data() + int64_t(h) * all.how.wide + all.how.quick * 8;
+            float sum = 0;
+            for (int c = 0; c < count; c++) sum += from[c] * mean[c];
+            for (int v = 0; v < PAGE; v += 16) store16(slow_scores.data + r * PAGE + v, all16(sum));
         }
         std::memset(slow_latent.data, 0, size_t(2) * x * wide * 4);
         multiply_rows<T>(2 * x, slow_packed.data, all.how.slow_depth, all.how.slow_basis.data() + int64_t(h) * all.how.slow_depth * wide,
                          wide, all.how.slow_depth, wide, slow_latent.data, wide);
         for (int r = 0; r < 2 * x; r++) {
             const float *latent = slow_latent.data + r * wide;
-            for (int v = 0; v < PAGE; v += 16) store16(slow_scores.data + r * PAGE + v, all16(latent[rank]));
             T::pack(latent, rank, slow_asked.data + r * all.depth);
         }
         multiply_rows<T>(2 * x, slow_asked.data, all.depth, keys.data, PAGE, all.depth, PAGE, slow_scores.data, PAGE);
