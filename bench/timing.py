@@ -1,10 +1,12 @@
 """Times of several sides, taken in turn in one process, and what they were taken on."""
 
+import hashlib
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -83,7 +85,12 @@ def bandwidth(device: torch.device) -> float:
 
 def setting(device: torch.device) -> dict:
     """What the numbers depend on, of this machine and its software."""
-    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    found = {
+        "source": _source(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
     for package in ("transformers", "triton", "optimum-quanto", "hqq"):
         try:
             found[package] = version(package)
@@ -92,6 +99,15 @@ def setting(device: torch.device) -> dict:
     if device.type == "cuda":
         return {**found, "device": torch.cuda.get_device_name(device)}
     return {**found, "device": _processor(), "kernel": "c++" if native.library() is not None else "torch"}
+
+
+def _source() -> str:
+    """Digest of the code: what was measured before a change of it is not gone on with."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(p for folder in ("src", "bench") for p in (root / folder).rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h") and "venv" not in path.parts:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:
