@@ -1,21 +1,20 @@
 """Attention of one new token to full keys and values on a CPU: where torch's sdpa is slow, our kernel reads them.
 
-With one new token sdpa's CPU kernel does a vector product per query head and reads a KV head again for each of them.
-Here the query heads of a KV head are rows of one product (kernels/decode, the "raw" form). At Llama-3.1-8B's shape,
-32k tokens and bfloat16 that is some ten times faster; sums are float32 in both. See bench/results/decode.json.
+Without a mask transformers asks sdpa for a product per query head, which reads a KV head again for each of them. Here
+the query heads of a KV head are rows of one product (kernels/decode, the "raw" form). At Llama-3.1-8B's shape, 32k
+tokens and bfloat16 that attention is nine times faster; sums are float32 in both. See bench/results/decode.json.
 """
 
 import torch
 from torch import Tensor
 
 from kvshrink.kernels.attention import finish, fold, merge, start
-from kvshrink.kernels.decode import fused
+from kvshrink.kernels.decode import MOST_ROWS, fused
+from kvshrink.kernels.decode.cpu import PAGE
 from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float
 
-PAGE = 32
 FEWEST = 1024  # tokens from which float32 gains; 16-bit floats gain at any length
-MOST_ROWS = 64  # query heads per KV head
 
 
 def grouped(

@@ -12,12 +12,11 @@ from kvshrink.cache.chosen import read_chosen
 from kvshrink.cache.layer import Handle
 from kvshrink.cache.view import Slice, View, visible
 from kvshrink.kernels.attention import Running, finish, fold, join, merge, start
-from kvshrink.kernels.decode import Turn, fused
+from kvshrink.kernels.decode import MOST_ROWS, Turn, fused
 from kvshrink.shapes import Float
 from kvshrink.store.pages import Block
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
-FUSED_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
 
 
@@ -152,7 +151,7 @@ def _fused(part: Slice, softcap: float | None) -> Segment | None:
     assert layer.codecs is not None
     key_codec, value_codec = layer.codecs
     learns = torch.is_grad_enabled() and query.requires_grad  # kernels have no gradient
-    if query.shape[2] > FUSED_ROWS or learns:
+    if query.shape[2] > MOST_ROWS or learns:
         return None
     asked, found = key_codec.absorb(query), []
     for block in layer.pages.runs(view.handle.pages):

@@ -9,14 +9,15 @@ from importlib.util import find_spec
 import torch
 
 from kvshrink.kernels import native
+from kvshrink.kernels.decode import cpu
 from kvshrink.kernels.decode.gpu.side import fits
 from kvshrink.kernels.decode.reference import Basis, Turn, decode
 from kvshrink.kernels.latents import Packed
 
-RAW = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 log = logging.getLogger("kvshrink")
 
-__all__ = ["Basis", "Turn", "decode", "fused"]
+__all__ = ["MOST_ROWS", "Basis", "Turn", "decode", "fused"]
 
 
 def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None:
@@ -27,8 +28,6 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
     if os.environ.get("KVSHRINK_REFERENCE") == "1":
         return None
     if device.type == "cpu":
-        from kvshrink.kernels.decode import cpu
-
         read = keys.page == values.page == cpu.PAGE and all(map(_known, (keys, values)))
         return cpu.decode if read and native.library() is not None else None
     if device.type == "cuda" and fits(keys, values) and all(map(_known, (keys, values))) and _has_triton():
@@ -40,7 +39,7 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
 
 def _known(packed: Packed) -> bool:
     """Whether kernels read its floats, if it has any: not float64."""
-    return packed.form != "raw" or packed.stored["latent"].dtype in RAW
+    return packed.form != "raw" or packed.stored["latent"].dtype in cpu.RAW
 
 
 @cache

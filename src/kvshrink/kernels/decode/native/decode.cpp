@@ -51,15 +51,6 @@ template <class T> void decode(const Job &job) {
 
 extern "C" {
 
-// Whether products of bfloat16 pairs are built in.
-int kvshrink_pairs() {
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // How keys of this basis are rebuilt, for any step's `rebuild`, with the same `pairs`; to be given to kvshrink_forget.
 void *kvshrink_prepare(const Job *job, int32_t pairs) {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
