@@ -26,9 +26,8 @@ def script(monkeypatch):
         del sys.modules[name]
 
 
-def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatch, capsys):
+def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatch):
     out = tmp_path / "decode.json"
-    monkeypatch.syspath_prepend(str(BENCH))
     module = __import__("decode")
     monkeypatch.setattr(module, "METHODS", {k: module.METHODS[k] for k in ("CSKV 0.2 int4 auto", "RTN int4")})
     monkeypatch.setattr(module, "SOME", ("RTN int4",))
@@ -47,7 +46,6 @@ def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatc
 
 
 def test_decode_gives_no_time_for_a_wrong_output(script, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
     sides, out = __import__("sides"), tmp_path / "decode.json"
     real = sides.kvshrink_attention
     monkeypatch.setattr(sides, "kvshrink_attention", lambda *a: (real(*a)[0] * 1.05, None))
@@ -64,7 +62,6 @@ def test_wrong_arguments_are_refused(script, name, capsys):
 
 
 def test_generate_and_prefill_write_their_rows(script, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
     few = {"CSKV 0.2 int4 auto": __import__("decode").METHODS["CSKV 0.2 int4 auto"]}
     for name, more in (("generate", ["--count", "2"]), ("prefill", [])):
         out, module = tmp_path / f"{name}.json", __import__(name)

@@ -57,3 +57,21 @@ def far(packed: Packed, folder) -> Packed:
         view = torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, (*strides, *rest))
         moved[name] = view.copy_(tensor)
     return packed._replace(stored=moved)
+
+
+def masked(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple:
+    """(query, keys, basis, turn, values, visible) of three rows, with a mask [*shape, 96]."""
+    keys, values = packed(("channel", 4), 4, 20, 3, 3, dtype), packed(("token", 4), 1, 40, 3, 3, dtype)
+    visible = torch.rand(*shape, 96) > 0.5
+    visible[-1, -1, -1] = False  # a row that sees nothing
+    visible[..., 32:64] &= torch.rand(*shape, 1) > 0.5  # pages of which nothing is seen
+    return torch.randn(3, 4, 2, 64) / 8, keys, basis_of(4, 20, 4, 64), turn_of(96, 64), values, visible
+
+
+def placed(dtype: torch.dtype) -> tuple:
+    """The same of two rows: pads in front of a row, a page that was cut, rows that differ, slots that are no token."""
+    keys, values = packed(("channel", 4), 2, 20, 4, 2, dtype), packed(("token", 4), 1, 40, 4, 2, dtype)
+    positions = torch.stack([torch.arange(128) - 17, torch.cat([torch.arange(40), torch.arange(35, 123)])]).int()
+    turn = turn_of(128, 64)._replace(positions=positions.clamp_min(-1))
+    visible = (positions >= 0)[:, None, None]
+    return torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible

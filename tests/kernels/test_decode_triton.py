@@ -15,7 +15,7 @@ import torch
 
 from kvshrink.kernels.decode import Basis, fused, reference
 from kvshrink.kernels.decode.gpu.side import fits
-from tests.kernels.samples import FORMS, basis_of, far, packed, turn_of
+from tests.kernels.samples import FORMS, basis_of, far, masked, packed, placed, turn_of
 from tests.kernels.tolerances import assert_close
 
 pytest.importorskip("triton", reason="no triton: CUDA devices then decode in plain torch")
@@ -78,24 +78,14 @@ def test_head_dims_and_ropes(d, heads, dtype):
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 3), (1, 4), (1, 2))), ids=str)
 def test_masks_of_every_shape(shape):
-    dtype = torch.bfloat16
-    keys, values = packed(("channel", 4), 4, 20, 3, 3, dtype), packed(("token", 4), 1, 40, 3, 3, dtype)
-    visible = torch.rand(*shape, 96) > 0.5
-    visible[-1, -1, -1] = False  # a row that sees nothing
-    visible[..., 32:64] &= torch.rand(*shape, 1) > 0.5  # pages of which nothing is seen
-    query = torch.randn(3, 4, 2, 64) / 8
-    compare(query, keys, basis_of(4, 20, 4, 64), turn_of(96, 64), values, visible, None, dtype)
+    compare(*masked(shape, torch.bfloat16), None, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_positions_of_their_own(dtype):
-    """Pads in front of a row, a page that was cut, rows that differ, and slots that are no token at all."""
-    keys, values = packed(("channel", 4), 2, 20, 4, 2, dtype), packed(("token", 4), 1, 40, 4, 2, dtype)
-    positions = torch.stack([torch.arange(128) - 17, torch.cat([torch.arange(40), torch.arange(35, 123)])]).int()
-    visible = (positions >= 0)[:, None, None]
-    for at in (positions.clamp_min(-1), positions.clamp_min(-1).repeat_interleave(2, 1)[:, ::2]):
-        turn = turn_of(128, 64)._replace(positions=at)
-        compare(torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible, None, dtype)
+    query, keys, basis, turn, values, visible = placed(dtype)
+    for at in (turn.positions, turn.positions.repeat_interleave(2, 1)[:, ::2]):
+        compare(query, keys, basis, turn._replace(positions=at), values, visible, None, dtype)
 
 
 def test_more_ranges_than_are_joined_at_a_time(monkeypatch):
