@@ -118,9 +118,9 @@ def slopes(found: list[dict]) -> list[dict]:
             reads = row["over_byte_floor"] * row["kept"] * point["tokens"] * point["batch"]
             times.setdefault(row["side"], []).append((point["tokens"], reads))
     grown = {
-        name: statistics.linear_regression(*zip(*points, strict=True)).slope
-        for name, points in times.items()
-        if len(points) == len(found) > 2
+        name: statistics.linear_regression(*zip(*grows, strict=True)).slope
+        for name, grows in times.items()
+        if len(grows) == len(found) > 2
     }
     dense = min((name for name in grown if name.startswith("full")), key=lambda n: grown[n], default=None)
     kept = {row["side"]: row["kept"] for row in found[-1]["rows"]}

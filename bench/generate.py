@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def main() -> None:
     asked = {k: v for k, v in vars(args).items() if k in ("dtype", "rounds", "count")}
     record = {
         "what": f"time of a new token in generate over that of {BASE}; `faster` is its inverse",
-        "command": "python bench/generate.py",
+        "command": " ".join(["python", *sys.argv]),
         "asked": asked,
         "setting": setting(torch.device("cpu")),
         "points": [],

@@ -12,6 +12,7 @@ above_held: most bytes alive beyond those of the same forward without a cache, l
 
 import argparse
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def main() -> None:
             layers = f"{row['above_held']:6.2f} layers of KV above what is held" if name in makes else ""
             print(f"{name:28s} {100 * added:6.2f} % added, prefills {row['ratio']:.3f}x {layers}")
     where = {"tokens": args.tokens, "dtype": args.dtype, "rounds": args.rounds, "setting": setting(ids.device)}
-    files.write_json(args.out, {"command": "python bench/prefill.py", **where, "rows": rows})
+    files.write_json(args.out, {"command": " ".join(["python", *sys.argv]), **where, "rows": rows})
 
 
 if __name__ == "__main__":

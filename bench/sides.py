@@ -45,7 +45,6 @@ def growing(layer: Layer) -> Side:
     """What `generate` does by default: DynamicCache concatenates, sdpa attends."""
     cache = DynamicCache()
     cache.update(layer.keys, layer.values, 0)
-
     held = cache.layers[0]
 
     def step() -> Tensor:
