@@ -7,8 +7,8 @@ import torch
 
 from kvshrink.kernels.decode import Basis, Turn
 from kvshrink.kernels.latents import Packed
-from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._mixed import Mixed
+from kvshrink.methods._packing import Affine, Raw
+from kvshrink.methods._packing.mixed import Mixed
 
 FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "normal"]
 PAGE = 32

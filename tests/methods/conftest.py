@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import MomentStream
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._facts import LayerFacts, LayerShape, Sample
 
 
 @pytest.fixture
@@ -38,6 +39,17 @@ def facts_of():
             query_energy=energy,
             output_gram=gram,
             pairs=(half, half + len(half)) if pairs == "half" else pairs,
+            sample=sample(shape, keys, values, g),
         )
 
     return make
+
+
+def sample(shape: LayerShape, keys: torch.Tensor, values: torch.Tensor, g: torch.Generator) -> Sample:
+    """The rows, keys turned by a RoPE of halves, and two query heads for each KV head."""
+    d = shape.head_dim
+    count = min(len(keys), len(values))
+    heads = [x[:count].unflatten(1, (shape.heads, d)).float() for x in (keys, values)]
+    rope = Rope(1e4 ** (-torch.arange(0, d - 1, 2).float() / d), 1.0, False)
+    turned = rope.turn(heads[0].transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
+    return Sample(heads[0], turned, heads[1], torch.randn(count, 2 * shape.heads, d, generator=g))

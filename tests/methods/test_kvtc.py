@@ -7,7 +7,7 @@ import torch
 from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._mixed import group_bytes
+from kvshrink.methods._packing.mixed import group_bytes
 from kvshrink.methods.lowrank import _bits, kvtc
 from kvshrink.methods.lowrank.kvtc import KVTC, allocate
 from tests.cache.build import feed, make

@@ -14,7 +14,7 @@ from kvshrink.cache.rope import Rope
 from kvshrink.cache.view import View
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._latents import packing
+from kvshrink.methods._packing import packing
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.sals import SALS

@@ -7,11 +7,11 @@ import torch
 from kvshrink import methods
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods import _mixed
 from kvshrink.methods._facts import LayerShape, Probe
-from kvshrink.methods._mixed import Mixed, group_bytes
+from kvshrink.methods._packing import mixed
+from kvshrink.methods._packing.mixed import Mixed, group_bytes
+from kvshrink.methods._rotate import rotation
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank._rotate import rotation
 from kvshrink.methods.lowrank.spectral import Spectral
 
 SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 channels a side: 5 groups
@@ -286,4 +286,4 @@ def test_promise_before_the_fit_is_the_budget():
     most = Spectral(kept=1.0).bits_per_token(shape, {})  # 8 bits and a gain each
     assert most == 2 * 64 * group_bytes(16, 8, 32) * 8 / 32
     assert methods.build("spectral", {"kept": 0.1}) == Spectral(kept=0.1)
-    assert _mixed.GAIN_BYTES == 2
+    assert mixed.GAIN_BYTES == 2

@@ -11,15 +11,18 @@ from kvshrink.methods._facts import LayerFacts
 from kvshrink.shapes import Int
 
 
-def gather(model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool) -> dict[int, LayerFacts]:
+def gather(
+    model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool, sample: bool = False
+) -> dict[int, LayerFacts]:
     """Facts of every layer that is compressed, in n x n numbers a layer: any number of methods can be fitted to them.
 
+    sample: rows as they are too, for methods that ask for them.
     The facts hold the model's own key and value weights, not copies.
     """
     infos, found = layers_of(model), {}
     runner = LayerRunner(InMemory(model), rows, batch)
     for i in tqdm(range(runner.layers), desc="statistics", unit="layer", disable=not progress):
-        seen = LayerWatch(0, False) if infos[i].compressed else None
+        seen = LayerWatch(0, False, sample) if infos[i].compressed else None
         runner.run(i, model.get_decoder().layers[i], seen)  # type: ignore[operator]
         if seen is not None:
             found[i] = seen.facts(infos[i])

@@ -216,7 +216,7 @@ class _Job:
         cskvs = [m for m in self.methods if isinstance(m, CSKV)]
         whole = any(_trains(m, "output") for m in cskvs)
         probes = len(self.rows) if whole else PROBES if any(m.key_share == "auto" for m in cskvs) else 0
-        seen = LayerWatch(probes, any(_trains(m, "rows") for m in cskvs))
+        seen = LayerWatch(probes, any(_trains(m, "rows") for m in cskvs), any(m.samples for m in self.methods))
         runner.run(index, layer, seen)
         facts = seen.facts(self.infos[index])
         return [self._fit_one(method, index, facts, seen) for method in self.methods]

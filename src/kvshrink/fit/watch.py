@@ -1,21 +1,27 @@
 """What is seen of one layer while calibration text passes through it."""
 
+import torch
 from torch import Tensor, nn
 
 from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, output_weight, queries, shape_of
+from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
-from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._facts import LayerFacts, Sample
+from kvshrink.shapes import Float
+
+SAMPLED = 2048  # tokens of a sample at most, half of it at least where there are so many
 
 
 class LayerWatch:
-    """What is gathered while a layer runs: moments always; inputs and rows only where a setting needs them."""
+    """What is gathered while a layer runs: moments always; inputs, rows and a sample where a setting needs them."""
 
-    def __init__(self, probes: int, rows: bool) -> None:
+    def __init__(self, probes: int, rows: bool, sample: bool = False) -> None:
         self.key, self.value, self.scale, self.query = MomentStream(), MomentStream(), ScaleStream(), EnergyStream()
         self.probes, self.rows = probes, rows
         self.inputs: list[dict] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.sample = Sampler() if sample else None
 
     def __call__(self, module: nn.Module, kwargs: dict) -> None:
         hidden = kwargs["hidden_states"]
@@ -23,7 +29,10 @@ class LayerWatch:
         self.key.add(keys.transpose(1, 2).flatten(2))
         self.value.add(values.transpose(1, 2).flatten(2))
         self.scale.add(hidden)
-        self.query.add(queries(module, hidden), keys.shape[1])
+        asked = queries(module, hidden)
+        self.query.add(asked, keys.shape[1])
+        if self.sample is not None:
+            self.sample.add(keys, values, asked)
         if len(self.inputs) < self.probes:
             # without an input norm (Olmo2) it is a view of what the layer's output is about to overwrite
             self.inputs.append(kwargs | {"hidden_states": hidden.clone()})
@@ -45,4 +54,40 @@ class LayerWatch:
             self.query.mean(info.rope),
             output_gram(output_weight(module), shape.heads),
             info.rope.pairs() if info.rope else None,
+            self.sample.done(info.rope) if self.sample is not None else None,
         )
+
+
+class Sampler:
+    """Every n-th token of all rows; n doubles whenever there are too many."""
+
+    def __init__(self) -> None:
+        self.step, self.seen = 1, 0
+        self.at: list[int] = []  # which token of all
+        self.position: list[int] = []  # which of its row
+        self.parts: list[tuple[Tensor, ...]] = []  # keys, values, queries of each, [heads, d]
+
+    def add(self, *rows: Float[Tensor, "b heads s d"]) -> None:
+        b, _, s, _ = rows[0].shape
+        first = -self.seen % self.step
+        taken = torch.arange(first, b * s, self.step)
+        flat = [x.transpose(1, 2).flatten(0, 1)[taken.to(x.device)].float() for x in rows]
+        self.at += (taken + self.seen).tolist()
+        self.position += (taken % s).tolist()
+        self.parts += zip(*flat, strict=True)
+        self.seen += b * s
+        while len(self.at) > SAMPLED:
+            self.step *= 2
+            kept = [i for i, at in enumerate(self.at) if at % self.step == 0]
+            self.at, self.position = [self.at[i] for i in kept], [self.position[i] for i in kept]
+            self.parts = [self.parts[i] for i in kept]
+
+    def done(self, rope: Rope | None) -> Sample:
+        """The sample; rows run from position 0 on."""
+        keys, values, asked = (torch.stack(part) for part in zip(*self.parts, strict=True))
+        if rope is None:
+            return Sample(keys, keys, values, asked)
+        positions = torch.tensor(self.position, device=keys.device)[None]
+        rope = Rope(rope.inv_freq.to(keys.device), rope.scaling, rope.interleaved)
+        turned, asked = (rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked))
+        return Sample(keys, turned.contiguous(), values, asked.contiguous())

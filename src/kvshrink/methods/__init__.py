@@ -16,7 +16,7 @@ def names() -> dict[str, str]:
     """{method name: module path}. The file name is the method's name everywhere."""
     found = {}
     for role in pkgutil.iter_modules(__path__):
-        if role.ispkg:
+        if role.ispkg and not role.name.startswith("_"):
             package = importlib.import_module(f"{__name__}.{role.name}")
             for m in pkgutil.iter_modules(package.__path__):
                 if not m.name.startswith("_"):

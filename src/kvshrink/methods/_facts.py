@@ -44,6 +44,19 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Some tokens of the calibration text, the same for all fields, spread evenly over it; float32.
+
+    keys: before RoPE; turned, queries: as attention uses them.
+    """
+
+    keys: Float[Tensor, "m h d"]
+    turned: Float[Tensor, "m h d"]
+    values: Float[Tensor, "m h d"]
+    queries: Float[Tensor, "m q d"]
+
+
+@dataclass(frozen=True)
 class LayerFacts:
     """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
 
@@ -51,6 +64,7 @@ class LayerFacts:
                   over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
     output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
     pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
+    sample:       rows as they are, where the method asks for them (`Method.samples`).
     """
 
     shape: LayerShape
@@ -62,6 +76,7 @@ class LayerFacts:
     query_energy: Float[Tensor, "h d"]
     output_gram: Float[Tensor, "h d d"]
     pairs: tuple[Tensor, Tensor] | None = None
+    sample: Sample | None = None
 
 
 class Probe(ABC):

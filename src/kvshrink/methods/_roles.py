@@ -15,10 +15,10 @@ from torch import Tensor
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._packing.base import Stored
 from kvshrink.methods._settings import require, whole
 from kvshrink.shapes import Bool, Float, Int
 
-Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 
 
@@ -114,6 +114,11 @@ class Method(ABC):
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
         return {}
+
+    @property
+    def samples(self) -> bool:
+        """Whether `fit_layer` needs `facts.sample`: rows of the calibration text as they are."""
+        return False
 
     @property
     def probes(self) -> bool:

@@ -27,3 +27,9 @@ def keep_and_bits(keep: object, bits: object) -> None:
     whole("bits", bits, optional=True)
     require(0 < keep <= 1, f"keep={keep}", "Use a share of channels above 0, up to 1.")  # type: ignore[operator]
     require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
+
+
+def one_of(name: str, value: object, offered: tuple) -> None:
+    """Raise SettingError unless the value is one of those offered, and of their type (2.0 is not 2, True is not 1)."""
+    ok = any(type(value) is type(x) and value == x for x in offered)
+    require(ok, f"{name}={value!r}", f"Use one of {', '.join(map(repr, offered))}.")

@@ -14,6 +14,7 @@ from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, 
 from kvshrink.eval.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
+from kvshrink.methods._packing import Affine
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Float
@@ -62,17 +63,18 @@ def _measured(model: Any, artifacts: Mapping[str, Artifact], texts: Tensor) -> d
 
 def _errors(codec: Any, rows: Float[Tensor, "b h t d"], page: int) -> dict:
     assert isinstance(codec, BasisCodec)
+    assert isinstance(codec.packing, Affine)
     rows = rows[:, :, : rows.shape[2] // page * page]
     packing, latent = codec.packing, codec.project(rows)
-    bits = packing.bits  # type: ignore[union-attr]
+    bits = packing.bits
     quantised = {
-        OFFICIAL: by_group(latent, packing, lambda x: fake_quantise(x, bits)),  # type: ignore[arg-type]
-        UNCLAMPED: by_group(latent, packing, lambda x: fake_quantise(x, bits, clamped=False)),  # type: ignore[arg-type]
+        OFFICIAL: by_group(latent, packing, lambda x: fake_quantise(x, bits)),
+        UNCLAMPED: by_group(latent, packing, lambda x: fake_quantise(x, bits, clamped=False)),
         OURS: packing.fake(latent),
     }
     heads = rows.shape[1]
     return {
-        "one_sign": round(float(one_sign(packing._grouped(latent)).float().mean()), 6),  # type: ignore[union-attr]
+        "one_sign": round(float(one_sign(packing.grouping.split(latent)).float().mean()), 6),
         "latent": {name: round(relative(latent, x), 6) for name, x in quantised.items()},
         "rebuilt": {name: round(relative(rows, codec.expand(x, heads)), 6) for name, x in quantised.items()},
         "rank": round(relative(rows, codec.expand(latent, heads)), 6),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._latents import Affine
+from kvshrink.methods._packing import Affine
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
@@ -48,7 +48,7 @@ def by_group(
     latent: Float[Tensor, "b G t r"], packing: Affine, change: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "b G t r"]:
     """`change`, a function of groups along the last axis, on the groups that a packing makes of latents."""
-    return packing._ungrouped(change(packing._grouped(latent))).transpose(1, 2).flatten(2, 3)
+    return packing.grouping.join(change(packing.grouping.split(latent)))
 
 
 @final

@@ -14,11 +14,17 @@ SIDE = torch.float16  # dtype of scale and low
 
 
 def quantize(
-    x: Float[Tensor, "*rows k"], bits: int, valid: Bool[Tensor, "*rows k"] | None = None
+    x: Float[Tensor, "*rows k"],
+    bits: int,
+    valid: Bool[Tensor, "*rows k"] | None = None,
+    clip: float = 1.0,
+    side: torch.dtype = SIDE,
 ) -> tuple[UInt8[Tensor, "*rows k"], Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
     """Codes, scale and low of groups along the last axis. Invalid elements (left pads) do not enter min and max.
 
-    Raises DataError on NaN, infinity, or a range that float16 side information cannot hold.
+    clip: share of the range between minimum and maximum that the codes cover, about its middle.
+    side: dtype of scale and low.
+    Raises DataError on NaN, infinity, or a range that side information cannot hold.
     """
     x = x.float()
     if valid is None:
@@ -29,16 +35,20 @@ def quantize(
         high = torch.where(valid, x, -torch.inf).amax(-1, keepdim=True).where(any_valid, torch.zeros(()).to(x))
         x = torch.where(valid, x, low)
     top = 2**bits - 1
-    scale16, low16 = ((high - low) / top).to(SIDE), low.to(SIDE)
-    if not bool((scale16.isfinite() & low16.isfinite()).all()):
+    if clip != 1.0:
+        spare = (high - low) * ((1 - clip) / 2)
+        low, high = low + spare, high - spare
+    scale16, low16 = ((high - low) / top).to(side), low.to(side)
+    limit = torch.finfo(side).max  # 8-bit floats have no infinity: what is beyond them is NaN or the largest
+    if not bool(((high - low <= limit * top) & (low.abs() <= limit) & scale16.isfinite() & low16.isfinite()).all()):
         raise DataError(
-            f"cannot quantise values in [{float(low.min()):.4g}, {float(high.max()):.4g}] to {bits} bits: "
-            "NaN, infinity or beyond float16's 65504. Check the model's activations or use bits=None."
+            f"cannot quantise values in [{float(low.min()):.4g}, {float(high.max()):.4g}] to {bits} bits: NaN, "
+            f"infinity or beyond {limit:.5g}, where scales end. Check the model's activations or use bits=None."
         )
     # codes are taken against the stored, rounded scale and low, so that decode is the nearest point of the real grid;
     # a constant group has scale 0 and code 0, and decodes to low
-    step = torch.where(scale16 > 0, scale16, torch.ones_like(scale16)).float()
-    codes = ((x - low16.float()) / step).round_().clamp_(0, top).to(torch.uint8)
+    step = scale16.float()
+    codes = ((x - low16.float()) / step.where(step > 0, torch.ones_like(step))).round_().clamp_(0, top).to(torch.uint8)
     return codes, scale16, low16
 
 

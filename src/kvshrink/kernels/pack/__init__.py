@@ -1,5 +1,5 @@
 """Small integers packed without gaps. See reference.py for the format."""
 
-from kvshrink.kernels.pack.reference import pack, packed_bytes, unpack
+from kvshrink.kernels.pack.reference import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
 
-__all__ = ["pack", "packed_bytes", "unpack"]
+__all__ = ["pack", "pack_trits", "packed_bytes", "trit_bytes", "unpack", "unpack_trits"]

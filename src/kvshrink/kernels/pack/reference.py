@@ -12,6 +12,7 @@ from kvshrink.errors import SettingError
 from kvshrink.shapes import UInt8
 
 WIDTHS = (1, 2, 3, 4, 8)
+TRITS = 5  # base-3 codes in a byte: 3^5 = 243, 1.6 bits each
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -52,3 +53,25 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*r
     # this runs over the whole body in every decode step
     mask = 2**bits - 1
     return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1)
+
+
+def trit_bytes(count: int) -> int:
+    """Bytes that `count` base-3 codes take."""
+    return -(-count // TRITS)
+
+
+def pack_trits(codes: UInt8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Pack codes 0, 1, 2 along the last axis, five in a byte: byte j of m holds codes j, j + m, ..., units first."""
+    size = trit_bytes(codes.shape[-1])
+    padded = torch.nn.functional.pad(codes, (0, size * TRITS - codes.shape[-1]))
+    planes = padded.unflatten(-1, (TRITS, size))
+    packed = planes[..., TRITS - 1, :].clone()
+    for i in reversed(range(TRITS - 1)):
+        packed = packed * 3 + planes[..., i, :]
+    return packed
+
+
+def unpack_trits(packed: UInt8[Tensor, "*rows bytes"], count: int) -> UInt8[Tensor, "*rows n"]:
+    """Inverse of pack_trits, of `count` codes."""
+    planes = [packed // 3**i % 3 for i in range(TRITS)]
+    return torch.cat(planes, -1)[..., :count]

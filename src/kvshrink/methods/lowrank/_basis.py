@@ -14,8 +14,7 @@ from torch import Tensor
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, Moments
-from kvshrink.methods._latents import Affine, Raw
-from kvshrink.methods._mixed import Mixed
+from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.shapes import Bool, Float, Int
 
@@ -29,7 +28,7 @@ class BasisCodec(Codec):
     down: Float[Tensor, "G a r"]
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
-    packing: Raw | Affine | Mixed
+    packing: Packing
 
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]
@@ -61,18 +60,23 @@ class BasisCodec(Codec):
             return rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
         return latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
 
+    @cached_property
+    def _rebuilt(self) -> bool:
+        """Whether queries cannot be made to fit latents: RoPE lies between, or a mean would add q . mean."""
+        return self.site == "k_pre" or (self.site == "k_post" and bool(self.mean.any()))
+
     def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
-        """q . (z up) = (q up^T) . z. A mean would add q . mean, so that keys stored after RoPE are not centred."""
-        if self.site != "k_post":
+        """q . (z up) = (q up^T) . z."""
+        if self.site == "v" or self._rebuilt:
             return None
         return query @ self._by_head(query.shape[1]).transpose(1, 2)
 
-    def packed(self, stored: Stored) -> Packed:
+    def packed(self, stored: Stored) -> Packed | None:
         return self.packing.packed(stored)
 
     @cached_property
     def expansion(self) -> Basis | None:  # type: ignore[override]
-        return Basis(self.up, self.mean) if self.site == "k_pre" else None
+        return Basis(self.up, self.mean) if self._rebuilt else None
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()

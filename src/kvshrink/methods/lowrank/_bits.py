@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._mixed import group_bytes
+from kvshrink.methods._packing.mixed import group_bytes
 
 Side = TypeVar("Side", bound=Hashable)
 Curve = Sequence[tuple[int, float]]  # (bytes of a page, cost), from 0 bytes on

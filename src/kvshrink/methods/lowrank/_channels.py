@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape
-from kvshrink.methods._latents import Affine, Raw, packing
+from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import BITS, number, require, whole
 from kvshrink.methods.quant._headwise import HeadwiseCodec

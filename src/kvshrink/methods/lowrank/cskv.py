@@ -2,7 +2,8 @@
 
 Keep a low-rank latent of every key and value and the recent tokens exact beside it. Keys are latent before RoPE and
 rebuilt a block at a time; values stay latent until after the softmax-weighted sum. Latents may be quantised: keys per
-channel over a page of 32 tokens, values per token.
+channel over a page of 32 tokens, values per token; or as a method of quant/ stores them (`codec`), whose change of
+basis folds into this one.
 
 Departures from the paper: the basis is found in closed form by default (the optimum of the paper's own loss); the
 encoder reads the key, not the layer input, so biases and q/k norms are no obstacle; rows are centred; 4 sinks are
@@ -20,7 +21,7 @@ from torch import Tensor
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
-from kvshrink.methods._latents import packing
+from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, number, require, whole
 from kvshrink.methods.lowrank._basis import (
@@ -32,6 +33,8 @@ from kvshrink.methods.lowrank._basis import (
     weighted_svd,
 )
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
+from kvshrink.methods.quant import _latents as latents
+from kvshrink.methods.quant._quantiser import SIDES, Quantiser, Side, Space
 
 INITS = ("pca", "asvd", "svd", "random")
 LOSSES = ("rows", "output", "kl")
@@ -44,7 +47,8 @@ class CSKV(Method):
     """Channel shrinking.
 
     keep:        share of channels kept, rank over KV width (the paper's 1 - ratio), averaged over keys and values.
-    bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
+    bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2; with a codec, what that one offers.
+    codec:       name of a method of quant/ that stores the latents, at `bits` and else its defaults; None: KIVI's axes.
     init:        "pca" (closed form), or the paper's "asvd", "svd", "random".
     group_heads: KV heads that share one key basis; None: all, as the paper and the most accurate per byte
                  (docs/decisions/006-group-heads.md). Fewer make decoding cheaper; "auto" lets `fit` take the most whose
@@ -72,6 +76,7 @@ class CSKV(Method):
     value_metric: Literal["plain", "output"] = "plain"
     loss: Literal["rows", "output", "kl"] = "rows"
     matryoshka: bool = False
+    codec: str | None = None
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "keep"
@@ -89,7 +94,7 @@ class CSKV(Method):
         if heads != "auto":
             whole("group_heads", heads, optional=True)
             require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
-        keep_and_bits(self.keep, self.bits)
+        keep_and_bits(self.keep, None if self.codec else self.bits)
         number("lr", self.lr)
         require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
         share = self.key_share
@@ -106,6 +111,9 @@ class CSKV(Method):
         require(self.loss in LOSSES, f"loss={self.loss!r}", f"Use one of {LOSSES}.")
         require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
+        if self.codec is not None:
+            learns = latents.quantiser(self.codec, self.bits).needs_fit
+            require(not (learns and self.steps), f"codec={self.codec!r} with steps", "It is fitted to one basis.")
 
     def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
@@ -153,26 +161,38 @@ class CSKV(Method):
         metrics = metrics_of(self, facts)
         key = self._side(facts.key, facts.key_weight, facts.input_scale, groups, rank_k, 0, metrics[0])
         value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
-        return {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
+        fitted = {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
+        if self.samples:
+            for side in SIDES:
+                fitted |= latents.learn(self._quantiser(), side, fitted, facts, self.page)
+        return fitted
+
+    @property
+    def samples(self) -> bool:
+        return self.codec is not None and self._quantiser().needs_fit
+
+    def _quantiser(self) -> Quantiser:
+        assert self.codec is not None
+        return latents.quantiser(self.codec, self.bits)
 
     def cut(self, fitted: Fitted, key_share: float | None = None) -> dict[str, Tensor]:
         """Tensors of this setting's ranks from those of a layer fitted at a higher `keep`."""
+        require(not self.samples, f"codec={self.codec!r} at another keep", "It is fitted to one basis. Fit it again.")
         groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].shape[1]
         heads = groups * (self._settled() or 1)
         ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), key_share)
         return {**fitted, **leading(fitted, "key", ranks[0]), **leading(fitted, "value", ranks[1])}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[BasisCodec, BasisCodec]:
-        return self._codec("k_pre", "key", "channel", shape, fitted), self._codec("v", "value", "token", shape, fitted)
+        return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """As promised by the rank rule alone where nothing is fitted yet."""
         if fitted:
             return super().bits_per_token(shape, fitted)
-        rank_k, rank_v = self.ranks(shape)
-        key = packing(self.groups(shape), rank_k, self.page, self.bits, "channel", self.value_group, shape.dtype)
-        value = packing(1, rank_v, self.page, self.bits, "token", self.value_group, shape.dtype)
-        return (key.page_bytes() + value.page_bytes()) * 8 / self.page
+        sides = zip(SIDES, (self.groups(shape), 1), self.ranks(shape), strict=True)
+        pages = [self._packing(side, groups, rank, shape.dtype, {}).page_bytes() for side, groups, rank in sides]
+        return sum(pages) * 8 / self.page
 
     def groups(self, shape: LayerShape) -> int:
         """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
@@ -211,12 +231,20 @@ class CSKV(Method):
         tensors = {"up": up, "mean": mean} | ({} if down is None else {"down": down})
         return {k: t.float().contiguous() for k, t in tensors.items()}
 
-    def _codec(self, site: str, side: str, axis: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+    def _codec(self, side: Side, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         up, mean = fitted[f"{side}_up"], fitted[f"{side}_mean"]
         down = fitted.get(f"{side}_down", up.transpose(1, 2))
         groups, rank, _ = up.shape
-        stored = packing(groups, rank, self.page, self.bits, axis, self.value_group, shape.dtype)
-        return BasisCodec("v" if site == "v" else "k_pre", down, up, mean, stored)
+        if self.codec is not None:
+            down, up, mean = latents.changed(self._quantiser(), side, (down, up, mean), fitted, shape.dtype, self.page)
+        stored = self._packing(side, groups, rank, shape.dtype, fitted)
+        return BasisCodec("k_pre" if side == "key" else "v", down, up, mean, stored)
+
+    def _packing(self, side: Side, groups: int, rank: int, dtype: torch.dtype, fitted: Fitted) -> Packing:
+        if self.codec is not None:
+            return latents.packing(self._quantiser(), side, Space(groups, rank, self.page, dtype, False), fitted)
+        axis = "channel" if side == "key" else "token"
+        return packing(groups, rank, self.page, self.bits, axis, self.value_group, dtype)
 
 
 METHOD = CSKV

@@ -18,7 +18,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
-from kvshrink.methods._latents import Affine, Raw, packing
+from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum

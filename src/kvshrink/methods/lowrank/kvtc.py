@@ -20,7 +20,7 @@ from torch import Tensor
 from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods._facts import LayerFacts, LayerShape
-from kvshrink.methods._mixed import group_bytes
+from kvshrink.methods._packing.mixed import group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank.spectral import SIDES, Spectral, energies_of, group_sizes, trimmed

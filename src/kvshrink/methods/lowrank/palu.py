@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
-from kvshrink.methods._latents import packing
+from kvshrink.methods._packing import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import in_proportion
-from kvshrink.methods.lowrank._rotate import rotation
 
 SIDES = ("key", "value")
 STEP, WIDE = 32, 512  # the paper's ranks are multiples of 32 of groups of 512 channels; below that, 1/64 of a group

@@ -54,7 +54,7 @@ class ChoosingCodec(Codec):
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         return self.basis.expand(latent, heads)
 
-    def packed(self, stored: Stored) -> Packed:
+    def packed(self, stored: Stored) -> Packed | None:
         return self.basis.packed(stored)
 
     @property

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._headwise import headwise
+from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
 BITS = (2, 4)
 
 
 @final
 @dataclass(frozen=True)
-class KIVI(Method):
+class KIVI(Quantiser):
     """`bits`-bit keys and values, groups of 32, the last `window` tokens (the paper's residual) exact, no sinks."""
 
     window: int = 128
@@ -30,7 +31,7 @@ class KIVI(Method):
     bits: int = 2
 
     dial: ClassVar[str] = "bits"
-    group: ClassVar[int] = Method.page  # channels that share a value's scale: the paper's one group size is our page
+    group: ClassVar[int] = Quantiser.page  # channels that share a value's scale: the paper's one group size is our page
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
         return BITS
@@ -39,8 +40,8 @@ class KIVI(Method):
         super().check()
         require(type(self.bits) is int and self.bits in BITS, f"bits={self.bits!r}", f"Use one of {BITS}.")
 
-    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
-        return headwise(shape, self.page, self.bits, "channel", self.group)
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "channel" if side == "key" else "token", self.group)
 
 
 METHOD = KIVI

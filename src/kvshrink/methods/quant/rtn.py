@@ -9,14 +9,15 @@ from typing import ClassVar, Literal, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require, whole
-from kvshrink.methods.quant._headwise import headwise
+from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
 
 @final
 @dataclass(frozen=True)
-class RTN(Method):
+class RTN(Quantiser):
     """`bits`-bit keys and values. bits=None stores them as they are: a lossless control."""
 
     bits: int | None = 4
@@ -36,8 +37,8 @@ class RTN(Method):
         require(self.key_axis in ("channel", "token"), f"key_axis={self.key_axis!r}", "Use 'channel' or 'token'.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
-    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
-        return headwise(shape, self.page, self.bits, self.key_axis, self.group)
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, self.key_axis if side == "key" else "token", self.group)
 
 
 METHOD = RTN

@@ -7,7 +7,7 @@ louder or quieter than the calibration's: 16 bits for 32 tokens x 16 channels, .
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from kvshrink.errors import DataError
 from kvshrink.kernels.latents import Packed, load
 from kvshrink.kernels.normal import to_codes
 from kvshrink.kernels.pack import pack, packed_bytes
-from kvshrink.methods._roles import Stored
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.methods._packing.base import Packing, Stored, paged, there
+from kvshrink.shapes import Bool, Float
 
 GAIN_BYTES = 2
 
 
+@final
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Packing):
     """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more."""
 
     sizes: tuple[int, ...]
@@ -32,7 +33,7 @@ class Mixed:
     side: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     @property
-    def width(self) -> int:
+    def width(self) -> int:  # type: ignore[override]
         return sum(self.sizes)
 
     def runs(self) -> list[tuple[int, slice]]:
@@ -45,12 +46,11 @@ class Mixed:
         return out
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        pages = latent.float().unflatten(2, (-1, self.page)).transpose(1, 2)  # [b, p, G, page, r]
+        pages, real = paged(latent, self.page), there(valid, self.page)
         count: Tensor | float = float(self.page)
-        if valid is not None:
-            there = valid.unflatten(1, (-1, self.page))[:, :, None, :, None]
-            pages = pages.masked_fill(~there, 0.0)
-            count = there.sum(3).clamp_min(1)
+        if real is not None:
+            pages = pages.masked_fill(~real, 0.0)
+            count = real.sum(3).clamp_min(1)
         energy = pages.square().sum(3) / count  # [b, p, G, r]
         gain = torch.stack([part.mean(-1) for part in energy.split(self.sizes, -1)], -1) if self.sizes else energy
         gain = gain.sqrt().to(torch.float16)
@@ -71,24 +71,8 @@ class Mixed:
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return load(self.packed(stored))
 
-    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
-        """The first `width` channels; all are unpacked."""
-        return self.load(stored)[..., :width]
-
-    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
-        """Some tokens of each row; all are unpacked."""
-        rows = self.load(stored)
-        index = tokens[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-        return rows.gather(2, index.long())
-
     def page_bytes(self) -> int:
         return sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
-
-    def fake(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
-        """What `load(store(latent))` would give, with a straight-through gradient."""
-        with torch.no_grad():
-            rounded = self.load(self.store(latent, None))
-        return latent + (rounded - latent).detach()
 
     def _spread(self, gain: Tensor) -> Tensor:
         """[.., groups] to [.., channels], float32."""

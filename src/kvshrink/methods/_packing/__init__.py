@@ -1,0 +1,12 @@
+"""How rows of numbers lie in a page, one form a file: the last step of every method that stores tokens.
+
+Input and output are rows [b, G, t, r] of whole pages; what is stored is [b, p, ...]. `load(store(x))` is the rounded x,
+bit for bit what `fake(x)` says, and pages do not depend on each other.
+"""
+
+from kvshrink.methods._packing.affine import Affine, packing
+from kvshrink.methods._packing.base import SIDE_BYTES, Packing
+from kvshrink.methods._packing.codebook import Codebook
+from kvshrink.methods._packing.raw import Raw
+
+__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Raw", "packing"]

@@ -1,0 +1,80 @@
+"""Packing: how rows of numbers lie in pages, and what every form of it shares."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvshrink.errors import DataError
+from kvshrink.kernels.latents import Packed
+from kvshrink.shapes import Bool, Float, Int
+
+Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
+
+SIDE_BYTES = 4  # float16 scale and float16 low
+
+
+class Packing(ABC):
+    """Rows [b, G, t, r] of whole pages <-> stored tensors [b, p, ...].
+
+    groups, width, page: G, r and tokens of a page. side: names of what is no payload.
+    """
+
+    groups: int
+    width: int
+    page: int
+    side: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        """Whole pages. Invalid rows (left pads) may hold anything. Raises DataError on what is not finite."""
+
+    @abstractmethod
+    def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        """The rows again, float32."""
+
+    @abstractmethod
+    def page_bytes(self) -> int:
+        """Bytes of one page of all groups, by arithmetic."""
+
+    def packed(self, stored: Stored) -> Packed | None:
+        """The same pages as fused kernels read them; None: they cannot."""
+        return None
+
+    def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
+        """The first `width` channels."""
+        return self.load(stored)[..., :width]
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        """Some tokens of each row."""
+        return self.load(stored).take_along_dim(tokens[:, None, :, None].long(), 2)
+
+    def fake(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
+        """What `load(store(latent))` gives, with a straight-through gradient (for quantisation-aware training)."""
+        with torch.no_grad():
+            rounded = self.load(self.store(latent, None))
+        return latent + (rounded - latent).detach()
+
+
+def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:
+    return latent.float().unflatten(2, (-1, page)).transpose(1, 2)
+
+
+def joined(pages: Float[Tensor, "b p G page r"]) -> Float[Tensor, "b G t r"]:
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def there(valid: Bool[Tensor, "b t"] | None, page: int) -> Bool[Tensor, "b p 1 page 1"] | None:
+    """Which tokens of each page are real."""
+    return None if valid is None else valid.unflatten(1, (-1, page))[:, :, None, :, None]
+
+
+def checked(side: Tensor) -> Tensor:
+    """Side information as it will be stored. Raises DataError unless all of it is finite."""
+    if not bool(side.isfinite().all()):
+        raise DataError(
+            f"keys or values are NaN, infinite or beyond {side.dtype}'s range. Check the model's activations."
+        )
+    return side

@@ -1,0 +1,159 @@
+"""Numbers as codes of a table of levels: x = level x scale + centre, with one scale a group.
+
+The table may be any: Lloyd-Max levels, levels fitted to data (nuq), the 16 values of a 4-bit float, -1 and 1, -1, 0 and
+1 (five codes in a byte). Levels are sorted; a number takes the nearest.
+
+scale says what a group's scale is taken from:
+"absmax"  the largest magnitude becomes the largest level
+"rms"     the root of the mean square becomes 1
+"mean"    the mean magnitude becomes 1
+"range"   minimum and maximum become -1 and 1 (and there is a centre)
+"one"     nothing is stored: numbers come in as multiples of levels
+sides says how it is stored: float16, float8 (e4m3), power (an 8-bit exponent, rounded up), or nested (e4m3, times one
+float32 a page and group of heads).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
+from kvshrink.methods._packing.base import Packing, Stored, checked
+from kvshrink.methods._packing.grouping import Axis, Grouping
+from kvshrink.shapes import Bool, Float
+
+Scale = Literal["absmax", "rms", "mean", "range", "one"]
+Sides = Literal["float16", "float8", "power", "nested"]
+
+E4M3 = 448.0  # the largest number of 8-bit floats with 3 bits of mantissa
+BIAS = 127  # of a stored exponent
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Codebook(Packing):
+    """levels: 2, 3, 4, 8, 16 or 256 of them, ascending. clip: share of the scale that is used."""
+
+    groups: int
+    width: int
+    page: int
+    levels: Float[Tensor, " levels"]
+    axis: Axis = "token"
+    group: int = 64
+    scale: Scale = "absmax"
+    sides: Sides = "float16"
+    clip: float = 1.0
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        names = {"one": [], "range": ["scale", "centre"]}.get(self.scale, ["scale"])
+        return frozenset(names + [f"{name}_top" for name in names if self.sides == "nested"])
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        return Grouping(self.axis, self.width, self.page, self.group)
+
+    @property
+    def bits(self) -> int:
+        """Of a code; 0: three levels, five codes in a byte."""
+        return {2: 1, 3: 0, 4: 2, 8: 3, 16: 4, 256: 8}[len(self.levels)]
+
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        grouping = self.grouping
+        rows = grouping.split(latent)
+        real = grouping.real(valid, rows)
+        scale, centre = self._sides(rows, real)
+        side = {**_stored(scale, "scale", self.sides), **_stored(centre, "centre", self.sides)}
+        step, middle = _read(side, "scale", self.sides), _read(side, "centre", self.sides)
+        if middle is not None:
+            rows = rows - middle[..., None]
+        if step is not None:
+            rows = rows / step.where(step > 0, torch.ones_like(step))[..., None]
+        if real is not None:
+            rows = torch.where(real, rows, 0.0)
+        if step is None:  # nothing else has looked at the numbers
+            checked(rows)
+        flat = grouping.pages(nearest(rows, self.levels)).flatten(3)
+        codes = pack(flat, self.bits) if self.bits else pack_trits(flat)
+        return {"codes": codes, **side}
+
+    def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        count = self.page * self.width
+        codes = unpack(stored["codes"], self.bits) if self.bits else unpack_trits(stored["codes"], count)
+        pages = self.levels.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
+        for name, change in (("scale", torch.mul), ("centre", torch.add)):
+            if (side := _read(stored, name, self.sides)) is not None:
+                pages = change(pages, self.grouping.spread(side))
+        return pages.transpose(1, 2).flatten(2, 3)
+
+    def page_bytes(self) -> int:
+        count = self.page * self.width
+        codes = packed_bytes(count, self.bits) if self.bits else trit_bytes(count)
+        numbers = {"one": 0, "range": 2}.get(self.scale, 1)
+        top = 4 * numbers if self.sides == "nested" else 0
+        return self.groups * (codes + self.grouping.groups * numbers * (2 if self.sides == "float16" else 1) + top)
+
+    def _sides(self, rows: Tensor, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(scale, centre) of groups, [..], before they are rounded to how they are stored."""
+        if self.scale == "one":
+            return None, None
+        if self.scale == "range":
+            low, high = (_ends(rows, real, sign) for sign in (-1.0, 1.0))
+            return (high - low) / 2 * self.clip, (high + low) / 2
+        sizes = rows.abs() if real is None else torch.where(real, rows, 0.0).abs()
+        if self.scale == "absmax":
+            return sizes.amax(-1) * (self.clip / float(self.levels[-1])), None
+        there = rows.shape[-1] if real is None else real.sum(-1).clamp_min(1)
+        if self.scale == "rms":
+            return (sizes.square().sum(-1) / there).sqrt() * self.clip, None
+        return sizes.sum(-1) / there * self.clip, None
+
+
+def nearest(x: Float[Tensor, "*rows k"], levels: Float[Tensor, " levels"]) -> Tensor:
+    """The code of the nearest level, uint8."""
+    borders = ((levels[1:] + levels[:-1]) / 2).to(x.device)
+    return torch.bucketize(x.contiguous(), borders).to(torch.uint8)
+
+
+def _ends(rows: Tensor, real: Tensor | None, sign: float) -> Tensor:
+    """The largest of each group (sign 1) or the smallest (-1); 0 where nothing is real."""
+    if real is None:
+        return (rows * sign).amax(-1) * sign
+    found = torch.where(real, rows * sign, -torch.inf).amax(-1)
+    return torch.where(real.any(-1), found, 0.0) * sign
+
+
+def _stored(side: Tensor | None, name: str, sides: Sides) -> dict[str, Tensor]:
+    """Side information as it is kept. Raises DataError on what cannot be."""
+    if side is None:
+        return {}
+    if sides == "float16":
+        return {name: checked(side.to(torch.float16))}
+    checked(side)
+    if sides == "float8":
+        return {name: checked(side.where(side.abs() <= E4M3, torch.nan)).to(torch.float8_e4m3fn).view(torch.uint8)}
+    if sides == "power":
+        exponent = torch.frexp(side).exponent - (torch.frexp(side).mantissa == 0.5).int()
+        return {name: (exponent + BIAS).clamp(1, 255).where(side > 0, 0).to(torch.uint8)}
+    flat = side.flatten(3).abs().amax(-1) / E4M3  # [b, p, G]
+    over = flat.where(flat > 0, 1.0).reshape(*flat.shape, *[1] * (side.dim() - 3))
+    return {name: (side / over).to(torch.float8_e4m3fn).view(torch.uint8), f"{name}_top": flat}
+
+
+def _read(stored: Stored, name: str, sides: Sides) -> Tensor | None:
+    """Side information as numbers, float32."""
+    side = stored.get(name)
+    if side is None:
+        return None
+    if sides == "float16":
+        return side.float()
+    if sides == "power":
+        return torch.ldexp((side > 0).float(), side.int() - BIAS)
+    number = side.view(torch.float8_e4m3fn).float()
+    if sides == "float8":
+        return number
+    top = stored[f"{name}_top"]
+    return number * top.reshape(*top.shape, *[1] * (side.dim() - 3))

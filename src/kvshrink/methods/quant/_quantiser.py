@@ -1,0 +1,180 @@
+"""What every quantiser is: at each side an invertible change of basis, then codes in pages.
+
+The same two parts store the keys and values of KV heads and the latents of a low-rank method: the change folds into
+its basis, so that it costs nothing there.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods.quant._headwise import HeadwiseCodec
+from kvshrink.shapes import Float
+
+Side = Literal["key", "value"]
+SIDES: tuple[Side, Side] = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a quantiser is asked to store: G groups of `width` channels, in pages of `page` tokens.
+
+    heads: whether the groups are KV heads; else they are latents, whose number must stay as it is.
+    """
+
+    groups: int
+    width: int
+    page: int
+    dtype: torch.dtype
+    heads: bool
+
+
+class Change(NamedTuple):
+    """z = (x - mean) @ down and x = z @ up + mean, for G' groups of neighbouring groups of a Space; down @ up = 1."""
+
+    down: Float[Tensor, "G a r"]
+    up: Float[Tensor, "G r a"]
+    mean: Float[Tensor, "G a"]
+
+    @classmethod
+    def turned(cls, matrix: Float[Tensor, "G a a"]) -> "Change":
+        """By orthogonal matrices: z = x @ matrix."""
+        return cls(matrix, matrix.transpose(1, 2), matrix.new_zeros(matrix.shape[:2]))
+
+    @classmethod
+    def scaled(cls, scale: Float[Tensor, "G a"], mean: Float[Tensor, "G a"] | None = None) -> "Change":
+        """z = (x - mean) / scale."""
+        return cls(
+            torch.diag_embed(1 / scale), torch.diag_embed(scale), torch.zeros_like(scale) if mean is None else mean
+        )
+
+    @classmethod
+    def ordered(cls, order: Tensor) -> "Change":
+        """By permutations [G, a]: z_i = x_order[i]."""
+        return cls.turned(torch.nn.functional.one_hot(order, order.shape[1]).float().transpose(1, 2))
+
+    def then(self, other: "Change") -> "Change":
+        """This one, then another of the same groups."""
+        mean = self.mean + (other.mean[:, None] @ self.up)[:, 0]
+        return Change(self.down @ other.down, other.up @ self.up, mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What a quantiser may learn one side from.
+
+    rows:   calibration rows as they will be stored.
+    metric: what an error e costs: e metric e^T. Of keys the mean squared error of scores, of values that of the layer's
+            output.
+    energy: mean squared score of each token's key: which values attention reads.
+    pairs:  channels that RoPE turns together before rows are stored; None: none, or rows are stored before RoPE.
+    """
+
+    rows: Float[Tensor, "m G r"]
+    metric: Float[Tensor, "G r r"]
+    energy: Float[Tensor, " m"]
+    pairs: tuple[Tensor, Tensor] | None
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "G r"]:
+        """The metric's diagonal: what an error in one channel costs."""
+        return self.metric.diagonal(dim1=1, dim2=2)
+
+    def error(self, rows: Float[Tensor, "m G r"]) -> Float[Tensor, ""]:
+        """What it costs, relative to the rows' own size, to read the rows like this."""
+        wrong = (rows - self.rows).transpose(0, 1)
+        right = self.rows.transpose(0, 1)
+        cost, size = (((x @ self.metric) * x).sum() for x in (wrong, right))
+        return cost / size.clamp_min(1e-30)
+
+    def tokens(self, page: int) -> Float[Tensor, "1 G t r"]:
+        """Whole pages of the rows, as a packing takes them."""
+        whole = len(self.rows) // page * page
+        return self.rows[:whole].transpose(0, 1)[None]
+
+    @classmethod
+    def of(cls, facts: LayerFacts, side: Side, site: str) -> "Site":
+        """Rows of each KV head, at a codec's site."""
+        sample = facts.sample
+        assert sample is not None, "a method that learns from rows must say so: `samples`"
+        heads = facts.shape.heads
+        asked = sample.queries.unflatten(1, (heads, -1))  # [m, h, members, d]
+        turned = torch.einsum("mhqc,mhqd->hcd", asked, asked) / len(asked)
+        energy = torch.einsum("mhc,hcd,mhd->m", sample.turned, turned, sample.turned)
+        if side == "value":
+            return cls(sample.values, facts.output_gram.float(), energy, None)
+        if site == "k_pre":  # over all distances the two channels of a pair are alike, and pairs do not mix
+            return cls(sample.keys, torch.diag_embed(facts.query_energy.float()), energy, None)
+        return cls(sample.turned, turned, energy, facts.pairs)
+
+    def through(self, down: Float[Tensor, "G a r"], up: Float[Tensor, "G r a"], mean: Float[Tensor, "G a"]) -> "Site":
+        """The latents of a basis, whose groups are groups of these."""
+        groups = len(mean)
+        rows = self.rows.unflatten(1, (groups, -1)).flatten(2)  # [m, G, a]
+        latent = ((rows - mean).transpose(0, 1) @ down).transpose(0, 1)
+        joint = torch.stack([torch.block_diag(*part) for part in self.metric.unflatten(0, (groups, -1))])
+        return Site(latent, up @ joint @ up.transpose(1, 2), self.energy, None)
+
+
+@dataclass(frozen=True)
+class Quantiser(Method):
+    """A method that stores every channel in fewer bits."""
+
+    site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
+    of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
+
+    @abstractmethod
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        """How rows are stored. Its bytes do not depend on what was learnt, which may be nothing yet."""
+
+    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
+        """What is done to rows before they are stored; None: nothing."""
+        return None
+
+    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
+        """Tensors of one side. Asked only where `needs_fit`."""
+        return {}
+
+    @property
+    def samples(self) -> bool:
+        return self.needs_fit
+
+    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+        space = self._space(facts.shape)
+        found = {side: self.learn(side, Site.of(facts, side, self.site), space) for side in SIDES}
+        return {f"{side}_{k}": t.contiguous() for side in SIDES for k, t in found[side].items()}
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
+
+    def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
+        """The same before a fit and after it."""
+        return sum(self.packing(side, self._space(shape), {}).page_bytes() for side in SIDES) * 8 / self.page
+
+    def _codec(self, side: Side, shape: LayerShape, fitted: Fitted) -> Codec:
+        space, learnt = self._space(shape), of_side(fitted, side)
+        stored, change = self.packing(side, space, learnt), self.change(side, space, learnt)
+        site = self.site if side == "key" else "v"
+        return HeadwiseCodec(site, stored) if change is None else BasisCodec(site, *change, stored)
+
+    def _space(self, shape: LayerShape) -> Space:
+        return Space(shape.heads, shape.head_dim, self.page, shape.dtype, True)
+
+
+def axes(space: Space, bits: int | None, axis: str, group: int) -> Packing:
+    """Floats for bits=None, else affine codes on an axis."""
+    return packing(space.groups, space.width, space.page, bits, axis, group, space.dtype)
+
+
+def of_side(fitted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without it."""
+    return {k.removeprefix(f"{prefix}_"): t for k, t in fitted.items() if k.startswith(f"{prefix}_")}

@@ -1,0 +1,59 @@
+"""CSKV's latents as every quantiser stores them: the same bytes as promised, and no more lost than what is rounded."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvshrink import CSKV, methods
+from kvshrink.errors import SettingError
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods.quant._quantiser import Quantiser
+
+SHAPE = LayerShape(4, 20, torch.float32)
+QUANTISERS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
+
+
+def offered(name: str) -> list:
+    """Bits of a quantiser that CSKV may ask for."""
+    cls = methods.get(name)
+    if "bits" not in {f.name for f in dataclasses.fields(cls)}:
+        return [None]
+    found = []
+    for bits in (None, 8, 4, 3, 2, 1.5, 1):
+        try:
+            cls(bits=bits)
+        except (SettingError, TypeError):
+            continue
+        found.append(bits)
+    return found
+
+
+@pytest.mark.parametrize(("name", "bits"), [(n, b) for n in QUANTISERS for b in offered(n)])
+@pytest.mark.parametrize("group_heads", [None, 1])
+def test_latents_are_stored_in_the_bytes_promised_and_come_back(name, bits, group_heads, facts_of):
+    method = CSKV(keep=0.7, bits=bits, codec=name, group_heads=group_heads)
+    facts = facts_of(SHAPE)
+    fitted, plain = method.fit_layer(facts), CSKV(keep=0.7, group_heads=group_heads)
+    rows = facts.sample.keys[:64].transpose(0, 1)[None], facts.sample.values[:64].transpose(0, 1)[None]
+    promised = 0
+    for codec, exact, x in zip(
+        method.codecs(SHAPE, fitted), plain.codecs(SHAPE, plain.fit_layer(facts)), rows, strict=True
+    ):
+        stored = codec.encode(x, None)
+        assert sum(t.nbytes for t in stored.values()) == 2 * codec.page_bytes()
+        promised += codec.page_bytes()
+        want, got = exact.smooth(x), codec.decode(stored, SHAPE.heads)
+        # what one bit between minimum and maximum loses is more than there is
+        most = 0.66 if bits != 1 else 2.5
+        assert (got - want).square().sum() < most * (want - want.mean(2, keepdim=True)).square().sum()
+    assert method.bits_per_token(SHAPE, fitted) == promised * 8 / method.page == method.bits_per_token(SHAPE, {})
+
+
+def test_a_codec_that_is_none_is_refused():
+    with pytest.raises(SettingError, match="does not store latents"):
+        CSKV(codec="streaming_llm")
+    with pytest.raises(SettingError, match="Did you mean 'rtn'"):
+        CSKV(codec="rtm")
+    with pytest.raises(SettingError, match="bits=5"):
+        CSKV(codec="kivi", bits=5)
