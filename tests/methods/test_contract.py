@@ -182,7 +182,8 @@ def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape)
     for codec in codecs:
         row = rows_of(shape, 1, b=1)[:, :, :1]
         back = codec.decode(codec.encode(row.expand(-1, -1, 32, -1), None), shape.heads)
-        assert torch.equal(back, back[:, :, :1].expand_as(back))
+        # a product of matrices may differ in its last digit from row to row
+        torch.testing.assert_close(back, back[:, :, :1].expand_as(back), rtol=1e-6, atol=1e-6)
         latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, 32, -1), None)))
         centre = codec.expand(latent, shape.heads)
         torch.testing.assert_close(codec.decode(codec.encode(centre, None), shape.heads), centre, atol=1e-5, rtol=0)
@@ -202,11 +203,12 @@ def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, facts_of):
         extents = layer.pages.extents
         return {name: torch.cat([e[name] for e in extents], 1).clone() for name in (extents[0] if extents else ())}
 
-    append(300)
+    first = method.window + method.sinks + 8 * method.page
+    append(first)
     before = body()
     assert bool(before) != method.drops_tokens
-    while layer.seen < 1300:
-        append(1 if layer.seen < 380 else 20)
+    while layer.seen < first + 1000:
+        append(1 if layer.seen < first + 80 else 20)
     for name, after in body().items():
         assert after.shape[1] > before[name].shape[1]
         assert torch.equal(after[:, : before[name].shape[1]], before[name])

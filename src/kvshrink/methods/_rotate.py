@@ -17,16 +17,29 @@ SEED = 0
 @cache
 def rotation(size: int) -> Float[Tensor, "size size"]:
     """Orthogonal, the same at every call: signs times a Hadamard matrix, float32."""
-    generator, blocks, left = torch.Generator().manual_seed(SEED), [], size
-    while left:
-        block = 2 ** (left.bit_length() - 1)
+    generator, blocks = torch.Generator().manual_seed(SEED), []
+    for block in _blocks(size, size):
         signs = torch.randint(0, 2, (block,), generator=generator) * 2.0 - 1.0
-        blocks.append(signs[:, None] * _hadamard(block) / block**0.5)
-        left -= block
+        blocks.append(signs[:, None] * _plain(block) / block**0.5)
     return torch.block_diag(*blocks)
 
 
-def _hadamard(size: int) -> Tensor:
+@cache
+def hadamard(size: int, most: int) -> Float[Tensor, "size size"]:
+    """Orthogonal, without signs, in blocks of at most `most`."""
+    return torch.block_diag(*(_plain(block) / block**0.5 for block in _blocks(size, most)))
+
+
+def _blocks(size: int, most: int) -> list[int]:
+    """Powers of two, at most `most`, that make up a size, the largest first."""
+    found = []
+    while size:
+        found.append(2 ** (min(size, most).bit_length() - 1))
+        size -= found[-1]
+    return found
+
+
+def _plain(size: int) -> Tensor:
     """Entries 1 and -1; size is a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:

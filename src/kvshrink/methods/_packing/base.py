@@ -55,7 +55,7 @@ class Packing(ABC):
         """What `load(store(latent))` gives, with a straight-through gradient (for quantisation-aware training)."""
         with torch.no_grad():
             rounded = self.load(self.store(latent, None))
-        return latent + (rounded - latent).detach()
+        return rounded + (latent - latent.detach())  # in this order the sum is the rounded number itself
 
 
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:

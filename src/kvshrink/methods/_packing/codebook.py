@@ -138,7 +138,7 @@ def _stored(side: Tensor | None, name: str, sides: Sides) -> dict[str, Tensor]:
     if sides == "power":
         exponent = torch.frexp(side).exponent - (torch.frexp(side).mantissa == 0.5).int()
         return {name: (exponent + BIAS).clamp(1, 255).where(side > 0, 0).to(torch.uint8)}
-    flat = side.flatten(3).abs().amax(-1) / E4M3  # [b, p, G]
+    flat = side.reshape(*side.shape[:3], -1).abs().amax(-1) / E4M3  # [b, p, G]
     over = flat.where(flat > 0, 1.0).reshape(*flat.shape, *[1] * (side.dim() - 3))
     return {name: (side / over).to(torch.float8_e4m3fn).view(torch.uint8), f"{name}_top": flat}
 

@@ -62,6 +62,14 @@ class Change(NamedTuple):
         """By permutations [G, a]: z_i = x_order[i]."""
         return cls.turned(torch.nn.functional.one_hot(order, order.shape[1]).float().transpose(1, 2))
 
+    def forward(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
+        flat = rows.unflatten(1, (len(self.mean), -1)).transpose(2, 3).flatten(3)
+        return (flat - self.mean[:, None]) @ self.down
+
+    def back(self, latent: Float[Tensor, "b G t r"], groups: int) -> Float[Tensor, "b h t d"]:
+        rows = latent @ self.up + self.mean[:, None]
+        return rows.unflatten(-1, (groups // len(self.mean), -1)).transpose(2, 3).flatten(1, 2)
+
     def then(self, other: "Change") -> "Change":
         """This one, then another of the same groups."""
         mean = self.mean + (other.mean[:, None] @ self.up)[:, 0]
@@ -89,10 +97,10 @@ class Site:
         """The metric's diagonal: what an error in one channel costs."""
         return self.metric.diagonal(dim1=1, dim2=2)
 
-    def error(self, rows: Float[Tensor, "m G r"]) -> Float[Tensor, ""]:
-        """What it costs, relative to the rows' own size, to read the rows like this."""
-        wrong = (rows - self.rows).transpose(0, 1)
-        right = self.rows.transpose(0, 1)
+    def error(self, rows: Float[Tensor, "k G r"]) -> Float[Tensor, ""]:
+        """What it costs, relative to the rows' own size, to read the first k rows like this."""
+        right = self.rows[: len(rows)].transpose(0, 1)
+        wrong = rows.transpose(0, 1) - right
         cost, size = (((x @ self.metric) * x).sum() for x in (wrong, right))
         return cost / size.clamp_min(1e-30)
 
@@ -100,6 +108,15 @@ class Site:
         """Whole pages of the rows, as a packing takes them."""
         whole = len(self.rows) // page * page
         return self.rows[:whole].transpose(0, 1)[None]
+
+    def cost(self, packing: Packing, change: Change | None = None) -> float:
+        """The error of rows that went through a change and a packing."""
+        rows = self.tokens(packing.page)
+        if change is None:
+            back = packing.fake(rows)
+        else:
+            back = change.back(packing.fake(change.forward(rows)), rows.shape[1])
+        return float(self.error(back[0].transpose(0, 1)))
 
     @classmethod
     def of(cls, facts: LayerFacts, side: Side, site: str) -> "Site":

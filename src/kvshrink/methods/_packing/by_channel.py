@@ -1,0 +1,116 @@
+"""Two forms in one page: the channels of most worth in one, the others in another; and rows turned before they lie.
+
+Which channels of a page those are is one bit a channel, stored once for all tokens of the page.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.kernels.pack import pack, packed_bytes, unpack
+from kvshrink.methods._packing.base import Packing, Stored, joined, paged, there
+from kvshrink.shapes import Bool, Float, Int
+
+MASK = "mask"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ByChannel(Packing):
+    """high takes the `high.width` channels of most worth of each page and group, low the others.
+
+    worth: "range" (maximum - minimum over the page's tokens) or "size" (mean magnitude).
+    """
+
+    high: Packing
+    low: Packing
+    worth: Literal["range", "size"]
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return self.high.groups
+
+    @property
+    def page(self) -> int:  # type: ignore[override]
+        return self.high.page
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.high.width + self.low.width
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        inner = {f"{form}.{name}" for form, p in (("high", self.high), ("low", self.low)) for name in p.side}
+        return frozenset(inner | {MASK})
+
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        pages = paged(latent, self.page)
+        best = self._worth(pages, there(valid, self.page)).argsort(dim=-1, descending=True, stable=True)
+        high, low = best.split([self.high.width, self.low.width], -1)
+        mask = torch.zeros_like(best, dtype=torch.uint8).scatter_(-1, high, 1)
+        stored = {MASK: pack(torch.nn.functional.pad(mask, (0, -self.width % 8)), 1)}
+        for form, packing, channels in (("high", self.high, high), ("low", self.low, low)):
+            part = pages.take_along_dim(channels.sort(-1).values[..., None, :], -1)
+            stored |= {f"{form}.{k}": t for k, t in packing.store(joined(part), valid).items()}
+        return stored
+
+    def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        parts = [
+            paged(packing.load({k.removeprefix(form): t for k, t in stored.items() if k.startswith(form)}), self.page)
+            for form, packing in (("high.", self.high), ("low.", self.low))
+        ]
+        return joined(torch.cat(parts, -1).take_along_dim(self._places(stored)[..., None, :], -1))
+
+    def page_bytes(self) -> int:
+        mask = packed_bytes(self.width + -self.width % 8, 1)
+        return self.high.page_bytes() + self.low.page_bytes() + self.groups * mask
+
+    def _worth(self, pages: Tensor, real: Tensor | None) -> Float[Tensor, "b p G r"]:
+        if self.worth == "size":
+            return (pages if real is None else pages.masked_fill(~real, 0.0)).abs().sum(3)
+        if real is None:
+            return pages.amax(3) - pages.amin(3)
+        low, high = (pages.masked_fill(~real, end) for end in (torch.inf, -torch.inf))
+        return high.amax(3) - low.amin(3)  # of no real token: all alike
+
+    def _places(self, stored: Stored) -> Int[Tensor, "b p G r"]:
+        """Where each channel lies among high's channels, then low's."""
+        mask = unpack(stored[MASK], 1)[..., : self.width].long()
+        return torch.where(mask > 0, mask.cumsum(-1) - 1, self.high.width + (1 - mask).cumsum(-1) - 1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Turned(Packing):
+    """Rows times an orthogonal matrix, in the form `inner`: for parts of rows, which no change of basis reaches."""
+
+    inner: Packing
+    matrix: Float[Tensor, "r r"]
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return self.inner.groups
+
+    @property
+    def page(self) -> int:  # type: ignore[override]
+        return self.inner.page
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.inner.width
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.side
+
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.inner.store(latent.float() @ self.matrix.to(latent.device), valid)
+
+    def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        rows = self.inner.load(stored)
+        return rows @ self.matrix.T.to(rows.device)
+
+    def page_bytes(self) -> int:
+        return self.inner.page_bytes()

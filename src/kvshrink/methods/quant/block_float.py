@@ -1,0 +1,60 @@
+"""Accurate Block Quantization: block floating point, with channels of like size side by side. arXiv 2403.20137
+
+`group` channels of a token share one 8-bit exponent; each number is a signed mantissa of `bits` bits. One large channel
+costs its neighbours their bits, so channels of a head are sorted by size (K-sort): 4.25 bits at 4 and 32 channels. The
+order folds into the query and the output.
+
+Departures: sorted by the root mean square of calibration rows, not by the norms of the key projection's rows, so that
+biases and norms count; the query needs no RoPE of its own order, since keys are sorted after RoPE; values are sorted as
+well; the query stays in float32.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+
+BITS = (3, 4, 8)
+
+
+@final
+@dataclass(frozen=True)
+class BlockFloat(Quantiser):
+    """Signed `bits`-bit mantissas, one 8-bit exponent a token and `group` sorted channels of a head."""
+
+    bits: int = 4
+    group: int = 32
+
+    needs_fit: ClassVar[bool] = True
+    dial: ClassVar[str] = "bits"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
+        return BITS
+
+    def check(self) -> None:
+        super().check()
+        one_of("bits", self.bits, BITS)
+        whole("group", self.group)
+        require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
+
+    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
+        return {"order": site.rows.square().mean(0).argsort(1, descending=True)}
+
+    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
+        return Change.ordered(learnt["order"])
+
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        half = 2 ** (self.bits - 1)
+        mantissas = torch.arange(-half, half).float()
+        group = min(self.group, space.width)
+        return Codebook(space.groups, space.width, space.page, mantissas, "token", group, "absmax", "power")
+
+
+METHOD = BlockFloat

@@ -1,0 +1,72 @@
+"""QServe's KV4: one scale a token and head, keys smoothed by SmoothAttention. arXiv 2405.04532
+
+Keys have some channels of large numbers in every token. Dividing channel i by lambda_i = max |K_i|^alpha, and
+multiplying the query, leaves scores as they are and rows even. The two channels of a RoPE pair share a lambda, as the
+paper folds it into weights before RoPE. alpha is the best of 20 steps for the scores. Values are rotated (Hadamard), as
+the paper rotates the input of the output projection. 4 bits and one scale and minimum for a head of 128: 4.25 bits.
+
+Departures: alpha is chosen for each layer by the error of scores, not of the layer's output; the zero point is a float
+minimum (the paper rounds -15 min / (max - min)); sinks and a recent window are exact.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods._rotate import rotation
+from kvshrink.methods._settings import one_of
+from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
+from kvshrink.shapes import Float
+
+BITS = (2, 3, 4, 8)
+STEPS = 20  # of alpha between 0 and 1
+
+
+@final
+@dataclass(frozen=True)
+class QServe(Quantiser):
+    """`bits`-bit codes, one scale a token and head; smoothed keys after RoPE, rotated values."""
+
+    bits: int = 4
+
+    needs_fit: ClassVar[bool] = True
+    dial: ClassVar[str] = "bits"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
+        return BITS
+
+    def check(self) -> None:
+        super().check()
+        one_of("bits", self.bits, BITS)
+
+    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
+        if side == "value":
+            return {}
+        packing, most = self.packing(side, space, {}), largest(site)
+        scales = [most.pow(step / STEPS) for step in range(STEPS + 1)]
+        return {"smooth": min(scales, key=lambda scale: site.cost(packing, Change.scaled(scale)))}
+
+    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
+        if side == "value":
+            return Change.turned(rotation(space.width).expand(space.groups, -1, -1))
+        return Change.scaled(learnt["smooth"])
+
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "token", space.width)
+
+
+def largest(site: Site) -> Float[Tensor, "G r"]:
+    """Largest magnitude of each channel, the same for both of a RoPE pair; 1 where a channel is always 0."""
+    most = site.rows.abs().amax(0)
+    if site.pairs is not None:
+        first, second = site.pairs
+        most[:, first] = most[:, second] = torch.maximum(most[:, first], most[:, second])
+    return most.where(most > 0, torch.ones_like(most))
+
+
+METHOD = QServe

@@ -1,0 +1,61 @@
+"""RoSTE: rotate a layer only where that makes its rounding error smaller. arXiv 2502.09003
+
+The KV part of a method that fine-tunes a 4-bit model: for each layer, and for keys and values apart, a Hadamard
+rotation is on or off, whichever loses less; 4-bit codes per token of a head. Where this library trains through rounding
+is `CSKV(codec="rtn", qat=True, steps=...)`.
+
+Departures: the choice is by the error of scores and of the layer's output on calibration rows, not by that of the
+weights and activations of a training step; keys are rotated after RoPE, where the rotation folds into the query; float
+minimum; the straight-through training itself is not part of a cache.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods._rotate import rotation
+from kvshrink.methods._settings import one_of
+from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
+
+BITS = (2, 3, 4, 8)
+
+
+@final
+@dataclass(frozen=True)
+class RoSTE(Quantiser):
+    """`bits`-bit codes, one scale a token and head, rotated where that helps."""
+
+    bits: int = 4
+
+    needs_fit: ClassVar[bool] = True
+    dial: ClassVar[str] = "bits"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
+        return BITS
+
+    def check(self) -> None:
+        super().check()
+        one_of("bits", self.bits, BITS)
+
+    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
+        packing = self.packing(side, space, {})
+        turned, plain = site.cost(packing, _turn(space, site.rows)), site.cost(packing)
+        return {"rotated": torch.tensor(turned < plain)}
+
+    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
+        return _turn(space, learnt["rotated"]) if bool(learnt["rotated"]) else None
+
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "token", space.width)
+
+
+def _turn(space: Space, like: Tensor) -> Change:
+    return Change.turned(rotation(space.width).to(like.device).expand(space.groups, -1, -1))
+
+
+METHOD = RoSTE

@@ -1,0 +1,78 @@
+"""RotateKV: 2-bit keys before RoPE, rotated over four heads and reordered. arXiv 2501.16383
+
+Outliers sit in the same channels of neighbouring heads, so a Hadamard matrix over `joint` heads levels them better than
+one a head. What unevenness is left lies in fixed channels; these are reordered by their sum over calibration rows, so
+that neighbours, which share a scale, are alike. Values get a rotation a head. All of it folds into weights.
+
+Departures: the order of the paper's code (rotate, then reorder), not of its text; 4 sinks of position instead of the
+tokens with the largest activations of each layer; rows are rotated by a matrix product where they are rebuilt, not by a
+fast transform; Hadamard blocks where a size is no power of two; levels are 2^b - 1 at every b (the official code has
+b^2 - 1).
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods._rotate import hadamard
+from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+
+BITS = (2, 3, 4, 8)
+
+
+@final
+@dataclass(frozen=True)
+class RotateKV(Quantiser):
+    """`bits`-bit codes per token and `group` channels; keys rotated over `joint` heads (or what of it divides them)."""
+
+    bits: int = 2
+    group: int = 128
+    joint: int = 4
+
+    needs_fit: ClassVar[bool] = True
+    site: ClassVar = "k_pre"
+    dial: ClassVar[str] = "bits"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
+        return BITS
+
+    def check(self) -> None:
+        super().check()
+        one_of("bits", self.bits, BITS)
+        for name in ("group", "joint"):
+            whole(name, getattr(self, name))
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1.")
+
+    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
+        if side == "value":
+            return {}
+        turned = self._turn(side, space, site.rows).forward(site.rows.transpose(0, 1)[None])
+        return {"order": turned[0].sum(1).argsort(1, descending=True)}
+
+    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
+        if side == "value":
+            return self._turn(side, space, None)
+        return self._turn(side, space, learnt["order"]).then(Change.ordered(learnt["order"]))
+
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        groups, width = self._joined(side, space)
+        return Affine(groups, width, space.page, self.bits, "token", min(self.group, width))
+
+    def _joined(self, side: Side, space: Space) -> tuple[int, int]:
+        """(groups, channels of one) after neighbouring heads are taken together."""
+        members = gcd(self.joint, space.groups) if side == "key" and space.heads else 1
+        return space.groups // members, space.width * members
+
+    def _turn(self, side: Side, space: Space, like: Tensor | None) -> Change:
+        groups, width = self._joined(side, space)
+        matrix = hadamard(width, width)
+        return Change.turned((matrix if like is None else matrix.to(like.device)).expand(groups, -1, -1))
+
+
+METHOD = RotateKV
