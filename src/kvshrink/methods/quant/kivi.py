@@ -1,11 +1,11 @@
 """KIVI: 2-bit keys per channel and values per token, the recent tokens exact. arXiv 2402.02750
 
-Keys have few channels of large numbers, so they get one scale per channel over 32 tokens; values have none and get one
-per token and 32 channels. Nothing is learnt and nothing is quantised twice. At 2 bits the scales are a third of the
-bytes: 3 bits a number.
+Keys have few channels of large numbers, so they get one scale per channel over `group` tokens; values have none and get
+one per token and `group` channels. Nothing is learnt and nothing is quantised twice. At 2 bits and groups of 32 the
+scales are a third of the bytes: 3 bits a number.
 
-Departures from the paper: its `residual` of R = 128 tokens is our `window`, and pages of 32 tokens leave it, so that
-between 128 and 160 recent keys and values are exact; the paper keeps 0 to R keys (a block of R is quantised at once)
+Departures from the paper: its `residual` of R = 128 tokens is our `window`, and pages of `group` tokens leave it, so
+that between 128 and 160 recent keys and values are exact; the paper keeps 0 to R keys (a block of R is quantised at once)
 and exactly R values. Scale and minimum are float16, as in the paper.
 """
 
@@ -15,30 +15,38 @@ from typing import ClassVar, final
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require
+from kvshrink.methods._settings import one_of
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
-BITS = (2, 4)
+BITS, GROUPS = (2, 4), (32, 64, 128)
 
 
 @final
 @dataclass(frozen=True)
 class KIVI(Quantiser):
-    """`bits`-bit keys and values, groups of 32, the last `window` tokens (the paper's residual) exact, no sinks."""
+    """`bits`-bit keys and values, the last `window` tokens (the paper's residual) exact, no sinks.
+
+    group: tokens that share a key channel's scale, and channels that share a value's: 32, 64 or 128.
+    """
 
     window: int = 128
     sinks: int = 0
     bits: int = 2
+    group: int = 32
 
     dial: ClassVar[str] = "bits"
-    group: ClassVar[int] = Quantiser.page  # channels that share a value's scale: the paper's one group size is our page
+
+    @property
+    def page(self) -> int:  # type: ignore[override]
+        return self.group  # the paper's one group size
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
         return BITS
 
     def check(self) -> None:
         super().check()
-        require(type(self.bits) is int and self.bits in BITS, f"bits={self.bits!r}", f"Use one of {BITS}.")
+        one_of("bits", self.bits, BITS)
+        one_of("group", self.group, GROUPS)
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
         return axes(space, self.bits, "channel" if side == "key" else "token", self.group)

@@ -1,0 +1,54 @@
+"""The table and the picture of bench/quantisers.py."""
+
+from pathlib import Path
+
+from kvshrink.eval.plots import pyplot, save
+
+HEAD = "| method | bits stored | bytes kept | KL, text | KL, retrieval | right answers |\n" + "| --- " * 6 + "|\n"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, most bytes first."""
+    lines = []
+    for r in sorted(rows, key=lambda r: (-r["kept"], r["label"])):
+        name = f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"]
+        score = f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        kl = f"{r['kl_text']:.4f} | {r['kl_retrieval']:.4f}"
+        lines.append(f"| {name} | {r['bits']:.2f} | {100 * r['kept']:.1f} % | {kl} | {score} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def front(rows: list[dict], value: str, better: float) -> list[dict]:
+    """Rows that no other beats in bytes and value."""
+    out: list[dict] = []
+    for r in sorted(rows, key=lambda r: (r["kept"], better * r[value])):
+        if not out or better * r[value] < better * out[-1][value]:
+            out.append(r)
+    return out
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KL and right answers against bytes held; the front of ours is named."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
+    mine = [r for r in rows if r["group"] not in ("peer", "full")]
+    theirs = [r for r in rows if r["group"] == "peer"]
+    values = (("kl_text", "KL, held-out text (nats)", 1), ("kl_retrieval", "KL, question and answer (nats)", 1))
+    for axis, (value, title, better) in zip(axes, (*values, ("score", "right answers", -1)), strict=True):
+        for group, colour, label in ((theirs, "tab:red", "QuantizedCache"), (mine, "tab:blue", "kvshrink")):
+            axis.plot([100 * r["kept"] for r in group], [r[value] for r in group], "o", ms=4, color=colour, label=label)
+        for r in front(mine, value, better):
+            name = r["label"].replace(" w32", "").replace("bits=", "")
+            axis.annotate(
+                name, (100 * r["kept"], r[value]), fontsize=6, rotation=30, xytext=(2, 2), textcoords="offset points"
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("bytes held, % of the full cache's")
+        axis.grid(alpha=0.3)
+    for axis in axes[:2]:
+        axis.set_yscale("log")
+    axes[2].axhline(
+        next(r["score"] for r in rows if r["group"] == "full"), color="0.5", lw=1, ls=":", label="full cache"
+    )
+    axes[2].legend(fontsize=8)
+    save(figure, path)

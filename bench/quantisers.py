@@ -1,0 +1,256 @@
+"""What a stored bit buys: every quantiser beside transformers' QuantizedCache, on retrieval and on held-out text.
+
+    bench/peers/make.sh quanto hqq
+    bench/peers/quanto-hqq/venv/bin/python bench/quantisers.py     # writes docs/results/quantisers.json, .md and .png
+
+The bundled reference model, contexts of 4,096 tokens, which every side is given after the same exact prefill. A prompt
+is read by all sides in turn before the next one. Bits are of a stored number, scales and indices included, from the
+tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything (window,
+sinks, positions) over the full cache. The last tokens of a context, beyond a multiple of 64, are read with the
+question. Answers are greedy; KL is over question and answer, and over the last 128 tokens of book text, 32 a forward.
+Run again to go on where it stopped.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from plot_quantisers import draw, table
+from tqdm import tqdm
+from transformers import DynamicCache, cache_utils
+
+from kvshrink import make_cache, methods, reference_model
+from kvshrink.attach import attach
+from kvshrink.attach.factory import digest_of
+from kvshrink.eval import calibration, metrics
+from kvshrink.eval.catalogue import choices, gather
+from kvshrink.eval.entries import Entry
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.identity import model_key
+from kvshrink.eval.measure import held_out
+from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.eval.prefill import fill, prefill
+from kvshrink.eval.prompt import encode
+from kvshrink.eval.stats import bootstrap
+from kvshrink.eval.teacher import compared
+from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.store import files
+from kvshrink.store.bytes import nbytes
+
+LENGTH, SCORED, CHUNK = 4096, 128, 32
+MULTIPLE = 64  # contexts are cut to it, the rest is read exactly with the question: quanto's axis -1 refuses others
+TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
+FULL = "full"
+WINDOW = {"window": 32, "sinks": 4}  # of every quantiser, beside the paper's own where that differs
+# settings that stand for about 1.5 bits, where a method has no `bits`
+OTHERS = {"kivi": [{"group": 64}, {"group": 128}, {"bits": 4, "group": 64}]}
+
+
+@dataclass
+class Side:
+    """A way to hold the cache. fill: a cache from an exact prefill; bits: of a stored number, of such a cache."""
+
+    label: str
+    group: str
+    identity: str
+    fill: Callable[[DynamicCache], Any]
+    held: Callable[[Any], tuple[float, int]]
+
+
+def ours(model: Any, label: str, group: str, method: Any) -> Side:
+    attachment = attach(model)
+
+    def filled(dense: DynamicCache) -> Any:
+        cache = make_cache(model, method)
+        fill(cache, dense, attachment)
+        return cache
+
+    def held(cache: Any) -> tuple[float, int]:
+        layers = [layer for layer in cache.compressed if len(layer.pages)]
+        stored = sum(nbytes(t for _, t in layer.pages.tensors()) for layer in layers)
+        numbers = sum(len(layer.pages) * layer.pages.page * 2 * layer.shape.width for layer in layers)
+        return 8 * stored / max(1, numbers), cache.nbytes
+
+    return Side(label, group, digest_of(method), filled, held)
+
+
+def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Side:
+    """transformers' own, with its default residual of 128 tokens, which a prefill leaves empty."""
+    kind = {"quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}[backend]
+    label = f"QuantizedCache {backend} int{bits} axis {axis} group {size}"
+
+    def filled(dense: DynamicCache) -> Any:
+        cache = DynamicCache(config=model.config)
+        make = getattr(cache_utils, kind)
+        cache.layers = [make(bits, axis, axis, size) for _ in dense.layers]
+        for i, layer in enumerate(dense.layers):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
+    def held(cache: Any) -> tuple[float, int]:
+        quantised, rest, numbers = 0, 0, 0
+        for layer in cache.layers:
+            parts = (layer._quantized_keys, layer._quantized_values)
+            if backend == "quanto":
+                tensors = [t for q in parts for t in (q._data._data, q._scale, q._shift)]
+                numbers += sum(q.numel() for q in parts)
+            else:
+                tensors = [t for codes, meta in parts for t in (codes, meta["scale"], meta["zero"])]
+                numbers += sum(int(np.prod(meta["shape"])) for _, meta in parts)
+            quantised += nbytes(tensors)
+            rest += nbytes([layer.keys, layer.values])
+        return 8 * quantised / numbers, quantised + rest
+
+    return Side(label, "peer", label, filled, held)
+
+
+def plan() -> list[Entry]:
+    """Every quantiser at every number of bits that it offers between 1 and 4 (and those that have none)."""
+    out = []
+    for name in methods.names():
+        cls = methods.get(name)
+        if not issubclass(cls, Quantiser):
+            continue
+        variants: list[dict] = []
+        for bits in (4, 3, 2, 1.5, 1):
+            try:
+                cls(bits=bits)
+                variants.append({"bits": bits})
+            except (methods.SettingError, TypeError):
+                continue
+        for given in [*(variants or [{}]), *OTHERS.get(name, [])]:
+            shown = ",".join(f"{k}={v}" for k, v in given.items())
+            label = f"{name}:{shown}" if shown else name
+            own = cls(**given)
+            out.append(Entry(label, own, series="paper's window"))
+            near = methods.build(name, given | WINDOW)
+            if near != own:
+                out.append(Entry(f"{label} w32", near, series="window 32"))
+    return out
+
+
+def peers(model: Any) -> list[Side]:
+    found = [("quanto", b, a, g) for b in (4, 2) for a in (0, -1) for g in (64, 32)]
+    # hqq packs 3 bits along axis 1 so that it cannot read them again
+    found += [("hqq", b, a, g) for b in (4, 3, 2, 1) for a in (0, 1) for g in (64, 32) if (b, a) != (3, 1)]
+    return [peer(model, *settings) for settings in found]
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, ids: list[int], cache: Any, limit: int) -> str:
+    given = torch.tensor([ids])
+    out = model.generate(
+        given, attention_mask=torch.ones_like(given), past_key_values=cache, max_new_tokens=limit, do_sample=False
+    )
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def divergence(model: Any, ids: list[int], first: int, cache: Any, dense: DynamicCache, chunk: int) -> list[float]:
+    """KL of the predictions of ids[first:], a chunk a forward, from those over the full cache."""
+    found: list[float] = []
+    for at in range(first - 1, len(ids) - 1, chunk):
+        end = min(at + chunk, len(ids) - 1)
+        part, targets = torch.tensor([ids[at:end]]), torch.tensor(ids[at + 1 : end + 1])
+        full, mine = (model(input_ids=part, past_key_values=c).logits[0] for c in (dense, cache))
+        found += compared(full, mine, targets)[2].tolist()
+    return found
+
+
+def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int, documents: int) -> None:
+    """Every side's answers and divergences into the log: a prompt at a time, all sides in turn."""
+    identity = model_key(model)
+    samples, skipped = gather(choices(TASKS), [LENGTH], cases, 0, tokenizer, True)
+    assert not skipped, skipped
+    prompts = [("book", n, ids[0].tolist(), None) for n, ids in enumerate(held_out(tokenizer, LENGTH, documents, 0))]
+    for task in samples:
+        for n, sample in enumerate(task.samples):
+            context, question = encode(sample, tokenizer)
+            prompts.append((task.title, n, context + question, sample))
+    for title, n, ids, sample in tqdm(prompts, desc="prompts"):
+        keys = {side.label: key_of(identity, side.identity, title, ids) for side in sides}
+        todo = [side for side in sides if keys[side.label] not in log.rows]
+        if not todo:
+            continue
+        context = len(ids) - SCORED if sample is None else len(encode(sample, tokenizer)[0])
+        context = context // MULTIPLE * MULTIPLE
+        dense = prefill(model, torch.tensor([ids[:context]]))
+        for side in todo:
+            cache = side.fill(dense)
+            bits, held = side.held(cache)
+            row = {"key": keys[side.label], "side": side.label, "task": title, "case": n, "bits": bits}
+            row["kept"] = held / nbytes(t for layer in dense.layers for t in (layer.keys, layer.values))
+            if sample is None:
+                scored, chunk = ids, CHUNK
+            else:
+                row["output"] = answer(model, tokenizer, ids, side.fill(dense), sample.max_new_tokens)
+                row["score"] = metrics.score(sample, row["output"])
+                scored = ids + tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
+                chunk = len(scored)
+            row["kl"] = np.round(divergence(model, scored, context + 1, cache, copy.deepcopy(dense), chunk), 6).tolist()
+            log.add(row)
+
+
+def summary(sides: list[Side], log: Log) -> list[dict]:
+    by_side: dict[str, list[dict]] = {}
+    for row in log.rows.values():
+        by_side.setdefault(row["side"], []).append(row)
+    out = []
+    for side in sides:
+        rows = by_side[side.label]
+        text, asked = ([r for r in rows if (r["task"] == "book") == book] for book in (True, False))
+        hits = [r["score"] for r in sorted(asked, key=lambda r: (r["task"], r["case"]))]
+        low, high = bootstrap(hits, 0)
+        found = {"label": side.label, "group": side.group, "answers": len(hits)}
+        numbers = {
+            "bits": float(np.mean([r["bits"] for r in rows])),
+            "kept": float(np.mean([r["kept"] for r in rows])),
+            "kl_text": float(np.mean([np.mean(r["kl"]) for r in text])),
+            "kl_retrieval": float(np.mean([np.mean(r["kl"]) for r in asked])),
+            "score": float(np.mean(hits)),
+            "low": low,
+            "high": high,
+        }
+        out.append(found | {k: round(v, 5) for k, v in numbers.items()})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--work", type=Path, default=Path("quantisers"), help="answers and artifacts, to resume from")
+    parser.add_argument("--cases", type=int, default=12, help="per task")
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = reference_model()
+    log = Log(args.work / "outcomes.jsonl")
+    ready = fitted(plan(), model, tokenizer, calibration.texts(None), args.work / "artifacts")
+    full = Side(
+        FULL, FULL, FULL, copy.deepcopy, lambda c: (16.0, nbytes(t for x in c.layers for t in (x.keys, x.values)))
+    )
+    sides = [full, *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
+    measure(model, tokenizer, sides, log, args.cases, args.documents)
+    rows = summary(sides, log)
+    found = {
+        "command": "python bench/quantisers.py",
+        "model": "reference, bfloat16",
+        "tokens": LENGTH,
+        "cases": args.cases,
+        "documents": args.documents,
+        "tasks": TASKS,
+        "rows": rows,
+    }
+    files.write_json(args.out / "quantisers.json", found)
+    (args.out / "quantisers.md").write_text(table(rows))
+    draw(rows, args.out / "quantisers.png")
+
+
+if __name__ == "__main__":
+    main()
