@@ -64,16 +64,16 @@ class Residual(Packing):
 
 
 def factors(error: Float[Tensor, "b p G page r"], rank: int) -> tuple[Tensor, Tensor]:
-    """(left [.., page, k], right [.., k, r]): the leading part of each error.
+    """(left [.., page, k], right [.., k, r]): the leading part of each error, float64: in float32 the last bit of a
+    product depends on how many pages are multiplied at once, and a page must be stored the same whatever is beside it.
 
-    Orthonormalised in every iteration, which spans the same as once at the end would: in float32 the smaller components
-    would be lost beside the largest.
+    Orthonormalised in every iteration, which spans the same as once at the end would: the smaller components would
+    fade beside the largest.
     """
-    top = error.abs().amax((-1, -2), keepdim=True)
-    unit = error / torch.where(top > 0, top, 1.0)
-    basis = _start(error.shape[-1], rank).to(error.device)
+    error = error.double()
+    basis = _start(error.shape[-1], rank).to(error)
     for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(unit.mT @ (unit @ basis)).Q
+        basis = torch.linalg.qr(error.mT @ (error @ basis)).Q
     return error @ basis, basis.mT.contiguous()
 
 
