@@ -35,7 +35,10 @@ BIAS = 127  # of a stored exponent
 @final
 @dataclass(frozen=True, eq=False)
 class Codebook(Packing):
-    """levels: 2, 3, 4, 8, 16 or 256 of them, ascending. clip: share of the scale that is used."""
+    """levels: 2, 3, 4, 8, 16 or 256 of them, ascending. clip: share of the scale that is used.
+
+    read: what codes are read as, if not as the levels they were chosen by.
+    """
 
     groups: int
     width: int
@@ -46,6 +49,7 @@ class Codebook(Packing):
     scale: Scale = "absmax"
     sides: Sides = "float16"
     clip: float = 1.0
+    read: Float[Tensor, " levels"] | None = None
 
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]
@@ -83,7 +87,8 @@ class Codebook(Packing):
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         count = self.page * self.width
         codes = unpack(stored["codes"], self.bits) if self.bits else unpack_trits(stored["codes"], count)
-        pages = self.levels.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
+        table = self.levels if self.read is None else self.read
+        pages = table.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
         for name, change in (("scale", torch.mul), ("centre", torch.add)):
             if (side := _read(stored, name, self.sides)) is not None:
                 pages = change(pages, self.grouping.spread(side))
