@@ -7,10 +7,16 @@ import torch
 
 from kvshrink.kernels.decode import Basis, Turn
 from kvshrink.kernels.latents import Packed
-from kvshrink.methods._packing import Affine, Raw
+from kvshrink.kernels.normal.reference import levels
+from kvshrink.methods._packing import Affine, Codebook, Raw
 from kvshrink.methods._packing.mixed import Mixed
 
-FORMS = ["raw", *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)), "normal"]
+FORMS = [
+    "raw",
+    *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)),
+    *itertools.product(("table",), (1, 2, 3, 4)),
+    "normal",
+]
 PAGE = 32
 
 
@@ -25,6 +31,8 @@ def packed(
         packing = Mixed(sizes, tuple(bits), page)
     elif form == "raw":
         packing = Raw(groups, width, page, dtype)
+    elif form[0] == "table":
+        packing = Codebook(groups, width, page, levels(form[1]).float(), "token", min(group, width), "rms")
     else:
         packing = Affine(groups, width, page, form[1], form[0], min(group, width))
     stored = packing.store(rows, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvshrink import methods
 from kvshrink.cache import attend
@@ -272,6 +273,41 @@ def test_a_setting_of_the_wrong_type_is_refused_in_one_line(name):
             object.__setattr__(method, field.name, wrong)
             with contextlib.suppress(methods.SettingError, TypeCheckError):
                 method.check()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("reference", ["0", "1"])
+def test_no_tensor_of_a_decode_step_is_as_large_as_all_keys(method, facts_of, monkeypatch, reference):
+    """Neither the body's keys nor its values are alive at full length: not even their codes, one in each byte.
+
+    A page is the least that is read at a time, and scores of all query heads are.
+    """
+    shape = LayerShape(4, 16, torch.float32)
+    cache = make(method, shape, [method.fit_layer(facts_of(shape)) if method.needs_fit else {}])
+    monkeypatch.setattr(attend, "BLOCK_ELEMENTS", 4 * method.page * shape.width)
+    monkeypatch.setenv("KVSHRINK_REFERENCE", reference)
+    tokens = method.window + method.sinks + 64 * method.page
+    feed(cache, [torch.randn(1, 4, tokens, 16)], [torch.randn(1, 4, tokens, 16)])
+    keys, values = feed(cache, [torch.randn(1, 4, 1, 16)], [torch.randn(1, 4, 1, 16)])[0]
+    stored = max(t.numel() for _, t in cache.layers[0].pages.tensors()) if cache.layers[0].pages.extents else 0
+    with Largest() as seen:
+        attend.attend(torch.randn(1, 8, 1, 16), keys, values, None, 0.25, None, keys._kvshrink)
+    whole = 64 * method.page * shape.width
+    assert seen.most <= max(whole // 4, stored), "what is stored may be looked at; nothing else may be as long"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: all attention is block by block")

@@ -22,10 +22,10 @@ from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.shapes import Bool, Float
 
 PAGE = 32
-FORMS = {"channel": 3, "token": 4, "normal": 5}
+FORMS = {"channel": 3, "token": 4, "table": 4, "normal": 5}  # a table is of tokens whose minima are 0
 RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PREPARING = threading.Lock()
-SIDES = {"channel": ("scale", "low"), "token": ("scale", "low"), "normal": ("gain",)}
+SIDES = {"channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",), "normal": ("gain",)}
 
 
 class _Side(Structure):
@@ -124,10 +124,12 @@ def _side(packed: Packed, held: list) -> _Side:
         group=max(1, packed.group),
         runs=len(packed.runs),
         data=_pointer(data, held),
-        levels=_pointer(_levels(packed.form == "normal"), held),
+        levels=_pointer(_levels(packed.form == "normal") if packed.levels is None else _table(packed), held),
     )
     side.data_row, side.data_page, side.data_group = (s * data.itemsize for s in data.stride()[:3])
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
+    if packed.form == "table":  # strides stay 0: one page of zeros for all
+        side.low = _pointer(torch.zeros_like(packed.stored["scale"][0, 0, 0]), held)
     for field, name in zip(("scale", "low"), SIDES.get(packed.form, ()), strict=False):
         t = packed.stored[name]
         t = t if t[0, 0, 0].is_contiguous() else t.contiguous()
@@ -159,4 +161,12 @@ def _levels(normal: bool) -> Float[Tensor, "9 256"]:
     if normal:
         for bits in WIDTHS:
             table[bits, : 2**bits] = levels(bits)
+    return table
+
+
+def _table(packed: Packed) -> Float[Tensor, "9 256"]:
+    """The levels of a form that brings its own."""
+    assert packed.levels is not None
+    table = torch.zeros(9, 256)
+    table[packed.runs[0][0], : len(packed.levels)] = packed.levels.cpu()
     return table

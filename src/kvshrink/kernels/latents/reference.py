@@ -4,6 +4,7 @@ form       stored tensors, p pages of `page` tokens, G groups of `width` channel
 "raw"      latent [b, p, G, page, width], as floats
 "channel"  codes [b, p, G, bytes]; scale and low [b, p, G, width]: one per channel and page
 "token"    codes [b, p, G, bytes]; scale and low [b, p, G, page, ceil(width / group)]: per token and `group` channels
+"table"    codes [b, p, G, bytes]; scale [b, p, G, page, ceil(width / group)]: a code is one of `levels`, times scale
 "normal"   codes [b, p, G, bytes]: runs of channels of one width, one after the other, as Lloyd-Max codes of a unit
            normal; gain [b, p, G, ceil(width / group)]
 A run of c channels at w bits is page * c codes, tokens outermost, packed as kernels/pack says. scale, low and gain are
@@ -25,12 +26,13 @@ from kvshrink.shapes import Float
 class Packed(NamedTuple):
     """Some pages of one side. runs: (bits, channels) of neighbouring channels of one width; none for "raw"."""
 
-    form: Literal["raw", "channel", "token", "normal"]
+    form: Literal["raw", "channel", "token", "table", "normal"]
     stored: Mapping[str, Tensor]
     width: int
     page: int
     runs: tuple[tuple[int, int], ...] = ()
-    group: int = 0  # channels that share a "token" scale or a "normal" gain; the last group may be smaller
+    group: int = 0  # channels that share a "token" or "table" scale or a "normal" gain; the last group may be smaller
+    levels: Tensor | None = None  # of "table": what each code stands for, float32
 
 
 def load(packed: Packed) -> Float[Tensor, "b G t r"]:
@@ -44,7 +46,10 @@ def load(packed: Packed) -> Float[Tensor, "b G t r"]:
         pages = torch.cat(unit, -1) * spread if unit else spread.expand(*spread.shape[:3], packed.page, 0)
     else:
         codes = torch.cat([c for _, c in _runs(packed)], -1)
-        if packed.form == "channel":
+        if packed.form == "table":
+            assert packed.levels is not None
+            pages = packed.levels.to(codes.device)[codes.int()] * _spread(packed, "scale")
+        elif packed.form == "channel":
             pages = dequantize(codes, stored["scale"][..., None, :], stored["low"][..., None, :])
         else:
             pages = dequantize(codes, _spread(packed, "scale"), _spread(packed, "low"))

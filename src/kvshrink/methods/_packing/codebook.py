@@ -20,6 +20,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
 from kvshrink.methods._packing.base import Packing, Stored, checked
 from kvshrink.methods._packing.grouping import Axis, Grouping
@@ -28,6 +29,7 @@ from kvshrink.shapes import Bool, Float
 Scale = Literal["absmax", "rms", "mean", "range", "one"]
 Sides = Literal["float16", "float8", "power", "nested"]
 
+FUSED = (1, 2, 3, 4)  # bits of codes that fused kernels read
 E4M3 = 448.0  # the largest number of 8-bit floats with 3 bits of mantissa
 BIAS = 127  # of a stored exponent
 
@@ -87,12 +89,22 @@ class Codebook(Packing):
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         count = self.page * self.width
         codes = unpack(stored["codes"], self.bits) if self.bits else unpack_trits(stored["codes"], count)
-        table = self.levels if self.read is None else self.read
-        pages = table.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
+        pages = self._table.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
         for name, change in (("scale", torch.mul), ("centre", torch.add)):
             if (side := _read(stored, name, self.sides)) is not None:
                 pages = change(pages, self.grouping.spread(side))
         return pages.transpose(1, 2).flatten(2, 3)
+
+    @property
+    def _table(self) -> Float[Tensor, " levels"]:
+        """What codes are read as."""
+        return self.levels if self.read is None else self.read
+
+    def packed(self, stored: Stored) -> Packed | None:
+        if self.axis != "token" or self.sides != "float16" or self.scale in ("one", "range") or self.bits not in FUSED:
+            return None
+        runs = ((self.bits, self.width),)
+        return Packed("table", stored, self.width, self.page, runs, min(self.group, self.width), self._table)
 
     def page_bytes(self) -> int:
         count = self.page * self.width

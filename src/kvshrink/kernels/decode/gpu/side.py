@@ -16,7 +16,7 @@ from kvshrink.shapes import Float, Int
 
 PAGES = (16, 32, 64, 128)  # tokens of a page: planes of codes are whole tokens, and tiles what a product takes
 WIDEST = 1024  # channels of value latents, whose weighted sum a program holds in registers
-NUMBERS = {"raw": (), "channel": ("scale", "low"), "token": ("scale", "low"), "normal": ("gain",)}
+NUMBERS = {"raw": (), "channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",), "normal": ("gain",)}
 
 Strides = tuple[int, int, int]
 
@@ -31,7 +31,7 @@ class Side(NamedTuple):
     low: Tensor
     low_at: Strides
     places: Tensor  # where each channel's codes lie, of "normal"
-    levels: Tensor  # what codes stand for, of "normal"
+    levels: Tensor  # what codes stand for, of "normal" and "table"
 
 
 def fits(keys: Packed, values: Packed) -> bool:
@@ -47,6 +47,9 @@ def side(packed: Packed) -> Side:
     places, table = data, data
     if packed.form == "normal":
         places, table = _places(packed.runs, packed.page, data.device), _levels(data.device)
+    elif packed.form == "table":
+        assert packed.levels is not None
+        table = packed.levels.to(data.device, torch.float32)
     return Side(data, _strides(data), scale, _strides(scale), low, _strides(low), places, table)
 
 
@@ -54,13 +57,13 @@ def constants(packed: Packed, name: str) -> dict[str, Any]:
     """What a program is built for, under the names of its arguments."""
     groups = next(iter(packed.stored.values())).shape[2]
     # one run is addressed by arithmetic; bits 0: there may be several, and a table says where a channel lies
-    bits = packed.runs[0][0] if packed.form in ("channel", "token") else 0
+    bits = packed.runs[0][0] if packed.form in ("channel", "token", "table") else 0
     return {
         f"{name}_FORM": packed.form,
         f"{name}_BITS": bits,
         f"{name}_WIDTH": packed.width,
         f"{name}_GROUPS": groups,
-        f"{name}_SHARE": packed.group if packed.form in ("token", "normal") else 1,
+        f"{name}_SHARE": packed.group if packed.form in ("token", "table", "normal") else 1,
     }
 
 

@@ -31,21 +31,23 @@ def latents(
     else:
         if FORM == "normal":
             codes = _levels(side, data, token, channel, there, WIDTH, T)
-        elif BITS == 3:
-            codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T).to(tl.float32)
         else:
-            codes = _planes(data, channel, there, BITS, WIDTH, P, T, C).to(tl.float32)
+            if BITS == 3:
+                codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T)
+            else:
+                codes = _planes(data, channel, there, BITS, WIDTH, P, T, C)
+            codes = tl.load(side.levels + codes) if FORM == "table" else codes.to(tl.float32)
         # S neighbours have their numbers in common; they come as an axis, so that each number is read once
         S: tl.constexpr = _alike(SHARE, WIDTH, C)
         N: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
         share = (first + tl.arange(0, C // S) * S)[None, None, :] // SHARE
         known = (pages < end) & (share < N)
-        at = token * N + share if FORM == "token" else share
+        at = token * N + share if FORM == "token" or FORM == "table" else share
         scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1] + at
         tile = (
             tl.reshape(codes, (P, T, C // S, S)) * tl.load(scale, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
         )
-        if FORM != "normal":
+        if FORM == "channel" or FORM == "token":
             low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1] + at
             tile += tl.load(low, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
     return tl.reshape(rounded(tile, DTYPE), (P * T, C))
