@@ -40,7 +40,8 @@ def quantize(
         low, high = low + spare, high - spare
     scale16, low16 = ((high - low) / top).to(side), low.to(side)
     limit = torch.finfo(side).max  # 8-bit floats have no infinity: what is beyond them is NaN or the largest
-    if not bool(((high - low <= limit * top) & (low.abs() <= limit) & scale16.isfinite() & low16.isfinite()).all()):
+    stays = (high - low <= limit * top) & (low.abs() <= limit)
+    if not bool((stays & scale16.float().isfinite() & low16.float().isfinite()).all()):
         raise DataError(
             f"cannot quantise values in [{float(low.min()):.4g}, {float(high.max()):.4g}] to {bits} bits: NaN, "
             f"infinity or beyond {limit:.5g}, where scales end. Check the model's activations or use bits=None."
