@@ -2,13 +2,17 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from kvshrink import cli, data
+from kvshrink import cli, data, methods
 from kvshrink.eval.runner import Runner
 from kvshrink.fit import probe
 from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.quant._quantiser import Quantiser
+
+CODECS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
 
 
 @pytest.fixture
@@ -249,3 +253,25 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
 def test_usage_errors_exit_with_2(run):
     assert run("nonsense")[0] == 2
     assert run("fit")[0] == 2
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_cskv_with_each_codec_runs_from_the_command_line(run, text, codec):
+    """Fitted, saved, loaded, decoded over: in fewer bytes than the model's dtype would take, and not in silence."""
+    spec = f"cskv:keep=0.5,window=16,codec={codec}"
+    code, out, err = run("fit", "--method", spec, "--text", text, "--length", 128, "--out", "art", "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["layers"]
+    Path("p.txt").write_text(data.path("heldout.txt").read_text(encoding="utf-8")[:1200])
+    code, out, err = run("generate", "--artifact", "art", "--prompt-file", "p.txt", "--max-new-tokens", 3, "--json")
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert record["kept"] < 0.75
+    assert record["output"]
+
+
+def test_a_codec_that_is_none_is_refused_in_one_line(run, text):
+    for spec in ("cskv:codec=cskv", "cskv:codec=turbo", "cskv:codec=kivi,bits=7"):
+        code, _, err = run("fit", "--method", spec, "--text", text, "--out", "art")
+        assert code == 2
+        assert len(err.strip().splitlines()) == 1
