@@ -52,3 +52,24 @@ def draw(rows: list[dict], path: Path) -> None:
     )
     axes[2].legend(fontsize=8)
     save(figure, path)
+
+
+def front_picture(rows: list[dict], path: Path) -> None:
+    """KL of every composition: a column a budget, bars from the best to the worst."""
+    plt = pyplot()
+    groups = sorted({r["group"] for r in rows}, reverse=True)
+    figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 9), layout="constrained")
+    for axis, group in zip(axes, groups, strict=True):
+        mine = sorted((r for r in rows if r["group"] == group), key=lambda r: r["kl_text"] + r["kl_retrieval"])
+        names = [r["label"].partition(" @")[0] for r in mine]
+        at = range(len(mine))
+        axis.barh([i - 0.2 for i in at], [r["kl_retrieval"] for r in mine], 0.4, label="question and answer")
+        axis.barh([i + 0.2 for i in at], [r["kl_text"] for r in mine], 0.4, label="held-out text")
+        axis.set_yticks(list(at), names, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("KL (nats)")
+        axis.set_title(f"{100 * float(group):g} % of the full cache's bytes", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save(figure, path)

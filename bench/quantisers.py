@@ -109,6 +109,14 @@ def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Side:
     return Side(label, "peer", label, filled, held)
 
 
+def full_side() -> Side:
+    return Side(FULL, FULL, FULL, copy.deepcopy, lambda cache: (16.0, _plain(cache)))
+
+
+def _plain(cache: Any) -> int:
+    return nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
+
+
 def plan() -> list[Entry]:
     """Every quantiser at every number of bits that it offers between 1 and 4 (and those that have none)."""
     out = []
@@ -184,7 +192,7 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
             cache = side.fill(dense)
             bits, held = side.held(cache)
             row = {"key": keys[side.label], "side": side.label, "task": title, "case": n, "bits": bits}
-            row["kept"] = held / nbytes(t for layer in dense.layers for t in (layer.keys, layer.values))
+            row["kept"] = held / _plain(dense)
             if sample is None:
                 scored, chunk = ids, CHUNK
             else:
@@ -232,10 +240,7 @@ def main() -> None:
     model, tokenizer = reference_model()
     log = Log(args.work / "outcomes.jsonl")
     ready = fitted(plan(), model, tokenizer, calibration.texts(None), args.work / "artifacts")
-    full = Side(
-        FULL, FULL, FULL, copy.deepcopy, lambda c: (16.0, nbytes(t for x in c.layers for t in (x.keys, x.values)))
-    )
-    sides = [full, *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
+    sides = [full_side(), *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
     measure(model, tokenizer, sides, log, args.cases, args.documents)
     rows = summary(sides, log)
     found = {

@@ -1,0 +1,111 @@
+"""CSKV's latents as every quantiser stores them, at equal real bytes: which composition is the best.
+
+    python bench/compositions.py      # writes docs/results/compositions.json, .md and .png
+
+The bundled reference model, contexts of 4,096 tokens. Each composition's `keep` is the largest under a budget, all bytes
+counted; `spectral`, CSKV's own axes and StreamingLLM stand beside them. All are compared in KL on few prompts, then the
+best of each budget on more, with answers. Sides are measured as in bench/quantisers.py. Run again to resume.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from plot_quantisers import front_picture, table
+from quantisers import LENGTH, TASKS, Side, full_side, measure, ours, summary
+from tqdm import tqdm
+
+from kvshrink import CSKV, Spectral, methods, reference_model
+from kvshrink.eval import calibration
+from kvshrink.eval.budget import at_kept
+from kvshrink.eval.entries import Entry
+from kvshrink.eval.fitting import fitted
+from kvshrink.eval.outcomes import Log
+from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.store import files
+
+KEPT = (0.0625, 0.04)
+BITS = (4, 3, 2, 1.5, 1)
+FEW, MANY = (2, 4), (12, 8)  # (cases of each task, documents)
+BEST = 8  # compositions of a budget that are measured on many
+
+
+def series() -> dict[str, Any]:
+    """Label to method."""
+    found: dict[str, Any] = {"spectral": Spectral(), "streaming_llm": methods.build("streaming_llm", {})}
+    found |= {f"cskv int{bits}": CSKV(bits=bits) for bits in (4, 3, 2)}
+    for name in methods.names():
+        cls = methods.get(name)
+        if not (issubclass(cls, Quantiser) and cls.of_latents):
+            continue
+        offered = []
+        for bits in BITS:
+            try:
+                offered.append((f"cskv {name} {bits:g}", CSKV(bits=bits, codec=name)))
+            except (methods.SettingError, TypeError):
+                continue
+        found |= dict(offered or [(f"cskv {name}", CSKV(codec=name))])
+    return found
+
+
+def plan(model: Any) -> list[Entry]:
+    out = []
+    for label, method in series().items():
+        for kept in KEPT:
+            at = at_kept(method, kept, model, LENGTH)
+            if at.reached:
+                setting = f"{method.dial}={getattr(at.method, str(method.dial)):.4g}"
+                out.append(Entry(f"{label} @{100 * kept:g}", at.method, series=label, target=kept, setting=setting))
+    return out
+
+
+def best(rows: list[dict], entries: list[Entry]) -> list[str]:
+    """Labels of the compositions of each budget with the least sum of KLs, and of what they are compared with."""
+    target = {e.label: e.target for e in entries}
+    found = []
+    for kept in KEPT:
+        at = sorted((r for r in rows if target.get(r["label"]) == kept), key=lambda r: r["kl_text"] + r["kl_retrieval"])
+        found += [r["label"] for r in at[:BEST]]
+        found += [f"{name} @{100 * kept:g}" for name in ("spectral", "cskv int4", "streaming_llm")]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--work", type=Path, default=Path("compositions"), help="answers and artifacts, to resume from")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = reference_model()
+    entries = fitted(plan(model), model, tokenizer, calibration.texts(None), args.work / "artifacts")
+    sides: list[Side] = [ours(model, e.label, f"{e.target:g}", e.method) for e in tqdm(entries, desc="sides")]
+    few = Log(args.work / "few.jsonl")
+    measure(model, tokenizer, sides, few, *FEW)
+    screened = summary(sides, few)
+    chosen = set(best(screened, entries))
+    finals = [full_side(), *(s for s in sides if s.label in chosen)]
+    many = Log(args.work / "many.jsonl")
+    measure(model, tokenizer, finals, many, *MANY)
+    rows = summary(finals, many)
+    settings = {e.label: e.setting for e in entries}
+    for row in (*rows, *screened):
+        row["setting"] = settings.get(row["label"], "")
+    found = {
+        "command": "python bench/compositions.py",
+        "model": "reference, bfloat16",
+        "tokens": LENGTH,
+        "tasks": TASKS,
+    }
+    found |= {"few": FEW, "many": MANY, "rows": rows, "screened": screened}
+    files.write_json(args.out / "compositions.json", found)
+    parts = [
+        f"{100 * kept:g} % of the bytes\n\n" + table([r for r in rows if r["group"] == f"{kept:g}"]) for kept in KEPT
+    ]
+    (args.out / "compositions.md").write_text("\n".join(parts))
+    front_picture(screened, args.out / "compositions.png")
+
+
+if __name__ == "__main__":
+    main()
