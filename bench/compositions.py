@@ -2,9 +2,9 @@
 
     python bench/compositions.py      # writes docs/results/compositions.json, .md and .png
 
-The bundled reference model, contexts of 4,096 tokens. Each composition's `keep` is the largest under a budget, all bytes
-counted; `spectral`, CSKV's own axes and StreamingLLM stand beside them. All are compared in KL on few prompts, then the
-best of each budget on more, with answers. Sides are measured as in bench/quantisers.py. Run again to resume.
+The bundled reference model, contexts of 4,096 tokens. Each composition's `keep` is the largest under a budget, all
+bytes counted; `spectral`, CSKV's own axes and StreamingLLM stand beside them. All are compared in KL on few prompts,
+then the best of each budget on more, with answers. Sides are measured as in bench/quantisers.py. Run again to resume.
 """
 
 import argparse
@@ -92,17 +92,11 @@ def main() -> None:
     settings = {e.label: e.setting for e in entries}
     for row in (*rows, *screened):
         row["setting"] = settings.get(row["label"], "")
-    found = {
-        "command": "python bench/compositions.py",
-        "model": "reference, bfloat16",
-        "tokens": LENGTH,
-        "tasks": TASKS,
-    }
-    found |= {"few": FEW, "many": MANY, "rows": rows, "screened": screened}
+    found: dict[str, Any] = {"command": "python bench/compositions.py", "model": "reference, bfloat16"}
+    found |= {"tokens": LENGTH, "tasks": TASKS, "few": FEW, "many": MANY, "rows": rows, "screened": screened}
     files.write_json(args.out / "compositions.json", found)
-    parts = [
-        f"{100 * kept:g} % of the bytes\n\n" + table([r for r in rows if r["group"] == f"{kept:g}"]) for kept in KEPT
-    ]
+    by_budget = {kept: [r for r in rows if r["group"] == f"{kept:g}"] for kept in KEPT}
+    parts = [f"{100 * kept:g} % of the bytes\n\n{table(group)}" for kept, group in by_budget.items()]
     (args.out / "compositions.md").write_text("\n".join(parts))
     front_picture(screened, args.out / "compositions.png")
 
