@@ -65,7 +65,7 @@ class CSKV(Method):
     """
 
     keep: float = 0.2
-    bits: int | None = None
+    bits: int | float | None = None  # a float of a codec that offers it: 1.5
     init: Literal["pca", "asvd", "svd", "random"] = "pca"
     group_heads: int | Literal["auto"] | None = None
     key_share: float | Literal["auto"] = 0.5
@@ -244,7 +244,8 @@ class CSKV(Method):
         if self.codec is not None:
             return latents.packing(self._quantiser(), side, Space(groups, rank, self.page, dtype, False), fitted)
         axis = "channel" if side == "key" else "token"
-        return packing(groups, rank, self.page, self.bits, axis, self.value_group, dtype)
+        bits = None if self.bits is None else int(self.bits)
+        return packing(groups, rank, self.page, bits, axis, self.value_group, dtype)
 
 
 METHOD = CSKV
