@@ -3,8 +3,8 @@
 The rules: at least `window` recent tokens are exact; when more than `window + page` tokens are, the oldest leave in
 whole pages, but while sinks are still wanted, leading columns that are a pad or a sink in every row leave without a
 page; the first `sinks` real tokens of a row stay exact for ever; a crop shortens what is there, and nothing is encoded
-twice. Pages have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it is
-gone. A pad is any column that the mask hides.
+twice. Pages have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it
+is gone. A pad is any column that the mask hides.
 """
 
 from collections.abc import Callable

@@ -122,7 +122,8 @@ class Body:
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes of (payload, side information)."""
-        payload, side = [], []
+        payload: list[Tensor] = []
+        side: list[Tensor] = []
         for age in self.ages:
             names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.side}
             for name, t in age.pages.tensors():
@@ -150,7 +151,7 @@ class Body:
 
 def _demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
     """A side's tensors that its codec of the older tier keeps."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):
         own = {k.removeprefix(prefix): t for k, t in extent.items() if k.startswith(prefix)}
         found |= {f"{prefix}{k}": t for k, t in codec.demoted(own).items()}

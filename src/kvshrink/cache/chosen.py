@@ -20,8 +20,12 @@ WIDER = 8  # blocks at a time: only some channels, or some tokens, of a block ar
 def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> list[tuple[Tensor, Tensor]]:
     """(output, log-sum-exp) over the chosen tokens of each age. A row that sees none gives 0 and -inf."""
     query, view = part
-    layer, tokens = view.handle.layer, block_tokens * WIDER
-    best, counted = _best(query, view, tokens)
+    layer, rope, tokens = view.handle.layer, view.handle.rope, block_tokens * WIDER
+    asked = query
+    if view.handle.shelves[-1].codecs[0].site == "k_pre" and rope is not None:
+        own = layer.table.positions[:, layer.seen - 1 : layer.seen]
+        asked = rope.turn_back(query, own.expand(-1, query.shape[2]))
+    best, counted = _best(asked, view, tokens)
     found, at = [], 0
     for shelf in view.handle.shelves:
         value_codec = shelf.codecs[1]
@@ -56,11 +60,7 @@ def _keys(block: Block, shelf: Shelf, view: View, index: Int[Tensor, "b c"]) -> 
 
 def _best(query: Float[Tensor, "b h x d"], view: View, tokens: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:
     """Slots of the body with the highest scores, and which of them a row really reads: rows may see fewer."""
-    layer, rope = view.handle.layer, view.handle.rope
     codec, parts = view.handle.shelves[-1].codecs[0], []
-    if codec.site == "k_pre" and rope is not None:
-        own = layer.table.positions[:, layer.seen - 1 : layer.seen]
-        query = rope.turn_back(query, own.expand(-1, query.shape[2]))
     for shelf, block in ((s, block) for s in view.handle.shelves for block in s.blocks(tokens)):
         scores, seen = shelf.codecs[0].scores(query, block.part("k.")), visible(block, view)
         # a mask may differ from head to head; a token that any of them sees may be chosen
