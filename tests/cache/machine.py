@@ -20,7 +20,9 @@ from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from kvshrink.methods.lowrank.sals import SALS
+from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
+from kvshrink.methods.quant.saq import SAQ
 from tests.cache.build import assemble, bases
 from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
 from tests.cache.oracle import Age, Dense, Lossy, Oracle, attention
@@ -43,6 +45,8 @@ METHODS = {
     "commuting_int4": (RopeCommuting(keep=0.5, bits=4), 8),
     "sals_all": (SALS(keep=1.0, topk=1.0), 16),  # a single token picks every token, one by one
     "sals_all_int4": (SALS(keep=0.5, bits=4, topk=1.0), 8),
+    "saq": (SAQ(ages=(16, 24)), 0),  # two pages, then three
+    "accllm": (AccLLM(recent=40), 0),
     "streaming_llm": (StreamingLLM(), 0),
 }
 
