@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, output_weight, queries, shape_of
+from kvshrink.attach.families import (
+    LayerInfo,
+    key_value,
+    key_value_biases,
+    key_value_weights,
+    output_weight,
+    queries,
+    shape_of,
+)
 from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
 from kvshrink.methods._facts import LayerFacts, Sample
@@ -43,6 +51,7 @@ class LayerWatch:
     def facts(self, info: LayerInfo) -> LayerFacts:
         module = info.module
         key_weight, value_weight = key_value_weights(module)
+        key_bias, value_bias = key_value_biases(module)
         shape = shape_of(module)
         return LayerFacts(
             shape,
@@ -55,6 +64,8 @@ class LayerWatch:
             output_gram(output_weight(module), shape.heads),
             info.rope.pairs() if info.rope else None,
             self.sample.done(info.rope) if self.sample is not None else None,
+            key_bias,
+            value_bias,
         )
 
 

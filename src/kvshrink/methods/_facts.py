@@ -65,6 +65,7 @@ class LayerFacts:
     output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
     pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
     sample:       rows as they are, where the method asks for them (`Method.samples`).
+    key_bias:     of the projections [n], before a norm on keys; None: they have none.
     """
 
     shape: LayerShape
@@ -77,6 +78,8 @@ class LayerFacts:
     output_gram: Float[Tensor, "h d d"]
     pairs: tuple[Tensor, Tensor] | None = None
     sample: Sample | None = None
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
 
 
 class Probe(ABC):
