@@ -97,8 +97,8 @@ class Sampler:
         """The sample; rows run from position 0 on."""
         keys, values, asked = (torch.stack(part) for part in zip(*self.parts, strict=True))
         if rope is None:
-            return Sample(keys, keys, values, asked)
+            return Sample(keys, keys, values, asked, asked)
         positions = torch.tensor(self.position, device=keys.device)[None]
         rope = Rope(rope.inv_freq.to(keys.device), rope.scaling, rope.interleaved)
-        turned, asked = (rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked))
-        return Sample(keys, turned.contiguous(), values, asked.contiguous())
+        turned = [rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked)]
+        return Sample(keys, turned[0].contiguous(), values, turned[1].contiguous(), asked)

@@ -47,13 +47,14 @@ class Moments:
 class Sample:
     """Some tokens of the calibration text, the same for all fields, spread evenly over it; float32.
 
-    keys: before RoPE; turned, queries: as attention uses them.
+    keys, asked: before RoPE; turned, queries: the same as attention uses them.
     """
 
     keys: Float[Tensor, "m h d"]
     turned: Float[Tensor, "m h d"]
     values: Float[Tensor, "m h d"]
     queries: Float[Tensor, "m q d"]
+    asked: Float[Tensor, "m q d"]
 
 
 @dataclass(frozen=True)
