@@ -200,7 +200,7 @@ class Machine:
         for i, (layer, oracle) in enumerate(zip(cache.compressed, oracles, strict=True)):
             keys, values = layer.window.view()
             assert keys.shape[2] == oracle.exact
-            handle = Handle(layer, self.rope, layer.body.shelves(), oracle.seen - oracle.exact)
+            handle = Handle(layer, self.rope, layer.shelves(), oracle.seen - oracle.exact)
             if i == rebuilt:
                 _compare(*attend_module.rebuild(handle, keys, values), oracle.dense())
             else:

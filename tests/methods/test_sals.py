@@ -166,9 +166,7 @@ def test_a_needle_is_read(fitted):
         feed(cache, [ROPE.turn(keys, positions)], [values], ROPE)
         query = direction[None].expand(-1, -1, 2, -1) * 20  # [b, h, x, d]
         layer = cache.layers[0]
-        best, _ = chosen._best(
-            query, View(None, 1, 0, 1, 2, Handle(layer, ROPE, layer.body.shelves(), layer.seen)), 10**6
-        )
+        best, _ = chosen._best(query, View(None, 1, 0, 1, 2, Handle(layer, ROPE, layer.shelves(), layer.seen)), 10**6)
         assert best.tolist() == [[place - layer.pages.first[0]]]
 
 

@@ -42,7 +42,9 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
         else:
             tiers = _tiers(artifact, i, shape, key_value_weights(attachment.layers[i].module)[0])
             watched = _watch(artifact, i, tiers[0].codecs) if watch else None
-            layers.append(CompressedLayer(artifact.method, shape, tiers, table, watched))
+            follows = artifact.method.follows(artifact.layers.get(i, {}))
+            base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if follows else None
+            layers.append(CompressedLayer(artifact.method, shape, tiers, table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
     return KVCache(layers, artifact.method, table, attachment.fingerprint, fitted_by, device)

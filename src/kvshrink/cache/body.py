@@ -6,7 +6,7 @@ the ladder: its pages are dropped. Columns ascend from the oldest shelf to the y
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,17 +18,23 @@ from kvshrink.store.pages import Block, Pages
 
 
 class Shelf(NamedTuple):
-    """Pages of one age as a step reads them: the first `limit` ones."""
+    """Pages of one age as a step reads them: the first `limit` ones.
+
+    base: pages of the same tokens in the layer that this one follows; their tensors are beside its own in a block.
+    """
 
     codecs: tuple[Codec, Codec]
     pages: Pages
     limit: int
+    base: Pages | None = None
 
     def blocks(self, tokens: int) -> Iterator[Block]:
-        return self.pages.blocks(tokens, self.limit)
+        own = self.pages.blocks(tokens, self.limit)
+        return own if self.base is None else map(_beside, own, self.base.blocks(tokens, self.limit))
 
     def runs(self) -> Iterator[Block]:
-        return self.pages.runs(self.limit)
+        own = self.pages.runs(self.limit)
+        return own if self.base is None else map(_beside, own, self.base.runs(self.limit))
 
     def stored(self, block: Block) -> tuple[Stored, Stored]:
         """What the key codec and the value codec read of a block."""
@@ -147,6 +153,12 @@ class Body:
             own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
             if name in values:
                 age.pages.restore(values[name], own)
+
+
+def _beside(block: Block, base: Block) -> Block:
+    """A block with the tensors of another layer's block of the same tokens, k.codes as k.base.codes."""
+    others = {f"{k[:2]}base.{k[2:]}": t for k, t in base.stored.items()}
+    return replace(block, stored={**block.stored, **others})
 
 
 def _demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:

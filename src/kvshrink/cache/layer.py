@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvshrink.cache.body import Body
+from kvshrink.cache.body import Body, Shelf
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
@@ -41,10 +41,11 @@ class CompressedLayer(CacheLayerMixin):
         tiers: Sequence[Tier],
         table: TokenTable,
         watch: DriftWatch | None = None,
+        base: "CompressedLayer | None" = None,
     ) -> None:
         super().__init__()
         self.method, self.shape, self.tiers, self.table = method, shape, tiers, table
-        self.watch = watch
+        self.watch, self.base = watch, base  # base: the layer that this one follows
         self.staged: Staged | None = None
         self._clear()
 
@@ -57,6 +58,11 @@ class CompressedLayer(CacheLayerMixin):
     def pages(self) -> Pages:
         """Of the youngest tier."""
         return self.body.youngest
+
+    def shelves(self) -> list[Shelf]:
+        """What attention reads of the body, the oldest first."""
+        found = self.body.shelves()
+        return found if self.base is None else [shelf._replace(base=self.base.pages) for shelf in found]
 
     def _clear(self) -> None:
         self.seen = 0
@@ -87,7 +93,7 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._count(staged, *key_states.shape[::2])
         self.whole = False
-        shelves = self.body.shelves()
+        shelves = self.shelves()
         keys, values = self.window.extend(key_states, value_states)
         self.seen += key_states.shape[2]
         first = self.seen - keys.shape[2]
@@ -150,12 +156,22 @@ class CompressedLayer(CacheLayerMixin):
             keys = rope.turn_back(keys, positions)
         valid = positions >= 0 if self.table.padded else None
         rows = torch.cat([keys, values], 1) if key_codec.joint else keys
-        stored = {f"k.{k}": t for k, t in key_codec.encode(rows, valid).items()}
-        if not value_codec.joint:
-            stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
+        sides = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
+        stored: dict[str, Tensor] = {}
+        for side, codec, x in sides:
+            base = self._base(side, column, x.shape[2] // self.method.page)
+            own = codec.encode(x, valid) if base is None else codec.encode_after(base, x, valid)
+            stored |= {f"{side}{k}": t for k, t in own.items()}
         if self.watch is not None:
             self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
         return stored
+
+    def _base(self, side: str, column: int, pages: int) -> dict[str, Tensor] | None:
+        """One side of the pages from a column on in the layer that this one follows, which has encoded them before."""
+        if self.base is None:
+            return None
+        stored = self.base.pages.part(self.base.pages.first.index(column), pages)
+        return {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}
 
     def _counted(self, valid: Tensor | None, column: int, count: int) -> Tensor | None:
         """Tokens of the body that attention reads from it: no pads, and no sinks, which padding leaves in pages."""

@@ -110,7 +110,7 @@ def _stored(
         return None, None, None
     end = layer.seen - layer.window.count
     body = slice(layer.body.first, end)
-    keys, values = rebuild(Handle(layer, info.rope, layer.body.shelves(), end), *layer.window.view())
+    keys, values = rebuild(Handle(layer, info.rope, layer.shelves(), end), *layer.window.view())
     full: Any = dense.layers[index]
     ours, exact = keys[:, :, body], full.keys[:, :, body]
     positions = layer.table.positions[:, body]

@@ -31,6 +31,7 @@ class Codec(ABC):
     width: channels of one group's latent, what `unpack` gives.
     joint: keys and values are stored as one: the key codec gets the rows of both, 2h heads, and the value codec reads
            what it stored.
+    Of a layer that follows another one (`Method.follows`) what is stored holds that one's tensors too, as "base.*".
     """
 
     site: Literal["k_pre", "k_post", "v"]
@@ -41,6 +42,10 @@ class Codec(ABC):
     @abstractmethod
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         """Whole pages of rows, encoded. Invalid rows (left pads) may hold anything and must not matter."""
+
+    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        """`encode` of a layer that follows another one, whose pages of the same tokens are `base`."""
+        raise NotImplementedError(f"{type(self).__name__} follows none")
 
     @abstractmethod
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
@@ -133,6 +138,10 @@ class Method(ABC):
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
         """Ages of the body's pages, the youngest first, whose codecs are `codecs`."""
         return (Tier(self.codecs(shape, fitted)),)
+
+    def follows(self, fitted: Fitted) -> bool:
+        """Whether a layer is stored as what it adds to the compressed layer before it."""
+        return False
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""

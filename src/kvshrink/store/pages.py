@@ -111,6 +111,17 @@ class Pages:
                 whole = all(t.shape[1] == pages for t in extent.values())
                 self.extents.append(extent if whole else {k: t[:, :pages].clone() for k, t in extent.items()})
 
+    def part(self, start: int, count: int) -> Stored:
+        """Tensors of `count` pages from page `start` on."""
+        held, at = [], 0
+        for extent in self.extents:
+            pages = _pages(extent)
+            first, last = max(start - at, 0), min(start + count - at, pages)
+            if first < last:
+                held.append({k: t[:, first:last] for k, t in extent.items()})
+            at += pages
+        return _joined(held)
+
     def blocks(self, tokens: int, limit: int | None = None) -> Iterator[Block]:
         """The first `limit` pages (default all) in order, about `tokens` slots at a time."""
         limit = len(self) if limit is None else limit

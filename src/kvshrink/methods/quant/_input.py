@@ -16,6 +16,7 @@ from torch import Tensor
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Bool, Float, Int
@@ -32,6 +33,10 @@ class InputCodec(Codec):
     joint = True
 
     @property
+    def packing(self) -> Packing:
+        return self.basis.packing
+
+    @property
     def site(self) -> Literal["k_pre", "k_post", "v"]:  # type: ignore[override]
         return self.basis.site
 
@@ -44,10 +49,13 @@ class InputCodec(Codec):
         return self.basis.width
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """rows: of the keys' heads, then the values' heads."""
+        return self.basis.packing.store(self.project(rows), valid)
+
+    def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b 1 t hidden"]:
+        """The input. rows: of the keys' heads, then the values' heads."""
         assert self.down is not None, "values are stored with the keys"
         flat = rows.transpose(1, 2).flatten(2).float()
-        return self.basis.packing.store(((flat - self.mean) @ self.down)[:, None], valid)
+        return ((flat - self.mean) @ self.down)[:, None]
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.basis.unpack(stored)
