@@ -78,11 +78,12 @@ class InputCodec(Codec):
 
 
 def recovery(facts: LayerFacts) -> dict[str, Tensor]:
-    """{down [2n, hidden], up [2n, hidden] and mean [2n] of keys and values together}, float32."""
+    """{down [2n, hidden], key_up and value_up [hidden, n], mean [2n]}, float32: rows are x up + mean of their side."""
     weight = torch.cat([facts.key_weight, facts.value_weight]).double()
     none = weight.new_zeros(facts.shape.width)
     biases = [none if b is None else b.double() for b in (facts.key_bias, facts.value_bias)]
-    found = {"down": torch.linalg.pinv(weight).T, "up": weight, "mean": torch.cat(biases)}
+    key_up, value_up = weight.T.chunk(2, 1)
+    found = {"down": torch.linalg.pinv(weight).T, "key_up": key_up, "value_up": value_up, "mean": torch.cat(biases)}
     return {k: t.float().contiguous() for k, t in found.items()}
 
 
@@ -90,4 +91,5 @@ def residual(facts: LayerFacts, fitted: Fitted) -> float:
     """What of the sample's keys and values, relative to their size, no input gives: a norm on keys leaves a lot."""
     assert facts.sample is not None
     rows = torch.cat([facts.sample.keys.flatten(1), facts.sample.values.flatten(1)], 1) - fitted["mean"]
-    return float((rows @ fitted["down"] @ fitted["up"].T - rows).norm() / rows.norm())
+    up = torch.cat([fitted["key_up"], fitted["value_up"]], 1)
+    return float((rows @ fitted["down"] @ up - rows).norm() / rows.norm())

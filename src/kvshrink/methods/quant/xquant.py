@@ -91,9 +91,10 @@ class XQuant(Quantiser):
             return super().codecs(shape, fitted)
         stored, n = self.packing("key", self._space(shape), {}), shape.width
         bases = []
-        for site, own in (("k_pre", slice(None, n)), ("v", slice(n, None))):
-            up, unused = fitted["up"][own].T[None], fitted["up"][own][None]  # rows of one side give no input
-            bases.append(BasisCodec(site, unused, up, fitted["mean"][own][None], stored))  # type: ignore[arg-type]
+        for site, side, mean in zip(("k_pre", "v"), SIDES, fitted["mean"].split(n), strict=True):
+            up = fitted[f"{side}_up"][None]
+            unused = up.transpose(1, 2)  # the rows of one side alone give no input
+            bases.append(BasisCodec(site, unused, up, mean[None], stored))  # type: ignore[arg-type]
         key = InputCodec(bases[0], fitted["down"], fitted["mean"])
         return key, InputCodec(bases[1], None, fitted["mean"])
 
