@@ -63,7 +63,7 @@ def test_latents_are_the_input_in_the_projection_s_own_basis(layer_of, bias):
 def test_the_input_comes_back_from_keys_and_values(layer_of, dtype, most, bias):
     facts, x = layer_of(64, bias, dtype=dtype)
     fitted = XQuant(mode="input").fit_layer(facts)
-    assert set(fitted) == {"down", "key_up", "value_up", "mean"}
+    assert set(fitted) == {"down", "key_weight", "value_weight", "mean"}
     rows = torch.cat([facts.sample.keys.flatten(1), facts.sample.values.flatten(1)], 1)
     found = (rows - fitted["mean"]) @ fitted["down"]
     error = float((found - x).norm() / x.norm())

@@ -78,12 +78,17 @@ class InputCodec(Codec):
 
 
 def recovery(facts: LayerFacts) -> dict[str, Tensor]:
-    """{down [2n, hidden], key_up and value_up [hidden, n], mean [2n]}, float32: rows are x up + mean of their side."""
+    """{down [2n, hidden], key_weight and value_weight [hidden, n], mean [2n]}, float32: rows are x up + mean of their side."""
     weight = torch.cat([facts.key_weight, facts.value_weight]).double()
     none = weight.new_zeros(facts.shape.width)
     biases = [none if b is None else b.double() for b in (facts.key_bias, facts.value_bias)]
-    key_up, value_up = weight.T.chunk(2, 1)
-    found = {"down": torch.linalg.pinv(weight).T, "key_up": key_up, "value_up": value_up, "mean": torch.cat(biases)}
+    key_weight, value_weight = weight.T.chunk(2, 1)
+    found = {
+        "down": torch.linalg.pinv(weight).T,
+        "key_weight": key_weight,
+        "value_weight": value_weight,
+        "mean": torch.cat(biases),
+    }
     return {k: t.float().contiguous() for k, t in found.items()}
 
 
@@ -91,5 +96,5 @@ def residual(facts: LayerFacts, fitted: Fitted) -> float:
     """What of the sample's keys and values, relative to their size, no input gives: a norm on keys leaves a lot."""
     assert facts.sample is not None
     rows = torch.cat([facts.sample.keys.flatten(1), facts.sample.values.flatten(1)], 1) - fitted["mean"]
-    up = torch.cat([fitted["key_up"], fitted["value_up"]], 1)
+    up = torch.cat([fitted["key_weight"], fitted["value_weight"]], 1)
     return float((rows @ fitted["down"] @ up - rows).norm() / rows.norm())

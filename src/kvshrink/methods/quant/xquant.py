@@ -92,7 +92,7 @@ class XQuant(Quantiser):
         stored, n = self.packing("key", self._space(shape), {}), shape.width
         bases = []
         for site, side, mean in zip(("k_pre", "v"), SIDES, fitted["mean"].split(n), strict=True):
-            up = fitted[f"{side}_up"][None]
+            up = fitted[f"{side}_weight"][None]
             unused = up.transpose(1, 2)  # the rows of one side alone give no input
             bases.append(BasisCodec(site, unused, up, mean[None], stored))  # type: ignore[arg-type]
         key = InputCodec(bases[0], fitted["down"], fitted["mean"])
