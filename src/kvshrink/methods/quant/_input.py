@@ -78,17 +78,15 @@ class InputCodec(Codec):
 
 
 def recovery(facts: LayerFacts) -> dict[str, Tensor]:
-    """{down [2n, hidden], key_weight and value_weight [hidden, n], mean [2n]}, float32: rows are x up + mean of their side."""
+    """{down [2n, hidden], key_weight and value_weight [hidden, n], mean [2n]}, float32.
+
+    Rows of a side are x @ weight + mean, and x is (rows of both - mean) @ down.
+    """
     weight = torch.cat([facts.key_weight, facts.value_weight]).double()
     none = weight.new_zeros(facts.shape.width)
     biases = [none if b is None else b.double() for b in (facts.key_bias, facts.value_bias)]
-    key_weight, value_weight = weight.T.chunk(2, 1)
-    found = {
-        "down": torch.linalg.pinv(weight).T,
-        "key_weight": key_weight,
-        "value_weight": value_weight,
-        "mean": torch.cat(biases),
-    }
+    sides = dict(zip(("key_weight", "value_weight"), weight.T.chunk(2, 1), strict=True))
+    found = {"down": torch.linalg.pinv(weight).T, "mean": torch.cat(biases), **sides}
     return {k: t.float().contiguous() for k, t in found.items()}
 
 
