@@ -71,9 +71,8 @@ def ours(model: Any, label: str, group: str, method: Any) -> Side:
         return cache
 
     def held(cache: Any) -> tuple[float, int]:
-        layers = [layer for layer in cache.compressed if len(layer.pages)]
-        stored = sum(nbytes(t for _, t in layer.pages.tensors()) for layer in layers)
-        numbers = sum(len(layer.pages) * layer.pages.page * 2 * layer.shape.width for layer in layers)
+        stored = sum(sum(layer.body.nbytes()) for layer in cache.compressed)
+        numbers = sum(len(layer.body) * layer.body.page * 2 * layer.shape.width for layer in cache.compressed)
         return 8 * stored / max(1, numbers), cache.nbytes
 
     return Side(label, group, digest_of(method), filled, held)

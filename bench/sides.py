@@ -135,7 +135,7 @@ def shrunken(layer: Layer, name: str, method: Method) -> Side:
     method = method.settle([shape], layer.device)
     learnt = {k: t.to(layer.device) for k, t in fitted(method, shape).items()} if method.needs_fit else {}
     table = TokenTable()
-    compressed = CompressedLayer(method, shape, method.codecs(shape, learnt), table)
+    compressed = CompressedLayer(method, shape, method.tiers(shape, learnt), table)
     cache = KVCache([compressed], method, table, "bench", "bench")
 
     def update(keys: Tensor, values: Tensor, own: bool = True) -> tuple[Tensor, Tensor]:

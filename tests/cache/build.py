@@ -8,19 +8,19 @@ from torch import Tensor
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.store.tokens import TokenTable
 
 
 def make(method: Method, shape: LayerShape, fitted: list[Fitted]) -> KVCache:
     """A cache with one layer for each entry of `fitted`."""
-    return assemble(method, shape, [method.codecs(shape, f) for f in fitted])
+    return assemble(method, shape, [method.tiers(shape, f) for f in fitted])
 
 
-def assemble(method: Method, shape: LayerShape, codecs: Sequence[tuple[Codec, Codec] | None]) -> KVCache:
-    """A cache with one layer for each pair of codecs."""
+def assemble(method: Method, shape: LayerShape, tiers: Sequence[tuple[Tier, ...]]) -> KVCache:
+    """A cache with one layer for each ladder of tiers."""
     table = TokenTable()
-    layers = [CompressedLayer(method, shape, pair, table) for pair in codecs]
+    layers = [CompressedLayer(method, shape, ladder, table) for ladder in tiers]
     return KVCache(layers, method, table, "model", "fitted")
 
 

@@ -11,19 +11,21 @@ import torch
 
 from kvshrink.cache import attend as attend_module
 from kvshrink.cache.cache import KVCache
-from kvshrink.cache.layer import Handle
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.step import Handle
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Method
+from kvshrink.methods._roles import Method, Tier
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from kvshrink.methods.lowrank.sals import SALS
+from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
+from kvshrink.methods.quant.saq import SAQ
 from tests.cache.build import assemble, bases
 from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
-from tests.cache.oracle import Dense, Lossy, Oracle, attention
+from tests.cache.oracle import Age, Dense, Lossy, Oracle, attention
 
 HEADS, DIM, QUERIES, LAYERS = 2, 8, 4, 2
 SHAPE = LayerShape(HEADS, DIM, torch.float32)
@@ -43,6 +45,8 @@ METHODS = {
     "commuting_int4": (RopeCommuting(keep=0.5, bits=4), 8),
     "sals_all": (SALS(keep=1.0, topk=1.0), 16),  # a single token picks every token, one by one
     "sals_all_int4": (SALS(keep=0.5, bits=4, topk=1.0), 8),
+    "saq": (SAQ(ages=(16, 24)), 0),  # two pages, then three
+    "accllm": (AccLLM(recent=40), 0),
     "streaming_llm": (StreamingLLM(), 0),
 }
 
@@ -54,7 +58,7 @@ class Machine:
         base = METHODS[name][0]
         heads = {"group_heads": HEADS // setup.groups} if isinstance(base, CSKV) else {}
         self.method: Method = type(base)(**base.settings() | {"window": setup.window, "sinks": setup.sinks} | heads)
-        self.codecs, self.page_bytes = _codecs(name, setup.groups, base.page)
+        self.tiers = _tiers(name, self.method, setup.groups)
         self.setup, self.rope, self.tally, self.folder = setup, ROPES[setup.rope], tally, folder
         attend_module.BLOCK_ELEMENTS = setup.block * SHAPE.width
         attend_module.SCORE_ELEMENTS = 120 * QUERIES * setup.block
@@ -65,11 +69,11 @@ class Machine:
         self.left: list[tuple[KVCache, list[Oracle]]] = []  # caches that were copied: they must stay as they were
 
     def new_cache(self) -> KVCache:
-        return assemble(self.method, SHAPE, self.codecs)
+        return assemble(self.method, SHAPE, self.tiers)
 
     def new_oracles(self) -> list[Oracle]:
         rules = (self.setup.window, self.setup.sinks, self.method.page, HEADS, DIM)
-        return [Oracle(*rules, None if pair is None else _lossy(self.method, pair, self.rope)) for pair in self.codecs]
+        return [Oracle(*rules, _ages(self.method, ladder, self.rope)) for ladder in self.tiers]
 
     @property
     def seen(self) -> int:
@@ -126,9 +130,10 @@ class Machine:
 
     def _crop(self, op: Crop) -> None:
         count, held = min(op.tokens, self.seen), self.oracles[0].exact
+        recent = self.oracles[0].recent
         count = self.seen - count if op.by_length else count
         argument = op.tokens if op.by_length else -count
-        if self.method.drops_tokens and held < count < self.seen:
+        if self.method.drops_tokens and recent < count < self.seen:
             with pytest.raises(CacheError, match=f"cannot crop {count} tokens"):
                 self.cache.crop(argument)
             self.tally["crop refused"] += 1
@@ -195,7 +200,7 @@ class Machine:
         for i, (layer, oracle) in enumerate(zip(cache.compressed, oracles, strict=True)):
             keys, values = layer.window.view()
             assert keys.shape[2] == oracle.exact
-            handle = Handle(layer, self.rope, len(layer.pages), oracle.seen - oracle.exact)
+            handle = Handle(layer, self.rope, layer.shelves(), oracle.seen - oracle.exact)
             if i == rebuilt:
                 _compare(*attend_module.rebuild(handle, keys, values), oracle.dense())
             else:
@@ -224,33 +229,55 @@ class Machine:
         token, w = SHAPE.token_bytes, self.setup.window + self.method.page
         oracle = self.oracles[0]
         sinks = oracle.took_sinks * self.setup.sinks * (token + 4)
-        layer = (oracle.seen > 0) * w * token + sinks + oracle.pages * self.page_bytes
+        ages = [page.age for page in oracle.rows[0].pages] if oracle.seen else []
+        pages = sum(codec.page_bytes() for age in ages for codec in self.tiers[0][age].codecs or ())
+        layer = (oracle.seen > 0) * w * token + sinks + pages
         assert self.cache.nbytes == self.rows * (LAYERS * layer + 4 * self.columns)
 
 
+def _tiers(name: str, method: Method, groups: int) -> list[tuple[Tier, ...]]:
+    """Tiers of each layer; codecs are made once."""
+    fitted = _fitted(name, groups)
+    return [method.tiers(SHAPE, f) for f in fitted]
+
+
 @cache
-def _codecs(name: str, groups: int, page: int) -> tuple[list, int]:
-    """(codecs of each layer, bytes of a page)."""
+def _fitted(name: str, groups: int) -> list[dict]:
+    """Tensors of each layer."""
     method, rank = METHODS[name]
     mean = 0.0 if isinstance(method, RopeCommuting) else 0.5  # keys after RoPE are not centred
     groups = groups if isinstance(method, CSKV) else 1
-    fitted = [bases(SHAPE, rank // groups, rank, groups, mean, seed=i) if rank else {} for i in range(LAYERS)]
-    return [method.codecs(SHAPE, f) for f in fitted], int(method.bits_per_token(SHAPE, fitted[0]) * page / 8)
+    return [bases(SHAPE, rank // groups, rank, groups, mean, seed=i) if rank else {} for i in range(LAYERS)]
 
 
-def _lossy(method: Method, codecs, rope: Rope | None) -> Lossy:
-    """Through the codec, which has tests of its own; a lossless method gives back what it got."""
-    if getattr(method, "bits", None) is None:
+def _ages(method: Method, tiers: tuple[Tier, ...], rope: Rope | None) -> list[Age]:
+    """Each tier as what a page would be, had it grown so old at once."""
+    pairs = [tier.codecs for tier in tiers if tier.codecs is not None]
+    found = []
+    for i, tier in enumerate(tiers[: len(pairs)]):
+        limit = None if tier.tokens is None else tier.tokens // method.page
+        found.append(Age(_lossy(method, pairs[: i + 1], rope), limit))
+    return found
+
+
+def _lossy(method: Method, pairs: list, rope: Rope | None) -> Lossy:
+    """Through the codecs, which have tests of their own; a lossless method gives back what it got."""
+    if getattr(method, "bits", 4) is None:
         return lambda keys, values, positions: (keys, values)
-    key_codec, value_codec = codecs
-    turned = rope if key_codec.site == "k_pre" else None
+    turned = rope if pairs[0][0].site == "k_pre" else None
+
+    def side(number: int, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        stored = pairs[0][number].encode(rows, valid)
+        for pair in pairs[1:]:
+            stored = pair[number].demoted(stored)
+        return pairs[-1][number].decode(stored, HEADS)
 
     def through(keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k, v, p = torch.from_numpy(keys), torch.from_numpy(values), torch.from_numpy(positions)
         k = k if turned is None else turned.turn_back(k, p)
-        k = key_codec.decode(key_codec.encode(k, p >= 0), HEADS)
+        k = side(0, k, p >= 0)
         k = k if turned is None else turned.turn(k, p)
-        return k.numpy(), value_codec.decode(value_codec.encode(v, p >= 0), HEADS).numpy()
+        return k.numpy(), side(1, v, p >= 0).numpy()
 
     return through
 

@@ -3,7 +3,8 @@
 The rules: at least `window` recent tokens are exact; when more than `window + page` tokens are, the oldest leave in
 whole pages, but while sinks are still wanted, leading columns that are a pad or a sink in every row leave without a
 page; the first `sinks` real tokens of a row stay exact for ever; a crop shortens what is there, and nothing is encoded
-twice. A pad is any column that the mask hides.
+twice. Pages have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it
+is gone. A pad is any column that the mask hides.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,31 @@ class Token(NamedTuple):
     value: np.ndarray
 
 
+class Age(NamedTuple):
+    """What pages of an age come back as, and how many may be of this age (None: any number)."""
+
+    lossy: Lossy
+    pages: int | None = None
+
+
+@dataclass
+class Page:
+    """The tokens of a page as they come back at each age, and which age it has."""
+
+    looks: list[list[Token]]
+    age: int = 0
+
+    def copy(self) -> "Page":
+        return Page([list(tokens) for tokens in self.looks], self.age)
+
+    def cut(self, length: int) -> "Page":
+        return Page([[t for t in tokens if t.column < length] for tokens in self.looks], self.age)
+
+    @property
+    def tokens(self) -> list[Token]:
+        return self.looks[self.age]
+
+
 class Dense(NamedTuple):
     """All columns of a layer, and which of them attention may read."""
 
@@ -40,11 +66,11 @@ class Row:
 
     real: list[bool] = field(default_factory=list)  # per column: no pad
     sinks: list[Token] = field(default_factory=list)
-    pages: list[list[Token]] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
     window: list[Token] = field(default_factory=list)
 
     def copy(self) -> "Row":
-        return Row(list(self.real), list(self.sinks), [list(p) for p in self.pages], list(self.window))
+        return Row(list(self.real), list(self.sinks), [p.copy() for p in self.pages], list(self.window))
 
     def wanted(self, sinks: int) -> list[int]:
         """Columns of the first real tokens."""
@@ -53,16 +79,16 @@ class Row:
     def shown(self, sinks: int) -> list[Token]:
         """Real tokens, each once: a sink is read exactly, never from its page."""
         wanted = self.wanted(sinks)
-        body = [t for page in self.pages for t in page if t.column not in wanted]
+        body = [t for page in self.pages for t in page.tokens if t.column not in wanted]
         return [t for t in (*self.sinks, *body, *self.window) if t.position >= 0]
 
 
 class Oracle:
-    """One layer of h heads and d channels. `lossy` says what a page becomes, None that its tokens are dropped."""
+    """One layer of h heads and d channels. `ages` of pages, the youngest first; without any, tokens are dropped."""
 
-    def __init__(self, window: int, sinks: int, page: int, h: int, d: int, lossy: Lossy | None) -> None:
-        self.settings = (window, sinks, page, h, d, lossy)
-        self.window, self.sinks, self.page, self.h, self.d, self.lossy = self.settings
+    def __init__(self, window: int, sinks: int, page: int, h: int, d: int, ages: list[Age]) -> None:
+        self.settings = (window, sinks, page, h, d, ages)
+        self.window, self.sinks, self.page, self.h, self.d, self.ages = self.settings
         self.rows: list[Row] = []
         self.seen = 0
         self.took_sinks = False  # storage for sinks is taken with the first spill
@@ -94,8 +120,10 @@ class Oracle:
         for row, columns in zip(self.rows, wanted, strict=True):
             row.sinks += [t for t in row.window[:out] if t.column in columns]
         self.look_for_sinks()
-        if self.lossy is not None and out > no_page:
+        if self.ages and out > no_page:
             self._encode(no_page, out)
+            for row in self.rows:
+                self._grow_old(row)
         for row in self.rows:
             del row.window[:out]
 
@@ -106,10 +134,18 @@ class Oracle:
         tokens = [row.window[start:end] for row in self.rows]
         keys = np.stack([np.stack([t.key for t in row], 1) for row in tokens])
         values = np.stack([np.stack([t.value for t in row], 1) for row in tokens])
-        keys, values = self.lossy(keys, values, np.array([[t.position for t in row] for row in tokens], np.int32))
-        for row, old, k, v in zip(self.rows, tokens, keys, values, strict=True):
-            new = [Token(t.column, t.position, k[:, i], v[:, i]) for i, t in enumerate(old)]
-            row.pages += [new[i : i + self.page] for i in range(0, len(new), self.page)]
+        positions = np.array([[t.position for t in row] for row in tokens], np.int32)
+        looks = [age.lossy(keys, values, positions) for age in self.ages]
+        for n, (row, old) in enumerate(zip(self.rows, tokens, strict=True)):
+            new = [[Token(t.column, t.position, k[n][:, i], v[n][:, i]) for i, t in enumerate(old)] for k, v in looks]
+            row.pages += [Page([x[i : i + self.page] for x in new]) for i in range(0, len(old), self.page)]
+
+    def _grow_old(self, row: Row) -> None:
+        for number, age in enumerate(self.ages):
+            same = [page for page in row.pages if page.age == number]
+            for page in same[: len(same) if age.pages is None else max(0, len(same) - age.pages)]:
+                page.age += age.pages is not None
+        row.pages = [page for page in row.pages if page.age < len(self.ages)]
 
     def crop(self, count: int) -> None:
         """Take the last `count` columns back; taking all of them back is starting anew."""
@@ -119,7 +155,7 @@ class Oracle:
             del row.real[self.seen :]
             row.sinks = [t for t in row.sinks if t.column < self.seen]
             row.window = [t for t in row.window if t.column < self.seen]
-            row.pages = [cut for page in row.pages if (cut := [t for t in page if t.column < self.seen])]
+            row.pages = [cut for page in row.pages if (cut := page.cut(self.seen)).tokens]
         self.took_sinks &= self.seen > 0
         self.look_for_sinks()
 
@@ -140,6 +176,11 @@ class Oracle:
     @property
     def pages(self) -> int:
         return len(self.rows[0].pages) if self.rows else 0
+
+    @property
+    def recent(self) -> int:
+        """Tokens in window and pages."""
+        return self.exact + (sum(len(page.tokens) for page in self.rows[0].pages) if self.rows else 0)
 
     def dense(self) -> Dense:
         """What is there, column by column; zero where nothing is shown."""

@@ -32,6 +32,8 @@ STORIES = {  # window 8, pages of 8, 3 sinks: what random sequences reach seldom
     "only the padded row stays": [Update(30, pads=(0, 21, 0)), Select([1]), Update(30), Update(1)],
     "a cut page is shared by beams": [Update(40), Crop(20), Repeat(), Update(20), Reorder([3, 3, 0, 1]), Update(9)],
     "a copy goes its own way": [Update(40), Copy(), Crop(20), Update(30), Copy(), Reset(), Update(5)],
+    "crop into each age": [Update(90), Crop(20), Update(1), Crop(20), Update(30), Crop(60), Update(90), Update(1)],
+    "grow old token by token": [Update(50), *[Update(1)] * 60, Reload(), *[Update(1)] * 12, Copy(), Crop(30)],
     "saved and continued": [Update(40, pads=(3, 0, 0)), Reload(file=True), Update(1), Reload(into_used=True), Crop(9)],
 }
 

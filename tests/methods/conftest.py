@@ -52,4 +52,6 @@ def sample(shape: LayerShape, keys: torch.Tensor, values: torch.Tensor, g: torch
     heads = [x[:count].unflatten(1, (shape.heads, d)).float() for x in (keys, values)]
     rope = Rope(1e4 ** (-torch.arange(0, d - 1, 2).float() / d), 1.0, False)
     turned = rope.turn(heads[0].transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
-    return Sample(heads[0], turned, heads[1], torch.randn(count, 2 * shape.heads, d, generator=g))
+    queries = torch.randn(count, 2 * shape.heads, d, generator=g)
+    back = rope.turn_back(queries.transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
+    return Sample(heads[0], turned, heads[1], queries, back)

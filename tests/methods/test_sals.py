@@ -9,8 +9,8 @@ from torch import Tensor
 from kvshrink.cache import chosen
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
-from kvshrink.cache.layer import Handle
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.step import Handle
 from kvshrink.cache.view import View
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
@@ -166,7 +166,7 @@ def test_a_needle_is_read(fitted):
         feed(cache, [ROPE.turn(keys, positions)], [values], ROPE)
         query = direction[None].expand(-1, -1, 2, -1) * 20  # [b, h, x, d]
         layer = cache.layers[0]
-        best, _ = chosen._best(query, View(None, 1, 0, 1, 2, Handle(layer, ROPE, len(layer.pages), layer.seen)), 10**6)
+        best, _ = chosen._best(query, View(None, 1, 0, 1, 2, Handle(layer, ROPE, layer.shelves(), layer.seen)), 10**6)
         assert best.tolist() == [[place - layer.pages.first[0]]]
 
 

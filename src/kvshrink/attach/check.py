@@ -65,7 +65,7 @@ def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) ->
     wanted = _run(model, info, kind, hidden, positions, None)[:, -1]
     method, table = RTN(bits=None, window=1, sinks=2), TokenTable()
     shape = shape_of(module)
-    layers: list = [CompressedLayer(method, shape, method.codecs(shape, {}), table)]
+    layers: list = [CompressedLayer(method, shape, method.tiers(shape, {}), table)]
     # a module reaches its cache layer by its own index
     cache = KVCache(layers * (module.layer_idx + 1), method, table, fingerprint, "check")
     for part in (slice(0, TOKENS - 1), slice(TOKENS - 1, TOKENS)):

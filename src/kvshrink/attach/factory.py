@@ -14,7 +14,7 @@ from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Raw
-from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._roles import Codec, Method, Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.lasting import lasting
@@ -40,9 +40,11 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
         if shape is None:
             layers.append(DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window))
         else:
-            codecs = _codecs(artifact, i, shape, key_value_weights(attachment.layers[i].module)[0])
-            watched = _watch(artifact, i, codecs) if watch else None
-            layers.append(CompressedLayer(artifact.method, shape, codecs, table, watched))
+            tiers = _tiers(artifact, i, shape, key_value_weights(attachment.layers[i].module)[0])
+            watched = _watch(artifact, i, tiers[0].codecs) if watch else None
+            follows = artifact.method.follows(artifact.layers.get(i, {}))
+            base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if follows else None
+            layers.append(CompressedLayer(artifact.method, shape, tiers, table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
     return KVCache(layers, artifact.method, table, attachment.fingerprint, fitted_by, device)
@@ -71,13 +73,13 @@ def _check(artifact: Artifact, attachment: Attachment) -> None:
 
 
 @lasting
-def _codecs(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> tuple[Codec, Codec] | None:
-    """The layer's codecs, with tensors on the model's device: made once per artifact, shared by all of its caches."""
-    made = artifact.__dict__.setdefault("_codecs", {})
+def _tiers(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> tuple[Tier, ...]:
+    """The layer's tiers, with tensors on the model's device: made once per artifact, shared by all of its caches."""
+    made = artifact.__dict__.setdefault("_tiers", {})
     key = (layer, shape, like.device)
     if key not in made:
         fitted = artifact.layers.get(layer, {})
-        made[key] = artifact.method.codecs(
+        made[key] = artifact.method.tiers(
             shape, {k: t.to(like.device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)}
         )
     return made[key]

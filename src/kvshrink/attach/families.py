@@ -130,6 +130,14 @@ def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
     return key[key_rows], value[value_rows]
 
 
+def key_value_biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Biases [n] of the key and value projections; None: they have none."""
+    (_, key_rows), (_, value_rows) = key_value_parts(module)
+    joint = getattr(module, "qkv_proj", None)
+    key, value = ((joint or getattr(module, name)).bias for name in ("k_proj", "v_proj"))
+    return (None if key is None else key[key_rows].detach()), (None if value is None else value[value_rows].detach())
+
+
 def output_weight(module: Any) -> Float[Tensor, "hidden q d"]:
     """Weight of the output projection by query head."""
     return module.o_proj.weight.unflatten(-1, (-1, module.head_dim))

@@ -8,8 +8,9 @@ after the weighted sum. No full-length K or V of a layer is ever alive.
 import torch
 from torch import Tensor
 
+from kvshrink.cache.body import Shelf
 from kvshrink.cache.chosen import read_chosen
-from kvshrink.cache.layer import Handle
+from kvshrink.cache.step import Handle
 from kvshrink.cache.view import Slice, View, visible
 from kvshrink.kernels.attention import Running, finish, fold, join, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, Turn, fused
@@ -50,8 +51,8 @@ def rebuild(handle: Handle, keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     layer, first = handle.layer, handle.first
     b, h, w, d = keys.shape
     all_keys, all_values = keys.new_zeros(b, h, first + w, d), values.new_zeros(b, h, first + w, values.shape[3])
-    for block in layer.pages.blocks(_block_tokens(handle), handle.pages):
-        k, v = _keys(block, handle), layer.codecs[1].decode(block.part("v."), h)  # type: ignore[index]
+    for shelf, block in ((s, block) for s in handle.shelves for block in s.blocks(_block_tokens(handle))):
+        k, v = _keys(block, shelf, handle), shelf.codecs[1].decode(shelf.stored(block)[1], h)
         if isinstance(block.columns, slice):
             all_keys[:, :, block.columns], all_values[:, :, block.columns] = k.to(keys.dtype), v.to(values.dtype)
         else:
@@ -117,45 +118,49 @@ def _beside(left: Tensor | None, right: Tensor | None, left_size: int, right_siz
 
 
 def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
+    """A segment for each age of pages, the oldest first."""
     handle = slices[0].view.handle
-    layer = handle.layer
-    if handle.pages == 0 or layer.codecs is None:
+    if handle.pages == 0:
         return []
-    (key_codec, value_codec), heads = layer.codecs, layer.shape.heads
     one = len(slices) == 1 and slices[0].view.count == 1
-    if one and key_codec.reads(handle.pages * layer.pages.page) is not None:
-        out, lse = read_chosen(slices[0], softcap, _block_tokens(handle))
-        return [[(value_codec.expand(out, heads), lse)]]
-    if len(slices) == 1 and (parts := _fused(slices[0], softcap)) is not None:
+    if one and handle.shelves[-1].codecs[0].reads(handle.pages * handle.layer.body.page) is not None:
+        return [[part] for part in read_chosen(slices[0], softcap, _block_tokens(handle))]
+    return [_shelf(slices, shelf, softcap) for shelf in handle.shelves]
+
+
+def _shelf(slices: list[Slice], shelf: Shelf, softcap: float | None) -> Segment:
+    handle = slices[0].view.handle
+    (key_codec, value_codec), heads = shelf.codecs, handle.layer.shape.heads
+    if len(slices) == 1 and (parts := _fused(slices[0], shelf, softcap)) is not None:
         out, lse = join(parts)
-        return [[(value_codec.expand(out, heads), lse)]]
+        return [(value_codec.expand(out, heads), lse)]
     states: list[Running] = [start(q, value_codec.width) for q, _ in slices]
     absorbed = [key_codec.absorb(q) for q, _ in slices]
     queries = [q if a is None else a for a, (q, _) in zip(absorbed, slices, strict=True)]
-    for block in layer.pages.blocks(_block_tokens(handle), handle.pages):
-        keys = _keys(block, handle) if absorbed[0] is None else key_codec.unpack(block.part("k."))
-        latent = value_codec.unpack(block.part("v."))
+    for block in shelf.blocks(_block_tokens(handle)):
+        keys = _keys(block, shelf, handle) if absorbed[0] is None else key_codec.unpack(block.part("k."))
+        latent = value_codec.unpack(shelf.stored(block)[1])
         states = [
             fold(state, q, keys, latent, visible(block, view), softcap)
             for state, q, (_, view) in zip(states, queries, slices, strict=True)
         ]
         del keys, latent  # not alive beside the next block's
     done = [finish(state) for state in states]
-    return [[(value_codec.expand(out, heads), lse) for out, lse in done]]
+    return [(value_codec.expand(out, heads), lse) for out, lse in done]
 
 
-def _fused(part: Slice, softcap: float | None) -> Segment | None:
+def _fused(part: Slice, shelf: Shelf, softcap: float | None) -> Segment | None:
     """(latent output, log-sum-exp) of each run of pages; None if there is no kernel for them."""
     query, view = part
     layer, rope = view.handle.layer, view.handle.rope
-    assert layer.codecs is not None
-    key_codec, value_codec = layer.codecs
+    key_codec, value_codec = shelf.codecs
     learns = torch.is_grad_enabled() and query.requires_grad  # kernels have no gradient
     if query.shape[2] > MOST_ROWS or learns:
         return None
     asked, found = key_codec.absorb(query), []
-    for block in layer.pages.runs(view.handle.pages):
-        keys, values = key_codec.packed(block.part("k.")), value_codec.packed(block.part("v."))
+    for block in shelf.runs():
+        of_keys, of_values = shelf.stored(block)
+        keys, values = key_codec.packed(of_keys), value_codec.packed(of_values)
         if keys is None or values is None or (kernel := fused(query.device, keys, values)) is None:
             return None
         turn = None
@@ -171,17 +176,16 @@ def _fused(part: Slice, softcap: float | None) -> Segment | None:
     return found
 
 
-def _keys(block: Block, handle: Handle) -> Float[Tensor, "b h t d"]:
+def _keys(block: Block, shelf: Shelf, handle: Handle) -> Float[Tensor, "b h t d"]:
     """Keys of a block as attention uses them, float32."""
     layer = handle.layer
-    assert layer.codecs is not None
-    keys = layer.codecs[0].decode(block.part("k."), layer.shape.heads)
-    if layer.codecs[0].site != "k_pre" or handle.rope is None:
+    keys = shelf.codecs[0].decode(block.part("k."), layer.shape.heads)
+    if shelf.codecs[0].site != "k_pre" or handle.rope is None:
         return keys
     columns = block.columns if isinstance(block.columns, slice) else block.columns.clamp_min(0)
     return handle.rope.turn(keys, layer.table.positions[:, columns])
 
 
 def _block_tokens(handle: Handle) -> int:
-    page, shape = handle.layer.pages.page, handle.layer.shape
+    page, shape = handle.layer.body.page, handle.layer.shape
     return max(page, BLOCK_ELEMENTS // shape.width // page * page)

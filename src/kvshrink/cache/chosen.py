@@ -8,53 +8,61 @@ decoding are joined for each of the two passes, and that copy reads them in full
 import torch
 from torch import Tensor
 
+from kvshrink.cache.body import Shelf
 from kvshrink.cache.view import Slice, View, visible
 from kvshrink.kernels.attention import finish, fold, start
 from kvshrink.shapes import Bool, Float, Int
+from kvshrink.store.pages import Block
 
 WIDER = 8  # blocks at a time: only some channels, or some tokens, of a block are ever alive
 
 
-def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> tuple[Tensor, Tensor]:
-    """(latent output, log-sum-exp) over the chosen tokens. A row that sees none gives 0 and -inf."""
+def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """(output, log-sum-exp) over the chosen tokens of each age. A row that sees none gives 0 and -inf."""
     query, view = part
-    layer, rope, pages = view.handle.layer, view.handle.rope, view.handle.pages
-    assert layer.codecs is not None
-    key_codec, value_codec = layer.codecs
-    turned = rope if key_codec.site == "k_pre" else None
-    positions = layer.table.positions
+    layer, rope, tokens = view.handle.layer, view.handle.rope, block_tokens * WIDER
     asked = query
-    if turned is not None:
-        own = positions[:, layer.seen - 1 : layer.seen]
-        asked = turned.turn_back(query, own.expand(-1, query.shape[2]))
-    best, counted = _best(asked, view, block_tokens * WIDER)
-    state, at = start(query, value_codec.width), 0
-    for block in layer.pages.blocks(block_tokens * WIDER, pages):
-        inside = (best >= at) & (best < at + block.tokens) & counted
-        index, live = _front(best - at, inside)
-        at += block.tokens
-        if not index.shape[1]:
-            continue
-        keys = key_codec.expand(key_codec.pick(block.part("k."), index), layer.shape.heads)
-        if turned is not None:
-            columns = index + block.columns.start if isinstance(block.columns, slice) else block.columns[index]
-            keys = turned.turn(keys, positions.gather(1, columns.clamp_min(0)))
-        live = live[:, None, None]
-        seen = visible(block, view)
-        if seen is not None:
-            seen = seen.expand(len(index), -1, -1, -1)
-            live = live & seen.gather(3, index[:, None, None].expand(-1, *seen.shape[1:3], -1))
-        state = fold(state, query, keys, value_codec.pick(block.part("v."), index), live, softcap)
-    return finish(state)
+    if view.handle.shelves[-1].codecs[0].site == "k_pre" and rope is not None:
+        own = layer.table.positions[:, layer.seen - 1 : layer.seen]
+        asked = rope.turn_back(query, own.expand(-1, query.shape[2]))
+    best, counted = _best(asked, view, tokens)
+    found, at = [], 0
+    for shelf in view.handle.shelves:
+        value_codec = shelf.codecs[1]
+        state = start(query, value_codec.width)
+        for block in shelf.blocks(tokens):
+            inside = (best >= at) & (best < at + block.tokens) & counted
+            index, live = _front(best - at, inside)
+            at += block.tokens
+            if not index.shape[1]:
+                continue
+            live = live[:, None, None]
+            seen = visible(block, view)
+            if seen is not None:
+                seen = seen.expand(len(index), -1, -1, -1)
+                live = live & seen.gather(3, index[:, None, None].expand(-1, *seen.shape[1:3], -1))
+            values = value_codec.pick(shelf.stored(block)[1], index)
+            state = fold(state, query, _keys(block, shelf, view, index), values, live, softcap)
+        out, lse = finish(state)
+        found.append((value_codec.expand(out, layer.shape.heads), lse))
+    return found
+
+
+def _keys(block: Block, shelf: Shelf, view: View, index: Int[Tensor, "b c"]) -> Float[Tensor, "b h c d"]:
+    """Keys of some slots of a block as attention uses them."""
+    layer, rope, codec = view.handle.layer, view.handle.rope, shelf.codecs[0]
+    keys = codec.expand(codec.pick(block.part("k."), index), layer.shape.heads)
+    if codec.site != "k_pre" or rope is None:
+        return keys
+    columns = index + block.columns.start if isinstance(block.columns, slice) else block.columns[index]
+    return rope.turn(keys, layer.table.positions.gather(1, columns.clamp_min(0)))
 
 
 def _best(query: Float[Tensor, "b h x d"], view: View, tokens: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:
     """Slots of the body with the highest scores, and which of them a row really reads: rows may see fewer."""
-    layer = view.handle.layer
-    assert layer.codecs is not None
-    codec, parts = layer.codecs[0], []
-    for block in layer.pages.blocks(tokens, view.handle.pages):
-        scores, seen = codec.scores(query, block.part("k.")), visible(block, view)
+    codec, parts = view.handle.shelves[-1].codecs[0], []
+    for shelf, block in ((s, block) for s in view.handle.shelves for block in s.blocks(tokens)):
+        scores, seen = shelf.codecs[0].scores(query, block.part("k.")), visible(block, view)
         # a mask may differ from head to head; a token that any of them sees may be chosen
         parts.append(scores if seen is None else scores.masked_fill(~seen.any(1).any(1), -torch.inf))
     every = torch.cat(parts, 1)

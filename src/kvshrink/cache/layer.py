@@ -3,20 +3,20 @@
 All per-sequence state of the library is in this class (and in the token table that a cache's layers share).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvshrink.cache.body import Body, Shelf
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.step import Handle, Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._roles import Codec, Method, Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting
@@ -26,27 +26,8 @@ from kvshrink.store.tokens import TokenTable
 ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
 
 
-@dataclass(frozen=True)
-class Staged:
-    """What `update` does not receive from the model: put on the layer by the hook, taken off by `update`."""
-
-    positions: Tensor  # int32 [b or 1, s]
-    real: Tensor | None  # bool [b, s], False at pads; None if there are none
-    rope: Rope | None  # None: a layer without position encoding
-    own_attention: bool  # whether the model runs kvshrink's attention
-
-
-class Handle(NamedTuple):
-    """Rides on the key tensor that `update` returns: what attention must read besides that tensor."""
-
-    layer: "CompressedLayer"
-    rope: Rope | None
-    pages: int  # pages of the body before this step
-    first: int  # column of the returned tensor's first token
-
-
 class CompressedLayer(CacheLayerMixin):
-    """[sinks | body | window]: `codecs` encode what leaves the window; None drops it."""
+    """[sinks | body | window]: what leaves the window enters the first of the `tiers`."""
 
     is_sliding = False
     is_croppable = True
@@ -57,22 +38,38 @@ class CompressedLayer(CacheLayerMixin):
         self,
         method: Method,
         shape: LayerShape,
-        codecs: tuple[Codec, Codec] | None,
+        tiers: Sequence[Tier],
         table: TokenTable,
         watch: DriftWatch | None = None,
+        base: "CompressedLayer | None" = None,
     ) -> None:
         super().__init__()
-        self.method, self.shape, self.codecs, self.table = method, shape, codecs, table
-        self.watch = watch
+        self.method, self.shape, self.tiers, self.table = method, shape, tiers, table
+        self.watch, self.base = watch, base  # base: the layer that this one follows
         self.staged: Staged | None = None
         self._clear()
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec] | None:
+        """Of what leaves the window; None: it is dropped."""
+        return self.tiers[0].codecs
+
+    @property
+    def pages(self) -> Pages:
+        """Of the youngest tier."""
+        return self.body.youngest
+
+    def shelves(self) -> list[Shelf]:
+        """What attention reads of the body, the oldest first."""
+        found = self.body.shelves()
+        return found if self.base is None else [shelf._replace(base=self.base.pages) for shelf in found]
 
     def _clear(self) -> None:
         self.seen = 0
         self.whole = True  # False while, and after, an update that did not come to its end
         self.window = Window(self.method.window + self.method.page)
         self.sinks = Sinks(self.method.sinks)
-        self.pages = Pages(self.method.page)
+        self.body = Body(self.tiers, self.method.page)
         if self.watch is not None:
             self.watch.clear()
 
@@ -96,7 +93,7 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._count(staged, *key_states.shape[::2])
         self.whole = False
-        pages = len(self.pages)
+        shelves = self.shelves()
         keys, values = self.window.extend(key_states, value_states)
         self.seen += key_states.shape[2]
         first = self.seen - keys.shape[2]
@@ -106,7 +103,7 @@ class CompressedLayer(CacheLayerMixin):
         if first == 0:
             whole = keys.shape[2] == key_states.shape[2]
             return (key_states, value_states) if whole else (keys, values)
-        handle = Handle(self, staged.rope, pages, first)
+        handle = Handle(self, staged.rope, shelves, first)
         if not staged.own_attention:
             return self._materialise(keys, values, handle)
         keys = keys.view_as(keys)
@@ -134,10 +131,13 @@ class CompressedLayer(CacheLayerMixin):
         if wanted is not None and out:
             self.sinks.capture(keys, values, first, wanted[:, :out])
         if self.codecs is not None and out > skip:
+            room = self.body.room
+            if room is not None:  # what would be dropped at once is not encoded
+                skip = max(skip, out - room * page)
             starts = range(skip, out, ENCODE_TOKENS)
             parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
             encoded = (self._encode(keys[:, :, p], values[:, :, p], first + p.start, rope) for p in parts)
-            self.pages.append(encoded, (out - skip) // page, first + skip)
+            self.body.append(encoded, (out - skip) // page, first + skip)
         self.window.keep(keys[:, :, out:], values[:, :, out:])
 
     def _skip(self, wanted: Tensor, first: int, spare: int) -> int:
@@ -155,11 +155,23 @@ class CompressedLayer(CacheLayerMixin):
         if key_codec.site == "k_pre" and rope is not None:
             keys = rope.turn_back(keys, positions)
         valid = positions >= 0 if self.table.padded else None
-        stored = {f"k.{k}": t for k, t in key_codec.encode(keys, valid).items()}
-        stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
+        rows = torch.cat([keys, values], 1) if key_codec.joint else keys
+        sides = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
+        stored: dict[str, Tensor] = {}
+        for side, codec, x in sides:
+            base = self._base(side, column, x.shape[2] // self.method.page)
+            own = codec.encode(x, valid) if base is None else codec.encode_after(base, x, valid)
+            stored |= {f"{side}{k}": t for k, t in own.items()}
         if self.watch is not None:
             self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
         return stored
+
+    def _base(self, side: str, column: int, pages: int) -> dict[str, Tensor] | None:
+        """One side of the pages from a column on in the layer that this one follows, which has encoded them before."""
+        if self.base is None:
+            return None
+        stored = self.base.pages.part(self.base.pages.first.index(column), pages)
+        return {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}
 
     def _counted(self, valid: Tensor | None, column: int, count: int) -> Tensor | None:
         """Tokens of the body that attention reads from it: no pads, and no sinks, which padding leaves in pages."""
@@ -172,7 +184,7 @@ class CompressedLayer(CacheLayerMixin):
         """All tokens at full width, for attention implementations other than ours: slower, equally right."""
         from kvshrink.cache.attend import rebuild
 
-        if self.codecs is None:
+        if self.body.drops:
             raise CacheError(
                 f"{type(self.method).__name__} drops tokens, which the model's own attention cannot express. "
                 "Use model.set_attn_implementation('kvshrink')."
@@ -194,10 +206,11 @@ class CompressedLayer(CacheLayerMixin):
         """Raise CacheError if the last `count` tokens cannot be taken back."""
         if count > self.seen:
             raise CacheError(f"cannot crop {count} tokens: the cache holds {self.seen}. Crop fewer or call reset().")
-        if self.method.drops_tokens and self.window.count < count < self.seen and self.seen > self.window.count:
+        held = self.window.count + self.body.tokens
+        if self.body.drops and held < count < self.seen:
             raise CacheError(
-                f"cannot crop {count} tokens: {type(self.method).__name__} holds only the last {self.window.count} "
-                "exactly and dropped what came before. Use a larger window."
+                f"cannot crop {count} tokens: {type(self.method).__name__} holds only the last {held} "
+                "and dropped what came before. Use a larger window."
             )
 
     @lasting
@@ -212,7 +225,7 @@ class CompressedLayer(CacheLayerMixin):
             return
         self.seen -= count
         self.window.count = max(0, self.window.count - count)
-        self.pages.crop(self.seen)
+        self.body.crop(self.seen)
         self.sinks.crop(self.seen)
 
     def reset(self) -> None:
@@ -223,7 +236,7 @@ class CompressedLayer(CacheLayerMixin):
     @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
-        for part in (self.window, self.sinks, self.pages):
+        for part in (self.window, self.sinks, self.body):
             part.map(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -245,30 +258,27 @@ class CompressedLayer(CacheLayerMixin):
     # --- bytes and state ---
 
     def tensors(self) -> list[Tensor]:
-        own = [*self.window.tensors().values(), *self.sinks.tensors().values(), *(t for _, t in self.pages.tensors())]
+        own = [*self.window.tensors().values(), *self.sinks.tensors().values(), *self.body.tensors()]
         return own if self.watch is None else [*own, self.watch.sums]
 
     def held(self) -> Held:
         """Bytes by purpose, from the storages that are alive."""
-        codecs = self.codecs or ()
-        side_names = {f"{s}.{name}" for s, c in zip("kv", codecs, strict=False) for name in c.side}
-        stored = self.pages.tensors()
+        payload, side = self.body.nbytes()
         return Held(
-            payload=nbytes(t for name, t in stored if name not in side_names),
-            side=nbytes(t for name, t in stored if name in side_names) + (self.watch.sums.nbytes if self.watch else 0),
+            payload=payload,
+            side=side + (self.watch.sums.nbytes if self.watch else 0),
             window=nbytes(self.window.tensors().values()),
             sinks=nbytes(self.sinks.tensors().values()),
         )
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
-        values, tensors = self.pages.state()
-        tensors = {f"pages.{k}": t for k, t in tensors.items()}
+        values, tensors = self.body.state()
         tensors |= {f"window.{k}": t for k, t in self.window.tensors().items()}
         tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
         if self.watch is not None:
             tensors["watch.sums"] = self.watch.sums
-        return {"seen": self.seen, "window": self.window.count, "pages": values}, tensors
+        return {"seen": self.seen, "window": self.window.count, **values}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
         self.reset()
@@ -277,7 +287,7 @@ class CompressedLayer(CacheLayerMixin):
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
-        self.pages.restore(values["pages"], under("pages."))
+        self.body.restore(values, tensors)
         if window := under("window."):
             self.window.keys, self.window.values = window["keys"], window["values"]
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True

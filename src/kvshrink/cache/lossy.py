@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.rope import Rope
+from kvshrink.errors import SettingError
 from kvshrink.methods._roles import Codec
 from kvshrink.shapes import Float
 
@@ -11,7 +12,12 @@ from kvshrink.shapes import Float
 def through(
     codec: Codec, rows: Float[Tensor, "b h t d"], rope: Rope | None, page: int, first: int = 0
 ) -> Float[Tensor, "b h t d"]:
-    """Rows of the positions from `first` on, encoded in whole pages and decoded. Keys are as attention uses them."""
+    """Rows of the positions from `first` on, encoded in whole pages and decoded. Keys are as attention uses them.
+
+    Raises SettingError for a codec that needs keys and values at once.
+    """
+    if codec.joint:
+        raise SettingError("keys and values are stored as one, and no side by itself. Measure with a cache instead.")
     b, h, t, _ = rows.shape
     turned = rope if codec.site == "k_pre" else None
     positions = torch.arange(first, first + t, device=rows.device)[None].expand(b, -1)

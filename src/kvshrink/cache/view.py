@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvshrink.cache.layer import Handle
+from kvshrink.cache.step import Handle
 from kvshrink.shapes import Bool, Float
 from kvshrink.store.pages import Block
 

@@ -16,8 +16,9 @@ from kvshrink.attach import attach
 from kvshrink.attach.families import LayerInfo
 from kvshrink.cache import KVCache
 from kvshrink.cache.attend import rebuild
-from kvshrink.cache.layer import CompressedLayer, Handle
+from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.step import Handle
 from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Tokens, checked, compressed_tokens, opened, remedy
 from kvshrink.methods._roles import Method
@@ -108,8 +109,8 @@ def _stored(
     if layer.codecs is None:
         return None, None, None
     end = layer.seen - layer.window.count
-    body = slice(layer.pages.first[0], end)
-    keys, values = rebuild(Handle(layer, info.rope, len(layer.pages), end), *layer.window.view())
+    body = slice(layer.body.first, end)
+    keys, values = rebuild(Handle(layer, info.rope, layer.shelves(), end), *layer.window.view())
     full: Any = dense.layers[index]
     ours, exact = keys[:, :, body], full.keys[:, :, body]
     positions = layer.table.positions[:, body]

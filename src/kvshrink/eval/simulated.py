@@ -33,6 +33,10 @@ class Simulated(DynamicCache):
             raise EvalError(
                 f"{type(like.method).__name__} drops tokens and has nothing to simulate. Use mode='decode'."
             )
+        if any(len(layer.tiers) > 1 for layer in like.compressed):
+            raise EvalError(
+                f"{type(like.method).__name__} stores tokens by their age, which one pass has not. Use mode='decode'."
+            )
         self.page = like.method.page
         self.codecs = [x.codecs if isinstance(x, CompressedLayer) else None for x in like.layers]
         self.ropes = [info.rope for info in attachment.layers]

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import LayerInfo, key_value, key_value_weights, output_weight, queries, shape_of
+from kvshrink.attach.families import (
+    LayerInfo,
+    key_value,
+    key_value_biases,
+    key_value_weights,
+    output_weight,
+    queries,
+    shape_of,
+)
 from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
 from kvshrink.methods._facts import LayerFacts, Sample
@@ -43,6 +51,7 @@ class LayerWatch:
     def facts(self, info: LayerInfo) -> LayerFacts:
         module = info.module
         key_weight, value_weight = key_value_weights(module)
+        key_bias, value_bias = key_value_biases(module)
         shape = shape_of(module)
         return LayerFacts(
             shape,
@@ -55,6 +64,8 @@ class LayerWatch:
             output_gram(output_weight(module), shape.heads),
             info.rope.pairs() if info.rope else None,
             self.sample.done(info.rope) if self.sample is not None else None,
+            key_bias,
+            value_bias,
         )
 
 
@@ -86,8 +97,8 @@ class Sampler:
         """The sample; rows run from position 0 on."""
         keys, values, asked = (torch.stack(part) for part in zip(*self.parts, strict=True))
         if rope is None:
-            return Sample(keys, keys, values, asked)
+            return Sample(keys, keys, values, asked, asked)
         positions = torch.tensor(self.position, device=keys.device)[None]
         rope = Rope(rope.inv_freq.to(keys.device), rope.scaling, rope.interleaved)
-        turned, asked = (rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked))
-        return Sample(keys, turned.contiguous(), values, asked.contiguous())
+        turned = [rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked)]
+        return Sample(keys, turned[0].contiguous(), values, turned[1].contiguous(), asked)

@@ -47,13 +47,14 @@ class Moments:
 class Sample:
     """Some tokens of the calibration text, the same for all fields, spread evenly over it; float32.
 
-    keys: before RoPE; turned, queries: as attention uses them.
+    keys, asked: before RoPE; turned, queries: the same as attention uses them.
     """
 
     keys: Float[Tensor, "m h d"]
     turned: Float[Tensor, "m h d"]
     values: Float[Tensor, "m h d"]
     queries: Float[Tensor, "m q d"]
+    asked: Float[Tensor, "m q d"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class LayerFacts:
     output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
     pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
     sample:       rows as they are, where the method asks for them (`Method.samples`).
+    key_bias:     of the projections [n], before a norm on keys; None: they have none.
     """
 
     shape: LayerShape
@@ -77,6 +79,8 @@ class LayerFacts:
     output_gram: Float[Tensor, "h d d"]
     pairs: tuple[Tensor, Tensor] | None = None
     sample: Sample | None = None
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
 
 
 class Probe(ABC):

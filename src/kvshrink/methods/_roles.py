@@ -7,7 +7,7 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,23 @@ class Codec(ABC):
     site:  "k_pre" keys before RoPE, "k_post" keys as attention uses them, "v" values.
     side:  names of the stored tensors that are side information (scales, minima), not payload.
     width: channels of one group's latent, what `unpack` gives.
+    joint: keys and values are stored as one: the key codec gets the rows of both, 2h heads, and the value codec reads
+           what it stored.
+    Of a layer that follows another one (`Method.follows`) what is stored holds that one's tensors too, as "base.*".
     """
 
     site: Literal["k_pre", "k_post", "v"]
     side: frozenset[str]
     width: int
+    joint: bool = False
 
     @abstractmethod
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         """Whole pages of rows, encoded. Invalid rows (left pads) may hold anything and must not matter."""
+
+    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        """`encode` of a layer that follows another one, whose pages of the same tokens are `base`."""
+        raise NotImplementedError(f"{type(self).__name__} follows none")
 
     @abstractmethod
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
@@ -76,6 +84,11 @@ class Codec(ABC):
         """What chooses the tokens that are read. Asked only of a codec whose `reads` gives a number."""
         raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
+    def demoted(self, stored: Stored) -> Stored:
+        """Pages of the next younger tier as this codec stores them: a part of the same tensors, nothing rounded again.
+        Asked only of a codec of an older tier."""
+        raise NotImplementedError(f"{type(self).__name__} takes over no pages")
+
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
 
@@ -83,11 +96,22 @@ class Codec(ABC):
         return self  # settings and fitted tensors are shared by all sequences, also by a copied cache
 
 
+class Tier(NamedTuple):
+    """Pages of one age: key and value codec, None if they are dropped, and how many tokens may have this age.
+
+    tokens: in whole pages, rounded down; None: no limit.
+    """
+
+    codecs: tuple[Codec, Codec] | None
+    tokens: int | None = None
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact.
 
-    Tokens leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped.
+    Tokens leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped. A method
+    with `tiers` lets pages grow old: what a tier cannot hold any more moves on to the next one.
     """
 
     window: int = 32
@@ -110,6 +134,14 @@ class Method(ABC):
     @abstractmethod
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:
         """Key codec and value codec of a layer of this shape."""
+
+    def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
+        """Ages of the body's pages, the youngest first, whose codecs are `codecs`."""
+        return (Tier(self.codecs(shape, fitted)),)
+
+    def follows(self, fitted: Fitted) -> bool:
+        """Whether a layer is stored as what it adds to the compressed layer before it."""
+        return False
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
@@ -145,7 +177,10 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
-        """Bits of a token's key and value in the body, scales included, window and sinks not. 0 if dropped."""
+        """Bits of a token's key and value in the body, scales included, window and sinks not. 0 if dropped.
+
+        Of a method with tiers: in the youngest, where a token takes most.
+        """
         pair = self.codecs(shape, fitted)
         return 0.0 if pair is None else sum(c.page_bytes() for c in pair) * 8 / self.page
 
@@ -156,4 +191,8 @@ class Method(ABC):
         if tokens <= self.window + self.page:
             return batch * window
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
-        return batch * (window + sinks + int(pages * self.bits_per_token(shape, fitted) * self.page / 8))
+        return batch * (window + sinks + self.body_bytes(shape, fitted, pages))
+
+    def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
+        """Bytes of the body of one sequence, after so many pages left the window."""
+        return int(pages * self.bits_per_token(shape, fitted) * self.page / 8)

@@ -62,10 +62,33 @@ class Pages:
                 for name, t in part.items():
                     extent[name][:, at : at + count] = t
             at += count
-        self.extents.append(extent)
-        self.first += [column + i * self.page for i in range(pages)]
-        self.used += [self.page] * pages
+        self.put(extent, [column + i * self.page for i in range(pages)], [self.page] * pages)
+
+    def put(self, extent: Stored, first: list[int], used: list[int]) -> None:
+        """Add one extent, whose pages begin at these columns and hold so many tokens."""
+        self.extents.append(dict(extent))
+        self.first += first
+        self.used += used
         self._join()
+
+    def take(self, count: int) -> Iterator[tuple[Stored, list[int], list[int]]]:
+        """Remove the oldest `count` pages and give them as `put` wants them."""
+        while count:
+            extent = self.extents.pop(0)
+            pages = min(count, _pages(extent))
+            if pages < _pages(extent):  # clone, so that neither part keeps the other's bytes
+                self.extents.insert(0, {k: t[:, pages:].clone() for k, t in extent.items()})
+                extent = {k: t[:, :pages].clone() for k, t in extent.items()}
+            first, used = self.first[:pages], self.used[:pages]
+            del self.first[:pages], self.used[:pages]
+            count -= pages
+            yield extent, first, used
+
+    def copy(self) -> "Pages":
+        """Another list of the same pages, which stays as it is when this one changes."""
+        other = Pages(self.page)
+        other.extents, other.first, other.used = list(self.extents), list(self.first), list(self.used)
+        return other
 
     def _join(self) -> None:
         """Make one extent of the last ones where enough of them are alike in size."""
@@ -87,6 +110,17 @@ class Pages:
                 # clone, so that the pages cut off are really freed
                 whole = all(t.shape[1] == pages for t in extent.values())
                 self.extents.append(extent if whole else {k: t[:, :pages].clone() for k, t in extent.items()})
+
+    def part(self, start: int, count: int) -> Stored:
+        """Tensors of `count` pages from page `start` on."""
+        held, at = [], 0
+        for extent in self.extents:
+            pages = _pages(extent)
+            first, last = max(start - at, 0), min(start + count - at, pages)
+            if first < last:
+                held.append({k: t[:, first:last] for k, t in extent.items()})
+            at += pages
+        return _joined(held)
 
     def blocks(self, tokens: int, limit: int | None = None) -> Iterator[Block]:
         """The first `limit` pages (default all) in order, about `tokens` slots at a time."""

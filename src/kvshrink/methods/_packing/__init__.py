@@ -7,6 +7,7 @@ bit for bit what `fake(x)` says, and pages do not depend on each other.
 from kvshrink.methods._packing.affine import Affine, packing
 from kvshrink.methods._packing.base import SIDE_BYTES, Packing
 from kvshrink.methods._packing.codebook import Codebook
+from kvshrink.methods._packing.planes import Planes
 from kvshrink.methods._packing.raw import Raw
 
-__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Raw", "packing"]
+__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Planes", "Raw", "packing"]

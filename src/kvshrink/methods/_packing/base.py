@@ -43,6 +43,10 @@ class Packing(ABC):
         """The same pages as fused kernels read them; None: they cannot."""
         return None
 
+    def demoted(self, stored: Stored) -> Stored:
+        """Pages of the next younger tier as this packing stores them: a part of the same tensors."""
+        raise NotImplementedError(f"{type(self).__name__} takes over no pages")
+
     def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
         """The first `width` channels."""
         return self.load(stored)[..., :width]

@@ -74,6 +74,9 @@ class BasisCodec(Codec):
     def packed(self, stored: Stored) -> Packed | None:
         return self.packing.packed(stored)
 
+    def demoted(self, stored: Stored) -> Stored:
+        return self.packing.demoted(stored)
+
     @cached_property
     def expansion(self) -> Basis | None:  # type: ignore[override]
         return Basis(self.up, self.mean) if self._rebuilt else None

@@ -22,7 +22,7 @@ from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._roles import Fitted, Method
+from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.methods._settings import keep_and_bits, number, require, whole
 from kvshrink.methods.lowrank._basis import (
     BasisCodec,
@@ -34,7 +34,7 @@ from kvshrink.methods.lowrank._basis import (
 )
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
 from kvshrink.methods.quant import _latents as latents
-from kvshrink.methods.quant._quantiser import SIDES, Quantiser, Side, Space
+from kvshrink.methods.quant._quantiser import SIDES, Ladder, Quantiser, Side, Space, aged, held
 
 INITS = ("pca", "asvd", "svd", "random")
 LOSSES = ("rows", "output", "kl")
@@ -185,6 +185,24 @@ class CSKV(Method):
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[BasisCodec, BasisCodec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
+
+    def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
+        pair = self.codecs(shape, fitted)
+        return (Tier(pair),) if self.codec is None else aged(pair, *self._ladders(shape, fitted))
+
+    def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
+        if self.codec is None:
+            return super().body_bytes(shape, fitted, pages)
+        return held(self._ladders(shape, fitted), pages, self.page)
+
+    def _ladders(self, shape: LayerShape, fitted: Fitted) -> list[Ladder]:
+        """How the quantiser stores latents at each age; without `fitted` as the rank rule promises."""
+        if fitted:
+            sizes = [(fitted[f"{side}_up"].shape[0], fitted[f"{side}_up"].shape[1]) for side in SIDES]
+        else:
+            sizes = list(zip((self.groups(shape), 1), self.ranks(shape), strict=True))
+        spaces = [Space(groups, rank, self.page, shape.dtype, False) for groups, rank in sizes]
+        return [latents.ladder(self._quantiser(), s, space, fitted) for s, space in zip(SIDES, spaces, strict=True)]
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """As promised by the rank rule alone where nothing is fitted yet."""

@@ -42,5 +42,8 @@ class HeadwiseCodec(Codec):
     def packed(self, stored: Stored) -> Packed | None:
         return self.packing.packed(stored)
 
+    def demoted(self, stored: Stored) -> Stored:
+        return self.packing.demoted(stored)
+
     def page_bytes(self) -> int:
         return self.packing.page_bytes()

@@ -10,7 +10,7 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Site, Space, of_side
+from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Site, Space, of_side
 
 Basis = tuple[Tensor, Tensor, Tensor]  # down [G, a, r], up [G, r, a], mean [G, a]; up @ down = 1
 
@@ -36,6 +36,10 @@ def learn(method: Quantiser, side: Side, fitted: Fitted, facts: LayerFacts, page
 
 def packing(method: Quantiser, side: Side, space: Space, fitted: Fitted) -> Packing:
     return method.packing(side, space, of_side(fitted, f"{side}_codec"))
+
+
+def ladder(method: Quantiser, side: Side, space: Space, fitted: Fitted) -> Ladder:
+    return method.ladder(side, space, of_side(fitted, f"{side}_codec"))
 
 
 def changed(method: Quantiser, side: Side, basis: Basis, fitted: Fitted, dtype: torch.dtype, page: int) -> Basis:

@@ -5,17 +5,17 @@ its basis, so that it costs nothing there.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._roles import Codec, Fitted, Method, Tier
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Float
@@ -142,6 +142,29 @@ class Site:
         return Site(latent, up @ joint @ up.transpose(1, 2), self.energy, None)
 
 
+Ladder = tuple[tuple[Packing | None, int | None], ...]  # (packing or None: dropped, tokens at most or None) by age
+
+
+def aged(pair: tuple[Any, Any], key: Ladder, value: Ladder) -> tuple[Tier, ...]:
+    """Tiers of the youngest pages' codecs, with the packings of each age. Tensors of a basis are shared."""
+    found = [Tier(pair, key[0][1])]
+    for (of_keys, tokens), (of_values, _) in zip(key[1:], value[1:], strict=True):
+        dropped = of_keys is None or of_values is None
+        older = None if dropped else (replace(pair[0], packing=of_keys), replace(pair[1], packing=of_values))
+        found.append(Tier(older, tokens))
+    return tuple(found)
+
+
+def held(ladders: Sequence[Ladder], pages: int, page: int) -> int:
+    """Bytes of so many pages, the youngest tier filled first."""
+    total = 0
+    for (of_keys, tokens), (of_values, _) in zip(*ladders, strict=True):
+        count = pages if tokens is None else min(pages, tokens // page)
+        pages -= count
+        total += count * sum(x.page_bytes() for x in (of_keys, of_values) if x is not None)
+    return total
+
+
 @dataclass(frozen=True)
 class Quantiser(Method):
     """A method that stores every channel in fewer bits."""
@@ -152,6 +175,10 @@ class Quantiser(Method):
     @abstractmethod
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
         """How rows are stored. Its bytes do not depend on what was learnt, which may be nothing yet."""
+
+    def ladder(self, side: Side, space: Space, learnt: Fitted) -> Ladder:
+        """How rows are stored at each age, the youngest first; `packing` by default, for good."""
+        return ((self.packing(side, space, learnt), None),)
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
         """What is done to rows before they are stored; None: nothing."""
@@ -172,6 +199,17 @@ class Quantiser(Method):
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
+
+    def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
+        space = self._space(shape)
+        ladders = [self.ladder(side, space, of_side(fitted, side)) for side in SIDES]
+        return aged(self.codecs(shape, fitted), *ladders)
+
+    def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
+        ladders = [self.ladder(side, self._space(shape), {}) for side in SIDES]
+        if len(ladders[0]) == 1:
+            return super().body_bytes(shape, fitted, pages)
+        return held(ladders, pages, self.page)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The same before a fit and after it."""

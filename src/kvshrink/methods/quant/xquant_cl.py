@@ -1,0 +1,163 @@
+"""XQuant-CL: layers in pairs, the second stored as what it adds to the first. arXiv 2508.10395
+
+The first layer of a pair is XQuant's, at `bits`. The second stores z - z' in `delta_bits`, with z its own input (or
+latents) and z' what a read of the first one's page gives: the rounded one, so that errors do not add up. Inputs of
+neighbouring layers are alike, since each adds little to the residual stream. Latents of two layers lie in two bases, so
+z' is turned into the second one's by the matrix of least squares between them on calibration text.
+
+Departures: the paper adds up differences through all layers in a buffer as long as the text; a read of a pair decodes
+two pages and holds no more than that. So only every second layer has fewer bits. Where a pair's layers differ in shape
+or in kind, or a layer is left over, it is stored as a first one. Otherwise as `xquant`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Codec, Fitted, Method, Stored
+from kvshrink.methods._settings import one_of
+from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods.quant._input import InputCodec
+from kvshrink.methods.quant.xquant import BITS, XQuant
+from kvshrink.shapes import Bool, Float
+
+ROWS = "rows"  # of the calibration text, held until layers are paired
+RIDGE = 1e-4  # of a latent's mean energy, added to all
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class DeltaCodec(Codec):
+    """A codec's latents as differences from another layer's. first: how that one lies in its pages; turn: into ours."""
+
+    own: BasisCodec | InputCodec
+    first: Packing
+    turn: Float[Tensor, "r r"] | None
+
+    @property
+    def site(self) -> Literal["k_pre", "k_post", "v"]:  # type: ignore[override]
+        return self.own.site
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.own.side
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.own.width
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.own.joint
+
+    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        raise NotImplementedError("it is stored as a difference only")
+
+    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.own.packing.store(self.own.project(rows) - self._turned(base), valid)
+
+    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        base = {k.removeprefix("base."): t for k, t in stored.items() if k.startswith("base.")}
+        return self._turned(base) + self.own.packing.load(stored)
+
+    def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
+        return self.own.expand(latent, heads)
+
+    def page_bytes(self) -> int:
+        return self.own.page_bytes()
+
+    def _turned(self, base: Stored) -> Float[Tensor, "b G t r"]:
+        latent = self.first.load(base)
+        return latent if self.turn is None else latent @ self.turn
+
+
+@final
+@dataclass(frozen=True)
+class XQuantCL(Method):
+    """`bits`-bit codes of every first layer's input or latents, `delta_bits`-bit ones of every second one's difference.
+
+    mode, group: as XQuant's.
+    """
+
+    bits: int = 4
+    delta_bits: int = 2
+    mode: Literal["auto", "input", "latent"] = "auto"
+    group: int = 128
+
+    needs_fit: ClassVar[bool] = True
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        super().check()
+        one_of("delta_bits", self.delta_bits, BITS)
+        self._plain(False).check()
+
+    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+        method, sample = self._plain(False), facts.sample
+        assert sample is not None
+        found = method.fit_layer(facts)
+        if "down" in found:
+            return found
+        pair = method.codecs(facts.shape, found)
+        for name, codec, x in zip(("key", "value"), pair, (sample.keys, sample.values), strict=True):
+            assert isinstance(codec, BasisCodec)
+            found[f"{name}_{ROWS}"] = codec.project(x.transpose(0, 1)[None])[0, 0].contiguous()
+        return found
+
+    def finish(
+        self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
+    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+        found = {i: {k: t for k, t in fitted.items() if not k.endswith(ROWS)} for i, fitted in layers.items()}
+        paired, order = [], sorted(layers)
+        for first, second in zip(order[::2], order[1::2], strict=False):
+            a, b = layers[first], layers[second]
+            if shapes[first] != shapes[second] or ("down" in a) != ("down" in b):
+                continue
+            found[second]["follows"] = torch.ones(1, dtype=torch.uint8)
+            for name in () if "down" in a else (f"key_{ROWS}", f"value_{ROWS}"):
+                found[second][name.replace(ROWS, "turn")] = _turn(a[name], b[name])
+            paired.append([first, second])
+        return found, {"pairs": paired}
+
+    def follows(self, fitted: Fitted) -> bool:
+        return "follows" in fitted
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        second = self.follows(fitted)
+        key, value = self._plain(second).codecs(shape, fitted)
+        if not second:
+            return key, value
+        assert isinstance(key, BasisCodec | InputCodec)
+        assert isinstance(value, BasisCodec | InputCodec)
+        first, _ = self._plain(False).codecs(shape, fitted)
+        packing = first.packing  # type: ignore[attr-defined]
+        turns = fitted.get("key_turn"), fitted.get("value_turn")
+        return DeltaCodec(key, packing, turns[0]), DeltaCodec(value, packing, turns[1])
+
+    def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
+        """Of a layer not yet fitted, the mean of a pair's."""
+        both = [self._plain(second).bits_per_token(shape, fitted) for second in (False, True)]
+        return both[self.follows(fitted)] if fitted else sum(both) / 2
+
+    def _plain(self, second: bool) -> XQuant:
+        bits = self.delta_bits if second else self.bits
+        return XQuant(window=self.window, sinks=self.sinks, bits=bits, mode=self.mode, group=self.group)
+
+
+def _turn(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> Float[Tensor, "r r"]:
+    """T of least |first T - second|^2, with a ridge."""
+    x, y = first.double(), second.double()
+    gram = x.T @ x
+    ridge = float(gram.diagonal().mean()) * RIDGE
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=x.dtype, device=x.device), x.T @ y).float()
+
+
+METHOD = XQuantCL
