@@ -31,7 +31,7 @@ EMPTY = torch.inf  # in a slot for which there was no outlier
 @final
 @dataclass(frozen=True, eq=False)
 class Sparse(Packing):
-    """`count` outliers of each vector along `axis`, an even count for "ends"; the rest in `inner`, which refuses NaN."""
+    """`count` outliers of each vector along `axis`, even for "ends"; the rest in `inner`, which must refuse NaN."""
 
     inner: Packing
     axis: Axis
