@@ -97,6 +97,13 @@ def test_a_vector_s_outliers_are_replaced_by_a_number_of_its_own_range():
     assert not stored["scale"].any()
 
 
+def test_the_mean_of_equal_numbers_is_that_number():
+    """Rounded, it would be a range of its own beside them."""
+    x = (torch.rand(1, 2, PAGE, 1) * 3e4 + 0.1).repeat(1, 1, 1, WIDTH)
+    x[..., 3] = 6e4
+    assert not Sparse(INNER["token"], "token", 2, "far").store(x, None)["scale"].any()
+
+
 def test_equal_numbers_are_treated_alike_and_pads_are_no_outliers():
     x = torch.zeros(1, 2, PAGE, WIDTH)
     x[:, :, :3, 0] = 7.0  # three equal, room for two

@@ -95,6 +95,24 @@ def test_a_key_table_is_fitted_by_what_errors_cost():
     assert (alike - learnt["levels"]).abs().max() > 0.1
 
 
+def test_a_channel_of_a_wide_range_counts_by_its_square():
+    """Of two channels that cost alike, the one that is scaled back by a thousand decides."""
+    rows = torch.stack([torch.rand(400) * 2 - 1, torch.randn(400) ** 3 * 1000], 1)[:, None]
+    method = KVQuant(bits=2, outliers=0.0)
+    both = method.learn("key", site(rows), space(rows))["levels"]
+    alone = method.learn("key", site(rows, torch.tensor([[0.0, 1.0]])), space(rows))["levels"]
+    torch.testing.assert_close(both, alone, atol=0.05, rtol=0)
+    assert (both - torch.tensor([-0.75, -0.25, 0.25, 0.75])).abs().max() > 0.1
+
+
+def test_a_value_table_is_fitted_to_what_outliers_leave():
+    """Uniform numbers and a wild one in each token: four levels are a quarter of the range each."""
+    rows = torch.rand(300, 2, 64) * 2 - 1
+    rows[:, :, 9] = 500.0
+    learnt = KVQuant(bits=2, outliers=0.02).learn("value", site(rows), space(rows))
+    torch.testing.assert_close(learnt["levels"], torch.tensor([-0.75, -0.25, 0.25, 0.75]), atol=0.05, rtol=0)
+
+
 def test_the_numbers_farthest_out_come_back_to_float16(facts_of):
     method = KVQuant(bits=2)
     for codec in method.codecs(SHAPE, method.fit_layer(facts_of(SHAPE))):

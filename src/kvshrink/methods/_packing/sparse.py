@@ -31,7 +31,7 @@ EMPTY = torch.inf  # in a slot for which there was no outlier
 @final
 @dataclass(frozen=True, eq=False)
 class Sparse(Packing):
-    """`count` outliers of each vector along `axis`, the rest in `inner`. count is even for "ends"."""
+    """`count` outliers of each vector along `axis`, even for "ends"; the rest in `inner`, which must refuse NaN."""
 
     inner: Packing
     axis: Axis
@@ -68,7 +68,6 @@ class Sparse(Packing):
         real = self.vectors.real(valid, rows)
         if real is not None:
             rows = torch.where(real, rows, 0.0)
-        checked(rows)
         places, full = self._chosen(rows, real)
         numbers = checked(torch.where(full, rows.gather(-1, places), 0.0).to(torch.float16))
         out = _put(torch.zeros_like(rows, dtype=torch.bool), places, full, torch.ones_like(full))
