@@ -35,6 +35,18 @@ def bases(shape: LayerShape, rank_k: int, rank_v: int, groups: int = 1, mean: fl
     }
 
 
+def weights(shape: LayerShape, seed: int = 0) -> dict:
+    """Fitted tensors of XQuant's inputs: as many channels as keys have, random projections with biases."""
+    g = torch.Generator().manual_seed(seed)
+    both = torch.randn(shape.width, 2 * shape.width, generator=g) / shape.width**0.5
+    return {
+        "down": torch.linalg.pinv(both).contiguous(),
+        "key_weight": both[:, : shape.width].contiguous(),
+        "value_weight": both[:, shape.width :].contiguous(),
+        "mean": torch.randn(2 * shape.width, generator=g),
+    }
+
+
 def orthonormal(groups: int, width: int, rank: int, generator: torch.Generator) -> Tensor:
     """[G, r, a] with orthonormal rows."""
     noise = torch.randn(groups, width, rank, generator=generator)

@@ -23,7 +23,8 @@ from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saq import SAQ
-from tests.cache.build import assemble, bases
+from kvshrink.methods.quant.xquant import XQuant
+from tests.cache.build import assemble, bases, weights
 from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
 from tests.cache.oracle import Age, Dense, Lossy, Oracle, attention
 
@@ -47,6 +48,7 @@ METHODS = {
     "sals_all_int4": (SALS(keep=0.5, bits=4, topk=1.0), 8),
     "saq": (SAQ(ages=(16, 24)), 0),  # two pages, then three
     "accllm": (AccLLM(recent=40), 0),
+    "xquant_input": (XQuant(), 0),  # one stored thing for keys and values
     "streaming_llm": (StreamingLLM(), 0),
 }
 
@@ -247,6 +249,8 @@ def _fitted(name: str, groups: int) -> list[dict]:
     method, rank = METHODS[name]
     mean = 0.0 if isinstance(method, RopeCommuting) else 0.5  # keys after RoPE are not centred
     groups = groups if isinstance(method, CSKV) else 1
+    if isinstance(method, XQuant):
+        return [weights(SHAPE, seed=i) for i in range(LAYERS)]
     return [bases(SHAPE, rank // groups, rank, groups, mean, seed=i) if rank else {} for i in range(LAYERS)]
 
 
@@ -275,9 +279,12 @@ def _lossy(method: Method, pairs: list, rope: Rope | None) -> Lossy:
     def through(keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k, v, p = torch.from_numpy(keys), torch.from_numpy(values), torch.from_numpy(positions)
         k = k if turned is None else turned.turn_back(k, p)
-        k = side(0, k, p >= 0)
-        k = k if turned is None else turned.turn(k, p)
-        return k.numpy(), side(1, v, p >= 0).numpy()
+        if pairs[0][0].joint:
+            stored = pairs[0][0].encode(torch.cat([k, v], 1), p >= 0)
+            k, v = (codec.decode(stored, HEADS) for codec in pairs[0])
+        else:
+            k, v = side(0, k, p >= 0), side(1, v, p >= 0)
+        return (k if turned is None else turned.turn(k, p)).numpy(), v.numpy()
 
     return through
 
