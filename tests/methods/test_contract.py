@@ -64,8 +64,12 @@ def codecs(method, shape, fit):
     return pair or ()
 
 
-def rows_of(shape, pages: int, b: int = 2) -> torch.Tensor:
-    return (torch.randn(b, shape.heads, pages * 32, shape.head_dim) * 2 + 1).to(shape.dtype)
+@pytest.fixture
+def rows_of(method):
+    """A function from shape and a number of the method's pages to rows."""
+    return lambda shape, pages, b=2: (torch.randn(b, shape.heads, pages * method.page, shape.head_dim) * 2 + 1).to(
+        shape.dtype
+    )
 
 
 def test_every_file_is_found():
@@ -76,7 +80,7 @@ def test_every_file_is_found():
 
 
 @pytest.mark.parametrize("pages", [1, 3])
-def test_round_trip_keeps_shape_and_input(codecs, shape, pages):
+def test_round_trip_keeps_shape_and_input(codecs, shape, pages, rows_of):
     for codec in codecs:
         rows = rows_of(shape, pages)
         before = rows.clone()
@@ -88,7 +92,7 @@ def test_round_trip_keeps_shape_and_input(codecs, shape, pages):
 
 
 @pytest.mark.parametrize("pages", [1, 3])
-def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages):
+def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages, rows_of):
     for codec in codecs:
         stored = codec.encode(rows_of(shape, pages), None)
         assert sum(t.nbytes for t in stored.values()) == nbytes(stored.values()) == 2 * pages * codec.page_bytes()
@@ -96,10 +100,10 @@ def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages):
         assert codec.side <= set(stored) | {"scale", "low"}
 
 
-def test_pages_do_not_hold_on_to_the_model_s_tensors(codecs, shape):
+def test_pages_do_not_hold_on_to_the_model_s_tensors(codecs, shape, rows_of, method):
     """A page that is a view of the prompt's keys would keep all of them alive."""
     for codec in codecs:
-        stored = codec.encode(rows_of(shape, 5, b=1)[:, :, :32], None)
+        stored = codec.encode(rows_of(shape, 5, b=1)[:, :, : method.page], None)
         assert nbytes(stored.values()) == codec.page_bytes()
 
 
@@ -125,15 +129,15 @@ def test_a_layer_holds_what_the_method_promises(method, shape, fit, b):
         assert cache.nbytes == held + b * 4 * (-(-tokens // 256) * 256)
 
 
-def test_pages_appended_one_by_one_equal_all_at_once(codecs, shape):
+def test_pages_appended_one_by_one_equal_all_at_once(codecs, shape, rows_of, method):
     for codec in codecs:
         rows = rows_of(shape, 4)
         whole = codec.decode(codec.encode(rows, None), shape.heads)
-        parts = [codec.decode(codec.encode(part, None), shape.heads) for part in rows.split(32, 2)]
+        parts = [codec.decode(codec.encode(part, None), shape.heads) for part in rows.split(method.page, 2)]
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-4, rtol=0)
 
 
-def test_picked_tokens_are_those_of_the_whole(codecs, shape):
+def test_picked_tokens_are_those_of_the_whole(codecs, shape, rows_of):
     """Each row picks its own, in any order, and one of them twice."""
     tokens = torch.stack([torch.randperm(96)[:9], torch.tensor([95, 0, 31, 32, 31, 63, 64, 7, 8])])
     for codec in codecs:
@@ -144,7 +148,7 @@ def test_picked_tokens_are_those_of_the_whole(codecs, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_dtypes_lose_little_against_float32(method, shape, fit, dtype):
+def test_small_dtypes_lose_little_against_float32(method, shape, fit, dtype, rows_of):
     fitted, small = fit(method, shape), dataclasses.replace(shape, dtype=dtype)
     for codec, wide in zip(method.codecs(small, fitted) or (), method.codecs(shape, fitted) or (), strict=True):
         rows = rows_of(small, 2)
@@ -155,8 +159,9 @@ def test_small_dtypes_lose_little_against_float32(method, shape, fit, dtype):
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
-def test_left_pads_do_not_matter(codecs, shape, junk):
-    valid = torch.arange(64) >= torch.tensor([[0], [5], [32], [64]])  # none, some, a whole page, everything
+def test_left_pads_do_not_matter(codecs, shape, junk, rows_of, method):
+    """None, some, a whole page, everything."""
+    valid = torch.arange(2 * method.page) >= torch.tensor([[0], [5], [method.page], [2 * method.page]])
     for codec in codecs:
         rows = rows_of(shape, 2, b=4)
         pad = ~valid[:, None, :, None]
@@ -167,23 +172,23 @@ def test_left_pads_do_not_matter(codecs, shape, junk):
         assert codec.decode(dirty, shape.heads).isfinite().all()
 
 
-def test_values_that_are_not_finite_are_refused(codecs, shape):
+def test_values_that_are_not_finite_are_refused(codecs, shape, rows_of, method):
     for codec in codecs:
         for bad in (float("nan"), float("inf"), -float("inf")):
             rows = rows_of(shape, 2)
             rows[1, -1, 40, 3] = bad
-            for valid in (None, torch.ones(2, 64, dtype=torch.bool)):
+            for valid in (None, torch.ones(2, 2 * method.page, dtype=torch.bool)):
                 with pytest.raises(DataError, match=r"^[^\n]+$"):
                     codec.encode(rows, valid)
 
 
-def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape):
-    """A constant group has scale 0 and must not divide by it."""
+def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape, rows_of, method):
+    """A constant group has scale 0 and must not divide by it. Tokens of most worth may come back as another number."""
     for codec in codecs:
         row = rows_of(shape, 1, b=1)[:, :, :1]
-        back = codec.decode(codec.encode(row.expand(-1, -1, 32, -1), None), shape.heads)
-        assert torch.equal(back, back[:, :, :1].expand_as(back))
-        latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, 32, -1), None)))
+        back = codec.decode(codec.encode(row.expand(-1, -1, method.page, -1), None), shape.heads)
+        assert back.unique(dim=2).shape[2] <= 1 + codec.salient
+        latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, method.page, -1), None)))
         centre = codec.expand(latent, shape.heads)
         torch.testing.assert_close(codec.decode(codec.encode(centre, None), shape.heads), centre, atol=1e-5, rtol=0)
 

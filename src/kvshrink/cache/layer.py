@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.saliency import Asked, probes, worth
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
@@ -34,6 +35,7 @@ class Staged:
     real: Tensor | None  # bool [b, s], False at pads; None if there are none
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
+    asked: Asked | None = None  # queries that say what tokens are worth, where codecs want to know
 
 
 class Handle(NamedTuple):
@@ -101,7 +103,7 @@ class CompressedLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         first = self.seen - keys.shape[2]
         if keys.shape[2] > self.window.capacity:
-            self._spill(keys, values, first, staged.rope)
+            self._spill(keys, values, first, staged, key_states.shape[2])
         self.whole = True
         if first == 0:
             whole = keys.shape[2] == key_states.shape[2]
@@ -123,7 +125,13 @@ class CompressedLayer(CacheLayerMixin):
                 "Call reset()."
             )
 
-    def _spill(self, keys: Tensor, values: Tensor, first: int, rope: Rope | None) -> None:
+    def probes(self, count: int) -> Tensor | None:
+        """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
+        body in this step."""
+        wanted = self.codecs is not None and any(codec.salient for codec in self.codecs)
+        return probes(count) if wanted and self.window.count + count > self.window.capacity else None
+
+    def _spill(self, keys: Tensor, values: Tensor, first: int, staged: Staged, new: int) -> None:
         """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""
         spare, page = keys.shape[2] - self.method.window, self.method.page
         wanted, skip = None, 0
@@ -134,9 +142,11 @@ class CompressedLayer(CacheLayerMixin):
         if wanted is not None and out:
             self.sinks.capture(keys, values, first, wanted[:, :out])
         if self.codecs is not None and out > skip:
+            real = self.table.positions[:, first : self.seen] >= 0
+            ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
             starts = range(skip, out, ENCODE_TOKENS)
             parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
-            encoded = (self._encode(keys[:, :, p], values[:, :, p], first + p.start, rope) for p in parts)
+            encoded = (self._encode(keys, values, ranked, p, first, staged.rope) for p in parts)
             self.pages.append(encoded, (out - skip) // page, first + skip)
         self.window.keep(keys[:, :, out:], values[:, :, out:])
 
@@ -148,15 +158,23 @@ class CompressedLayer(CacheLayerMixin):
         needed = (real & ~wanted).any(0)
         return int(needed.int().argmax()) if bool(needed.any()) else spare
 
-    def _encode(self, keys: Tensor, values: Tensor, column: int, rope: Rope | None) -> dict[str, Tensor]:
+    def _encode(
+        self, keys: Tensor, values: Tensor, ranked: Tensor | None, part: slice, first: int, rope: Rope | None
+    ) -> dict[str, Tensor]:
+        """Pages of some of these exact tokens, which cover the columns from `first` on."""
         assert self.codecs is not None
+        keys, values, column = keys[:, :, part], values[:, :, part], first + part.start
         key_codec, value_codec = self.codecs
         positions = self.table.positions[:, column : column + keys.shape[2]]
         if key_codec.site == "k_pre" and rope is not None:
             keys = rope.turn_back(keys, positions)
         valid = positions >= 0 if self.table.padded else None
-        stored = {f"k.{k}": t for k, t in key_codec.encode(keys, valid).items()}
-        stored |= {f"v.{k}": t for k, t in value_codec.encode(values, valid).items()}
+        if ranked is None:
+            pages = key_codec.encode(keys, valid), value_codec.encode(values, valid)
+        else:
+            ranked = ranked[:, :, part]
+            pages = key_codec.encode_by_worth(keys, valid, ranked), value_codec.encode_by_worth(values, valid, ranked)
+        stored = {f"{side}.{k}": t for side, page in zip("kv", pages, strict=True) for k, t in page.items()}
         if self.watch is not None:
             self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
         return stored

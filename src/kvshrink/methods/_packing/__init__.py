@@ -8,5 +8,7 @@ from kvshrink.methods._packing.affine import Affine, packing
 from kvshrink.methods._packing.base import SIDE_BYTES, Packing
 from kvshrink.methods._packing.codebook import Codebook
 from kvshrink.methods._packing.raw import Raw
+from kvshrink.methods._packing.salient import Salient
+from kvshrink.methods._packing.separable import Separable
 
-__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Raw", "packing"]
+__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Raw", "Salient", "Separable", "packing"]
