@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvshrink.cache.layer import CompressedLayer, Staged
+from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
+from kvshrink.cache.staged import Staged
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method

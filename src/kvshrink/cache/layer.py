@@ -4,7 +4,6 @@ All per-sequence state of the library is in this class (and in the token table t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import Asked, probes, worth
+from kvshrink.cache.saliency import probes, worth
+from kvshrink.cache.staged import Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
@@ -25,17 +25,6 @@ from kvshrink.store.pages import Pages
 from kvshrink.store.tokens import TokenTable
 
 ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
-
-
-@dataclass(frozen=True)
-class Staged:
-    """What `update` does not receive from the model: put on the layer by the hook, taken off by `update`."""
-
-    positions: Tensor  # int32 [b or 1, s]
-    real: Tensor | None  # bool [b, s], False at pads; None if there are none
-    rope: Rope | None  # None: a layer without position encoding
-    own_attention: bool  # whether the model runs kvshrink's attention
-    asked: Asked | None = None  # queries that say what tokens are worth, where codecs want to know
 
 
 class Handle(NamedTuple):
