@@ -29,9 +29,7 @@ def test_bits_by_hand():
 
 
 def test_as_many_bits_for_the_least_of_tokens_are_refused():
-    with pytest.raises(
-        SettingError, match=r"^high=4 with low=4 is not possible\. Give tokens of most worth more bits\.$"
-    ):
+    with pytest.raises(SettingError, match=r"^high=4 with low=4 is not possible\. Give tokens of most worth"):
         EdgeQAT(high=4)
     with pytest.raises(SettingError, match=r"^share=0 is not possible"):
         EdgeQAT(share=0)

@@ -16,8 +16,8 @@ from kvshrink.methods.quant.mikv import MiKV
 SHAPE = LayerShape(2, 20, torch.float32)
 
 
-def fitted(facts_of, method: MiKV = MiKV()) -> dict:
-    return method.fit_layer(facts_of(SHAPE))
+def fitted(facts_of) -> dict:
+    return MiKV().fit_layer(facts_of(SHAPE))
 
 
 def test_the_balancer_is_the_root_of_largest_query_over_largest_key(facts_of):

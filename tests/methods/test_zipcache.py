@@ -1,4 +1,4 @@
-"""ZipCache: pages against the paper's formulas a class at a time, its bytes by hand, and what separated channels gain."""
+"""ZipCache: pages against the paper's formulas, a class at a time; its bytes by hand; what separated channels gain."""
 
 import pytest
 import torch
