@@ -80,13 +80,14 @@ def planted():
 
 
 @pytest.mark.parametrize("pads", [0, 7])
-def test_a_planted_token_has_more_bits_than_its_page(pads):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_planted_token_has_more_bits_than_its_page(pads, sinks):
     model = planted()
     ids, mask = padded_tokens(0, pads)
     ids = ids.where(ids != PLANTED, PLANTED + 1)
     at = torch.tensor([30, 61])
     ids[:, at] = PLANTED
-    cache = kvshrink.make_cache(model, EdgeQAT(window=8, sinks=0, share=0.25))
+    cache = kvshrink.make_cache(model, EdgeQAT(window=8, sinks=sinks, share=0.25))
     feed(model, ids, cache, mask=mask)
     layer = cache.layers[0]
     first = layer.pages.first[0]

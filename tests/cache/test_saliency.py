@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvshrink import CSKV
+from kvshrink.cache import layer as layer_file
 from kvshrink.cache import saliency
 from kvshrink.cache.saliency import Asked, probes, worth
 from kvshrink.kernels.pack import unpack
@@ -40,11 +41,12 @@ def by_hand(queries, rows, keys, real, new, softcap) -> torch.Tensor:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("alive", [saliency.SCORE_ELEMENTS, 1, 200])
 def test_worth_is_that_of_a_softmax_in_loops(softcap, alive, monkeypatch):
-    """30 tokens of which 22 are new; pads: none, some, some among the new ones, all. Junk at pads must not matter."""
+    """30 tokens, 22 of them new; pads: none, before the new ones and among them, left ones, all. Junk at pads is none."""
     monkeypatch.setattr(saliency, "SCORE_ELEMENTS", alive)
     keys, rows = torch.randn(4, H, 30, D) * 2, torch.tensor([1, 7, 20, 21])
     queries = torch.randn(4, H * MEMBERS, len(rows), D)
     real = torch.arange(30) >= torch.tensor([[0], [3], [16], [30]])
+    real[1, 8:12] = False
     want = by_hand(queries, rows, keys, real, 22, softcap)
     for junk in (0.0, math.nan, math.inf):
         dirty = keys.masked_fill(~real[:, None, :, None], junk)
@@ -85,8 +87,9 @@ def test_probes_are_the_last_tokens_and_as_many_random_ones(count):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_latents_of_several_heads_take_the_mean_of_what_their_tokens_are_worth(groups):
-    """CSKV's keys have `groups` bases, its values one: each chooses by the heads that it stores."""
+def test_latents_of_several_heads_take_the_mean_of_what_their_tokens_are_worth(groups, monkeypatch):
+    """CSKV's keys have `groups` bases, its values one: each chooses by the heads that it stores. Encoded by parts."""
+    monkeypatch.setattr(layer_file, "ENCODE_TOKENS", 32)
     shape = LayerShape(4, 8, torch.float32)
     method = CSKV(keep=0.5, codec="edgeqat", window=8, sinks=0, group_heads=4 // groups)
     cache = make(method, shape, [bases(shape, 16 // groups, 16, groups)])
