@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvshrink
-from kvshrink import RTN
+from kvshrink import CSKV, RTN
 from kvshrink.attach import attention, hook
 from kvshrink.cache import layer as layer_file
 from kvshrink.cache.saliency import probes, worth
@@ -16,6 +16,7 @@ from kvshrink.kernels.pack import unpack
 from kvshrink.methods._packing import Packing, Raw, Salient
 from kvshrink.methods.quant._quantiser import Quantiser, Space
 from kvshrink.methods.quant.edgeqat import EdgeQAT
+from kvshrink.methods.quant.mikv import MiKV
 from kvshrink.methods.quant.zipcache import ZipCache
 from tests.scenarios.families import FAMILIES, reference, subject
 from tests.scenarios.scenarios import SCENARIOS, feed, generate, padded_tokens, tokens
@@ -126,6 +127,23 @@ def test_crop_reorder_and_a_file_leave_pages_as_they_are(method, tmp_path):
     for name, tensor in before.items():
         kept = cache.layers[0].pages.extents[0][name]
         assert torch.equal(kept, tensor.flip(0)[:, : kept.shape[1]])
+
+
+@pytest.mark.parametrize("method", [MiKV(window=8), CSKV(keep=0.5, codec="zipcache", window=8)])
+def test_a_fitted_method_is_told_what_tokens_are_worth(method):
+    """Untold, it would give the first tokens of each page more bits."""
+    model = subject("llama")
+    fitted = kvshrink.fit(model, method, tokens(4, 128, seed=99), batch=4, progress=False)
+    cache = kvshrink.make_cache(model, fitted)
+    out = generate(model, tokens(2, 100), cache, max_new_tokens=60)
+    assert out.shape == (2, 160)
+    for layer in cache.layers:
+        for side in "kv":
+            chosen = masks(layer, side)
+            count = int(chosen[0, 0, 0].sum())
+            assert (chosen.sum(-1) == count).all()
+            assert chosen.shape[2] == 4, "two pages of the prompt, two of tokens that came one by one"
+            assert not chosen[..., :count].flatten(0, 1).all(-1).any(), "not just the first ones"
 
 
 @final

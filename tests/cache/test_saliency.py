@@ -41,7 +41,7 @@ def by_hand(queries, rows, keys, real, new, softcap) -> torch.Tensor:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("alive", [saliency.SCORE_ELEMENTS, 1, 200])
 def test_worth_is_that_of_a_softmax_in_loops(softcap, alive, monkeypatch):
-    """30 tokens, 22 of them new; pads: none, before the new ones and among them, left ones, all. Junk at pads is none."""
+    """30 tokens, 22 of them new; pads: none, on the left and among the new, on the left, all. Junk at pads is none."""
     monkeypatch.setattr(saliency, "SCORE_ELEMENTS", alive)
     keys, rows = torch.randn(4, H, 30, D) * 2, torch.tensor([1, 7, 20, 21])
     queries = torch.randn(4, H * MEMBERS, len(rows), D)

@@ -67,7 +67,7 @@ class Sampler:
         self.position: list[int] = []  # which of its row
         self.parts: list[tuple[Tensor, ...]] = []  # keys, values, queries of each, [heads, d]
 
-    def add(self, *rows: Float[Tensor, "b heads s d"]) -> None:
+    def add(self, *rows: Float[Tensor, "b _ s d"]) -> None:
         b, _, s, _ = rows[0].shape
         first = -self.seen % self.step
         taken = torch.arange(first, b * s, self.step)

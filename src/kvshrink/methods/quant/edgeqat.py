@@ -6,8 +6,7 @@ paper trains a small model, its weights and activations quantised, on the entrop
 and keys, and is not here.
 
 Departures: the half is that of each page of 32 tokens, not of the sequence; a token's worth is the normalised attention
-of some probes (cache/saliency.py), where the paper takes the attention that the first token pays or gets; nothing is
-trained; exact window and sinks.
+of some probes (cache/saliency.py), as ZipCache's; nothing is trained; exact window and sinks.
 """
 
 from dataclasses import dataclass
