@@ -200,12 +200,13 @@ def test_values_that_are_not_finite_are_refused(codecs, shape, rows_of, page):
 
 
 def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape, rows_of, page):
-    """A constant group has scale 0 and must not divide by it."""
+    """A constant group has scale 0 and must not divide by it. Tokens of most worth may come back as another number."""
     for codec in codecs:
         row = rows_of(shape, 1, b=1)[:, :, :1]
         back = codec.decode(codec.encode(row.expand(-1, -1, page, -1), None), shape.heads)
         # a product of matrices may differ in its last digit from row to row
-        torch.testing.assert_close(back, back[:, :, :1].expand_as(back), rtol=1e-6, atol=1e-6)
+        kinds = [back[:, :, :1], back[:, :, -1:]] if codec.salient else [back[:, :, :1]]
+        assert torch.stack([(back - kind).abs().amax(3) for kind in kinds]).amin(0).max() < 1e-5
         latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, page, -1), None)))
         centre = codec.expand(latent, shape.heads)
         far = 1e-5 + half_a_step(codec)

@@ -14,8 +14,11 @@ from transformers import PreTrainedConfig
 
 from kvshrink.attach.attention import NAME, PREVIOUS, register
 from kvshrink.attach.check import check_attention, check_keys
-from kvshrink.attach.families import LayerInfo, key_value_weights, layer_kinds, layers_of, text_config
+from kvshrink.attach.families import LayerInfo, key_value_weights, layer_kinds, layers_of, queries, text_config
 from kvshrink.cache.cache import KVCache
+from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.rope import Rope
+from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError, UnsupportedModelError
 
 ATTRIBUTE = "_kvshrink"  # where a model keeps its attachment
@@ -152,7 +155,21 @@ class _Stage:
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
-        cache.stage(self.index, positions.to(torch.int32), real, rope, own, self.model)
+        positions, layer = positions.to(torch.int32), cache.layers[self.index]
+        asked = None
+        if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
+            asked = _asked(module, hidden, positions, rope, rows.to(hidden.device))
+        cache.stage(self.index, positions, real, rope, own, self.model, asked)
+
+
+@torch.no_grad()
+def _asked(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> Asked:
+    """Queries of some of the new tokens, as the module's attention uses them; the others are not projected."""
+    found = queries(module, hidden[:, rows])
+    if rope is not None:
+        found = rope.turn(found, positions[:, rows].expand(len(found), -1))
+    scale = getattr(module, "scaling", module.head_dim**-0.5)
+    return Asked(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
 
 
 def _real(mask: Tensor | None, b: int, s: int, seen: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.saliency import Asked
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.methods import name_of
@@ -64,10 +65,12 @@ class KVCache(Cache):
         rope: Rope | None,
         own_attention: bool,
         fingerprint: str,
+        asked: Asked | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
 
-        positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none.
+        positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; asked: for a layer whose
+        `probes` named some of the s tokens.
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
@@ -77,7 +80,7 @@ class KVCache(Cache):
                 f"this cache was made for model {self.fingerprint[:8]}, not {fingerprint[:8]}. "
                 "Make one with make_cache(model, ...)."
             )
-        layer.staged = Staged(positions, real, rope, own_attention)
+        layer.staged = Staged(positions, real, rope, own_attention, asked)
 
     def check_whole(self) -> None:
         """Raise CacheError if the layers hold different numbers of tokens."""

@@ -13,10 +13,11 @@ from kvshrink.cache.body import Body, Shelf
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.saliency import probes, worth
 from kvshrink.cache.step import Handle, Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Method, Tier
+from kvshrink.methods._roles import Codec, Method, Stored, Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting
@@ -98,7 +99,7 @@ class CompressedLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         first = self.seen - keys.shape[2]
         if keys.shape[2] > self.window.capacity:
-            self._spill(keys, values, first, staged.rope)
+            self._spill(keys, values, first, staged, key_states.shape[2])
         self.whole = True
         if first == 0:
             whole = keys.shape[2] == key_states.shape[2]
@@ -120,7 +121,13 @@ class CompressedLayer(CacheLayerMixin):
                 "Call reset()."
             )
 
-    def _spill(self, keys: Tensor, values: Tensor, first: int, rope: Rope | None) -> None:
+    def probes(self, count: int) -> Tensor | None:
+        """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
+        body in this step."""
+        wanted = self.codecs is not None and any(codec.salient for codec in self.codecs)
+        return probes(count) if wanted and self.window.count + count > self.window.capacity else None
+
+    def _spill(self, keys: Tensor, values: Tensor, first: int, staged: Staged, new: int) -> None:
         """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""
         spare, page = keys.shape[2] - self.method.window, self.method.page
         wanted, skip = None, 0
@@ -134,9 +141,11 @@ class CompressedLayer(CacheLayerMixin):
             room = self.body.room
             if room is not None:  # what would be dropped at once is not encoded
                 skip = max(skip, out - room * page)
+            real = self.table.positions[:, first : self.seen] >= 0
+            ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
             starts = range(skip, out, ENCODE_TOKENS)
             parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
-            encoded = (self._encode(keys[:, :, p], values[:, :, p], first + p.start, rope) for p in parts)
+            encoded = (self._encode(keys, values, ranked, p, first, staged.rope) for p in parts)
             self.body.append(encoded, (out - skip) // page, first + skip)
         self.window.keep(keys[:, :, out:], values[:, :, out:])
 
@@ -148,20 +157,24 @@ class CompressedLayer(CacheLayerMixin):
         needed = (real & ~wanted).any(0)
         return int(needed.int().argmax()) if bool(needed.any()) else spare
 
-    def _encode(self, keys: Tensor, values: Tensor, column: int, rope: Rope | None) -> dict[str, Tensor]:
+    def _encode(
+        self, keys: Tensor, values: Tensor, ranked: Tensor | None, part: slice, first: int, rope: Rope | None
+    ) -> dict[str, Tensor]:
+        """Pages of some of these exact tokens, which cover the columns from `first` on."""
         assert self.codecs is not None
+        keys, values, column = keys[:, :, part], values[:, :, part], first + part.start
         key_codec, value_codec = self.codecs
         positions = self.table.positions[:, column : column + keys.shape[2]]
         if key_codec.site == "k_pre" and rope is not None:
             keys = rope.turn_back(keys, positions)
         valid = positions >= 0 if self.table.padded else None
+        ranked = None if ranked is None else ranked[:, :, part]
         rows = torch.cat([keys, values], 1) if key_codec.joint else keys
         sides = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
         stored: dict[str, Tensor] = {}
         for side, codec, x in sides:
             base = self._base(side, column, x.shape[2] // self.method.page)
-            own = codec.encode(x, valid) if base is None else codec.encode_after(base, x, valid)
-            stored |= {f"{side}{k}": t for k, t in own.items()}
+            stored |= {f"{side}{k}": t for k, t in _pages(codec, x, valid, base, ranked).items()}
         if self.watch is not None:
             self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
         return stored
@@ -296,3 +309,10 @@ class CompressedLayer(CacheLayerMixin):
             self.sinks.full = bool((self.sinks.columns >= 0).all())
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
+
+
+def _pages(codec: Codec, rows: Tensor, valid: Tensor | None, base: Stored | None, ranked: Tensor | None) -> Stored:
+    """A side's pages, as the layer stands: after another one's, by what tokens are worth, or by themselves."""
+    if base is not None:
+        return codec.encode_after(base, rows, valid)
+    return codec.encode(rows, valid) if ranked is None else codec.encode_by_worth(rows, valid, ranked)

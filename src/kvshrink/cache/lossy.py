@@ -1,4 +1,7 @@
-"""What a codec makes of rows, without a cache: for fitting and for simulated scores."""
+"""What a codec makes of rows, without a cache: for fitting and for simulated scores.
+
+There are no queries here, so all tokens are worth the same to a codec that would know.
+"""
 
 import torch
 from torch import Tensor

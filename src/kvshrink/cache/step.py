@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvshrink.cache.body import Shelf
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.saliency import Asked
 
 if TYPE_CHECKING:
     from kvshrink.cache.layer import CompressedLayer
@@ -20,6 +21,7 @@ class Staged:
     real: Tensor | None  # bool [b, s], False at pads; None if there are none
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
+    asked: Asked | None = None  # queries that say what tokens are worth, where codecs want to know
 
 
 class Handle(NamedTuple):

@@ -47,6 +47,17 @@ class Codec(ABC):
         """`encode` of a layer that follows another one, whose pages of the same tokens are `base`."""
         raise NotImplementedError(f"{type(self).__name__} follows none")
 
+    @property
+    def salient(self) -> bool:
+        """Whether it wants to know what tokens are worth; only then is it worked out."""
+        return False
+
+    def encode_by_worth(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        """As `encode`, which takes all tokens to be worth the same. A codec that is not `salient` does not look."""
+        return self.encode(rows, valid)
+
     @abstractmethod
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         """Latents of G groups of KV heads, float32."""

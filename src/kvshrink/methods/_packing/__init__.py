@@ -9,5 +9,17 @@ from kvshrink.methods._packing.base import SIDE_BYTES, Packing
 from kvshrink.methods._packing.codebook import Codebook
 from kvshrink.methods._packing.planes import Planes
 from kvshrink.methods._packing.raw import Raw
+from kvshrink.methods._packing.salient import Salient
+from kvshrink.methods._packing.separable import Separable
 
-__all__ = ["SIDE_BYTES", "Affine", "Codebook", "Packing", "Planes", "Raw", "packing"]
+__all__ = [
+    "SIDE_BYTES",
+    "Affine",
+    "Codebook",
+    "Packing",
+    "Planes",
+    "Raw",
+    "Salient",
+    "Separable",
+    "packing",
+]

@@ -31,6 +31,17 @@ class Packing(ABC):
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         """Whole pages. Invalid rows (left pads) may hold anything. Raises DataError on what is not finite."""
 
+    @property
+    def salient(self) -> bool:
+        """Whether `store_by_worth` differs from `store`."""
+        return False
+
+    def store_by_worth(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        """The same as `store`, which takes all tokens to be worth the same. Groups are of neighbouring KV heads."""
+        return self.store(latent, valid)
+
     @abstractmethod
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         """The rows again, float32."""

@@ -46,6 +46,15 @@ class BasisCodec(Codec):
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.packing.store(self.project(rows), valid)
 
+    @property
+    def salient(self) -> bool:
+        return self.packing.salient
+
+    def encode_by_worth(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        return self.packing.store_by_worth(self.project(rows), valid, worth)
+
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.packing.load(stored)
 

@@ -30,6 +30,15 @@ class HeadwiseCodec(Codec):
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.packing.store(rows, valid)
 
+    @property
+    def salient(self) -> bool:
+        return self.packing.salient
+
+    def encode_by_worth(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        return self.packing.store_by_worth(rows, valid, worth)
+
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
         return self.packing.pick(stored, tokens)
 

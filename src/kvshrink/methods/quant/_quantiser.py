@@ -85,12 +85,14 @@ class Site:
             output.
     energy: mean squared score of each token's key: which values attention reads.
     pairs:  channels that RoPE turns together before rows are stored; None: none, or rows are stored before RoPE.
+    asked:  of keys after RoPE, the largest |q| in each channel; None: no queries are known at this site.
     """
 
     rows: Float[Tensor, "m G r"]
     metric: Float[Tensor, "G r r"]
     energy: Float[Tensor, " m"]
     pairs: tuple[Tensor, Tensor] | None
+    asked: Float[Tensor, "G r"] | None = None
 
     @cached_property
     def weight(self) -> Float[Tensor, "G r"]:
@@ -131,7 +133,7 @@ class Site:
             return cls(sample.values, facts.output_gram.float(), energy, None)
         if site == "k_pre":  # over all distances the two channels of a pair are alike, and pairs do not mix
             return cls(sample.keys, torch.diag_embed(facts.query_energy.float()), energy, None)
-        return cls(sample.turned, turned, energy, facts.pairs)
+        return cls(sample.turned, turned, energy, facts.pairs, asked.abs().amax((0, 2)))
 
     def through(self, down: Float[Tensor, "G a r"], up: Float[Tensor, "G r a"], mean: Float[Tensor, "G a"]) -> "Site":
         """The latents of a basis, whose groups are groups of these."""

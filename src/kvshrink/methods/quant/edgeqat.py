@@ -1,0 +1,50 @@
+"""EdgeQAT's token importance: the half of the tokens that attention reads least at 4 bits, the others at 8.
+arXiv 2402.10787
+
+Codes are affine, per token over a head's channels. Only this part of EdgeQAT is a way to store a cache: the rest of the
+paper trains a small model, its weights and activations quantised, on the entropy and the distribution of its queries
+and keys, and is not here.
+
+Departures: the half is that of each page of 32 tokens, not of the sequence; a token's worth is the normalised attention
+of some probes (cache/saliency.py), as ZipCache's; nothing is trained; exact window and sinks.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Fitted
+from kvshrink.methods._settings import one_of
+from kvshrink.methods.quant._classes import check_order, check_share, classes, shares
+from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
+
+BITS = (8, 4, 3, 2)
+
+
+@final
+@dataclass(frozen=True)
+class EdgeQAT(Quantiser):
+    """`high` bits for the `share` of tokens worth most, `low` for the others, per token, after RoPE."""
+
+    high: int = 8
+    low: int = 4
+    share: float = 0.5
+
+    dial: ClassVar[str] = "share"
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
+        return shares(self.page)
+
+    def check(self) -> None:
+        super().check()
+        one_of("high", self.high, BITS)
+        one_of("low", self.low, BITS)
+        check_order(self.high, self.low)
+        check_share(self.share)
+
+    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+        return classes(space, self.high, self.low, self.share, "token")
+
+
+METHOD = EdgeQAT
