@@ -195,6 +195,8 @@ class Quantiser(Method):
         return self.needs_fit
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+        if not self.needs_fit:
+            return {}
         space = self._space(facts.shape)
         found = {side: self.learn(side, Site.of(facts, side, self.site), space) for side in SIDES}
         return {f"{side}_{k}": t.contiguous() for side in SIDES for k, t in found[side].items()}
