@@ -309,7 +309,7 @@ def test_no_tensor_of_a_decode_step_is_as_large_as_all_keys(method, facts_of, mo
     """
     shape = LayerShape(4, 16, torch.float32)
     cache = make(method, shape, [method.fit_layer(facts_of(shape)) if method.needs_fit else {}])
-    monkeypatch.setattr(attend, "BLOCK_ELEMENTS", 4 * method.page * shape.width)
+    monkeypatch.setattr(attend, "BLOCK_ELEMENTS", method.page * shape.width)
     monkeypatch.setenv("KVSHRINK_REFERENCE", reference)
     tokens = method.window + method.sinks + 64 * method.page
     feed(cache, [torch.randn(1, 4, tokens, 16)], [torch.randn(1, 4, tokens, 16)])

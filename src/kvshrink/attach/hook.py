@@ -158,12 +158,12 @@ class _Stage:
         positions, layer = positions.to(torch.int32), cache.layers[self.index]
         asked = None
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
-            asked = _asked(module, hidden, positions, rope, rows.to(hidden.device))
+            asked = asked_of(module, hidden, positions, rope, rows.to(hidden.device))
         cache.stage(self.index, positions, real, rope, own, self.model, asked)
 
 
 @torch.no_grad()
-def _asked(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> Asked:
+def asked_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> Asked:
     """Queries of some of the new tokens, as the module's attention uses them; the others are not projected."""
     found = queries(module, hidden[:, rows])
     if rope is not None:

@@ -1,6 +1,6 @@
 """The exact part of a layer: the recent window and the sinks, in the model's own dtype."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -101,6 +101,12 @@ class Sinks:
         assert self.columns is not None
         return self.columns.amax(1, keepdim=True)
 
+    def others(self, valid: Bool[Tensor, "b t"] | None, column: int, count: int) -> Bool[Tensor, "b t"] | None:
+        """Of `count` tokens from a column on, those that are no pads, and no sinks, which padding leaves in pages."""
+        if valid is None or self.columns is None or not self.size:
+            return valid
+        return valid & (torch.arange(column, column + count, device=valid.device) > self.last())
+
     def crop(self, length: int) -> None:
         if self.columns is not None and self.size:
             self.columns = self.columns.masked_fill(self.columns >= length, -1)
@@ -114,3 +120,8 @@ class Sinks:
         if self.keys is None or self.values is None or self.columns is None:
             return {}
         return {"keys": self.keys, "values": self.values, "columns": self.columns}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """From what `tensors` gave."""
+        self.keys, self.values, self.columns = tensors["keys"], tensors["values"], tensors["columns"]
+        self.full = bool((self.columns >= 0).all())

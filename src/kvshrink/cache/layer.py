@@ -4,20 +4,21 @@ All per-sequence state of the library is in this class (and in the token table t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvshrink.cache.body import Body, Shelf
 from kvshrink.cache.drift import DriftWatch
+from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import probes, worth
 from kvshrink.cache.step import Handle, Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Method, Stored, Tier
+from kvshrink.methods._roles import Codec, Method, Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting
@@ -145,7 +146,8 @@ class CompressedLayer(CacheLayerMixin):
             ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
             starts = range(skip, out, ENCODE_TOKENS)
             parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
-            encoded = (self._encode(keys, values, ranked, p, first, staged.rope) for p in parts)
+            cuts = ((p, first + p.start, None if ranked is None else ranked[:, :, p]) for p in parts)
+            encoded = (self._encode(keys[:, :, p], values[:, :, p], at, staged.rope, w) for p, at, w in cuts)
             self.body.append(encoded, (out - skip) // page, first + skip)
         self.window.keep(keys[:, :, out:], values[:, :, out:])
 
@@ -158,40 +160,25 @@ class CompressedLayer(CacheLayerMixin):
         return int(needed.int().argmax()) if bool(needed.any()) else spare
 
     def _encode(
-        self, keys: Tensor, values: Tensor, ranked: Tensor | None, part: slice, first: int, rope: Rope | None
+        self, keys: Tensor, values: Tensor, column: int, rope: Rope | None, ranked: Tensor | None
     ) -> dict[str, Tensor]:
-        """Pages of some of these exact tokens, which cover the columns from `first` on."""
+        """Pages of the exact tokens from a column on."""
         assert self.codecs is not None
-        keys, values, column = keys[:, :, part], values[:, :, part], first + part.start
-        key_codec, value_codec = self.codecs
-        positions = self.table.positions[:, column : column + keys.shape[2]]
-        if key_codec.site == "k_pre" and rope is not None:
+        count = keys.shape[2]
+        positions = self.table.positions[:, column : column + count]
+        if self.codecs[0].site == "k_pre" and rope is not None:
             keys = rope.turn_back(keys, positions)
         valid = positions >= 0 if self.table.padded else None
-        ranked = None if ranked is None else ranked[:, :, part]
-        rows = torch.cat([keys, values], 1) if key_codec.joint else keys
-        sides = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
-        stored: dict[str, Tensor] = {}
-        for side, codec, x in sides:
-            base = self._base(side, column, x.shape[2] // self.method.page)
-            stored |= {f"{side}{k}": t for k, t in _pages(codec, x, valid, base, ranked).items()}
+        base = None if self.base is None else partial(self.base.stored, column, count // self.method.page)
+        stored = encode(self.codecs, keys, values, valid, ranked, base)
         if self.watch is not None:
-            self.watch.add(keys, values, self._counted(valid, column, keys.shape[2]))
+            self.watch.add(keys, values, self.sinks.others(valid, column, count))
         return stored
 
-    def _base(self, side: str, column: int, pages: int) -> dict[str, Tensor] | None:
-        """One side of the pages from a column on in the layer that this one follows, which has encoded them before."""
-        if self.base is None:
-            return None
-        stored = self.base.pages.part(self.base.pages.first.index(column), pages)
+    def stored(self, column: int, pages: int, side: str) -> dict[str, Tensor]:
+        """One side of the pages from a column on, for a layer that follows this one."""
+        stored = self.pages.part(self.pages.first.index(column), pages)
         return {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}
-
-    def _counted(self, valid: Tensor | None, column: int, count: int) -> Tensor | None:
-        """Tokens of the body that attention reads from it: no pads, and no sinks, which padding leaves in pages."""
-        if valid is None or self.sinks.columns is None or not self.sinks.size:
-            return valid
-        columns = torch.arange(column, column + count, device=valid.device)
-        return valid & (columns > self.sinks.last())
 
     def _materialise(self, keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
         """All tokens at full width, for attention implementations other than ours: slower, equally right."""
@@ -305,14 +292,6 @@ class CompressedLayer(CacheLayerMixin):
             self.window.keys, self.window.values = window["keys"], window["values"]
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
         if sinks := under("sinks."):
-            self.sinks.keys, self.sinks.values, self.sinks.columns = sinks["keys"], sinks["values"], sinks["columns"]
-            self.sinks.full = bool((self.sinks.columns >= 0).all())
+            self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
-
-
-def _pages(codec: Codec, rows: Tensor, valid: Tensor | None, base: Stored | None, ranked: Tensor | None) -> Stored:
-    """A side's pages, as the layer stands: after another one's, by what tokens are worth, or by themselves."""
-    if base is not None:
-        return codec.encode_after(base, rows, valid)
-    return codec.encode(rows, valid) if ranked is None else codec.encode_by_worth(rows, valid, ranked)

@@ -1,18 +1,23 @@
 """One exact prefill for all caches of a comparison.
 
 Every method's prefill is the model's own exact attention, so it runs once; each cache is then given the same keys and
-values through its own `update`, as the model would give them.
+values through its own `update`, as the model would give them, and the queries of some tokens, for methods that ask what
+tokens are worth.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvshrink.attach.hook import Attachment
+from kvshrink.attach.families import layers_of
+from kvshrink.attach.hook import Attachment, asked_of
 from kvshrink.cache import KVCache
+from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.saliency import probes
 
 
 @torch.inference_mode()
@@ -20,11 +25,28 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache
     """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads."""
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
-    model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
+    found: dict[int, Any] = {}
+    hooks = [
+        info.module.register_forward_pre_hook(partial(_listen, found, i, info.rope), with_kwargs=True)
+        for i, info in enumerate(layers_of(model))
+    ]
+    try:
+        model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    dense.asked = found  # type: ignore[attr-defined]
     for layer in dense.layers:
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
         layer.keys, layer.values = _own(layer.keys), _own(layer.values)  # type: ignore[union-attr]
     return dense
+
+
+def _listen(found: dict[int, Any], index: int, rope: Any, module: Any, args: tuple, kwargs: dict) -> None:
+    """Pre-hook of an attention module: the queries of its probes."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    positions = kwargs["position_ids"].to(torch.int32)
+    found[index] = asked_of(module, hidden, positions, rope, probes(hidden.shape[1]).to(hidden.device))
 
 
 def _own(tensor: Any) -> Any:
@@ -46,7 +68,10 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         else:
             positions = positions_of(mask)
         real = None if mask is None or bool(mask.all()) else mask.bool()
-        cache.stage(i, positions.to(torch.int32), real, info.rope, True, attachment.fingerprint)
+        layer, asked = cache.layers[i], None
+        if isinstance(layer, CompressedLayer) and layer.probes(t) is not None:
+            asked = dense.asked[i]
+        cache.stage(i, positions.to(torch.int32), real, info.rope, True, attachment.fingerprint, asked)
         cache.update(keys, values, i)
 
 

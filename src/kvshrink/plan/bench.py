@@ -65,7 +65,7 @@ class Bench:
 
     @cached_property
     def facts(self) -> dict[int, LayerFacts]:
-        return gather(self.model, self.fitted_rows, BATCH, self.progress)
+        return gather(self.model, self.fitted_rows, BATCH, self.progress, sample=True)
 
     @cached_property
     def asks(self) -> Recall:
