@@ -27,7 +27,7 @@ from kvshrink.store import files
 
 KEPT = (0.0625, 0.04)
 BITS = (4, 3, 2, 1.5, 1)
-FEW, MANY = (2, 4), (12, 8)  # (cases of each task, documents)
+FEW, MANY = (1, 3), (8, 8)  # (cases of each task, documents)
 BEST = 8  # compositions of a budget that are measured on many
 
 

@@ -71,9 +71,7 @@ def ours(model: Any, label: str, group: str, method: Any) -> Side:
         return cache
 
     def held(cache: Any) -> tuple[float, int]:
-        stored = sum(sum(layer.body.nbytes()) for layer in cache.compressed)
-        numbers = sum(len(layer.body) * layer.body.page * 2 * layer.shape.width for layer in cache.compressed)
-        return 8 * stored / max(1, numbers), cache.nbytes
+        return cache.report().bits or 0.0, cache.nbytes
 
     return Side(label, group, digest_of(method), filled, held)
 

@@ -14,6 +14,7 @@ from kvshrink.cache.rope import Rope
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
+from kvshrink.methods.quant.rtn import RTN
 from tests.cache.build import bases, feed, make
 
 KEEP, HEAD_DIM, QUERY_HEADS = 0.2, 128, 32
@@ -177,3 +178,16 @@ def test_crop_gives_the_bytes_back():
     assert before - live() == pytest.approx(freed, rel=0.02)
     cache.reset()
     assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize(("bits", "each"), [(None, 32), (4, 5), (2, 3)])
+def test_bits_of_a_stored_number_are_those_of_the_body(bits, each):
+    """Scales of 32 numbers are a bit each; window, sinks and positions are not in it."""
+    shape = LayerShape(2, 64, torch.float32)
+    cache = make(RTN(bits=bits), shape, [{}])
+    assert cache.report().bits is None
+    for tokens in (300, 40):
+        feed(cache, [torch.randn(1, 2, tokens, 64)], [torch.randn(1, 2, tokens, 64)])
+        report = cache.report()
+        assert report.bits == report.to_dict()["bits"] == each
+        assert f"{each:.2f} bits a stored number" in str(report)

@@ -195,4 +195,8 @@ def _memory(method: str, series: str, target: float | None, lost: float, length:
     full = 2048 * length
     held = full if target is None else int(full * (0.094 if (series, target) == UNREACHED else target))
     own = {"method": method, "series": series, "target": target, "length": length}
-    return own | {"held": held, "full": full, "kept": held / full, "peak": int(0.05 * held) + 300_000}
+    return (
+        own
+        | {"held": held, "full": full, "kept": held / full, "peak": int(0.05 * held) + 300_000}
+        | ({} if target is None else {"bits": 15 * target})
+    )

@@ -217,8 +217,10 @@ def test_fidelity_memory_and_layers_have_every_row(full):
     tables = {n: [t for c, t in page.tables.items() if c.startswith(n)] for n in ("decode", "Bytes", "Relative")}
     counts = {n: sum(len(row) > 1 for table in found for row in table) for n, found in tables.items()}
     assert counts == {"decode": len(data["fidelity"]), "Bytes": len(data["memory"]), "Relative": len(data["layers"])}
-    held = {float(row[2][1]) for row in tables["Bytes"][0] if len(row) > 1}
-    assert held == {e["held"] for e in data["memory"]}
+    rows = [row for row in tables["Bytes"][0] if len(row) > 1]
+    assert {float(row[3][1]) for row in rows} == {e["held"] for e in data["memory"]}
+    bits = {None if row[2][1] is None else round(float(row[2][1]), 6) for row in rows}
+    assert bits == {round(e["bits"], 6) if "bits" in e else None for e in data["memory"]}
 
 
 def test_settings_failures_and_notes_are_there(full):

@@ -14,7 +14,8 @@ from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Raw
-from kvshrink.methods._roles import Codec, Method, Tier
+from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.lasting import lasting

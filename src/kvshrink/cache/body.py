@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvshrink.methods._roles import Codec, Stored, Tier
+from kvshrink.methods._roles import Codec, Stored
+from kvshrink.methods._tier import Tier
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.pages import Block, Pages
 

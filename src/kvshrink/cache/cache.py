@@ -134,7 +134,9 @@ class KVCache(Cache):
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 drift = layer.watch.drift() if layer.watch else None
-                rows.append(Row(i, name, layer.seen, layer.held(), b * layer.seen * layer.shape.token_bytes, drift))
+                full = b * layer.seen * layer.shape.token_bytes
+                numbers = b * len(layer.body) * layer.body.page * 2 * layer.shape.width
+                rows.append(Row(i, name, layer.seen, layer.held(), full, drift, numbers))
             else:
                 size = nbytes(_sliding(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))

@@ -18,7 +18,8 @@ from kvshrink.cache.saliency import probes, worth
 from kvshrink.cache.step import Handle, Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Codec, Method, Tier
+from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting

@@ -17,6 +17,7 @@ class Row:
     held: Held
     full: int
     drift: Drift | None = None  # of a watched layer
+    numbers: int = 0  # of keys and values that the body stands for
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Report:
     @property
     def nbytes(self) -> int:
         return self.held.total + self.table_bytes
+
+    @property
+    def bits(self) -> float | None:
+        """Bits of a stored number, side information included, window and sinks not. None: nothing is stored."""
+        numbers = sum(r.numbers for r in self.rows)
+        return 8 * (self.held.payload + self.held.side) / numbers if numbers else None
 
     @property
     def drifted(self) -> bool:
@@ -69,6 +76,7 @@ class Report:
             "nbytes": self.nbytes,
             "full": self.full,
             "kept": self.kept,
+            "bits": self.bits,
         }
 
     def __str__(self) -> str:
@@ -87,7 +95,8 @@ class Report:
             lines = [line + cells for line, cells in zip(lines, [*drifts, ["", ""], ["", ""]], strict=True)]
         lines.insert(0, head)
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+        table = "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+        return table if self.bits is None else f"{table}\n{self.bits:.2f} bits a stored number"
 
 
 def _cells(held: Held) -> tuple[str, ...]:

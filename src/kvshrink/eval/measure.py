@@ -106,6 +106,7 @@ class Meter:
             return {
                 "held": held,
                 "full": full,
+                "bits": None if method is None else cache.report().bits,
                 "peak": decode_peak(self.model, cache, ids[:, -1:].to(self.model.device)),
             }
 
@@ -114,6 +115,7 @@ class Meter:
             "held": row["held"],
             "full": row["full"],
             "kept": round(row["held"] / row["full"], 6),
+            "bits": row.get("bits"),
             "peak": row["peak"],
         }
 

@@ -7,7 +7,7 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored
 from kvshrink.methods._settings import require, whole
+from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Bool, Float, Int
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
@@ -105,16 +106,6 @@ class Codec(ABC):
 
     def __deepcopy__(self, memo: dict) -> "Codec":
         return self  # settings and fitted tensors are shared by all sequences, also by a copied cache
-
-
-class Tier(NamedTuple):
-    """Pages of one age: key and value codec, None if they are dropped, and how many tokens may have this age.
-
-    tokens: in whole pages, rounded down; None: no limit.
-    """
-
-    codecs: tuple[Codec, Codec] | None
-    tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -184,14 +184,16 @@ def _fidelity(e: dict) -> list[Cell]:
     ]
 
 
-MEMORY = ("method", "context", "held", "kept", "peak of a step", "full cache")
+MEMORY = ("method", "context", "bits a stored number", "held", "kept", "peak of a step", "full cache")
 
 
 def memory(rows: Sequence[dict]) -> Table:
     def cells(e: dict) -> list[Cell]:
         sizes = {k: NONE if e[k] is None else Cell(human(e[k]), e[k]) for k in ("held", "peak", "full")}
         context = number(e["length"], "d")
-        return [name(e["method"], e["series"]), context, sizes["held"], share(e["kept"]), sizes["peak"], sizes["full"]]
+        bits = NONE if e.get("bits") is None else number(e["bits"], ".2f")  # results before 0.1 have none
+        place = [name(e["method"], e["series"]), context, bits]
+        return [*place, sizes["held"], share(e["kept"]), sizes["peak"], sizes["full"]]
 
     return Table("", MEMORY, _budgets(rows, cells))
 

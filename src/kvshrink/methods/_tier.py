@@ -1,0 +1,18 @@
+"""One rung of the ladder of ages that a body may be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kvshrink.methods._roles import Codec
+
+
+class Tier(NamedTuple):
+    """Pages of one age: key and value codec, None if they are dropped, and how many tokens may have this age.
+
+    tokens: in whole pages, rounded down; None: no limit.
+    """
+
+    codecs: tuple[Codec, Codec] | None
+    tokens: int | None = None
