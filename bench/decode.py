@@ -23,6 +23,7 @@ from layer import MODELS, Layer
 from plot_decode import draw
 from timing import against, bandwidth, captured, in_turn, setting
 
+from kvshrink.methods import build
 from kvshrink.methods._roles import Method
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
@@ -46,6 +47,20 @@ METHODS: dict[str, Method] = {
     "KIVI int2": KIVI(bits=2),
     "RTN int4": RTN(bits=4),
 }
+QUANTISERS: dict[str, Method] = {
+    "RTN int4": RTN(bits=4),
+    "KIVI int4": KIVI(bits=4),
+    "KIVI int2": KIVI(bits=2),
+    "SAW-INT4": build("saw_int4", {}),
+    "TurboQuant 4": build("turboquant", {"bits": 4}),
+    "TurboQuant 3": build("turboquant", {"bits": 3}),
+    "TurboQuant 2": build("turboquant", {"bits": 2}),
+    "CSKV 0.29 TurboQuant 2": CSKV(keep=0.29, bits=2, codec="turboquant"),
+    "FP8, in torch": build("fp8", {}),
+    "NVFP4, in torch": build("nvfp4", {}),
+    "Kitty, in torch": build("kitty", {}),
+    "GEAR, in torch": build("gear", {}),
+}
 SOME = ("CSKV 0.2 int4 auto", "CSKV 0.2 auto", "RoPE-commuting 0.2 int4", "RoPE-commuting 0.2", "KIVI int4")
 KEEPS = {
     f"{name} {keep} int4": method(keep=keep, bits=4, **more)
@@ -59,6 +74,8 @@ BATCHED = 4096  # tokens of each row of a batch
 
 def points(sweep: str, tokens: int, batch: int) -> list[tuple[int, int, dict[str, Method]]]:
     """(tokens, batch, methods): the main point, and what --sweep adds."""
+    if sweep == "quantisers":
+        return [(tokens, batch, QUANTISERS)]
     some = {name: METHODS[name] for name in SOME}
     found = [(tokens, batch, METHODS | (KEEPS if sweep in ("keep", "all") else {}))]
     if sweep in ("context", "all"):
@@ -155,7 +172,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=33, help="a page leaves the window in one of 32")
-    parser.add_argument("--sweep", choices=["none", "context", "batch", "keep", "all"], default="none")
+    parser.add_argument("--sweep", choices=["none", "context", "batch", "keep", "all", "quantisers"], default="none")
     parser.add_argument("--peers", nargs="*", choices=["quanto", "hqq"], default=[])
     parser.add_argument("--attention-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench/results/decode.json"))
