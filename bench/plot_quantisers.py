@@ -4,7 +4,8 @@ from pathlib import Path
 
 from kvshrink.eval.plots import pyplot, save
 
-HEAD = "| method | bits stored | bytes kept | KL, text | KL, retrieval | right answers |\n" + "| --- " * 6 + "|\n"
+HEAD = "| method | bits stored | bytes kept | 127 tokens later | KL, text | KL, retrieval | right answers |\n"
+HEAD += "| --- " * 7 + "|\n"
 
 
 def table(rows: list[dict]) -> str:
@@ -14,7 +15,8 @@ def table(rows: list[dict]) -> str:
         name = f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"]
         score = f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
         kl = f"{r['kl_text']:.4f} | {r['kl_retrieval']:.4f}"
-        lines.append(f"| {name} | {r['bits']:.2f} | {100 * r['kept']:.1f} % | {kl} | {score} |")
+        grown = f"{100 * r['kept_later']:.1f} %" if "kept_later" in r else "-"
+        lines.append(f"| {name} | {r['bits']:.2f} | {100 * r['kept']:.1f} % | {grown} | {kl} | {score} |")
     return HEAD + "\n".join(lines) + "\n"
 
 

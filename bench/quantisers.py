@@ -6,9 +6,9 @@
 The bundled reference model, contexts of 4,096 tokens, which every side is given after the same exact prefill. A prompt
 is read by all sides in turn before the next one. Bits are of a stored number, scales and indices included, from the
 tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything (window,
-sinks, positions) over the full cache. The last tokens of a context, beyond a multiple of 64, are read with the
-question. Answers are greedy; KL is over question and answer, and over the last 128 tokens of book text, 32 a forward.
-Run again to go on where it stopped.
+sinks, positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context, beyond a
+multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the last 128
+tokens of book text, 32 a forward. Run again to go on where it stopped.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from kvshrink.store import files
 from kvshrink.store.bytes import nbytes
 
 LENGTH, SCORED, CHUNK = 4096, 128, 32
+LATER = 127  # tokens after the prompt when bytes are measured again: the peers' residual is as long as it gets
 MULTIPLE = 64  # contexts are cut to it, the rest is read exactly with the question: quanto's axis -1 refuses others
 TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
 FULL = "full"
@@ -201,10 +202,28 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
             log.add(row)
 
 
+@torch.inference_mode()
+def later(model: Any, tokenizer: Any, sides: list[Side], log: Log) -> dict[str, float]:
+    """Share of bytes that each side holds when some tokens more were read: the peers' residuals have grown by then."""
+    ids = held_out(tokenizer, LENGTH, 1, 0)[0]
+    context = (LENGTH - LATER) // MULTIPLE * MULTIPLE
+    keys = {side.label: key_of("later", side.identity, LATER) for side in sides}
+    todo = [side for side in sides if keys[side.label] not in log.rows]
+    if todo:
+        dense = prefill(model, ids[:, :context])
+        for side in tqdm(todo, desc="bytes"):
+            cache = side.fill(dense)
+            model(input_ids=ids[:, context : context + LATER], past_key_values=cache)
+            full = _plain(dense) * (context + LATER) // context
+            log.add({"key": keys[side.label], "side": side.label, "later": side.held(cache)[1] / full})
+    return {side.label: log.rows[keys[side.label]]["later"] for side in sides}
+
+
 def summary(sides: list[Side], log: Log) -> list[dict]:
     by_side: dict[str, list[dict]] = {}
     for row in log.rows.values():
-        by_side.setdefault(row["side"], []).append(row)
+        if "later" not in row:
+            by_side.setdefault(row["side"], []).append(row)
     out = []
     for side in sides:
         rows = by_side[side.label]
@@ -239,7 +258,9 @@ def main() -> None:
     ready = fitted(plan(), model, tokenizer, calibration.texts(None), args.work / "artifacts")
     sides = [full_side(), *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
     measure(model, tokenizer, sides, log, args.cases, args.documents)
-    rows = summary(sides, log)
+    grown, rows = later(model, tokenizer, sides, log), summary(sides, log)
+    for row in rows:
+        row["kept_later"] = round(grown[row["label"]], 5)
     found = {
         "command": "python bench/quantisers.py",
         "model": "reference, bfloat16",
