@@ -82,13 +82,11 @@ def main() -> None:
     entries = fitted(plan(model), model, tokenizer, calibration.texts(None), args.work / "artifacts")
     sides: list[Side] = [ours(model, e.label, f"{e.target:g}", e.method) for e in tqdm(entries, desc="sides")]
     few = Log(args.work / "few.jsonl")
-    measure(model, tokenizer, sides, few, *FEW)
-    screened = summary(sides, few)
+    screened = summary(sides, few, measure(model, tokenizer, sides, few, *FEW))
     chosen = set(best(screened, entries))
     finals = [full_side(), *(s for s in sides if s.label in chosen)]
     many = Log(args.work / "many.jsonl")
-    measure(model, tokenizer, finals, many, *MANY)
-    rows = summary(finals, many)
+    rows = summary(finals, many, measure(model, tokenizer, finals, many, *MANY))
     settings = {e.label: e.setting for e in entries}
     for row in (*rows, *screened):
         row["setting"] = settings.get(row["label"], "")

@@ -168,8 +168,8 @@ def divergence(model: Any, ids: list[int], first: int, cache: Any, dense: Dynami
     return found
 
 
-def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int, documents: int) -> None:
-    """Every side's answers and divergences into the log: a prompt at a time, all sides in turn."""
+def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int, documents: int) -> set[str]:
+    """Every side's answers and divergences into the log, a prompt at a time, all sides in turn. The keys of them all."""
     identity = model_key(model)
     samples, skipped = gather(choices(TASKS), [LENGTH], cases, 0, tokenizer, True)
     assert not skipped, skipped
@@ -178,14 +178,16 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
         for n, sample in enumerate(task.samples):
             context, question = encode(sample, tokenizer)
             prompts.append((task.title, n, context + question, sample))
+    wanted: set[str] = set()
     for title, n, ids, sample in tqdm(prompts, desc="prompts"):
         keys = {side.label: key_of(identity, side.identity, title, ids) for side in sides}
+        wanted |= set(keys.values())
         todo = [side for side in sides if keys[side.label] not in log.rows]
         if not todo:
             continue
         context = len(ids) - SCORED if sample is None else len(encode(sample, tokenizer)[0])
         context = context // MULTIPLE * MULTIPLE
-        dense = prefill(model, torch.tensor([ids[:context]]))
+        dense = prefill(model, torch.tensor([ids[:context]]), asked=True)
         for side in todo:
             cache = side.fill(dense)
             bits, held = side.held(cache)
@@ -200,6 +202,7 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
                 chunk = len(scored)
             row["kl"] = np.round(divergence(model, scored, context + 1, cache, copy.deepcopy(dense), chunk), 6).tolist()
             log.add(row)
+    return wanted
 
 
 @torch.inference_mode()
@@ -210,7 +213,7 @@ def later(model: Any, tokenizer: Any, sides: list[Side], log: Log) -> dict[str, 
     keys = {side.label: key_of("later", side.identity, LATER) for side in sides}
     todo = [side for side in sides if keys[side.label] not in log.rows]
     if todo:
-        dense = prefill(model, ids[:, :context])
+        dense = prefill(model, ids[:, :context], asked=True)
         for side in tqdm(todo, desc="bytes"):
             cache = side.fill(dense)
             model(input_ids=ids[:, context : context + LATER], past_key_values=cache)
@@ -219,11 +222,10 @@ def later(model: Any, tokenizer: Any, sides: list[Side], log: Log) -> dict[str, 
     return {side.label: log.rows[keys[side.label]]["later"] for side in sides}
 
 
-def summary(sides: list[Side], log: Log) -> list[dict]:
+def summary(sides: list[Side], log: Log, keys: set[str]) -> list[dict]:
     by_side: dict[str, list[dict]] = {}
-    for row in log.rows.values():
-        if "later" not in row:
-            by_side.setdefault(row["side"], []).append(row)
+    for key in sorted(keys):  # a log may hold what other fits gave
+        by_side.setdefault(log.rows[key]["side"], []).append(log.rows[key])
     out = []
     for side in sides:
         rows = by_side[side.label]
@@ -257,8 +259,8 @@ def main() -> None:
     log = Log(args.work / "outcomes.jsonl")
     ready = fitted(plan(), model, tokenizer, calibration.texts(None), args.work / "artifacts")
     sides = [full_side(), *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
-    measure(model, tokenizer, sides, log, args.cases, args.documents)
-    grown, rows = later(model, tokenizer, sides, log), summary(sides, log)
+    keys = measure(model, tokenizer, sides, log, args.cases, args.documents)
+    grown, rows = later(model, tokenizer, sides, log), summary(sides, log, keys)
     for row in rows:
         row["kept_later"] = round(grown[row["label"]], 5)
     found = {

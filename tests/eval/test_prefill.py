@@ -6,7 +6,7 @@ import torch
 import kvshrink
 from kvshrink import methods
 from kvshrink.attach import attach, make_cache
-from kvshrink.eval.prefill import fill, prefill
+from kvshrink.eval.prefill import asks, fill, prefill
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_filled_pages_are_those_of_the_model_s_own_prefill(model, name, padded):
     model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=own)
     filled = make_cache(model, method)
     shown = mask if padded else None
-    fill(filled, prefill(model, ids, shown), attachment, shown)
+    fill(filled, prefill(model, ids, shown, asks(method)), attachment, shown)
     for mine, theirs in zip(filled.layers, own.layers, strict=True):
         assert len(mine.body) == len(theirs.body) > 0
         for a, b in zip(mine.tensors(), theirs.tensors(), strict=True):

@@ -185,3 +185,11 @@ def test_parts_are_smaller_pages():
     packing = Parts(small, 4)
     assert packing.page == PAGE
     assert torch.equal(packing.load(packing.store(x, None)), small.load(small.store(x, None)))
+
+
+def test_places_of_a_long_vector_are_read_without_a_sign():
+    """A page of 2,048 channels has 65,536 numbers: places beyond 32,767 are negative as 16-bit integers."""
+    packing = sparse(Codebook(1, 2048, 32, torch.linspace(-1, 1, 16), "token", 2048, "one"), "page", 0.001, "large")
+    rows = torch.zeros(1, 1, 32, 2048)
+    rows[0, 0, 31, 2000] = 9.0
+    assert float(packing.load(packing.store(rows, None))[0, 0, 31, 2000]) == 9.0

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from kvshrink import CSKV, methods
+from kvshrink.attach.factory import moved
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods.quant.saw_int4 import SAWInt4
 
 SHAPE = LayerShape(4, 20, torch.float32)
 QUANTISERS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
@@ -57,3 +59,12 @@ def test_a_codec_that_is_none_is_refused():
         CSKV(codec="rtm")
     with pytest.raises(SettingError, match="bits=5"):
         CSKV(codec="kivi", bits=5)
+
+
+def test_a_basis_follows_the_model_to_its_device(facts_of):
+    """A rotation that no fit has made is made on the CPU."""
+    for method in (SAWInt4(), CSKV(keep=0.5, bits=4, codec="turboquant")):
+        fitted = method.fit_layer(facts_of(SHAPE)) if method.needs_fit else {}
+        for tier in method.tiers(SHAPE, fitted):
+            for codec in moved(tier, torch.device("meta")).codecs:
+                assert {t.device.type for t in (codec.up, codec.down, codec.mean)} == {"meta"}

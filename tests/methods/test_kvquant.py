@@ -19,7 +19,7 @@ LLAMA = LayerShape(8, 128, torch.float16)
 def site(keys: torch.Tensor, weight: torch.Tensor | None = None) -> Site:
     """Rows [m, G, r] whose channels cost `weight` [G, r]."""
     cost = torch.ones(keys.shape[1:]) if weight is None else weight
-    return Site(keys, torch.diag_embed(cost), torch.ones(len(keys)), None)
+    return Site(keys, torch.diag_embed(cost), torch.ones(keys.shape[:2]), None)
 
 
 def space(rows: torch.Tensor) -> Space:

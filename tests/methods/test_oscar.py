@@ -22,11 +22,7 @@ def test_the_rotation_diagonalises_what_reads_keys_and_what_is_read_of_values(fa
     for head in range(2):
         asked = sample.queries[:, 2 * head : 2 * head + 2].double()
         reads = sum(torch.outer(q, q) for q in asked.flatten(0, 1)) / len(asked)
-        scores = torch.zeros(len(asked), dtype=torch.float64)
-        for h in range(2):  # a token's weight is over all heads
-            mine = sample.queries[:, 2 * h : 2 * h + 2].double().flatten(0, 1)
-            gram = mine.T @ mine / len(asked)
-            scores += torch.stack([k @ gram @ k for k in sample.turned[:, h].double()])
+        scores = torch.stack([k @ reads @ k for k in sample.turned[:, head].double()])  # a token's, by this head
         weights = scores / scores.mean()
         value = sum(w * torch.outer(v, v) for w, v in zip(weights, sample.values[:, head].double(), strict=True))
         for turn, second in ((fitted["key_turn"][head], reads), (fitted["value_turn"][head], value)):

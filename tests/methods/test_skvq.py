@@ -22,7 +22,7 @@ def mixed(tokens: int, seed: int = 3) -> torch.Tensor:
 
 
 def site(rows: torch.Tensor) -> Site:
-    return Site(rows, torch.eye(rows.shape[2]).expand(rows.shape[1], -1, -1), torch.ones(len(rows)), None)
+    return Site(rows, torch.eye(rows.shape[2]).expand(rows.shape[1], -1, -1), torch.ones(rows.shape[:2]), None)
 
 
 def fit(method: SKVQ, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_the_clip_is_the_best_of_those_tried(side, bits):
     """By trying all of them through the codec, on rows with long tails, where the range is worth drawing in."""
     rows = torch.randn(128, 4, 80) ** 3
     metric = torch.rand(4, 80) + 0.1
-    here = Site(rows, torch.diag_embed(metric), torch.ones(128), None)
+    here = Site(rows, torch.diag_embed(metric), torch.ones(rows.shape[:2]), None)
     method = SKVQ(bits=bits)
     learnt = method.learn(side, here, SPACE)
     x, cost = rows.transpose(0, 1)[None], {}
@@ -122,7 +122,7 @@ def test_three_levels_are_the_minimum_the_middle_and_the_maximum():
     shape = LayerShape(1, 128, torch.float32)
     rows = torch.linspace(-1, 1, 128).expand(64, 1, 128)
     method = SKVQ(bits=1.5)
-    here = Site(rows, torch.eye(128)[None], torch.ones(64), None)
+    here = Site(rows, torch.eye(128)[None], torch.ones(rows.shape[:2]), None)
     found = method.learn("value", here, Space(1, 128, 32, torch.float32, True)) | {"clip": torch.tensor(1.0)}
     _, value = method.codecs(shape, {f"{side}_{k}": t for side in SIDES for k, t in found.items()})
     back = value.decode(value.encode(rows.transpose(0, 1)[None], None), 1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
@@ -13,7 +14,7 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._packing import Affine, Raw
+from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
@@ -80,10 +81,17 @@ def _tiers(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> t
     key = (layer, shape, like.device)
     if key not in made:
         fitted = artifact.layers.get(layer, {})
-        made[key] = artifact.method.tiers(
-            shape, {k: t.to(like.device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)}
-        )
+        learnt = {k: t.to(like.device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)}
+        made[key] = tuple(moved(tier, like.device) for tier in artifact.method.tiers(shape, learnt))
     return made[key]
+
+
+def moved(tier: Tier, device: torch.device) -> Tier:
+    """The tier with its bases on a device."""
+    if tier.codecs is None:
+        return tier
+    key, value = (codec.to(device) if isinstance(codec, BasisCodec) else codec for codec in tier.codecs)
+    return tier._replace(codecs=(key, value))
 
 
 def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:
@@ -93,7 +101,7 @@ def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -
         errors, centre = fitted.get(f"{side}_errors"), fitted.get(f"{side}_centre")
         if not isinstance(codec, BasisCodec) or codec.site == "k_post" or errors is None or centre is None:
             continue
-        if isinstance(codec.packing, Raw | Affine):  # where rounding is fitted too, the basis does not say what is lost
+        if not isinstance(codec.packing, Mixed):  # where rounding is fitted too, the basis does not say what is lost
             error = float(errors[codec.up.shape[1] - 1])
             references.append(Reference(codec.smooth, centre.to(codec.up.device), error))
     if len(references) != 2:

@@ -136,7 +136,7 @@ class KVCache(Cache):
                 drift = layer.watch.drift() if layer.watch else None
                 full = b * layer.seen * layer.shape.token_bytes
                 numbers = b * len(layer.body) * layer.body.page * 2 * layer.shape.width
-                rows.append(Row(i, name, layer.seen, layer.held(), full, drift, numbers))
+                rows.append(Row(i, name, layer.seen, layer.held(), full, drift, sum(layer.body.nbytes()), numbers))
             else:
                 size = nbytes(_sliding(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))

@@ -17,7 +17,8 @@ class Row:
     held: Held
     full: int
     drift: Drift | None = None  # of a watched layer
-    numbers: int = 0  # of keys and values that the body stands for
+    body: int = 0  # bytes of the body
+    numbers: int = 0  # slots of keys and values in the body; a page that was cut keeps all of its own
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Report:
     def bits(self) -> float | None:
         """Bits of a stored number, side information included, window and sinks not. None: nothing is stored."""
         numbers = sum(r.numbers for r in self.rows)
-        return 8 * (self.held.payload + self.held.side) / numbers if numbers else None
+        return 8 * sum(r.body for r in self.rows) / numbers if numbers else None
 
     @property
     def drifted(self) -> bool:

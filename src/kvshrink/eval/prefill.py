@@ -21,14 +21,15 @@ from kvshrink.cache.saliency import probes
 
 
 @torch.inference_mode()
-def prefill(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
-    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads."""
+def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = False) -> DynamicCache:
+    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. asked: for methods of `asks` as well."""
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
     found: dict[int, Any] = {}
     hooks = [
         info.module.register_forward_pre_hook(partial(_listen, found, i, info.rope), with_kwargs=True)
         for i, info in enumerate(layers_of(model))
+        if asked and info.compressed
     ]
     try:
         model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
@@ -40,6 +41,11 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
         layer.keys, layer.values = _own(layer.keys), _own(layer.values)  # type: ignore[union-attr]
     return dense
+
+
+def asks(method: Any) -> bool:
+    """Whether a method or artifact wants to know what tokens are worth."""
+    return bool(getattr(getattr(method, "method", method), "asks", False))
 
 
 def _listen(found: dict[int, Any], index: int, rope: Any, module: Any, args: tuple, kwargs: dict) -> None:

@@ -31,7 +31,7 @@ from kvshrink.eval import metrics
 from kvshrink.eval.entries import ZEROS, Entry
 from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
-from kvshrink.eval.prefill import fill, prefill
+from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
@@ -118,7 +118,8 @@ class Runner:
     ) -> Iterator[Outcome]:
         try:
             ids, mask = left_pad(group.contexts, self._pad, next(self.model.parameters()).device)
-            dense = prefill(self.model, ids, None if bool(mask.all()) else mask)
+            asked = any(asks(entry.method) for entry in self.entries)
+            dense = prefill(self.model, ids, None if bool(mask.all()) else mask, asked)
         except Exception as error:
             if not self.isolate:
                 raise

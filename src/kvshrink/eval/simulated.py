@@ -37,6 +37,12 @@ class Simulated(DynamicCache):
             raise EvalError(
                 f"{type(like.method).__name__} stores tokens by their age, which one pass has not. Use mode='decode'."
             )
+        codecs = [codec for layer in like.compressed for codec in layer.codecs or ()]
+        if any(codec.salient or codec.joint for codec in codecs) or any(layer.base for layer in like.compressed):
+            raise EvalError(
+                f"{type(like.method).__name__} needs more of a token than its own key or value: the queries, both, or "
+                "another layer. Use mode='decode'."
+            )
         self.page = like.method.page
         self.codecs = [x.codecs if isinstance(x, CompressedLayer) else None for x in like.layers]
         self.ropes = [info.rope for info in attachment.layers]

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from kvshrink.attach import attach, make_cache
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError
-from kvshrink.eval.prefill import fill, prefill
+from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.shapes import Float, Int
@@ -141,7 +141,11 @@ def opened(
 ) -> tuple[DynamicCache, dict[str, KVCache | None]]:
     """The full cache after these tokens, and each method's cache filled from it (None for the full one)."""
     attachment = attach(model)
-    dense = prefill(model, ids) if ids.shape[1] else DynamicCache(config=model.config)
+    dense = (
+        prefill(model, ids, asked=any(map(asks, methods.values())))
+        if ids.shape[1]
+        else DynamicCache(config=model.config)
+    )
     caches: dict[str, KVCache | None] = {}
     for label, method in methods.items():
         cache = caches[label] = None if method is None else empty(model, method)

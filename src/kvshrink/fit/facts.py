@@ -16,7 +16,7 @@ def gather(
 ) -> dict[int, LayerFacts]:
     """Facts of every layer that is compressed, in n x n numbers a layer: any number of methods can be fitted to them.
 
-    sample: rows as they are too, for methods that ask for them.
+    sample: some thousand rows of each layer too, as they are, for methods that ask for them.
     The facts hold the model's own key and value weights, not copies.
     """
     infos, found = layers_of(model), {}

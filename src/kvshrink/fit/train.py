@@ -127,7 +127,7 @@ def _held_out(method: CSKV, layers: Mapping[int, Fitted], shapes: Mapping[int, L
     """Mean loss of the held-out rows, as a cache would read them; over all FRACTIONS if they are trained."""
     rows = range(loss.trained, loss.trained + loss.held)
     shares = FRACTIONS if method.matryoshka else (1.0,)
-    rounds = method.bits is not None
+    rounds = method.bits is not None or method.codec is not None
     found = [float(_value(method, layers, shapes, loss, row, (s, s), rounds)) for row in rows for s in shares]
     return sum(found) / len(found)
 

@@ -85,7 +85,8 @@ class Sampler:
         flat = [x.transpose(1, 2).flatten(0, 1)[taken.to(x.device)].float() for x in rows]
         self.at += (taken + self.seen).tolist()
         self.position += (taken % s).tolist()
-        self.parts += zip(*flat, strict=True)
+        # a row by itself, since a view would keep all of this call's
+        self.parts += [tuple(x.clone() for x in rows_of) for rows_of in zip(*flat, strict=True)]
         self.seen += b * s
         while len(self.at) > SAMPLED:
             self.step *= 2

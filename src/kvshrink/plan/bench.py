@@ -65,6 +65,11 @@ class Bench:
 
     @cached_property
     def facts(self) -> dict[int, LayerFacts]:
+        return gather(self.model, self.fitted_rows, BATCH, self.progress)
+
+    @cached_property
+    def sampled(self) -> dict[int, LayerFacts]:
+        """With rows as they are, for methods that learn from them."""
         return gather(self.model, self.fitted_rows, BATCH, self.progress, sample=True)
 
     @cached_property
@@ -87,7 +92,8 @@ class Bench:
 
     def fitted(self, method: Method) -> Artifact:
         """The method fitted to the statistics; nothing is trained."""
-        layers: Mapping[int, Any] = {i: method.fit_layer(facts) for i, facts in self.facts.items()}
+        known = self.sampled if method.samples else self.facts
+        layers: Mapping[int, Any] = {i: method.fit_layer(facts) for i, facts in known.items()}
         layers, record = method.finish(layers, self.shapes, self.asks if method.probes else None)
         model = {"name": str(self.model.config.name_or_path), "fingerprint": self.fingerprint}
         return Artifact(method, layers, model, record)

@@ -38,8 +38,10 @@ def quantize(
     if clip != 1.0:
         spare = (high - low) * ((1 - clip) / 2)
         low, high = low + spare, high - spare
+    limit = torch.finfo(side).max
+    if side.itemsize == 1:  # so narrow a range is left with a clipped number, not with an error
+        low, high = (x.clamp(-limit, limit).where(x.isfinite(), x) for x in (low, high))
     scale16, low16 = ((high - low) / top).to(side), low.to(side)
-    limit = torch.finfo(side).max  # 8-bit floats have no infinity: what is beyond them is NaN or the largest
     fits = (high - low <= limit * top) & (low.abs() <= limit) & scale16.float().isfinite() & low16.float().isfinite()
     if not bool(fits.all()):
         raise DataError(

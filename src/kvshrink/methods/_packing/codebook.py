@@ -9,8 +9,8 @@ scale says what a group's scale is taken from:
 "mean"    the mean magnitude becomes 1
 "range"   minimum and maximum become -1 and 1 (and there is a centre)
 "one"     nothing is stored: numbers come in as multiples of levels
-sides says how it is stored: float16, float8 (e4m3), power (an 8-bit exponent, rounded up), or nested (e4m3, times one
-float32 a page and group of heads).
+sides says how it is stored: float16, float8 (e4m3, clipped at 448), power (an 8-bit exponent, rounded up), or nested
+(e4m3, times one float32 a page and group of heads).
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
 from kvshrink.methods._packing.base import Packing, Stored, checked
 from kvshrink.methods._packing.grouping import Axis, Grouping
+from kvshrink.methods._settings import require
 from kvshrink.shapes import Bool, Float
 
 Scale = Literal["absmax", "rms", "mean", "range", "one"]
@@ -57,6 +58,10 @@ class Codebook(Packing):
     def side(self) -> frozenset[str]:  # type: ignore[override]
         names = {"one": [], "range": ["scale", "centre"]}.get(self.scale, ["scale"])
         return frozenset(names + [f"{name}_top" for name in names if self.sides == "nested"])
+
+    def __post_init__(self) -> None:
+        ragged = self.axis == "token" and self.width % min(self.group, self.width)
+        require(not (ragged and self.scale in ("rms", "mean")), f"group={self.group} of {self.width}", "Use a divisor.")
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -151,7 +156,7 @@ def _stored(side: Tensor | None, name: str, sides: Sides) -> dict[str, Tensor]:
         return {name: checked(side.to(torch.float16))}
     checked(side)
     if sides == "float8":
-        return {name: checked(side.where(side.abs() <= E4M3, torch.nan)).to(torch.float8_e4m3fn).view(torch.uint8)}
+        return {name: side.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)}
     if sides == "power":
         exponent = torch.frexp(side).exponent - (torch.frexp(side).mantissa == 0.5).int()
         return {name: (exponent + BIAS).clamp(1, 255).where(side > 0, 0).to(torch.uint8)}

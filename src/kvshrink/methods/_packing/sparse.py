@@ -25,6 +25,7 @@ from kvshrink.shapes import Bool, Float
 Rule = Literal["ends", "far", "large"]
 
 SMALL = 256  # numbers of a vector whose places are bytes
+MEDIUM = 2**16  # numbers of a vector whose places fit 16 bits
 EMPTY = torch.inf  # in a slot for which there was no outlier
 
 
@@ -81,7 +82,10 @@ class Sparse(Packing):
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         rows = self.vectors.split(self.inner.load(stored))
         numbers = stored["outliers"].float()
-        return self.vectors.join(_put(rows, stored["places"].long(), numbers != EMPTY, numbers))
+        places = stored["places"].long()
+        if self._index == torch.int16:  # read without a sign
+            places = places & 0xFFFF
+        return self.vectors.join(_put(rows, places, numbers != EMPTY, numbers))
 
     def page_bytes(self) -> int:
         slots = self.vectors.groups * self.count
@@ -89,7 +93,7 @@ class Sparse(Packing):
 
     @property
     def _index(self) -> torch.dtype:
-        return torch.uint8 if self.length <= SMALL else torch.int16
+        return torch.uint8 if self.length <= SMALL else torch.int16 if self.length <= MEDIUM else torch.int32
 
     def _chosen(self, rows: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(place, whether there is an outlier) of each slot, [.., count]."""

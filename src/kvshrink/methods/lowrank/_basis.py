@@ -4,7 +4,7 @@ Rows of G groups (a = n / G channels each: h / G heads) become latents z = (x - 
 z @ up + mean. An orthonormal basis has down = up^T and is stored once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, final
 
@@ -29,6 +29,12 @@ class BasisCodec(Codec):
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
     packing: Packing
+
+    def to(self, device: torch.device) -> "BasisCodec":
+        """The same with its tensors there: a rotation that no fit has made comes from the CPU."""
+        if self.up.device == device:
+            return self
+        return replace(self, down=self.down.to(device), up=self.up.to(device), mean=self.mean.to(device))
 
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]

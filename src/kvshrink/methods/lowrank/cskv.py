@@ -106,14 +106,19 @@ class CSKV(Method):
             require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
         require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
         require(
-            not self.qat or (self.steps > 0 and self.bits is not None), "qat=True without steps and bits", "Set both."
+            not self.qat or (self.steps > 0 and (self.bits is not None or self.codec is not None)),
+            "qat=True without steps and bits",
+            "Set both.",
         )
         require(self.loss in LOSSES, f"loss={self.loss!r}", f"Use one of {LOSSES}.")
         require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
         if self.codec is not None:
-            learns = latents.quantiser(self.codec, self.bits).needs_fit
-            require(not (learns and self.steps), f"codec={self.codec!r} with steps", "It is fitted to one basis.")
+            own = latents.quantiser(self.codec, self.bits)
+            fixed = own.needs_fit or own.asks
+            require(
+                not (fixed and self.steps), f"codec={self.codec!r} with steps", "It depends on the basis or on queries."
+            )
 
     def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
@@ -166,6 +171,11 @@ class CSKV(Method):
             for side in SIDES:
                 fitted |= latents.learn(self._quantiser(), side, fitted, facts, self.page)
         return fitted
+
+    @property
+    def asks(self) -> bool:
+        """Whether its codec wants to know what tokens are worth."""
+        return self.codec is not None and self._quantiser().asks
 
     @property
     def samples(self) -> bool:

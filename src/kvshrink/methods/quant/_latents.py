@@ -49,6 +49,7 @@ def changed(method: Quantiser, side: Side, basis: Basis, fitted: Fitted, dtype: 
     change = method.change(side, space, of_side(fitted, f"{side}_codec"))
     if change is None:
         return basis
+    change = change.to(down.device)
     return down @ change.down, change.up @ up, mean + (change.mean[:, None] @ up)[:, 0]
 
 

@@ -70,6 +70,9 @@ class Change(NamedTuple):
         rows = latent @ self.up + self.mean[:, None]
         return rows.unflatten(-1, (groups // len(self.mean), -1)).transpose(2, 3).flatten(1, 2)
 
+    def to(self, device: torch.device) -> "Change":
+        return Change(*(t.to(device) for t in self))
+
     def then(self, other: "Change") -> "Change":
         """This one, then another of the same groups."""
         mean = self.mean + (other.mean[:, None] @ self.up)[:, 0]
@@ -83,14 +86,14 @@ class Site:
     rows:   calibration rows as they will be stored.
     metric: what an error e costs: e metric e^T. Of keys the mean squared error of scores, of values that of the layer's
             output.
-    energy: mean squared score of each token's key: which values attention reads.
+    energy: mean squared score of each token's key: which values attention reads, by group.
     pairs:  channels that RoPE turns together before rows are stored; None: none, or rows are stored before RoPE.
     asked:  of keys after RoPE, the largest |q| in each channel; None: no queries are known at this site.
     """
 
     rows: Float[Tensor, "m G r"]
     metric: Float[Tensor, "G r r"]
-    energy: Float[Tensor, " m"]
+    energy: Float[Tensor, "m G"]
     pairs: tuple[Tensor, Tensor] | None
     asked: Float[Tensor, "G r"] | None = None
 
@@ -128,7 +131,7 @@ class Site:
         heads = facts.shape.heads
         asked = sample.queries.unflatten(1, (heads, -1))  # [m, h, members, d]
         turned = torch.einsum("mhqc,mhqd->hcd", asked, asked) / len(asked)
-        energy = torch.einsum("mhc,hcd,mhd->m", sample.turned, turned, sample.turned)
+        energy = torch.einsum("mhc,hcd,mhd->mh", sample.turned, turned, sample.turned)
         if side == "value":
             return cls(sample.values, facts.output_gram.float(), energy, None)
         if site == "k_pre":  # over all distances the two channels of a pair are alike, and pairs do not mix
@@ -141,7 +144,7 @@ class Site:
         rows = self.rows.unflatten(1, (groups, -1)).flatten(2)  # [m, G, a]
         latent = ((rows - mean).transpose(0, 1) @ down).transpose(0, 1)
         joint = torch.stack([torch.block_diag(*part) for part in self.metric.unflatten(0, (groups, -1))])
-        return Site(latent, up @ joint @ up.transpose(1, 2), self.energy, None)
+        return Site(latent, up @ joint @ up.transpose(1, 2), self.energy.unflatten(1, (groups, -1)).sum(2), None)
 
 
 Ladder = tuple[tuple[Packing | None, int | None], ...]  # (packing or None: dropped, tokens at most or None) by age
@@ -172,6 +175,7 @@ class Quantiser(Method):
     """A method that stores every channel in fewer bits."""
 
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
+    asks: ClassVar[bool] = False  # whether it wants to know what tokens are worth
     of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
 
     @abstractmethod

@@ -6,7 +6,7 @@ order folds into the query and the output.
 
 Departures: sorted by the root mean square of calibration rows, not by the norms of the key projection's rows, so that
 biases and norms count; the query needs no RoPE of its own order, since keys are sorted after RoPE; values are sorted as
-well; the query stays in float32.
+well; the query stays in float32; sinks and a recent window are exact.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ and keys, and is not here.
 
 Departures: the half is that of each page of 32 tokens, not of the sequence; a token's worth is the normalised attention
 of some probes (cache/saliency.py), as ZipCache's; nothing is trained; exact window and sinks.
+A prompt in chunks is judged chunk by chunk, so that what is chosen depends on them.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class EdgeQAT(Quantiser):
     low: int = 4
     share: float = 0.5
 
+    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
 """FP8: every number an 8-bit float (E4M3), the baseline of serving engines (no paper).
 
 One float16 scale for a page of a head lets the largest number of the page be 448. Engines take one scale for a whole
-tensor, fixed at 1 or from the first tokens, where later tokens that are larger are clipped; a page has its own.
+tensor, fixed at 1 or from the first tokens, where later tokens that are larger are clipped; a page has its own. Sinks
+and a recent window are exact.
 """
 
 from dataclasses import dataclass

@@ -32,6 +32,7 @@ from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.shapes import Float
 
 BITS = (2, 3, 4)
+NARROWER = 0.01  # of the median range: a channel that hardly moves on the calibration text may do so later
 NARROW = 1e-6  # the least range of a channel: one that never changes on the calibration text has none
 
 
@@ -90,7 +91,8 @@ class KVQuant(Quantiser):
         """(middle, range) [G, r] of each channel between its quantiles."""
         ordered, out = rows.sort(0).values, round(self.outliers / 2 * (len(rows) - 1))
         low, high = ordered[out], ordered[len(rows) - 1 - out]
-        return (high + low) / 2, ((high - low) / 2).clamp_min(NARROW)
+        size = (high - low) / 2
+        return (high + low) / 2, size.maximum(size.median() * NARROWER).clamp_min(NARROW)
 
     def _by_token(self, rows: Float[Tensor, "m G r"], space: Space) -> tuple[Tensor, Tensor, Tensor]:
         """(middle [m, G, 1], range [m, G, 1], what is no outlier [m, G, r]) of each token, as they will be stored."""

@@ -9,6 +9,7 @@ Departures: the balancer is from a calibration text, not from the prompt (in lat
 root mean square instead of their maximum); it is after RoPE; importance is the normalised attention of some probes
 (cache/saliency.py), not H2O's running sum, and is judged once, when a page leaves the window; `share` is a multiple of
 8 of each page's 32 tokens; exact window and sinks. A `share` of 1/4 is our choice.
+A prompt in chunks is judged chunk by chunk, so that what is chosen depends on them.
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class MiKV(Quantiser):
     share: float = 0.25
 
     needs_fit: ClassVar[bool] = True
+    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:

@@ -4,7 +4,8 @@ A number is one of 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign (E2M1); 16 channels of 
 counts in multiples of one float32 for a page of a head: 4.5 bits. Keys may be rotated in blocks of 16 (`rotate`), as
 serving engines do where accuracy falls; it folds into the query.
 
-Departures: hardware keeps the float32 once for a whole tensor, where later tokens would be clipped.
+Departures: hardware keeps the float32 once for a whole tensor, where later tokens would be clipped; sinks and a recent
+window are exact.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,8 @@ direction over all channels, and P orders them by bit reversal: rows x R H P. Ea
 middle of its range, of which `key_clip` and `value_clip` are covered. All of it folds into the query and the output.
 
 Departures: each KV head has its own rotation (the paper shares one in a layer unless experts are mixed); Hadamard
-blocks where a head is no power of two; pages, and 256 to 288 recent tokens instead of 256.
+blocks where a head is no power of two; some 2,000 tokens spread over the calibration text, its first ones among them,
+instead of 30,000 behind a warm-up; pages, and 256 to 288 recent tokens instead of 256.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class OSCAR(Quantiser):
         if side == "key":
             read = site.metric
         else:
-            weighed = site.rows * (site.energy / site.energy.mean().clamp_min(1e-30))[:, None, None]
+            weighed = site.rows * (site.energy / site.energy.mean(0).clamp_min(1e-30))[:, :, None]
             read = torch.einsum("mgc,mgd->gcd", weighed, site.rows)
         directions = torch.linalg.eigh(read.double()).eigenvectors.flip(-1).float()
         return {"turn": directions @ spread(space.width).to(directions)}

@@ -2,8 +2,9 @@
 
 Keys have some channels of large numbers in every token. Dividing channel i by lambda_i = max |K_i|^alpha, and
 multiplying the query, leaves scores as they are and rows even. The two channels of a RoPE pair share a lambda, as the
-paper folds it into weights before RoPE. alpha is the best of 20 steps for the scores. Values are rotated (Hadamard), as
-the paper rotates the input of the output projection. 4 bits and one scale and minimum for a head of 128: 4.25 bits.
+paper folds it into weights before RoPE. alpha is the best of 0, 1/20, .. 1 for the scores. Values are rotated
+(Hadamard), as the paper rotates the input of the output projection. 4 bits and one scale and minimum for a head of 128:
+4.25 bits.
 
 Departures: alpha is chosen for each layer by the error of scores, not of the layer's output; the zero point is a float
 minimum (the paper rounds -15 min / (max - min)); sinks and a recent window are exact.

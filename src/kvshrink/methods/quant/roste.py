@@ -6,7 +6,7 @@ is `CSKV(codec="rtn", qat=True, steps=...)`.
 
 Departures: the choice is by the error of scores and of the layer's output on calibration rows, not by that of the
 weights and activations of a training step; keys are rotated after RoPE, where the rotation folds into the query; float
-minimum; the straight-through training itself is not part of a cache.
+minimum; exact window and sinks; the straight-through training itself is not part of a cache.
 """
 
 from dataclasses import dataclass

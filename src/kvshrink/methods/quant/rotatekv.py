@@ -5,9 +5,9 @@ one a head. What unevenness is left lies in fixed channels; these are reordered 
 that neighbours, which share a scale, are alike. Values get a rotation a head. All of it folds into weights.
 
 Departures: the order of the paper's code (rotate, then reorder), not of its text; 4 sinks of position instead of the
-tokens with the largest activations of each layer; rows are rotated by a matrix product where they are rebuilt, not by a
-fast transform; Hadamard blocks where a size is no power of two; levels are 2^b - 1 at every b (the official code has
-b^2 - 1).
+tokens with the largest activations of each layer, and an exact recent window; rows are rotated by a matrix product
+where they are rebuilt, not by a fast transform; Hadamard blocks where a size is no power of two; levels are 2^b - 1 at
+every b (the official code has b^2 - 1).
 """
 
 from dataclasses import dataclass

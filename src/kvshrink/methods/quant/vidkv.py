@@ -7,8 +7,8 @@ transformed along the channels and keep a sign each, times the channel's mean ma
 
 Departures: channels are chosen in each page, not once for the prompt; the transform is the real, orthonormal one, as
 many numbers out as in (the official code keeps both parts of a complex one, twice the numbers); signs decode to -s and
-s (there: 0 and s), threes to -s, 0, s (there the scale is lost and a code takes 2 bits); nothing is quantised twice; no
-choice of visual tokens by text.
+s (there: 0 and s), threes to -s, 0, s (there the scale is lost and a code takes 2 bits); nothing is quantised twice; 4
+exact sinks; no choice of visual tokens by text.
 """
 
 from dataclasses import dataclass

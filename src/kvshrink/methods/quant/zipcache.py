@@ -10,6 +10,7 @@ Departures: scales are over pages of 128 tokens, not over the whole prompt, and 
 page that leaves the window while tokens come one by one is judged by the last query alone, as in the paper, which then
 recompresses its whole cache every 100 tokens; here nothing is encoded twice. 100 to 228 recent tokens and 4 sinks are
 exact, not 0 to 100 tokens. In latents of another method pages are its own 32 tokens.
+A prompt in chunks is judged chunk by chunk, so that what is chosen depends on them.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class ZipCache(Quantiser):
     share: float = 0.6
 
     page: ClassVar[int] = 128
+    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
