@@ -4,20 +4,19 @@ from pathlib import Path
 
 from kvshrink.eval.plots import pyplot, save
 
-HEAD = "| method | bits stored | bytes kept | 127 tokens later | KL, text | KL, retrieval | right answers |\n"
-HEAD += "| --- " * 7 + "|\n"
-
 
 def table(rows: list[dict]) -> str:
     """Markdown, most bytes first."""
-    lines = []
+    grows = all("kept_later" in r for r in rows)
+    names = ["method", "bits stored", "bytes kept", *(["127 tokens later"] if grows else [])]
+    names += ["KL, text", "KL, retrieval", "right answers"]
+    lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     for r in sorted(rows, key=lambda r: (-r["kept"], r["label"])):
-        name = f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"]
-        score = f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-        kl = f"{r['kl_text']:.4f} | {r['kl_retrieval']:.4f}"
-        grown = f"{100 * r['kept_later']:.1f} %" if "kept_later" in r else "-"
-        lines.append(f"| {name} | {r['bits']:.2f} | {100 * r['kept']:.1f} % | {grown} | {kl} | {score} |")
-    return HEAD + "\n".join(lines) + "\n"
+        cells = [f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"], f"{r['bits']:.2f}"]
+        cells += [f"{100 * r[name]:.1f} %" for name in ("kept", "kept_later")[: 1 + grows]]
+        cells += [f"{r['kl_text']:.4f}", f"{r['kl_retrieval']:.4f}"]
+        lines.append("| " + " | ".join([*cells, f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def front(rows: list[dict], value: str, better: float) -> list[dict]:

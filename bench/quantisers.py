@@ -169,7 +169,7 @@ def divergence(model: Any, ids: list[int], first: int, cache: Any, dense: Dynami
 
 
 def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int, documents: int) -> set[str]:
-    """Every side's answers and divergences into the log, a prompt at a time, all sides in turn. The keys of them all."""
+    """Every side's answers and divergences into the log, a prompt at a time, all sides in turn. Gives their keys."""
     identity = model_key(model)
     samples, skipped = gather(choices(TASKS), [LENGTH], cases, 0, tokenizer, True)
     assert not skipped, skipped
