@@ -73,6 +73,28 @@ class Packing(ABC):
         return rounded + (latent - latent.detach())  # in this order the sum is the rounded number itself
 
 
+class Around(Packing):
+    """A packing around another one, `inner`, whose shape it has."""
+
+    inner: Packing
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return self.inner.groups
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.inner.width
+
+    @property
+    def page(self) -> int:  # type: ignore[override]
+        return self.inner.page
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.side
+
+
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:
     return latent.float().unflatten(2, (-1, page)).transpose(1, 2)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import Packing, Stored, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Stored, joined, paged, there
 from kvshrink.shapes import Bool, Float, Int
 
 MASK = "mask"
@@ -83,27 +83,11 @@ class ByChannel(Packing):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Turned(Packing):
+class Turned(Around):
     """Rows times an orthogonal matrix, in the form `inner`: for parts of rows, which no change of basis reaches."""
 
     inner: Packing
     matrix: Float[Tensor, "r r"]
-
-    @property
-    def groups(self) -> int:  # type: ignore[override]
-        return self.inner.groups
-
-    @property
-    def page(self) -> int:  # type: ignore[override]
-        return self.inner.page
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.inner.width
-
-    @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.inner.store(latent.float() @ self.matrix.to(latent.device), valid)

@@ -5,33 +5,21 @@ from typing import final
 
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Packing, Stored
+from kvshrink.methods._packing.base import Around, Packing, Stored
 from kvshrink.shapes import Bool, Float
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Parts(Packing):
+class Parts(Around):
     """A page is `count` pages of `inner`, one after the other."""
 
     inner: Packing
     count: int
 
     @property
-    def groups(self) -> int:  # type: ignore[override]
-        return self.inner.groups
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.inner.width
-
-    @property
     def page(self) -> int:  # type: ignore[override]
         return self.inner.page * self.count
-
-    @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return {k: t.unflatten(1, (-1, self.count)) for k, t in self.inner.store(latent, valid).items()}

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Packing, Stored, checked, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Stored, checked, joined, paged, there
 from kvshrink.shapes import Bool, Float
 
 ITERATIONS = 3
@@ -21,27 +21,11 @@ SEED = 0
 
 @final
 @dataclass(frozen=True, eq=False)
-class Residual(Packing):
+class Residual(Around):
     """`inner`, and its error of rank `rank`, at most the rows' width."""
 
     inner: Packing
     rank: int
-
-    @property
-    def groups(self) -> int:  # type: ignore[override]
-        return self.inner.groups
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.inner.width
-
-    @property
-    def page(self) -> int:  # type: ignore[override]
-        return self.inner.page
-
-    @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         stored = self.inner.store(latent, valid)

@@ -9,28 +9,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Packing, Stored, checked, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Stored, checked, joined, paged, there
 from kvshrink.shapes import Bool, Float
 
 
 @final
 @dataclass(frozen=True)
-class Separable(Packing):
+class Separable(Around):
     """x / c as `inner` stores it, c = sqrt(max |x|) over a page's tokens, one float16 a channel, group and page."""
 
     inner: Packing
-
-    @property
-    def groups(self) -> int:  # type: ignore[override]
-        return self.inner.groups
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.inner.width
-
-    @property
-    def page(self) -> int:  # type: ignore[override]
-        return self.inner.page
 
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]

@@ -18,7 +18,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Packing, Stored, checked
+from kvshrink.methods._packing.base import Around, Packing, Stored, checked
 from kvshrink.methods._packing.grouping import Axis, Grouping
 from kvshrink.shapes import Bool, Float
 
@@ -31,25 +31,13 @@ EMPTY = torch.inf  # in a slot for which there was no outlier
 
 @final
 @dataclass(frozen=True, eq=False)
-class Sparse(Packing):
+class Sparse(Around):
     """`count` outliers of each vector along `axis`, even for "ends"; the rest in `inner`, which must refuse NaN."""
 
     inner: Packing
     axis: Axis
     count: int
     rule: Rule
-
-    @property
-    def groups(self) -> int:  # type: ignore[override]
-        return self.inner.groups
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.inner.width
-
-    @property
-    def page(self) -> int:  # type: ignore[override]
-        return self.inner.page
 
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]

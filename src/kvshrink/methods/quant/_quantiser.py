@@ -16,6 +16,7 @@ from torch import Tensor
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Codec, Fitted, Method, Tier
+from kvshrink.methods._settings import one_of
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Float
@@ -175,8 +176,17 @@ class Quantiser(Method):
     """A method that stores every channel in fewer bits."""
 
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
+    offered: ClassVar[tuple] = ()  # what `bits` may be, where there is such a setting
     asks: ClassVar[bool] = False  # whether it wants to know what tokens are worth
     of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
+
+    def check(self) -> None:
+        super().check()
+        if self.offered:
+            one_of("bits", self.bits, self.offered)  # type: ignore[attr-defined]
+
+    def dial_values(self, shape: LayerShape, tokens: int) -> Sequence:
+        return self.offered
 
     @abstractmethod
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:

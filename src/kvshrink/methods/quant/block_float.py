@@ -15,10 +15,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods._settings import require, whole
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 
 BITS = (3, 4, 8)
@@ -34,13 +33,10 @@ class BlockFloat(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
+    offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 

@@ -17,7 +17,6 @@ Between `window` and window + 128 recent tokens are exact; the paper's buffer ha
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.parts import Parts
 from kvshrink.methods._packing.residual import Residual
@@ -44,13 +43,10 @@ class GEAR(Quantiser):
 
     page: ClassVar[int] = 128
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
+    offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         whole("rank", self.rank)
         number("outliers", self.outliers)
         one_of("base", self.base, BASES)

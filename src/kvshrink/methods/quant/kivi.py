@@ -12,7 +12,6 @@ once) and exactly R values. Scale and minimum are float16, as in the paper. The 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
@@ -35,17 +34,14 @@ class KIVI(Quantiser):
     group: int = 32
 
     dial: ClassVar[str] = "bits"
+    offered: ClassVar[tuple] = BITS
 
     @property
     def page(self) -> int:  # type: ignore[override]
         return self.group  # the paper's one group size
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
-
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         one_of("group", self.group, GROUPS)
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.normal.reference import levels
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._packing.sparse import Sparse, sparse
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import number, one_of, require
+from kvshrink.methods._settings import number, require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.shapes import Float
@@ -47,14 +46,11 @@ class KVQuant(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "bits"
+    offered: ClassVar[tuple] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         number("outliers", self.outliers)
         require(0 <= self.outliers <= 0.5, f"outliers={self.outliers}", "Use a share from 0 to 0.5.")
 

@@ -17,11 +17,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import number, one_of, require
+from kvshrink.methods._settings import number, require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float
 
@@ -41,13 +40,10 @@ class OSCAR(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
+    offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         for name in ("key_clip", "value_clip"):
             number(name, getattr(self, name))
             require(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)}", "Use a share of the range, up to 1.")

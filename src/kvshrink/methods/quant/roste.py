@@ -15,11 +15,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods._settings import one_of
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
 
 BITS = (2, 3, 4, 8)
@@ -34,13 +32,7 @@ class RoSTE(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
-
-    def check(self) -> None:
-        super().check()
-        one_of("bits", self.bits, BITS)
+    offered: ClassVar[tuple] = BITS
 
     def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
         packing = self.packing(side, space, {})

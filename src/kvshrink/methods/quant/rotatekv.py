@@ -16,11 +16,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods._settings import require, whole
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 
 BITS = (2, 3, 4, 8)
@@ -38,13 +37,10 @@ class RotateKV(Quantiser):
     needs_fit: ClassVar[bool] = True
     site: ClassVar = "k_pre"
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
+    offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         for name in ("group", "joint"):
             whole(name, getattr(self, name))
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1.")

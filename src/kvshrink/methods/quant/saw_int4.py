@@ -9,11 +9,10 @@ Departures: pages and exact sinks and window as everywhere here; scale and minim
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods._settings import require, whole
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space, axes
 
 BITS = (2, 3, 4, 8)
@@ -29,13 +28,10 @@ class SAWInt4(Quantiser):
     block: int = 128
 
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
+    offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         for name in ("group", "block"):
             whole(name, getattr(self, name))
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1 channel.")

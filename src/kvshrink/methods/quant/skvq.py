@@ -24,10 +24,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine, Codebook, Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import one_of
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float, Int
@@ -50,14 +48,8 @@ class SKVQ(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     dial: ClassVar[str] = "bits"
+    offered: ClassVar[tuple] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int | float, ...]:
-        return BITS
-
-    def check(self) -> None:
-        super().check()
-        one_of("bits", self.bits, BITS)
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
         order, unit = Change.ordered(learnt["order"].long()), learnt["unit"]

@@ -18,10 +18,8 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from kvshrink.kernels.normal.reference import levels
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import one_of
 from kvshrink.methods.lowrank._basis import orthonormal
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space
 from kvshrink.shapes import Float
@@ -38,13 +36,7 @@ class TurboQuant(Quantiser):
     bits: int = 4
 
     dial: ClassVar[str] = "bits"
-
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
-
-    def check(self) -> None:
-        super().check()
-        one_of("bits", self.bits, BITS)
+    offered: ClassVar[tuple] = BITS
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
         return Change.turned(_rotation(space.width).expand(space.groups, -1, -1))

@@ -49,17 +49,14 @@ class XQuant(Quantiser):
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
     of_latents: ClassVar[bool] = False  # its basis is the projection's; a low-rank method has its own
     dial: ClassVar[str] = "bits"
+    offered: ClassVar[tuple] = BITS
 
     @property
     def samples(self) -> bool:
         return self.mode != "latent"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int, ...]:
-        return BITS
-
     def check(self) -> None:
         super().check()
-        one_of("bits", self.bits, BITS)
         one_of("mode", self.mode, MODES)
         whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
