@@ -292,3 +292,19 @@ def test_ranks_drawn_in_training_make_leading_components_good(model, rows, seen)
     assert error["drawn", 0.25] < 0.9 * error["fixed", 0.25]
     assert error["drawn", 1.0] < error["drawn", 0.25]
     assert drawn.at(0.125).layers[0]["value_up"].shape == (1, 2, 16)
+
+
+@pytest.mark.parametrize(("codec", "bits"), [("saw_int4", 4), ("fp8", None), ("vidkv", None)])
+def test_training_goes_through_a_codec_that_learns_nothing(model, rows, codec, bits):
+    """Also one that has no bits of its own to set."""
+    method = CSKV(keep=0.5, bits=bits, codec=codec, steps=3, qat=True)
+    artifact = kvshrink.fit(model, method, rows, progress=False)
+    held_out = artifact.provenance["layers"]["0"]["training"]["held_out"]
+    plain = kvshrink.fit(model, CSKV(keep=0.5, steps=3), rows, progress=False).provenance["layers"]["0"]["training"]
+    assert held_out["closed form"] > plain["held_out"]["closed form"], "held-out rows are read as the cache will"
+
+
+@pytest.mark.parametrize("codec", ["oscar", "zipcache"])
+def test_a_codec_that_needs_the_basis_or_queries_is_not_trained_through(codec):
+    with pytest.raises(SettingError, match="with steps is not possible"):
+        CSKV(codec=codec, steps=3)
