@@ -32,7 +32,7 @@ def packed(
     elif form == "raw":
         packing = Raw(groups, width, page, dtype)
     elif form[0] == "table":
-        packing = Codebook(groups, width, page, levels(form[1]).float(), "token", min(group, width), "rms")
+        packing = Codebook(groups, width, page, levels(form[1]).float(), "token", min(group, width), "absmax")
     else:
         packing = Affine(groups, width, page, form[1], form[0], min(group, width))
     stored = packing.store(rows, None)
