@@ -3,10 +3,10 @@
 Its KV part alone: of a sequence there are `sinks` first tokens, the last `recent` tokens behind the exact window as
 4-bit codes, and that window; older pages are dropped. Nothing is learnt.
 
-Departures: the paper's weights (2 bits), activations (8 bits) and pruning are no part of a cache. Sinks and the
-newest tokens are exact. Tokens keep their own positions, as in our `streaming_llm`. Pages
-of 32 tokens are dropped at once, so that the number of tokens seen varies by a page. The axes are KIVI's: keys per
-channel over a page, values per token and `group` channels.
+Departures: the paper's weights (2 bits), activations (8 bits) and pruning are no part of a cache. Sinks and the newest
+tokens are exact. Tokens keep their own positions, as in our `streaming_llm`. Pages of 32 tokens are dropped at once, so
+that the number of tokens seen varies by a page. The axes are KIVI's: keys per channel over a page, values per token and
+`group` channels.
 """
 
 from dataclasses import dataclass
