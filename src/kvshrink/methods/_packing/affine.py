@@ -43,11 +43,6 @@ class Affine(Packing):
     def grouping(self) -> Grouping:
         return Grouping(self.axis, self.width, self.page, self.group)
 
-    @property
-    def per_token(self) -> int:
-        """Scales per token (axis "token")."""
-        return self.grouping.per_token
-
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         grouping = self.grouping
         rows = grouping.split(latent)

@@ -5,7 +5,7 @@ quantised again. A code of fewer bits reads as the middle of the 8-bit numbers t
 the lowest; scale and low stay what they were.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from torch import Tensor
@@ -36,10 +36,6 @@ class Planes(Packing):
     @property
     def grouping(self) -> Grouping:
         return Grouping(self.axis, self.width, self.page, self.group)
-
-    def coarser(self, bits: int) -> "Planes":
-        """The same pages with fewer bits."""
-        return replace(self, bits=bits)
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         grouping = self.grouping

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
-from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, Moments
+from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Packing
-from kvshrink.methods._roles import Codec, Fitted, Stored
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.methods._roles import Fitted
+from kvshrink.shapes import Float
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class BasisCodec(Codec):
+class BasisCodec(PackedCodec):
     """Rows projected on `down`, stored by `packing`, expanded by `up`. Tensors are float32."""
 
     site: Literal["k_pre", "k_post", "v"]
@@ -36,36 +36,10 @@ class BasisCodec(Codec):
             return self
         return replace(self, down=self.down.to(device), up=self.up.to(device), mean=self.mean.to(device))
 
-    @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.packing.side
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.packing.width
-
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         groups = self.mean.shape[0]
         flat = rows.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # [b, G, t, a]
         return (flat.float() - self.mean[:, None]) @ self.down
-
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.packing.store(self.project(rows), valid)
-
-    @property
-    def salient(self) -> bool:
-        return self.packing.salient
-
-    def encode_by_worth(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
-    ) -> Stored:
-        return self.packing.store_by_worth(self.project(rows), valid, worth)
-
-    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        return self.packing.load(stored)
-
-    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
-        return self.packing.pick(stored, tokens)
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         groups = self.mean.shape[0]
@@ -86,18 +60,9 @@ class BasisCodec(Codec):
             return None
         return query @ self._by_head(query.shape[1]).transpose(1, 2)
 
-    def packed(self, stored: Stored) -> Packed | None:
-        return self.packing.packed(stored)
-
-    def demoted(self, stored: Stored) -> Stored:
-        return self.packing.demoted(stored)
-
     @cached_property
     def expansion(self) -> Basis | None:  # type: ignore[override]
         return Basis(self.up, self.mean) if self._rebuilt else None
-
-    def page_bytes(self) -> int:
-        return self.packing.page_bytes()
 
     def smooth(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t d"]:
         """Rows as they would come back if nothing were rounded: what the basis alone loses."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import BITS, number, require, whole
@@ -30,7 +31,7 @@ Channel = TypeVar("Channel")
 
 @final
 @dataclass(frozen=True, eq=False)
-class ChannelCodec(Codec):
+class ChannelCodec(PackedCodec):
     """Keys of all heads with the channels `kept` (head * d + channel, ascending); the others read as `fill`.
 
     Keys are never summed over tokens, so there is one group of heads and `expand` takes H = G = 1.
@@ -41,14 +42,6 @@ class ChannelCodec(Codec):
     fill: Float[Tensor, " n"]
     packing: Raw | Affine
 
-    @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.packing.side
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.packing.width
-
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         flat = rows.transpose(1, 2).flatten(2)  # [b, t, n]
         sound = flat.isfinite().all(-1) if valid is None else flat.isfinite().all(-1) | ~valid
@@ -56,15 +49,12 @@ class ChannelCodec(Codec):
         # a key that is broken in a channel left out is as broken, and would pass unseen
         return self.packing.store(kept.masked_fill(~sound[..., None], torch.nan)[:, None], valid)
 
-    def unpack(self, stored: Stored) -> Float[Tensor, "b 1 t r"]:
-        return self.packing.load(stored)
+    def packed(self, stored: Stored) -> None:
+        """No fused kernel fills in the channels that are left out."""
 
     def expand(self, latent: Float[Tensor, "b 1 t r"], heads: int) -> Float[Tensor, "b h t d"]:
         flat = self.fill.repeat(*latent.shape[::2], 1).index_copy_(2, self.kept, latent[:, 0])
         return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    def page_bytes(self) -> int:
-        return self.packing.page_bytes()
 
 
 def check(keep: Any, bits: Any, fill: Any) -> None:

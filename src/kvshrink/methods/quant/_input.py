@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
-from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Packing
-from kvshrink.methods._roles import Codec, Fitted, Stored
+from kvshrink.methods._roles import Fitted
 from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.shapes import Float
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class InputCodec(Codec):
+class InputCodec(PackedCodec):
     """One side of a stored input. basis: input -> rows of this side; down: rows of both sides, centred -> input."""
 
     basis: BasisCodec
@@ -33,7 +33,7 @@ class InputCodec(Codec):
     joint = True
 
     @property
-    def packing(self) -> Packing:
+    def packing(self) -> Packing:  # type: ignore[override]
         return self.basis.packing
 
     @property
@@ -44,30 +44,14 @@ class InputCodec(Codec):
     def side(self) -> frozenset[str]:  # type: ignore[override]
         return self.basis.side if self.down is not None else frozenset()
 
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.basis.width
-
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.basis.packing.store(self.project(rows), valid)
-
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b 1 t hidden"]:
         """The input. rows: of the keys' heads, then the values' heads."""
         assert self.down is not None, "values are stored with the keys"
         flat = rows.transpose(1, 2).flatten(2).float()
         return ((flat - self.mean) @ self.down)[:, None]
 
-    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        return self.basis.unpack(stored)
-
-    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
-        return self.basis.pick(stored, tokens)
-
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         return self.basis.expand(latent, heads)
-
-    def packed(self, stored: Stored) -> Packed | None:
-        return self.basis.packed(stored)
 
     @property
     def expansion(self) -> Basis | None:

@@ -177,7 +177,6 @@ class Quantiser(Method):
 
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
     offered: ClassVar[tuple] = ()  # what `bits` may be, where there is such a setting
-    asks: ClassVar[bool] = False  # whether it wants to know what tokens are worth
     of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
 
     def check(self) -> None:
@@ -207,6 +206,12 @@ class Quantiser(Method):
     @property
     def samples(self) -> bool:
         return self.needs_fit
+
+    @property
+    def asks(self) -> bool:
+        """Whether it wants to know what tokens are worth, which its packings say."""
+        some = Space(1, 64, self.page, torch.float32, True)
+        return any(self.packing(side, some, {}).salient for side in SIDES)
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         if not self.needs_fit:

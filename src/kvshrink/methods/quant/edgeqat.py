@@ -32,7 +32,6 @@ class EdgeQAT(Quantiser):
     low: int = 4
     share: float = 0.5
 
-    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:

@@ -38,7 +38,6 @@ class MiKV(Quantiser):
     share: float = 0.25
 
     needs_fit: ClassVar[bool] = True
-    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:

@@ -37,7 +37,6 @@ class ZipCache(Quantiser):
     share: float = 0.6
 
     page: ClassVar[int] = 128
-    asks: ClassVar[bool] = True
     dial: ClassVar[str] = "share"
 
     def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:

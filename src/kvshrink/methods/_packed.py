@@ -1,0 +1,52 @@
+"""A codec that stores what it makes of rows by a packing: what all of these have from it."""
+
+from torch import Tensor
+
+from kvshrink.kernels.latents import Packed
+from kvshrink.methods._packing import Packing
+from kvshrink.methods._roles import Codec, Stored
+from kvshrink.shapes import Bool, Float, Int
+
+
+class PackedCodec(Codec):
+    """`project` says what is stored of rows; `expand` is the codec's own."""
+
+    packing: Packing
+
+    def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
+        return rows
+
+    @property
+    def side(self) -> frozenset[str]:  # type: ignore[override]
+        return self.packing.side
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.packing.width
+
+    @property
+    def salient(self) -> bool:
+        return self.packing.salient
+
+    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.packing.store(self.project(rows), valid)
+
+    def encode_by_worth(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        return self.packing.store_by_worth(self.project(rows), valid, worth)
+
+    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        return self.packing.load(stored)
+
+    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
+        return self.packing.pick(stored, tokens)
+
+    def packed(self, stored: Stored) -> Packed | None:
+        return self.packing.packed(stored)
+
+    def demoted(self, stored: Stored) -> Stored:
+        return self.packing.demoted(stored)
+
+    def page_bytes(self) -> int:
+        return self.packing.page_bytes()
