@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshrink.attach.families import layers_of
-from kvshrink.attach.hook import Attachment, asked_of
+from kvshrink.attach.hook import Attachment
+from kvshrink.attach.stage import asked_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.saliency import probes

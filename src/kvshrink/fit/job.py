@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
-from kvshrink.attach.hook import Fingerprint
+from kvshrink.attach.identity import Fingerprint
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
