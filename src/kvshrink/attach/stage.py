@@ -1,17 +1,18 @@
-"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input that is refused before it runs."""
+"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input refused before it runs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvshrink.attach.attention import NAME
 from kvshrink.attach.families import LayerInfo, queries
+from kvshrink.attach.implementation import is_ours
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError
+from kvshrink.store.modes import at_once, own_dtypes
 
 
 class Stage:
@@ -23,15 +24,19 @@ class Stage:
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
-        if not self.compressed or not isinstance(cache, KVCache):
-            return
+        if self.compressed and isinstance(cache, KVCache):
+            self._stage(module, args, kwargs, cache)
+
+    @at_once
+    @own_dtypes
+    def _stage(self, module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         b, s = hidden.shape[:2]
         seen = cache.layers[self.index].get_seq_length()
         positions = kwargs.get("position_ids")
         if positions is None:
             raise CacheError(f"{type(module).__name__} got no position_ids. Call the model, not the layer.")
-        own = module.config._attn_implementation == NAME
+        own = is_ours(module)
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = _real(kwargs.get("attention_mask"), b, s, seen) if cache.table.length == seen else None
         rope = self.rope
