@@ -28,14 +28,13 @@ from kvshrink.attach.families import (
 from kvshrink.attach.identity import fingerprint
 from kvshrink.attach.implementation import NAME, PREVIOUS, Ours, choose, distinct, named
 from kvshrink.attach.inputs import check_use
-from kvshrink.attach.stage import Stage, check_input
+from kvshrink.attach.stage import Stage
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.store.modes import without_autocast
 
 ATTRIBUTE = "_kvshrink"  # where a decoder keeps its attachment
 LOCK = threading.RLock()
-CHECKS = (check_use, check_input)  # pre-hooks of the decoder
 LIVE: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
 
 
@@ -109,8 +108,7 @@ def _apply(tower: nn.Module, attachment: Attachment) -> None:
     for info in attachment.layers:
         setattr(info.module, PREVIOUS, before[id(info.module.config)])
         info.module.register_forward_pre_hook(Stage(info, attachment.fingerprint), with_kwargs=True)
-    for check in CHECKS:
-        tower.register_forward_pre_hook(check, with_kwargs=True)
+    tower.register_forward_pre_hook(check_use, with_kwargs=True)
     setattr(tower, ATTRIBUTE, attachment)
     for config, name in attachment.configs:
         choose(config, Ours(name))
@@ -142,7 +140,7 @@ def _strip(tower: nn.Module) -> None:
         vars(module).pop(ATTRIBUTE, None)
         vars(module).pop(PREVIOUS, None)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Stage) or hook in CHECKS:
+            if isinstance(hook, Stage) or hook is check_use:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
