@@ -56,8 +56,9 @@ class Holder(nn.Module):
 # --- wrappers ---
 
 
-@pytest.mark.parametrize("attach_at", ["base", "wrapper", "decoder"])
-@pytest.mark.parametrize("detach_at", ["base", "wrapper", "decoder"])
+@pytest.mark.parametrize(
+    ("attach_at", "detach_at"), [("base", "wrapper"), ("wrapper", "base"), ("decoder", "wrapper"), ("base", "decoder")]
+)
 def test_a_peft_wrapper_and_its_base_are_one(model, attach_at, detach_at):
     wrapper = peft.get_peft_model(model, peft.LoraConfig(**LORA)).eval()
     held = {"base": wrapper.get_base_model(), "wrapper": wrapper, "decoder": model.model}
