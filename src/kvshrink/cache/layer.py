@@ -224,10 +224,12 @@ class CompressedLayer(CacheLayerMixin):
         if count == self.seen:
             self.reset()
             return
+        whole, self.whole = self.whole, False
         self.seen -= count
         self.window.count = max(0, self.window.count - count)
         self.body.crop(self.seen)
         self.sinks.crop(self.seen)
+        self.whole = whole
 
     def reset(self) -> None:
         self._clear()
@@ -237,8 +239,10 @@ class CompressedLayer(CacheLayerMixin):
     @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
+        whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):
             part.map(change)
+        self.whole = whole
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
