@@ -1,5 +1,5 @@
-"""Random episodes: steps with all kinds of masks and positions, and operations on the batch, through a lossless cache of
-ours and through DynamicCache. Each step's logits are equal, or ours was refused in one line and is as it was.
+"""Random episodes: steps with all kinds of masks and positions, and operations on the batch, through a lossless cache
+of ours and through DynamicCache. Each step's logits are equal, or ours was refused in one line and is as it was.
 
 `python -m tests.fuzz.episodes --cases 5000` runs many and prints one JSON object; `--only N` runs one again.
 """
@@ -75,8 +75,9 @@ class Episode:
                 self.operate()
             elif self.seen < LONGEST:
                 self.step()
-        for cache, full, pads in self.forks:  # what was left behind is as it was
-            self.cache, self.full, self.pads, self.rows = cache, full, pads, len(pads)
+        for left in self.forks:  # what was left behind is as it was
+            self.cache, self.full, self.pads = left
+            self.rows = len(self.pads)
             self.compare(torch.full((self.rows, 1), 7), None if not pads.any() else self.plain(1), None)
 
     # --- steps ---

@@ -1,4 +1,4 @@
-"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input that is refused before it runs."""
+"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input refused before it runs."""
 
 from typing import Any
 
