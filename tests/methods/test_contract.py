@@ -113,6 +113,21 @@ def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages, rows_of):
         assert codec.side <= set(stored) | {"scale", "low"}
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_saved_cache_is_taken_over_as_it_was(method, shape, fit, padded):
+    """What a cache's description implies of its tensors is what they are, for every method, and they are read."""
+    fitted = [fit(method, shape)]
+    cache, other = make(method, shape, fitted), make(method, shape, fitted)
+    rows = torch.randn(2, shape.heads, 240, shape.head_dim)
+    real = torch.ones(2, 240, dtype=torch.bool)
+    real[1, : 37 if padded else 0] = False
+    feed(cache, [rows], [rows.clone()], real=real if padded else None)
+    state = cache.state_dict()
+    back = other.load_state_dict(state).state_dict()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], t) for k, t in state.items())
+
+
 def test_pages_do_not_hold_on_to_the_model_s_tensors(codecs, shape, rows_of, page):
     """A page that is a view of the prompt's keys would keep all of them alive."""
     for codec in codecs:
