@@ -139,7 +139,10 @@ def test_a_state_without_description(plain):
     del state["plain"]
     if plain is not None:
         state["plain"] = torch.tensor(list(plain), dtype=torch.uint8)
-    with pytest.raises(ArtifactError, match=r"^not a kvshrink cache state: its description is missing or edited \(.+\)\. Save it again\.$"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"^not a kvshrink cache state: its description is missing or edited \(.+\)\. Save it again\.$",
+    ):
         new().load_state_dict(state)
 
 

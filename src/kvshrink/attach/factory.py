@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvshrink.attach.families import key_value_weights, shape_of, text_config
+from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.drift import DriftWatch, Reference
@@ -16,10 +16,8 @@ from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
-from kvshrink.methods._tier import Tier
-from kvshrink.methods.artifact import LOOKED_AT, Artifact
+from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
 

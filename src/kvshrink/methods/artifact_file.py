@@ -95,9 +95,7 @@ def _described(data: dict, path: Path) -> Method:
     if type(version) is not int or version != VERSION:
         raise ArtifactError(f"{path} has format version {version!s:.20}, this kvshrink reads {VERSION}. Fit again.")
     if extra := sorted(set(data) ^ KEYS):
-        raise ArtifactError(
-            f"{path} has missing or unknown keys {str(extra):.80}. It is edited or of another program."
-        )
+        raise ArtifactError(f"{path} has missing or unknown keys {extra!s:.80}. It is edited or of another program.")
     for key, kind in (("method", str), ("settings", dict), ("layers", dict), ("model", dict), ("provenance", dict)):
         _require(isinstance(data[key], kind), path, f"{key} is no {kind.__name__}.")
     _require(isinstance(data["sha256"], str) and SHA256.fullmatch(data["sha256"]) is not None, path, "sha256.")

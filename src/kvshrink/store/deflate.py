@@ -34,7 +34,9 @@ def deflated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return out, {KEY: json.dumps(streams)}
 
 
-def claimed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def claimed(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)} of what `inflated` gives, by the description. Raises ArtifactError if it cannot be right."""
     found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     name = "its description"

@@ -68,7 +68,7 @@ class IndexedCodec(Codec):
         return self.plain.unpack(stored)
 
     def sound(self, stored: Stored) -> bool:
-        return bool((stored["index"] < self.centroids.shape[1]).all()) and self.plain.sound(stored)
+        return int(stored["index"].max()) < self.centroids.shape[1] and self.plain.sound(stored)
 
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
         return self.plain.pick(stored, tokens)
