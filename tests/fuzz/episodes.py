@@ -78,7 +78,7 @@ class Episode:
         for left in self.forks:  # what was left behind is as it was
             self.cache, self.full, self.pads = left
             self.rows = len(self.pads)
-            self.compare(torch.full((self.rows, 1), 7), None if not pads.any() else self.plain(1), None)
+            self.compare(torch.full((self.rows, 1), 7), None if not self.pads.any() else self.plain(1), None)
 
     # --- steps ---
 

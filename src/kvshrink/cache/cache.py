@@ -3,32 +3,35 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows import crop_count, repeats_of, row_indices
 from kvshrink.cache.saliency import Asked
+from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, sliding_tensors
+from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 from kvshrink.store.bytes import Held, nbytes
-from kvshrink.store.deflate import deflated, inflated
+from kvshrink.store.deflate import claimed, deflated, inflated
+from kvshrink.store.digest import digest as content
+from kvshrink.store.files import DESCRIPTION
 from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
-VERSION = 1
-SLIDING = ("keys", "values")  # what a sliding-window layer of transformers holds
+VERSION = 2  # of a saved state
 
 
 class KVCache(Cache):
@@ -107,7 +110,7 @@ class KVCache(Cache):
         """Sequences held; 0 while there are no tokens."""
         if self.table.length:
             return self.table.positions.shape[0]
-        return next((len(t) for layer in self.layers for t in _sliding(layer).values() if t.numel()), 0)
+        return next((len(t) for layer in self.layers for t in sliding_tensors(layer).values() if t.numel()), 0)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -128,7 +131,7 @@ class KVCache(Cache):
             return
         self.check_whole()
         for layer in self.layers:
-            layer.check_crop(count) if isinstance(layer, CompressedLayer) else _check_sliding(layer, count)
+            layer.check_crop(count) if isinstance(layer, CompressedLayer) else check_crop(layer, count)
         with self._changing():
             for layer in self.layers:
                 if count or getattr(layer, "record_past", False):  # which keeps more than the window until a crop
@@ -180,7 +183,7 @@ class KVCache(Cache):
                 numbers = b * len(layer.body) * layer.body.page * 2 * layer.shape.width
                 rows.append(Row(i, name, layer.seen, layer.held(), full, drift, sum(layer.body.nbytes()), numbers))
             else:
-                size = nbytes(_sliding(layer).values())
+                size = nbytes(sliding_tensors(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
         return Report(rows, nbytes(self.table.tensors()))
 
@@ -194,52 +197,35 @@ class KVCache(Cache):
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, and the plain values as one JSON tensor: enough for `load_state_dict` on a like cache."""
         self.check_whole()
-        plain: dict = {
+        table, tensors = self.table.state()
+        out = {f"table.{k}": t for k, t in tensors.items()}
+        layers: list[dict] = []
+        for i, layer in enumerate(self.layers):
+            values, tensors = layer.state() if isinstance(layer, CompressedLayer) else sliding_state(layer)
+            layers.append(values)
+            out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
+        plain = {
             "version": VERSION,
             "model": self.fingerprint,
             "fitted": self.fitted,
             "dtype": self._dtype(),
-            "layers": [],
+            "batch": next((len(t) for k, t in out.items() if not k.endswith("watch.sums")), 0),
+            "table": table,
+            "layers": layers,
         }
-        plain["table"], tensors = self.table.state()
-        out = {f"table.{k}": t for k, t in tensors.items()}
-        for i, layer in enumerate(self.layers):
-            values: dict = {}
-            if isinstance(layer, CompressedLayer):
-                values, tensors = layer.state()
-            else:
-                tensors = _sliding(layer)
-                values = {"seen": self.get_seq_length(i)}
-            plain["layers"].append(values)
-            out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
-        plain["tensors"] = {k: list(t.shape) for k, t in sorted(out.items())}
-        out["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
-        return out
+        text = json.dumps({**plain, "sha256": content(plain, out)}).encode()
+        return out | {PLAIN: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> "KVCache":
-        """Take over a saved state. Raises ArtifactError unless it is of this model, method and version."""
-        try:
-            plain = json.loads(bytes(state["plain"].tolist()))
-            found = (plain["version"], plain["model"], plain["fitted"], plain["dtype"], len(plain["layers"]))
-            plain["tensors"].items()
-        except (KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(
-                "not a kvshrink cache state: its description is missing or edited. Save it again."
-            ) from error
-        wanted = (VERSION, self.fingerprint, self.fitted, self._dtype(), len(self.layers))
-        names = ("version", "model", "method or artifact", "dtype", "number of layers")
-        for what, have, want in zip(names, found, wanted, strict=True):
-            if have != want:
-                raise ArtifactError(
-                    f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
-                    "Use what it was made with."
-                )
-        given = {k: list(t.shape) for k, t in sorted(state.items()) if k != "plain"}
-        if given != plain["tensors"]:
-            wrong = sorted(set(given) ^ set(plain["tensors"])) or [k for k in given if given[k] != plain["tensors"][k]]
-            raise ArtifactError(f"the saved cache is incomplete or edited ({wrong[0]}). Save it again.")
+        """Take over a saved state. Raises ArtifactError unless it is of this model, method and version, and as it was
+        saved; the cache then stays as it is."""
+        plain, schema = self._schema(state)
+        tensors = {k: t for k, t in state.items() if k != PLAIN}
+        check_kinds({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, schema.kinds)
+        require(plain.pop("sha256", None) == content(plain, tensors), "sha256 differs")
+        schema.check_contents(tensors)
         with self._changing():
-            self._restore(plain, state)
+            self._restore(plain, tensors)
         return self
 
     def save(self, path: str | Path, deflate: bool = False) -> None:
@@ -252,30 +238,43 @@ class KVCache(Cache):
 
     def load(self, path: str | Path) -> "KVCache":
         """Continue from a saved file, on a cache made with the same model and method."""
-        return self.load_state_dict(inflated(*files.read_tensors(Path(path))))
+        tensors, metadata = files.read_tensors(Path(path))
+        _, schema = self._schema(inflated(tensors, metadata, {PLAIN: DESCRIPTION}))
+        given = {k: kind for k, kind in claimed(tensors, metadata).items() if k != PLAIN}
+        check_kinds(given, schema.kinds)  # before anything is inflated
+        return self.load_state_dict(inflated(tensors, metadata))
+
+    def _schema(self, state: Mapping[str, Tensor]) -> tuple[dict, Schema]:
+        """The description of a state, and what it implies. Raises ArtifactError on one of something else."""
+        plain = description(state)
+        wanted = (VERSION, self.fingerprint, self.fitted, self._dtype(), len(self.layers))
+        found = (*(plain.get(k) for k in ("version", "model", "fitted", "dtype")), len(plain["layers"]))
+        names = ("version", "model", "method or artifact", "dtype", "number of layers")
+        for what, have, want in zip(names, found, wanted, strict=True):
+            if type(have) is not type(want) or have != want:
+                raise ArtifactError(
+                    f"the saved cache has another {what} ({have!s:.8}, not {want!s:.8}). Use what it was made with."
+                )
+        return plain, Schema(self, plain)
 
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""
 
     @lasting
-    def _restore(self, plain: dict, state: dict[str, Tensor]) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t.clone().to(self.device) for k, t in state.items() if k.startswith(prefix)}
+    def _restore(self, plain: dict, state: Mapping[str, Tensor]) -> None:
+        copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
 
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t for k, t in copies.items() if k.startswith(prefix)}
+
+        for layer in self.compressed:
+            layer.whole = False  # until all are
         self.table.restore(plain["table"], under("table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
-            tensors = under(f"layers.{i}.")
             if isinstance(layer, CompressedLayer):
-                layer.restore(values, tensors)
-            elif isinstance(layer, DynamicSlidingWindowLayer):
-                layer.reset()
-                if tensors:
-                    layer.lazy_initialization(tensors["keys"], tensors["values"])
-                    layer.keys, layer.values, layer.cumulative_length = (
-                        tensors["keys"],
-                        tensors["values"],
-                        values["seen"],
-                    )
+                layer.restore(values, under(f"layers.{i}."))
+            else:
+                restore_sliding(layer, values, under(f"layers.{i}."))
 
 
 def digest(method: Method, tensors: list[Tensor]) -> str:
@@ -284,22 +283,3 @@ def digest(method: Method, tensors: list[Tensor]) -> str:
     for t in tensors:
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
-
-
-def _check_sliding(layer: Any, count: int) -> None:
-    """Raise CacheError if transformers' layer of a sliding window cannot take back the last `count` tokens."""
-    if count > layer.get_seq_length():
-        raise CacheError(f"cannot crop {count} tokens: the cache holds {layer.get_seq_length()}. Crop fewer.")
-    if count and layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
-        raise CacheError(
-            f"cannot crop {count} tokens: a layer with a sliding window of {layer.sliding_window} has let older ones "
-            "go. Call activate_past_recording() first, or crop before the window is full."
-        )
-
-
-def _sliding(layer: Any) -> dict[str, Tensor]:
-    return {k: t for k in SLIDING if isinstance(t := getattr(layer, k, None), Tensor)}
-
-
-def _short(x: object) -> str:
-    return x[:8] if isinstance(x, str) else str(x)

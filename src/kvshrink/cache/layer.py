@@ -279,24 +279,25 @@ class CompressedLayer(CacheLayerMixin):
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
         values, tensors = self.body.state()
-        tensors |= {f"window.{k}": t for k, t in self.window.tensors().items()}
+        tensors |= {f"window.{k}": t for k, t in self.window.state().items()}
         tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
         if self.watch is not None:
             tensors["watch.sums"] = self.watch.sums
-        return {"seen": self.seen, "window": self.window.count, **values}, tensors
+        return {"seen": self.seen, "window": self.window.count, "watched": self.watch is not None, **values}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
         self.reset()
-        self.seen, self.window.count = int(values["seen"]), int(values["window"])
+        self.seen, self.whole = values["seen"], False
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
         self.body.restore(values, tensors)
         if window := under("window."):
-            self.window.keys, self.window.values = window["keys"], window["values"]
+            self.window.restore(window)
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
         if sinks := under("sinks."):
             self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
+        self.whole = True

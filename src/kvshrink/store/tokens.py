@@ -72,9 +72,11 @@ class TokenTable:
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the table."""
-        tensors = {} if self._positions is None else {"positions": self._positions}
+        tensors = {"positions": self.positions} if self.length else {}
         return {"length": self.length, "padded": self.padded}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
-        self.length, self.padded = int(values["length"]), bool(values["padded"])
-        self._positions = tensors.get("positions")
+        self.reset()
+        if "positions" in tensors:
+            self.append(tensors["positions"], None)
+        self.padded = values["padded"]
