@@ -194,3 +194,14 @@ def test_a_4_d_mask_is_refused_once_a_sliding_layer_has_let_columns_go():
         subject("gemma3")(tokens(1, 1), attention_mask=causal(1, 31), past_key_values=cache)
     assert cache.get_seq_length() == 30
     cache.check_whole()
+
+
+def test_eager_attention_adds_bools_to_the_scores():
+    """So that a bool mask hides nothing there; floats do."""
+    cache = kvshrink.make_cache(subject("gemma2"), METHOD)
+    with pytest.raises(CacheError, match="Pass floats, 0 where a token is seen"):
+        subject("gemma2")(tokens(1, 10), attention_mask=causal(10, 10), past_key_values=cache)
+    with torch.no_grad():
+        got = subject("gemma2")(tokens(1, 10), attention_mask=additive(causal(10, 10)), past_key_values=cache).logits
+        wanted = reference("gemma2")(tokens(1, 10)).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)

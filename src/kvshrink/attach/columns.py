@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshrink.attach.implementation import named
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
 from kvshrink.shapes import Bool, Int
@@ -43,7 +44,7 @@ def check_columns(cache: KVCache, config: Any, mask: Any, positions: Any, b: int
     if full is not None:
         _check_shape(full, b, s, seen)
         if full.dim() == 4:
-            _check_entries(cache, full)
+            _check_entries(cache, config, full)
         if full.dim() == 4 and full is mask:
             _check_windows(cache, s, seen)
     if pads is not None:
@@ -71,8 +72,16 @@ def _check_shape(mask: Any, b: int, s: int, seen: int) -> None:
         )
 
 
-def _check_entries(cache: KVCache, mask: Tensor) -> None:
+def _check_entries(cache: KVCache, config: Any, mask: Tensor) -> None:
+    before = named(config) or "eager"
+    if "flash" in before:
+        raise CacheError(f"{before} takes no 4-D attention_mask. Pass a 2-D one, or load the model with 'sdpa'.")
     if mask.dtype == torch.bool:
+        if before == "eager":
+            raise CacheError(
+                "eager attention adds a 4-D attention_mask to the scores, also one of bool. Pass floats, 0 where a "
+                "token is seen, or load the model with 'sdpa'."
+            )
         return
     if not mask.is_floating_point():
         raise CacheError(

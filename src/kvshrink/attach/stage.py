@@ -5,14 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshrink.attach.attention import NAME
 from kvshrink.attach.columns import check_columns, new_tokens, positions_of
 from kvshrink.attach.families import LayerInfo, queries
+from kvshrink.attach.implementation import is_ours
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError
+from kvshrink.store.modes import at_once, own_dtypes
 
 
 class Stage:
@@ -24,13 +25,17 @@ class Stage:
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
-        if not self.compressed or not isinstance(cache, KVCache):
-            return
+        if self.compressed and isinstance(cache, KVCache):
+            self._stage(module, args, kwargs, cache)
+
+    @at_once
+    @own_dtypes
+    def _stage(self, module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         b, s = hidden.shape[:2]
         seen = cache.layers[self.index].get_seq_length()
         positions = positions_of(module, kwargs.get("position_ids"))
-        own = module.config._attn_implementation == NAME
+        own = is_ours(module)
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = new_tokens(kwargs.get("attention_mask"), b, s) if cache.table.length == seen else None
         rope = self.rope

@@ -169,6 +169,11 @@ class KVCache(Cache):
                 super().batch_repeat_interleave(count)
                 self.table.map_rows(lambda t: t.repeat_interleave(count, 0))
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens, as DynamicCache says; transformers' own asks only layers of fixed size."""
+        return all(layer.is_initialized for layer in self.layers)  # type: ignore[union-attr]
+
     # --- bytes ---
 
     def report(self) -> Report:

@@ -15,7 +15,7 @@ from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import probes, worth
-from kvshrink.cache.step import Handle, Staged
+from kvshrink.cache.step import Handle, Staged, appending
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
@@ -84,7 +84,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    @lasting
+    @appending
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
