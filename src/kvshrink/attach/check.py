@@ -54,7 +54,7 @@ def check_keys(model: Any, info: LayerInfo, kind: str) -> None:
 
 
 @torch.no_grad()
-def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) -> None:
+def check_attention(model: Any, info: LayerInfo, kind: str, name: str) -> None:
     """One token over a lossless cache of ours, beside the module's own attention over all tokens at once.
 
     Raises UnsupportedModelError if they differ: the module does something in attention that ours does not.
@@ -67,9 +67,9 @@ def check_attention(model: Any, info: LayerInfo, kind: str, fingerprint: str) ->
     shape = shape_of(module)
     layers: list = [CompressedLayer(method, shape, method.tiers(shape, {}), table)]
     # a module reaches its cache layer by its own index
-    cache = KVCache(layers * (module.layer_idx + 1), method, table, fingerprint, "check")
+    cache = KVCache(layers * (module.layer_idx + 1), method, table, name, "check")
     for part in (slice(0, TOKENS - 1), slice(TOKENS - 1, TOKENS)):
-        cache.stage(module.layer_idx, positions[:, part].int(), None, info.rope, True, fingerprint)
+        cache.stage(module.layer_idx, positions[:, part].int(), None, info.rope, True, name)
         ours = _run(model, info, kind, hidden[:, part], positions[:, part], cache)[:, -1]
     reason = "It does something in attention that a cache cannot know of."
     _compare(model, info, ours.float(), wanted.float(), "attention output", reason)

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from torch.utils.hooks import RemovableHandle
 
 from kvshrink.attach.attention import NAME, PREVIOUS, register
 from kvshrink.attach.check import check_attention, check_keys
 from kvshrink.attach.families import LayerInfo, layer_kinds, layers_of, text_config
-from kvshrink.attach.identity import fingerprint
+from kvshrink.attach.identity import decoder_of
 from kvshrink.attach.stage import Stage, check_input
 from kvshrink.errors import UnsupportedModelError
 
@@ -23,8 +25,8 @@ class Attachment:
 
     layers: list[LayerInfo]
     kinds: list[str]
-    fingerprint: str
     previous: str
+    name: str = field(default_factory=lambda: uuid4().hex)  # by which a cache knows whom it may serve
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -47,19 +49,19 @@ def attach(model: Any) -> Attachment:
     probes = {layers[i].rope is not None: i for i in reversed(kept)}.values()
     for i in probes:
         check_keys(model, layers[i], kinds[i])
-    attachment = Attachment(layers, kinds, fingerprint(model, layers), previous)
+    attachment = Attachment(layers, kinds, previous)
     register()
     for info in layers:
         setattr(info.module, PREVIOUS, previous)
-        hook = Stage(info, attachment.fingerprint)
+        hook = Stage(info, attachment.name)
         attachment.hooks.append(info.module.register_forward_pre_hook(hook, with_kwargs=True))
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    attachment.hooks.append(decoder.register_forward_pre_hook(check_input, with_kwargs=True))
+    decoder = decoder_of(model)
+    attachment.hooks.append(decoder.register_forward_pre_hook(partial(check_input, attachment.name), with_kwargs=True))
     setattr(model, ATTRIBUTE, attachment)
     try:
         model.set_attn_implementation(NAME)
         for i in probes:
-            check_attention(model, layers[i], kinds[i], attachment.fingerprint)
+            check_attention(model, layers[i], kinds[i], attachment.name)
     except BaseException:
         detach(model)
         raise

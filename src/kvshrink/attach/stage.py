@@ -1,4 +1,4 @@
-"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input that is refused before it runs."""
+"""Pre-hooks: what a step hands to a cache that transformers does not pass, and input that is refused before it runs."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvshrink.attach.attention import NAME
 from kvshrink.attach.families import LayerInfo, queries
+from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
@@ -71,8 +72,8 @@ def _real(mask: Tensor | None, b: int, s: int, seen: int) -> Tensor | None:
     return None if bool(new.all()) else new
 
 
-def check_input(module: Any, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of the decoder: what would silently give wrong tokens is refused."""
+def check_input(name: str, module: Any, args: tuple, kwargs: dict) -> None:
+    """Pre-hook of the decoder of the attachment `name`: what would silently give wrong tokens is refused."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache):
         return
@@ -93,6 +94,7 @@ def check_input(module: Any, args: tuple, kwargs: dict) -> None:
         raise CacheError(
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
+    check_owner(module, name, cache, s)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != (b, seen + s):
         raise CacheError(

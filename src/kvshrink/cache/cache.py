@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
+from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
@@ -36,14 +38,16 @@ class KVCache(Cache):
         layers: list[CacheLayerMixin],
         method: Method,
         table: TokenTable,
-        fingerprint: str,
+        model: str,
         fitted: str,
         device: str | torch.device = "cpu",
+        owner: Owner | None = None,
     ) -> None:
         super().__init__(layers=list(layers))
         self.device = torch.device(device)
         self.method, self.table = method, table
-        self.fingerprint = fingerprint  # of the model
+        self.model = model  # the attachment that may use it
+        self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
 
     @lasting
@@ -64,7 +68,7 @@ class KVCache(Cache):
         real: Tensor | None,
         rope: Rope | None,
         own_attention: bool,
-        fingerprint: str,
+        model: str,
         asked: Asked | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
@@ -75,11 +79,8 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
-        if fingerprint != self.fingerprint:
-            raise CacheError(
-                f"this cache was made for model {self.fingerprint[:8]}, not {fingerprint[:8]}. "
-                "Make one with make_cache(model, ...)."
-            )
+        if model != self.model:
+            raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
         layer.staged = Staged(positions, real, rope, own_attention, asked)
 
     def check_whole(self) -> None:
@@ -153,7 +154,7 @@ class KVCache(Cache):
         """All tensors, and the plain values as one JSON tensor: enough for `load_state_dict` on a like cache."""
         plain: dict = {
             "version": VERSION,
-            "model": self.fingerprint,
+            "model": None if self.owner is None else self.owner.identity.to_dict(),
             "fitted": self.fitted,
             "dtype": self._dtype(),
             "layers": [],
@@ -177,20 +178,21 @@ class KVCache(Cache):
         """Take over a saved state. Raises ArtifactError unless it is of this model, method and version."""
         try:
             plain = json.loads(bytes(state["plain"].tolist()))
-            found = (plain["version"], plain["model"], plain["fitted"], plain["dtype"], len(plain["layers"]))
+            found = (plain["version"], plain["fitted"], plain["dtype"], len(plain["layers"]))
             plain["tensors"].items()
         except (KeyError, ValueError, TypeError) as error:
             raise ArtifactError(
                 "not a kvshrink cache state: its description is missing or edited. Save it again."
             ) from error
-        wanted = (VERSION, self.fingerprint, self.fitted, self._dtype(), len(self.layers))
-        names = ("version", "model", "method or artifact", "dtype", "number of layers")
+        wanted = (VERSION, self.fitted, self._dtype(), len(self.layers))
+        names = ("version", "method or artifact", "dtype", "number of layers")
         for what, have, want in zip(names, found, wanted, strict=True):
             if have != want:
                 raise ArtifactError(
                     f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
                     "Use what it was made with."
                 )
+        self._check_model(plain.get("model"))
         given = {k: list(t.shape) for k, t in sorted(state.items()) if k != "plain"}
         if given != plain["tensors"]:
             wrong = sorted(set(given) ^ set(plain["tensors"])) or [k for k in given if given[k] != plain["tensors"][k]]
@@ -209,6 +211,16 @@ class KVCache(Cache):
     def load(self, path: str | Path) -> "KVCache":
         """Continue from a saved file, on a cache made with the same model and method."""
         return self.load_state_dict(inflated(*files.read_tensors(Path(path))))
+
+    def _check_model(self, saved: object) -> None:
+        """Raise ArtifactError unless a saved cache is of the model as it is now."""
+        if self.owner is None:
+            return
+        if different := difference(saved, self.owner.now(), "the saved cache"):
+            raise ArtifactError(
+                f"the saved cache is of another model: of this one {different}. Use what it was made with."
+            )
+        self.owner.identity = Identity.from_dict(saved)
 
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvshrink.attach.identity import model_key
 from kvshrink.eval.entries import Entry
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import key_of
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear

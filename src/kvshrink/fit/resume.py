@@ -18,8 +18,8 @@ class Checkpoint:
         self.folder = None if folder is None else Path(folder)
         self.key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def load(self, layer: int, methods: int, weights: str) -> list[tuple[dict[str, Tensor], dict]] | None:
-        """(tensors, record) per method of a layer that this job has finished before with these weights, or None."""
+    def load(self, layer: int, methods: int) -> list[tuple[dict[str, Tensor], dict]] | None:
+        """(tensors, record) per method of a layer that this job has finished before, or None."""
         results = []
         for n in range(methods):
             file = self._file(layer, n)
@@ -29,16 +29,16 @@ class Checkpoint:
                 tensors, metadata = files.read_tensors(file)
             except ArtifactError:
                 return None  # a damaged checkpoint costs one layer, not the fit
-            if (metadata.get("job"), metadata.get("weights")) != (self.key, weights):
+            if metadata.get("job") != self.key:
                 return None
             results.append((tensors, json.loads(metadata["record"])))
         return results
 
-    def save(self, layer: int, results: list[tuple[dict[str, Tensor], dict]], weights: str) -> None:
+    def save(self, layer: int, results: list[tuple[dict[str, Tensor], dict]]) -> None:
         for n, (tensors, record) in enumerate(results):
             file = self._file(layer, n)
             if file is not None:
-                files.write_tensors(file, tensors, {"job": self.key, "weights": weights, "record": json.dumps(record)})
+                files.write_tensors(file, tensors, {"job": self.key, "record": json.dumps(record)})
 
     def _file(self, layer: int, method: int) -> Path | None:
         return None if self.folder is None else self.folder / f"layer_{layer:03d}_{method}.safetensors"

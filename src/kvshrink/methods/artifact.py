@@ -27,7 +27,7 @@ KEYS = {"version", "method", "settings", "layers", "model", "provenance", "weigh
 class Artifact:
     """A fitted method. `layers` maps a layer's index to its tensors; layers that stay as they are have no entry.
 
-    model: {"name", "fingerprint"} of the model it was fitted on.
+    model: {"name", "identity"} of the model it was fitted on.
     provenance: calibration text hash, tokens, seconds, versions.
     """
 

@@ -30,7 +30,7 @@ def plan_of(
         "promised": {"nbytes": nbytes, "full": bench.room.full * budget.batch, "kept": chosen.kept},
         "check": checked.to_dict(),
         "kl": chosen.kl,
-        "model": {"name": name, "fingerprint": bench.fingerprint},
+        "model": {"name": name, "identity": bench.identity.to_dict()},
         "search": search,
         "front": [{**asdict(p), "nbytes": p.nbytes * budget.batch} for p in front],
     }
