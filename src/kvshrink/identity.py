@@ -17,7 +17,7 @@ from kvshrink.errors import ArtifactError
 
 ROUNDING = 2.0**-8  # of a number: the last digit of bfloat16
 ALLOWANCE = 2.0**-16  # of a tensor's root mean square: what merging and unmerging an adapter leaves in float32
-LEAST = 2.0**-24  # the smallest number of float16
+LEAST, MOST = 2.0**-24, 65504.0  # of float16's numbers
 SHOWN = 60  # characters of a setting in a message
 
 
@@ -98,13 +98,11 @@ def alike(ours: str, theirs: str) -> bool:
         return one == two and bool((a == b).all())
     if not a.size:
         return True
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        far, most = np.abs(a - b), np.maximum(np.abs(a), np.abs(b))
-        finite = most[np.isfinite(most)]
-        size = np.sqrt(np.square(finite).mean()) if finite.size else 0.0
-        near = far <= ROUNDING * most + ALLOWANCE * size + LEAST
-    return bool((near | (a == b) | (np.isnan(a) & np.isnan(b))).all())
+    a, b = (np.clip(x.astype(np.float64), -MOST, MOST) for x in (a, b))
+    most = np.maximum(np.abs(a), np.abs(b))
+    size = np.sqrt(np.square(np.nan_to_num(most)).mean())
+    near = np.abs(a - b) <= ROUNDING * most + ALLOWANCE * size + LEAST
+    return bool((near | (np.isnan(a) & np.isnan(b))).all())
 
 
 def _read(text: object) -> tuple[str, str, np.ndarray]:
