@@ -21,9 +21,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval import calibration
-from kvshrink.fit.job import fingerprint_of, fit_all, in_memory
+from kvshrink.fit.job import fit_all, in_memory
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk
+from kvshrink.identity import difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.plan import file as plans
@@ -68,7 +69,7 @@ def fit(
     )
     console.print(f"saved {out}: {human(artifact.nbytes)} per model, fitted in {artifact.provenance['seconds']} s")
     if json:
-        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model})
+        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
 
 
 def _planned(plan: Path, model: str, method: str | None, keep: float | None, bits: int | None) -> Method:
@@ -77,10 +78,9 @@ def _planned(plan: Path, model: str, method: str | None, keep: float | None, bit
     if given:
         raise SettingError(f"{', '.join(given)} cannot change the plan {plan}. Leave it out, or make another plan.")
     chosen, made_for = plans.read(plan)
-    found = fingerprint_of(OnDisk(model_name(model)))
-    if found != made_for.get("fingerprint"):
+    if different := difference(made_for.get("identity"), OnDisk(model_name(model)).identity(), str(plan)):
         raise ArtifactError(
-            f"{plan} was made for {made_for.get('name')} ({made_for.get('fingerprint')}), {model} is {found}. "
+            f"{plan} was made for {made_for.get('name')}: of {model} {different}. "
             "Pass that model by --model, or make a plan for this one."
         )
     return chosen

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from kvshrink import data
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary, trajectories
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
 from kvshrink.eval.outcomes import Failure, Log, key_of

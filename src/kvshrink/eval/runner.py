@@ -25,11 +25,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
+from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import metrics
 from kvshrink.eval.entries import ZEROS, Entry
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad

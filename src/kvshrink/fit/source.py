@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.identity import Identity
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -25,6 +27,9 @@ class InMemory:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def identity(self) -> Identity:
+        return identity_of(self.model)
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
@@ -56,6 +61,23 @@ class OnDisk:
     def device(self) -> torch.device:
         """Where the model would run: weights are read on the CPU, one layer at a time."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def identity(self) -> Identity:
+        """From parts of the files: no tensor is read whole."""
+        prefix = self.prefix[id(decoder_of(self.model))]
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def stored(name: str, tensor: Tensor) -> Tensor:
+                file = self.files.get(prefix + name)
+                if file is None:
+                    return tensor
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                found: Tensor = opened[file].get_tensor(prefix + name)  # a view of the mapped file
+                return found
+
+            return identity_of(self.model, stored)
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
