@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
+from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
@@ -21,9 +22,14 @@ from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.tokens import TokenTable
 
 
-def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KVCache:
+def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
 
+    One text per cache: like DynamicCache, a used one takes what it is given next as the continuation of what it holds,
+    also another prompt, and each prompt of a list given to a pipeline. Make a new one, or call its `reset()`.
+
+    model: a transformers model, or a pipeline or wrapper of one (PEFT, torch.compile).
+    method: a method, or a fitted artifact.
     watch: let `report()` say how far the sequence is from the calibration text; costs a projection of every token.
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
@@ -31,6 +37,7 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
         raise SettingError(
             f"{method!r} is neither a method nor an artifact. Pass an object, such as kvshrink.RTN(bits=4)."
         )
+    model = transformers_model(model)
     attachment = attach(model)
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     _check(artifact, attachment)

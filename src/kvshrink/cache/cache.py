@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.rows import crop_count, repeats_of, row_indices
 from kvshrink.cache.saliency import Asked
-from kvshrink.cache.sliding import restore_sliding, sliding_state, sliding_tensors
+from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, sliding_tensors
 from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
@@ -48,6 +51,7 @@ class KVCache(Cache):
         self.method, self.table = method, table
         self.fingerprint = fingerprint  # of the model
         self.fitted = fitted  # digest of the method's settings and tensors
+        self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
     @lasting
     def __deepcopy__(self, memo: dict) -> "KVCache":
@@ -86,7 +90,9 @@ class KVCache(Cache):
         layer.staged = Staged(positions, real, rope, own_attention, asked)
 
     def check_whole(self) -> None:
-        """Raise CacheError if the layers hold different numbers of tokens."""
+        """Raise CacheError if an interrupt left the layers with different tokens or rows."""
+        if not self.whole:
+            raise CacheError("a change of the cache was interrupted, and its layers differ. Call reset().")
         seen = [layer.get_seq_length() for layer in self.layers]  # type: ignore[union-attr]
         same = len({*seen, *([self.table.length] if self.compressed else [])}) == 1
         if not same or not all(layer.whole for layer in self.compressed):
@@ -99,40 +105,81 @@ class KVCache(Cache):
 
     # --- batch and length, over layers and the token table together ---
 
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last tokens: a negative count. A positive one is the length to keep (older transformers)."""
-        given, seen = int(tokens_to_remove), self.get_seq_length()
-        count = -given if given <= 0 else max(0, seen - given)
-        for layer in self.compressed:  # all or none
-            layer.check_crop(count)
-        for other in sorted(self.layers, key=lambda x: isinstance(x, CompressedLayer)):  # those that may refuse first
-            other.crop(-count)  # type: ignore[union-attr]
-        if self.compressed:
-            self.table.crop(self.compressed[0].seen)
+    @property
+    def rows(self) -> int:
+        """Sequences held; 0 while there are no tokens."""
+        if self.table.length:
+            return self.table.positions.shape[0]
+        return next((len(t) for layer in self.layers for t in sliding_tensors(layer).values() if t.numel()), 0)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is interrupted within, by Ctrl-C or for want of memory, is refused until `reset`."""
+        self.whole = False
+        yield
+        self.whole = True
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Take back the last tokens: a negative count. A positive one is the length to keep (older transformers).
+
+        Raises CacheError, before anything is changed, if a layer cannot go back so far.
+        """
+        seen = self.get_seq_length()
+        count = crop_count(tokens_to_remove, seen)
+        if count == seen:  # nothing stays, so an interrupted step does not matter, nor that a window has moved on
+            self.reset()
+            return
+        self.check_whole()
+        for layer in self.layers:
+            layer.check_crop(count) if isinstance(layer, CompressedLayer) else check_crop(layer, count)
+        with self._changing():
+            for layer in self.layers:
+                if count or getattr(layer, "record_past", False):  # which keeps more than the window until a crop
+                    layer.crop(-count)  # type: ignore[union-attr]
+            self.table.crop(seen - count)
 
     def reset(self) -> None:
         """Forget everything; the object can be used again."""
-        super().reset()
-        self.table.reset()
+        with self._changing():
+            super().reset()
+            self.table.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.table.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Row i becomes what row beam_idx[i] was. Raises CacheError for rows that are not there."""
+        self._select(beam_idx, "reorder_cache")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.table.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, in this order. Raises CacheError for rows that are not there."""
+        self._select(indices, "batch_select_indices")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.table.map_rows(lambda t: t[indices.to(t.device)])
+    def _select(self, given: Any, what: str) -> None:
+        self.check_whole()
+        if self.rows:
+            index = row_indices(given, self.rows, what)
+            with self._changing():
+                super().reorder_cache(index)  # type: ignore[arg-type]
+                self.table.map_rows(lambda t: t.index_select(0, index.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: Any) -> None:
+        """Each row `repeats` times, one beside the other. Raises CacheError for less than once."""
+        self.check_whole()
+        count = repeats_of(repeats)
+        if self.rows:
+            with self._changing():
+                super().batch_repeat_interleave(count)
+                self.table.map_rows(lambda t: t.repeat_interleave(count, 0))
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens, as DynamicCache says; transformers' own asks only layers of fixed size."""
+        return all(layer.is_initialized for layer in self.layers)  # type: ignore[union-attr]
 
     # --- bytes ---
 
     def report(self) -> Report:
         """Bytes per layer and purpose, measured, and the share of a full cache that they are."""
         rows = []
-        b = self.table.positions.shape[0] if self.table.length else 0
+        b = self.rows
         name = name_of(self.method)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
@@ -182,7 +229,8 @@ class KVCache(Cache):
         check_kinds({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, schema.kinds)
         require(plain.pop("sha256", None) == content(plain, tensors), "sha256 differs")
         schema.check_contents(tensors)
-        self._restore(plain, tensors)
+        with self._changing():
+            self._restore(plain, tensors)
         return self
 
     def save(self, path: str | Path, deflate: bool = False) -> None:

@@ -67,7 +67,7 @@ class Window:
         self.keys = self.values = None
         self.count = 0
         if tensors:
-            b, h, count, d = tensors["keys"].shape
+            b, h, _, d = tensors["keys"].shape
             self.keys = tensors["keys"].new_zeros(b, h, self.capacity, d)
             self.values = tensors["values"].new_zeros(b, h, self.capacity, tensors["values"].shape[3])
             self.keep(tensors["keys"], tensors["values"])

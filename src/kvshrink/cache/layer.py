@@ -15,7 +15,7 @@ from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import probes, worth
-from kvshrink.cache.step import Handle, Staged
+from kvshrink.cache.step import Handle, Staged, appending
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
@@ -84,7 +84,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    @lasting
+    @appending
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -224,10 +224,12 @@ class CompressedLayer(CacheLayerMixin):
         if count == self.seen:
             self.reset()
             return
+        whole, self.whole = self.whole, False
         self.seen -= count
         self.window.count = max(0, self.window.count - count)
         self.body.crop(self.seen)
         self.sinks.crop(self.seen)
+        self.whole = whole
 
     def reset(self) -> None:
         self._clear()
@@ -237,8 +239,10 @@ class CompressedLayer(CacheLayerMixin):
     @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
+        whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):
             part.map(change)
+        self.whole = whole
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))

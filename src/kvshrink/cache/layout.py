@@ -41,7 +41,7 @@ def kinds_of(page: Stored) -> dict[str, Kind]:
 
 
 def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None) -> Stored:
-    """The youngest tier's empty page, after every tier's was read again. Raises whatever codecs of a foreign shape do."""
+    """The youngest tier's empty page, after every tier's was read. Raises whatever codecs of a foreign shape do."""
     found = empty_pages(tiers, shape, page, device, base)
     for tier, stored in zip(tiers, found, strict=True):
         if tier.codecs is not None:

@@ -1,13 +1,27 @@
-"""Sliding-window layers, which stay transformers' own: what is saved of one, and how it is filled again."""
+"""Sliding-window layers, which stay transformers' own: what can be taken back, what is saved, how one is filled."""
 
 from typing import Any
 
 from torch import Tensor
 
+from kvshrink.errors import CacheError
+
 
 def sliding_tensors(layer: Any) -> dict[str, Tensor]:
     """Keys and values that a layer holds."""
     return {k: t for k in ("keys", "values") if isinstance(t := getattr(layer, k, None), Tensor)}
+
+
+def check_crop(layer: Any, count: int) -> None:
+    """Raise CacheError if a layer cannot take back the last `count` tokens."""
+    seen = layer.get_seq_length()
+    if count > seen:
+        raise CacheError(f"cannot crop {count} tokens: the cache holds {seen}. Crop fewer or call reset().")
+    if count and seen >= layer.sliding_window and not layer.record_past:
+        raise CacheError(
+            f"cannot crop {count} tokens: a layer with a sliding window of {layer.sliding_window} has let older ones "
+            "go. Call activate_past_recording() first, or crop before the window is full."
+        )
 
 
 def sliding_state(layer: Any) -> tuple[dict, dict[str, Tensor]]:

@@ -118,7 +118,7 @@ def _share(value: object) -> bool:
 
 
 def _weights(folder: Path, data: dict) -> dict[str, Tensor]:
-    """The tensors that the description is about, copied: whoever changes the file later does not change them."""
+    """The tensors that the description is about, as tensors of their own, which no later change of the file reaches."""
     plain = {k: v for k, v in data.items() if k != "sha256"}
     for path in (folder / _spare(data["sha256"]), folder / WEIGHTS):
         if path.name == WEIGHTS or path.is_file():

@@ -36,10 +36,8 @@ def deflated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return out, {KEY: json.dumps(streams)}
 
 
-def claimed(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """{name: (dtype, shape)} of what `inflated` gives, by the description. Raises ArtifactError if it cannot be right."""
+def claimed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Kind]:
+    """{name: (dtype, shape)} of what `inflated` gives, as described. Raises ArtifactError if that cannot be right."""
     found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     name = "its description"
     try:
