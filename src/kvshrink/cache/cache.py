@@ -285,8 +285,8 @@ class KVCache(Cache):
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in copies.items() if k.startswith(prefix)}
 
-        for layer in self.compressed:
-            layer.whole = False  # until all are
+        for compressed in self.compressed:
+            compressed.whole = False  # until all are
         self.table.restore(plain["table"], under("table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
             if isinstance(layer, CompressedLayer):

@@ -10,9 +10,8 @@ from kvshrink.cache.encode import encode
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Stored
 from kvshrink.methods._tier import Tier
+from kvshrink.store.deflate import Kind
 from kvshrink.store.lasting import lasting
-
-Kind = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype, shape
 
 
 @lasting
@@ -30,7 +29,7 @@ def empty_pages(
         if tier.codecs is None:
             found.append({})
         elif found:
-            found.append(demoted(found[-1], tier.codecs))
+            found.append(dict(demoted(found[-1], tier.codecs)))
         else:
             found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
     return found

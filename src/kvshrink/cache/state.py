@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvshrink.cache.exact import Sinks
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.layout import Kind, empty_pages, kinds_of
+from kvshrink.cache.layout import empty_pages, kinds_of
 from kvshrink.errors import ArtifactError
 from kvshrink.methods._roles import Stored
+from kvshrink.store.deflate import Kind
 from kvshrink.store.files import DESCRIPTION
 from kvshrink.store.parse import parsed
 
@@ -100,11 +100,11 @@ class Schema:
         require(isinstance(values, dict), "a layer without values")
         return _number(values, "seen", "a layer", 0, MOST)
 
-    def _sliding(self, i: int, layer: CacheLayerMixin, values: dict) -> dict[str, Kind]:
+    def _sliding(self, i: int, layer: Any, values: dict) -> dict[str, Kind]:
         _keys(values, {"seen", "shape", "dtype"} if values["seen"] else {"seen"}, f"layer {i}")
         if not values["seen"]:
             return {}
-        tokens = min(values["seen"], max(1, layer.sliding_window - 1))  # type: ignore[attr-defined]
+        tokens = min(values["seen"], max(1, layer.sliding_window - 1))
         shape = getattr(layer, "shape", None)
         wanted = None if shape is None else [shape.heads, tokens, shape.head_dim]
         given = values["shape"]
@@ -148,7 +148,7 @@ class Schema:
 
     def check_contents(self, state: Mapping[str, Tensor]) -> None:
         """Raise ArtifactError if tensors of the right kind hold what no cache holds."""
-        positions = state.get("table.positions", torch.zeros(0, 0, dtype=torch.int32))
+        positions = state.get("table.positions", torch.zeros(0, 0, dtype=torch.int32)).cpu()
         least = -1 if self.padded else 0
         require(not positions.numel() or int(positions.min()) >= least, "table.positions")
         for i, layer in enumerate(self.cache.layers):
@@ -173,6 +173,7 @@ class Schema:
         wanted = Sinks(layer.sinks.size).wanted(real[:, :exact], 0)
         if columns is not None:
             row, at = wanted.nonzero(as_tuple=True)
+            columns = columns.cpu()
             right = torch.full_like(columns, -1)
             right[row, wanted.cumsum(1)[row, at] - 1] = at.to(columns.dtype)
             require(torch.equal(columns, right), f"layers.{i}.sinks.columns")

@@ -80,7 +80,7 @@ def _read(path: Path) -> Iterator[dict]:
                 first, whole = whole, line.endswith(b"\n")
                 if first and (row := _row(line)) is not None:
                     yield row
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise EvalError(f"cannot read {path}: {reason(error)}. Choose another folder.") from error

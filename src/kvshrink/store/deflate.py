@@ -17,6 +17,8 @@ from kvshrink.errors import ArtifactError
 from kvshrink.store.parse import parsed
 from kvshrink.store.reason import line
 
+Kind = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype, shape
+
 LEVEL = 6  # zlib's own default; 9 saves another .02 % of a 4-bit cache
 MOST = 1040  # bytes that one of a stream can become: DEFLATE ends at 1032
 KEY = "deflate"  # of the metadata: a JSON object {name: [dtype, shape]} of the tensors that are streams
@@ -34,9 +36,7 @@ def deflated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return out, {KEY: json.dumps(streams)}
 
 
-def claimed(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def claimed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Kind]:
     """{name: (dtype, shape)} of what `inflated` gives, as described. Raises ArtifactError if that cannot be right."""
     found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     name = "its description"
@@ -94,7 +94,7 @@ def _inflate(stream: Tensor, size: int) -> Tensor:
     """Exactly `size` bytes, never more in memory, whatever the stream says."""
     inflater = zlib.decompressobj()
     # one more than there may be: the stream's end, and its checksum, is then always reached
-    data = inflater.decompress(stream.numpy(), size + 1)
+    data = inflater.decompress(stream.numpy().data, size + 1)
     if len(data) != size or not inflater.eof:
         raise ValueError(
             f"{len(data)} bytes or more, not {size}" if len(data) > size else f"{len(data)} of {size} bytes"

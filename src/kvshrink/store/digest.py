@@ -14,7 +14,7 @@ def digest(plain: object, tensors: Mapping[str, Tensor] | None = None) -> str:
     h = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
         h.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

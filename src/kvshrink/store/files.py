@@ -22,7 +22,7 @@ from kvshrink.store import reason
 from kvshrink.store.atomic import Put, write_all
 from kvshrink.store.parse import parsed
 
-DESCRIPTION = 2**24  # bytes of a JSON file that describes something
+DESCRIPTION = 2**22  # bytes of a JSON file that describes something
 TEXT = 2**30  # bytes of a text
 
 __all__ = [
