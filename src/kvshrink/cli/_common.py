@@ -20,6 +20,7 @@ from kvshrink.eval.entries import parse_all
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.reference import FOLDER
+from kvshrink.store.reason import line
 
 MANY = 2**31 - 1  # tokens, rows or steps: more is a slip of the hand
 MOST_CASES = 10_000  # samples or texts; all of them are held at once
@@ -89,8 +90,7 @@ def load(name: str) -> tuple[Any, Any]:
         model, found = AutoModelForCausalLM.from_pretrained(where, dtype="auto", output_loading_info=True, **options)
         model, tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # files of any content come in here, and transformers raises what it meets
-        reason = (str(error).splitlines() or [""])[0]
-        raise KVShrinkError(f"cannot load model {name!r}: {type(error).__name__}: {reason}") from error
+        raise KVShrinkError(f"cannot load model {name!r}: {type(error).__name__}: {line(error)}.") from error
     if missing := sorted(found["missing_keys"]):
         raise KVShrinkError(
             f"cannot load model {name!r}: {len(missing)} of its tensors are in no file ({missing[0]}). Save it again."
@@ -148,7 +148,7 @@ def names(option: str, text: str | None) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise SettingError(f"--{option} {text!r} names nothing. Name at least one, or leave it out.")
+        raise SettingError(f"--{option} {text!r} names nothing. Give at least one, or leave it out.")
     return parts
 
 

@@ -12,6 +12,7 @@ import typer
 from tqdm import tqdm
 
 from kvshrink.errors import KVShrinkError, SettingError
+from kvshrink.store.reason import line
 
 TRACEBACK = "KVSHRINK_TRACEBACK"  # set to 1 it shows where an error was raised
 AGAIN = "interrupted. Run the same command again to go on (fit, eval with --out, plan with --work)."
@@ -51,30 +52,26 @@ def reason(error: Exception) -> str:
     if isinstance(error, BrokenPipeError):
         return "standard output was closed before all was written."
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
-        return f"out of memory: {_first(error)}. Use a smaller --batch, --tokens or --length."
+        return f"out of memory: {line(error)}. Use a smaller --batch, --tokens or --length."
     if isinstance(error, OSError) and error.strerror:
         return f"cannot read or write {error.filename or 'standard output'}: {error.strerror}."
     return (
-        f"this is a bug in kvshrink: {type(error).__name__}: {_first(error)}. Please report it; "
+        f"this is a bug in kvshrink: {type(error).__name__}: {line(error)}. Please report it; "
         f"with {TRACEBACK}=1 in the environment the command shows where it happened."
     )
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def _say(text: str) -> None:
     """One line on stderr, behind any progress bar; stdout is left alone from here on, since it may be what failed."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], f"kvshrink: {text}")
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    said = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], f"kvshrink: {text}")
+    if len(said) > LONGEST:
+        said = f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 :]}"
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        print(said, file=sys.stderr, flush=True)
     _drop_stdout()
 
 

@@ -3,7 +3,6 @@
 A folder bears a record of what its command was asked for. The same command goes on in it; any other is refused.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,11 +15,8 @@ from typing import Any
 
 from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
 from kvshrink.eval import plots
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
+from kvshrink.store.lock import taken
+from kvshrink.store.reason import reason, remedy
 
 RECORD = ".kvshrink-run.json"
 
@@ -44,7 +40,8 @@ def run_folder(
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(handle, "r+") as record:
-        _lock(handle, folder)
+        if taken(handle):
+            raise SettingError(f"another run works in {folder} now. Wait for its end, or choose another folder.")
         text = record.read()
         if text:
             _compare(folder, text, wanted)
@@ -94,8 +91,7 @@ def _unwritable(path: Path) -> Iterator[None]:
     except KVShrinkError:
         raise
     except (OSError, ValueError) as error:  # a path may hold a zero byte
-        why = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"cannot write {path}: {why}. Choose another place.") from error
+        raise ArtifactError(f"cannot write {path}: {reason(error)}. {remedy(error)}") from error
 
 
 def _forget(folder: Path, new: bool) -> None:
@@ -103,18 +99,6 @@ def _forget(folder: Path, new: bool) -> None:
         (folder / RECORD).unlink()
         if new:
             folder.rmdir()
-
-
-def _lock(handle: int, folder: Path) -> None:
-    """The lock ends with the process, however that ends."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise SettingError(f"another run works in {folder} now. Wait for its end, or choose another.") from error
-        # a file system without locks
 
 
 def _compare(folder: Path, text: str, wanted: dict) -> None:

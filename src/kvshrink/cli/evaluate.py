@@ -28,12 +28,12 @@ from kvshrink.cli._common import (
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
 from kvshrink.eval import calibration, entries, plots, report, tasks
-from kvshrink.eval.catalogue import arguments, check_context, context_of, has_own_length, made
+from kvshrink.eval.catalogue import arguments, check_context, context_of, has_own_length, make_samples
 from kvshrink.eval.entries import FULL, Entry, parse_all, parse_settings
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.outcomes import Log
 from kvshrink.eval.prompt import encode
-from kvshrink.eval.rounds import AWARE, MODES, shares_contexts
+from kvshrink.eval.rounds import AWARE, MODES, groups, shares_contexts
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import HEAD, cells, summarise
 from kvshrink.eval.tasks import Sample
@@ -113,8 +113,10 @@ def evaluate(
         net, tokenizer = load(model)
         length = tokens or min(TOKENS, context_of(net) or TOKENS)
         settings = arguments(module, own, length, tokenizer, model == "reference")
+        first = _samples(net, tokenizer, module, 1, seed, settings)  # what it refuses costs no time
+        _check_effects(module, settings, first, seed if "seed" in given else None, batch, mode)
+        next(groups(first, mode, tokenizer, batch))
         samples = _samples(net, tokenizer, module, cases, seed, settings)
-        _check_effects(module, settings, samples, seed if "seed" in given else None, batch, mode)
         ready = fitted(chosen, net, tokenizer, texts)
         runner = Runner(net, tokenizer, ready, batch)
         outcomes = runner.run(Job(task, mode, length), samples, Log(out / WRITES[0] if out else None))
@@ -137,9 +139,9 @@ def _refuse_before(command: str, given: Sequence[str]) -> None:
 
 
 def _samples(net: Any, tokenizer, module: ModuleType, cases: int, seed: int, settings: dict) -> list[Sample]:
-    """The samples, refused before and after they are made if the model's context is shorter."""
+    """The samples. Raises EvalError if they are longer than the model's context, if need be before they are made."""
     check_context(net, settings.get("tokens") or 0)
-    samples = made(module, cases, seed, settings)
+    samples = make_samples(module, cases, seed, settings)
     check_context(net, max(sum(map(len, encode(s, tokenizer))) + s.max_new_tokens for s in samples))
     return samples
 
@@ -147,8 +149,11 @@ def _samples(net: Any, tokenizer, module: ModuleType, cases: int, seed: int, set
 def _check_effects(
     module: ModuleType, settings: dict, samples: Sequence[Sample], seed: int | None, batch: int, mode: str
 ) -> None:
-    """Raise SettingError on a seed or a batch that changes nothing. seed: None if it was not given."""
-    if seed is not None and made(module, 1, seed, settings) == made(module, 1, seed + 1, settings):
+    """Raise SettingError on a seed or a batch that changes nothing.
+
+    samples: of one context; seed: None if it was not given.
+    """
+    if seed is not None and samples == make_samples(module, 1, seed + 1, settings):
         raise SettingError(f"--seed {seed} has no effect: the cases are those of a file. Leave it out.")
     if batch > 1 and mode != AWARE and (mode == MODES[2] or shares_contexts(samples)):
         raise SettingError(f"--batch {batch} has no effect: questions on one context go one by one. Leave it out.")

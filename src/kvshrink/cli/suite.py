@@ -104,8 +104,9 @@ def suite(
 
 
 def _numbers(name: str, text: str | None, kind: type) -> list:
+    parts = names(name, text) or ()
     try:
-        return [kind(part) for part in names(name, text) or ()]
+        return [kind(part) for part in parts]
     except ValueError as error:
         raise SettingError(f"--{name} {text!r}: give numbers with commas between them.") from error
 

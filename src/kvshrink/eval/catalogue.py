@@ -91,7 +91,7 @@ def gather(
             module = tasks.get(choice.name)
             try:
                 settings = arguments(module, choice.settings, length, tokenizer, reference)
-                samples = made(module, cases, seed, settings)
+                samples = make_samples(module, cases, seed, settings)
             except EvalError as error:
                 skipped.append(Skipped(choice.title, length, str(error)))
                 continue
@@ -128,7 +128,7 @@ def arguments(module: ModuleType, given: Mapping[str, Any], tokens: int, tokeniz
     return {key: value for key, value in offered.items() if key in takes} | dict(given)
 
 
-def made(module: ModuleType, cases: int, seed: int, settings: Mapping[str, Any]) -> list[Sample]:
+def make_samples(module: ModuleType, cases: int, seed: int, settings: Mapping[str, Any]) -> list[Sample]:
     """The samples of a task. Raises EvalError if it cannot make them, or use the rows of a file."""
     try:
         return module.samples(cases, seed, **settings)
