@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,7 +74,8 @@ def model_name(name: str) -> str:
     """What transformers is to load. Raises KVShrinkError on a path where no model can be."""
     if name == "reference":
         return str(FOLDER)
-    if not name.strip() or Path(name).is_file():
+    a_path = name.startswith((".", "~", os.sep))
+    if not name.strip() or Path(name).is_file() or (a_path and not Path(name).is_dir()):
         raise KVShrinkError(f"cannot load model {name!r}: no folder. Give a folder, a hub id or 'reference'.")
     return name
 
@@ -85,15 +87,18 @@ def load(name: str) -> tuple[Any, Any]:
     quiet()
     where = model_name(name)
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {"trust_remote_code": False}  # else transformers asks on the terminal
-        model, found = AutoModelForCausalLM.from_pretrained(where, dtype="auto", output_loading_info=True, **options)
-        model, tokenizer = model.eval().to(device), AutoTokenizer.from_pretrained(where, **options)
+        options: dict = {"trust_remote_code": False}  # else transformers asks on the terminal
+        told = options | {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with warnings.catch_warnings(action="ignore"):
+            model, found = AutoModelForCausalLM.from_pretrained(where, **told)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # files of any content come in here, and transformers raises what it meets
         raise KVShrinkError(f"cannot load model {name!r}: {type(error).__name__}: {line(error)}.") from error
-    if missing := sorted(found["missing_keys"]):
+    if wrong := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise KVShrinkError(
-            f"cannot load model {name!r}: {len(missing)} of its tensors are in no file ({missing[0]}). Save it again."
+            f"cannot load model {name!r}: {len(wrong)} of its tensors are in no file or misshapen ({wrong[0]}). "
+            "Save it again."
         )
     known, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
     if known > rows:
