@@ -33,6 +33,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.store.modes import without_autocast
+from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
 SIDES = ("key", "value")
@@ -131,9 +132,11 @@ def _trains(method: Method, loss: str | None = None) -> bool:
 
 def _tokenizer(name: str):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name} has no tokenizer. Pass tokenizer=, or token rows instead of text.") from error
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # files of any content come in here, and transformers raises what it meets
+        raise DataError(
+            f"{name} has no tokenizer ({line(error)}). Pass tokenizer=, or token rows instead of text."
+        ) from error
 
 
 @dataclass

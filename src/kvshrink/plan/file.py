@@ -29,7 +29,7 @@ def plan_of(
         "version": VERSION,
         "method": chosen.name,
         "settings": chosen.settings,
-        "budget": {**budget.asked, "tokens": budget.tokens, "batch": budget.batch},
+        "budget": budget.described,
         "promised": {"nbytes": nbytes, "full": bench.room.full * budget.batch, "kept": chosen.kept},
         "check": checked.to_dict(),
         "kl": chosen.kl,
