@@ -80,7 +80,7 @@ def test_a_merged_model_is_its_base(model, attached_first):
     kvshrink.make_cache(wrapper, METHOD)
     merged = wrapper.merge_and_unload()
     assert right(merged)
-    assert hooks(merged) == len(merged.model.layers) + 1
+    assert hooks(merged) == len(merged.model.layers) + 2
     kvshrink.detach(wrapper)
     assert untouched(merged)
     assert right(merged)
@@ -238,9 +238,11 @@ def test_saved_files_do_not_name_us(model, tmp_path):
     assert untouched(again)
 
 
-def test_layers_that_were_replaced_are_attached_anew(model):
+@pytest.mark.parametrize("copied", [False, True])
+def test_layers_that_were_replaced_are_attached_anew(model, copied):
     kvshrink.attach(model)
-    model.model.layers = copy.deepcopy(model.model.layers[:1])
+    kept = model.model.layers[:1]
+    model.model.layers = copy.deepcopy(kept) if copied else kept
     model.config.num_hidden_layers, model.config.layer_types = 1, ["full_attention"]
     assert right(model)
     kvshrink.detach(model)
@@ -265,7 +267,7 @@ def test_a_failed_attach_changes_nothing(model, monkeypatch):
     kvshrink.attach(model)
     config = model.config
     other = type(model)(config).eval()
-    monkeypatch.setattr(hook, "fingerprint", lambda *_: 1 / 0)
+    monkeypatch.setattr(hook, "check_layers", lambda *_: 1 / 0)
     with pytest.raises(UnsupportedModelError, match="ZeroDivisionError"):
         kvshrink.attach(other)
     assert not hooks(other)
@@ -322,7 +324,7 @@ def test_threads_attach_one_model_once(model):
     for _ in range(3):
         found = in_threads(6, lambda i: kvshrink.attach(held[i % 3]))
         assert len({id(x) for x in found}) == 1
-        assert hooks(model) == len(model.model.layers) + 1
+        assert hooks(model) == len(model.model.layers) + 2
         kvshrink.detach(wrapper)
         assert untouched(model)
 

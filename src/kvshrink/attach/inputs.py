@@ -4,21 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from kvshrink.attach.stage import check_input
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
 from kvshrink.store.modes import at_once
 
 
 def check_use(module: Any, args: tuple, kwargs: dict) -> None:
-    """Refuse what would give wrong tokens in silence. Other caches are not looked at."""
+    """Raise CacheError where the cache would be dropped, or where a prompt was cut by it."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, KVCache):
-        _check(module, args, kwargs, cache)
+        _check(module, kwargs, cache)
 
 
 @at_once
-def _check(module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
+def _check(module: Any, kwargs: dict, cache: KVCache) -> None:
     if module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
         raise CacheError(
             "gradient checkpointing drops the cache in train mode. "
@@ -30,7 +29,6 @@ def _check(module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
             f"the cache holds {seen} tokens, the prompt has {prompt}: make a new cache or call reset(), "
             "or pass the whole text so far."
         )
-    check_input(module, args, kwargs)
 
 
 def _cut(kwargs: dict) -> int | None:
