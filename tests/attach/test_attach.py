@@ -359,7 +359,7 @@ def test_the_cache_of_another_model_is_refused(model):
     other = FAMILIES["llama"].build(seed=1)
     kvshrink.attach(other)
     for cache in (kvshrink.make_cache(model, METHOD), filled(model)):
-        with pytest.raises(CacheError, match="this cache was made for model"):
+        with pytest.raises(CacheError, match="this cache was made for another model: of this one"):
             other(tokens(1, 4), past_key_values=cache)
 
 

@@ -8,11 +8,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
+from kvshrink.attach.identity import decoder_of, identity_of
+from kvshrink.attach.owner import owner_of
 from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
+from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import Mixed
@@ -40,7 +43,8 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     model = transformers_model(model)
     attachment = attach(model)
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
-    _check(artifact, attachment)
+    identity = identity_of(model)
+    _check(artifact, attachment, identity)
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
     ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
@@ -56,7 +60,8 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
             layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
-    return KVCache(layers, artifact.method, table, attachment.fingerprint, fitted_by, device)
+    owner = owner_of(decoder_of(model), identity)
+    return KVCache(layers, artifact.method, table, attachment.name, fitted_by, device, owner)
 
 
 def shapes(attachment: Attachment) -> list[LayerShape | None]:
@@ -64,7 +69,7 @@ def shapes(attachment: Attachment) -> list[LayerShape | None]:
     return [shape_of(info.module) if info.compressed else None for info in attachment.layers]
 
 
-def _check(artifact: Artifact, attachment: Attachment) -> None:
+def _check(artifact: Artifact, attachment: Attachment, identity: Identity) -> None:
     wanted = {i for i, info in enumerate(attachment.layers) if info.compressed}
     if not artifact.layers:
         if artifact.method.needs_fit and wanted:
@@ -73,12 +78,12 @@ def _check(artifact: Artifact, attachment: Attachment) -> None:
                 f"{name} must be fitted first: kvshrink.fit(model, {name}(...), texts), or `kvshrink fit`."
             )
         return
-    made_for = artifact.model.get("fingerprint")
-    if made_for != attachment.fingerprint or set(artifact.layers) != wanted:
-        raise ArtifactError(
-            f"the artifact was fitted on {artifact.model.get('name', 'another model')} ({str(made_for)[:8]}), "
-            f"this model is {attachment.fingerprint[:8]}. Fit one for this model."
-        )
+    name = artifact.model.get("name", "another model")
+    different = difference(artifact.model.get("identity"), identity, "the artifact")
+    if different is None and set(artifact.layers) != wanted:
+        different = f"layers {sorted(wanted)} are compressed, not {sorted(artifact.layers)}"
+    if different:
+        raise ArtifactError(f"the artifact was fitted on {name}: of this model {different}. Fit one for this model.")
 
 
 def _like(attachment: Attachment, layer: int) -> torch.device:

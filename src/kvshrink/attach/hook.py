@@ -8,8 +8,9 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,17 +26,15 @@ from kvshrink.attach.families import (
     text_tower,
     understood,
 )
-from kvshrink.attach.identity import fingerprint
 from kvshrink.attach.implementation import NAME, PREVIOUS, Ours, choose, distinct, named
 from kvshrink.attach.inputs import check_use
-from kvshrink.attach.stage import Stage, check_input
+from kvshrink.attach.stage import CheckInput, Stage
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.store.modes import without_autocast
 
 ATTRIBUTE = "_kvshrink"  # where a decoder keeps its attachment
 LOCK = threading.RLock()
-CHECKS = (check_use, check_input)  # pre-hooks of the decoder
 LIVE: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
 
 
@@ -45,8 +44,8 @@ class Attachment:
 
     layers: list[LayerInfo]
     kinds: list[str]
-    fingerprint: str
     configs: list[tuple[PreTrainedConfig, str | None]]  # with the implementation that each named before
+    name: str = field(default_factory=lambda: uuid4().hex)  # by which a cache knows whom it may serve
     blocks: int = 0  # `with attached(model)` blocks that are open, if the first of them attached it
 
     def __post_init__(self) -> None:
@@ -55,7 +54,7 @@ class Attachment:
 
     def __reduce__(self) -> tuple:
         """A copied or unpickled model's attachment is one of its own."""
-        return Attachment, (self.layers, self.kinds, self.fingerprint, self.configs)
+        return Attachment, (self.layers, self.kinds, self.configs, self.name)
 
 
 def attach(model: Any) -> Attachment:
@@ -100,7 +99,7 @@ def _inspected(model: PreTrainedModel, tower: nn.Module) -> Attachment:
             )
     register()
     check_layers(model, layers, kinds)
-    return Attachment(layers, kinds, fingerprint(model, layers), before)
+    return Attachment(layers, kinds, before)
 
 
 def _apply(tower: nn.Module, attachment: Attachment) -> None:
@@ -108,8 +107,8 @@ def _apply(tower: nn.Module, attachment: Attachment) -> None:
     before = {id(config): name for config, name in attachment.configs}
     for info in attachment.layers:
         setattr(info.module, PREVIOUS, before[id(info.module.config)])
-        info.module.register_forward_pre_hook(Stage(info, attachment.fingerprint), with_kwargs=True)
-    for check in CHECKS:
+        info.module.register_forward_pre_hook(Stage(info, attachment.name), with_kwargs=True)
+    for check in (check_use, CheckInput(attachment.name)):
         tower.register_forward_pre_hook(check, with_kwargs=True)
     setattr(tower, ATTRIBUTE, attachment)
     for config, name in attachment.configs:
@@ -142,7 +141,7 @@ def _strip(tower: nn.Module) -> None:
         vars(module).pop(ATTRIBUTE, None)
         vars(module).pop(PREVIOUS, None)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Stage) or hook in CHECKS:
+            if isinstance(hook, Stage | CheckInput) or hook is check_use:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 

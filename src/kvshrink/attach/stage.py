@@ -1,5 +1,6 @@
 """Pre-hooks: what one step hands to a cache that transformers does not pass, and input refused before it runs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kvshrink.attach.columns import check_columns, new_tokens, positions_of
 from kvshrink.attach.families import LayerInfo, queries
 from kvshrink.attach.implementation import is_ours
+from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
@@ -57,11 +59,19 @@ def asked_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, 
     return Asked(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
 
 
-def check_input(module: Any, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of the decoder: what would silently give wrong tokens is refused."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVCache):
-        return
+@dataclass(frozen=True)
+class CheckInput:
+    """Pre-hook of the decoder of the attachment `name`: what would silently give wrong tokens is refused."""
+
+    name: str
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, KVCache):
+            _check_input(self.name, cache, module, args, kwargs)
+
+
+def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
     given = args[0] if given is None and args else given
@@ -78,4 +88,5 @@ def check_input(module: Any, args: tuple, kwargs: dict) -> None:
         raise CacheError(
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
+    check_owner(module, name, cache, s)
     check_columns(cache, module.config, kwargs.get("attention_mask"), kwargs.get("position_ids"), b, s)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows import crop_count, repeats_of, row_indices
@@ -21,6 +22,7 @@ from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, s
 from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
+from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
@@ -42,14 +44,16 @@ class KVCache(Cache):
         layers: list[CacheLayerMixin],
         method: Method,
         table: TokenTable,
-        fingerprint: str,
+        model: str,
         fitted: str,
         device: str | torch.device = "cpu",
+        owner: Owner | None = None,
     ) -> None:
         super().__init__(layers=list(layers))
         self.device = torch.device(device)
         self.method, self.table = method, table
-        self.fingerprint = fingerprint  # of the model
+        self.model = model  # the attachment that may use it
+        self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
@@ -71,7 +75,7 @@ class KVCache(Cache):
         real: Tensor | None,
         rope: Rope | None,
         own_attention: bool,
-        fingerprint: str,
+        model: str,
         asked: Asked | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
@@ -82,11 +86,8 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
-        if fingerprint != self.fingerprint:
-            raise CacheError(
-                f"this cache was made for model {self.fingerprint[:8]}, not {fingerprint[:8]}. "
-                "Make one with make_cache(model, ...)."
-            )
+        if model != self.model:
+            raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
         layer.staged = Staged(positions, real, rope, own_attention, asked)
 
     def check_whole(self) -> None:
@@ -211,7 +212,7 @@ class KVCache(Cache):
             out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
         plain = {
             "version": VERSION,
-            "model": self.fingerprint,
+            "model": None if self.owner is None else self.owner.identity.to_dict(),
             "fitted": self.fitted,
             "dtype": self._dtype(),
             "batch": next((len(t) for k, t in out.items() if not k.endswith("watch.sums")), 0),
@@ -231,6 +232,8 @@ class KVCache(Cache):
         schema.check_contents(tensors)
         with self._changing():
             self._restore(plain, tensors)
+            if self.owner is not None:  # what it was saved with: a model that drifts by roundings stays the same
+                self.owner.identity = Identity.from_dict(plain["model"])
         return self
 
     def save(self, path: str | Path, deflate: bool = False) -> None:
@@ -252,15 +255,25 @@ class KVCache(Cache):
     def _schema(self, state: Mapping[str, Tensor]) -> tuple[dict, Schema]:
         """The description of a state, and what it implies. Raises ArtifactError on one of something else."""
         plain = description(state)
-        wanted = (VERSION, self.fingerprint, self.fitted, self._dtype(), len(self.layers))
-        found = (*(plain.get(k) for k in ("version", "model", "fitted", "dtype")), len(plain["layers"]))
-        names = ("version", "model", "method or artifact", "dtype", "number of layers")
+        wanted = (VERSION, self.fitted, self._dtype(), len(self.layers))
+        found = (*(plain.get(k) for k in ("version", "fitted", "dtype")), len(plain["layers"]))
+        names = ("version", "method or artifact", "dtype", "number of layers")
         for what, have, want in zip(names, found, wanted, strict=True):
             if type(have) is not type(want) or have != want:
                 raise ArtifactError(
                     f"the saved cache has another {what} ({have!s:.8}, not {want!s:.8}). Use what it was made with."
                 )
+        self._check_model(plain.get("model"))
         return plain, Schema(self, plain)
+
+    def _check_model(self, saved: object) -> None:
+        """Raise ArtifactError unless a saved cache is of the model as it is now."""
+        if self.owner is None:
+            return
+        if different := difference(saved, self.owner.now(), "the saved cache"):
+            raise ArtifactError(
+                f"the saved cache is of another model: of this one {different}. Use what it was made with."
+            )
 
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvshrink.attach.identity import model_key
 from kvshrink.errors import ArtifactError
 from kvshrink.eval.entries import Entry
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import key_of
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear

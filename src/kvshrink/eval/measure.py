@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from kvshrink import data
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary, trajectories
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
 from kvshrink.eval.outcomes import Failure, Log, key_of
@@ -139,6 +140,8 @@ def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path
     room = len(ids) - (length - len(bos))
     if room < 0:
         raise EvalError(f"a text of {length} tokens is longer than the whole one ({len(ids)}). Use shorter ones.")
+    if documents > max(1, room):
+        raise EvalError(f"{documents} texts of {length} tokens do not differ: the whole has {len(ids)}. Use fewer.")
     offset = seed % max(1, room // max(1, documents))
     starts = [min(room, round(i * room / documents) + offset) for i in range(documents)]
     return [torch.tensor([bos + ids[at : at + length - len(bos)]]) for at in starts]
@@ -146,11 +149,7 @@ def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path
 
 def book(path: str | Path | None) -> str:
     """The text of a file. Raises EvalError if it cannot be read."""
-    source = data.path("heldout.txt") if path is None else Path(path)
-    try:
-        return source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"cannot read text {source}: {error}. Give a UTF-8 text file.") from error
+    return read_text(data.path("heldout.txt") if path is None else path, "cannot read text", EvalError)
 
 
 def _named(entry: Entry, length: int) -> dict:

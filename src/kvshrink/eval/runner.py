@@ -25,11 +25,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
+from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import metrics
 from kvshrink.eval.entries import ZEROS, Entry
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
@@ -200,7 +200,7 @@ class Runner:
         ids, mask = torch.cat([ids, asked], 1), torch.cat([mask, shown], 1)
         eos = self.model.generation_config.eos_token_id
         started = _now(ids)
-        with _greedy(self.model, eos, self._pad):
+        with greedy(self.model, eos, self._pad):
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max(limits)
             )
@@ -241,7 +241,7 @@ class Runner:
 
 
 @contextmanager
-def _greedy(model: Any, eos: int | list[int] | None, pad: int) -> Iterator[None]:
+def greedy(model: Any, eos: int | list[int] | None, pad: int) -> Iterator[None]:
     """Generation without the model's own settings: a repetition penalty or sampling would not be greedy, and
     `generate` takes whatever it is not told from them."""
     own = model.generation_config

@@ -1,6 +1,5 @@
 """fit: a method's tensors for every layer of a model, from calibration text."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
-from kvshrink.attach.identity import Fingerprint
+from kvshrink.attach.families import LayerInfo, layers_of, shape_of
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
@@ -35,8 +33,8 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.store.modes import without_autocast
+from kvshrink.store.reason import line
 
-SAMPLED = 1024  # numbers of each weight that a checkpoint's key covers, about
 TRACKERS = ("tensorboard", "trackio")
 SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
@@ -134,9 +132,11 @@ def _trains(method: Method, loss: str | None = None) -> bool:
 
 def _tokenizer(name: str):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name} has no tokenizer. Pass tokenizer=, or token rows instead of text.") from error
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # files of any content come in here, and transformers raises what it meets
+        raise DataError(
+            f"{name} has no tokenizer ({line(error)}). Pass tokenizer=, or token rows instead of text."
+        ) from error
 
 
 @dataclass
@@ -155,27 +155,24 @@ class _Job:
 
     def run(self) -> list[Artifact]:
         started = time.perf_counter()
-        config = text_config(self.source.model)
         settings = [(name_of(m), m.settings()) for m in self.methods]
-        job = {"methods": settings, "rows": rows_hash(self.rows), "model": self.source.name, "config": config.to_dict()}
-        checkpoint, fingerprint = Checkpoint(self.folder, job), Fingerprint(config)
+        job = {"methods": settings, "rows": rows_hash(self.rows), "model": self.source.name}
+        identity = self.source.identity()
+        checkpoint = Checkpoint(self.folder, job | {"identity": identity.digest})
         runner = LayerRunner(self.source, self.rows, self.batch)
         done: dict[int, list[tuple[dict[str, Tensor], dict]]] = {}
         for i in tqdm(range(runner.layers), desc="fit", unit="layer", disable=not self.progress):
             with self.source.layer(i) as layer:
-                if i in (0, runner.layers - 1):
-                    fingerprint.add(self.infos[i].module)
-                weights = _weights_hash(layer)
-                known = checkpoint.load(i, len(self.methods), weights) if self.infos[i].compressed else None
+                known = checkpoint.load(i, len(self.methods)) if self.infos[i].compressed else None
                 if known is None and self.infos[i].compressed:
                     done[i] = self._layer(i, layer, runner)
-                    checkpoint.save(i, done[i], weights)
+                    checkpoint.save(i, done[i])
                     continue
                 if known is not None:
                     done[i] = known
                 runner.run(i, layer)
         del runner  # all hidden states
-        model = {"name": self.source.name, "fingerprint": fingerprint.value()}
+        model = {"name": self.source.name, "identity": identity.to_dict()}
         return [self._artifact(n, method, done, model, started) for n, method in enumerate(self.methods)]
 
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
@@ -263,21 +260,3 @@ class _Job:
         if method.loss == "output":
             return OutputLoss(info, seen.inputs, method.page)
         return RowLoss(torch.cat(seen.keys), torch.cat(seen.values), method.page)
-
-
-def fingerprint_of(source: InMemory | OnDisk) -> str:
-    """What an artifact or a plan for this model bears. Of a model on disk two layers are read."""
-    infos, result = layers_of(source.model), Fingerprint(text_config(source.model))
-    for i in sorted({0, len(infos) - 1}):
-        with source.layer(i):
-            result.add(infos[i].module)
-    return result.value()
-
-
-def _weights_hash(layer: nn.Module) -> str:
-    """Of samples of all the layer's weights: a checkpoint of other weights must not be taken."""
-    h = hashlib.sha256()
-    for name, w in sorted(layer.state_dict().items()):
-        sample = w.detach().reshape(-1)[:: max(1, w.numel() // SAMPLED)].float().cpu().contiguous()
-        h.update(name.encode() + sample.numpy().tobytes())
-    return h.hexdigest()[:16]

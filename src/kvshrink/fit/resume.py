@@ -13,7 +13,7 @@ from kvshrink.store.digest import digest
 from kvshrink.store.parse import parsed
 
 NAME = re.compile(r"layer_\d{3,}_\d+\.safetensors")
-KEYS = {"job", "weights", "record", "sha256"}
+KEYS = {"job", "record", "sha256"}
 
 Result = tuple[dict[str, Tensor], dict]  # tensors of a layer, record of its fit
 
@@ -25,36 +25,36 @@ class Checkpoint:
         self.folder = None if folder is None else Path(folder)
         self.key = digest(json.dumps(job, sort_keys=True, default=str))[:16]
 
-    def load(self, layer: int, methods: int, weights: str) -> list[Result] | None:
-        """(tensors, record) per method of a layer that this job has finished before with these weights, or None: a
-        checkpoint that is damaged costs one layer, not the fit."""
+    def load(self, layer: int, methods: int) -> list[Result] | None:
+        """(tensors, record) per method of a layer that this job has finished before, or None: a checkpoint
+        that is damaged costs one layer, not the fit."""
         results = []
         for n in range(methods):
             file = self._file(layer, n)
-            found = None if file is None or not file.is_file() else _read(file, self.key, weights)
+            found = None if file is None or not file.is_file() else _read(file, self.key)
             if found is None:
                 return None
             results.append(found)
         return results
 
-    def save(self, layer: int, results: list[Result], weights: str) -> None:
+    def save(self, layer: int, results: list[Result]) -> None:
         for n, (tensors, record) in enumerate(results):
             file = self._file(layer, n)
             if file is not None:
-                about = {"job": self.key, "weights": weights, "record": json.dumps(record)}
+                about = {"job": self.key, "record": json.dumps(record)}
                 files.write_tensors(file, tensors, about | {"sha256": digest(about, tensors)})
 
     def _file(self, layer: int, method: int) -> Path | None:
         return None if self.folder is None else self.folder / f"layer_{layer:03d}_{method}.safetensors"
 
 
-def _read(file: Path, job: str, weights: str) -> Result | None:
+def _read(file: Path, job: str) -> Result | None:
     try:
         tensors, about = files.read_tensors(file)
     except ArtifactError:
         return None
     sha256 = about.pop("sha256", None)
-    if (about.get("job"), about.get("weights")) != (job, weights) or sha256 != digest(about, tensors):
+    if about.get("job") != job or sha256 != digest(about, tensors):
         return None
     try:
         record = parsed(about.get("record", ""), finite=False)

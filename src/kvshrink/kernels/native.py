@@ -57,6 +57,9 @@ def forget() -> None:
     _answer = None
 
 
+library.cache_clear = forget  # type: ignore[attr-defined]
+
+
 def _ask() -> _Answer:
     global _answer
     with _looking:  # two threads must not build at once

@@ -22,7 +22,7 @@ LOOKED_AT = ("_spectrum", "_curve", "_errors", "_centre")  # endings of tensors 
 class Artifact:
     """A fitted method. `layers` maps a layer's index to its tensors; layers that stay as they are have no entry.
 
-    model: {"name", "fingerprint"} of the model it was fitted on.
+    model: {"name", "identity"} of the model it was fitted on.
     provenance: calibration text hash, tokens, seconds, versions.
     """
 

@@ -99,8 +99,7 @@ def _described(data: dict, path: Path) -> Method:
     for key, kind in (("method", str), ("settings", dict), ("layers", dict), ("model", dict), ("provenance", dict)):
         _require(isinstance(data[key], kind), path, f"{key} is no {kind.__name__}.")
     _require(isinstance(data["sha256"], str) and SHA256.fullmatch(data["sha256"]) is not None, path, "sha256.")
-    for key in ("name", "fingerprint"):
-        _require(isinstance(data["model"].get(key, ""), str), path, f"the model's {key} is no text.")
+    _require(isinstance(data["model"].get("name", ""), str), path, "the model's name is no text.")
     records = data["provenance"].get("layers", {})
     alike = isinstance(records, dict) and all(isinstance(r, dict) for r in records.values())
     _require(alike and all(_share(r.get("key_share")) for r in records.values()), path, "provenance of layers.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink.errors import ArtifactError
+from kvshrink.identity import Identity
 from kvshrink.methods import build
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point
@@ -28,11 +29,11 @@ def plan_of(
         "version": VERSION,
         "method": chosen.name,
         "settings": chosen.settings,
-        "budget": {**budget.asked, "tokens": budget.tokens, "batch": budget.batch},
+        "budget": budget.described,
         "promised": {"nbytes": nbytes, "full": bench.room.full * budget.batch, "kept": chosen.kept},
         "check": checked.to_dict(),
         "kl": chosen.kl,
-        "model": {"name": name, "fingerprint": bench.fingerprint},
+        "model": {"name": name, "identity": bench.identity.to_dict()},
         "search": search,
         "front": [{**asdict(p), "nbytes": p.nbytes * budget.batch} for p in front],
     }
@@ -51,8 +52,9 @@ def read(path: Path) -> tuple[Method, dict[str, Any]]:
         raise ArtifactError(f"{path} has missing or unknown keys {extra!s:.80}. It is edited or of another program.")
     try:
         method, model = build(data["method"], data["settings"]), data["model"]
-        if not isinstance(model, dict) or not all(isinstance(model.get(k), str) for k in ("name", "fingerprint")):
-            raise ValueError("its model has no name and fingerprint")
+        if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+            raise ValueError("its model has no name")
+        Identity.from_dict(model.get("identity"))
         if unsealed(data) is None:
             raise ValueError("sha256 differs")
     except Exception as error:  # settings of any type meet checks that expect another one

@@ -35,6 +35,17 @@ def free(fd: int) -> bool:
     return True
 
 
+def taken(fd: int) -> bool:
+    """Whether somebody else holds the lock; if not, it is ours. False where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in UNABLE
+    return False
+
+
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[int]:
     """Hold a folder's lock; gives its descriptor. Where a folder cannot be opened (not POSIX), -1."""

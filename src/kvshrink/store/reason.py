@@ -40,6 +40,7 @@ def remedy(error: Exception) -> str:
 
 
 def line(error: BaseException) -> str:
-    """The first line of an error's text, shortened, or its name."""
-    text = next((x.strip() for x in str(error).splitlines() if x.strip()), "") or type(error).__name__
+    """The first line of an error's text, with the next one if it ends in a colon, shortened; or the error's name."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     return (text if len(text) <= 200 else f"{text[:200]}...").rstrip(".")

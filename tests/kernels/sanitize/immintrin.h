@@ -215,8 +215,6 @@ inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
 }
 // Two quarters of a, then two of b.
 inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int which) {
-    __m512i out = {};
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 2; j++) out[2 * i + j] = (i < 2 ? a : b)[2 * (which >> 2 * i & 3) + j];
-    return out;
+    const plain::Words x(a), y(b);
+    return plain::words([&](int i) { return (i < 8 ? x : y).at[4 * (which >> (2 * (i / 4)) & 3) + i % 4]; });
 }

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of, shapes
+from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
 from kvshrink.eval.ablations.rows import LINES, divergence, row
 from kvshrink.eval.budget import at_kept
 from kvshrink.eval.catalogue import Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import held_out, plain, track_of
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prompt import encode
