@@ -53,6 +53,8 @@ class OnDisk:
             raise KVShrinkError(f"{self.folder} is no saved causal language model: {line(error)}.") from error
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
+        for layer in getattr(self.model.get_decoder(), "layers", ()):
+            self._names(layer)  # what is missing is refused before the first layer is fitted
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +72,8 @@ class OnDisk:
         with self._loaded(layer):
             yield layer
 
-    @contextmanager
-    def _loaded(self, module: nn.Module) -> Iterator[None]:
+    def _names(self, module: nn.Module) -> dict[str, str]:
+        """{name in the files: name in the module}. Raises ArtifactError if one is in no file."""
         prefix = self.prefix[id(module)]
         names = {f"{prefix}{n}": n for n in module.state_dict()}
         missing = [n for n in names if n not in self.files]
@@ -80,6 +82,11 @@ class OnDisk:
                 f"{self.folder} lacks {len(missing)} tensors of {prefix[:-1]} ({missing[0]}). "
                 "Load the model and pass it instead."
             )
+        return names
+
+    @contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        names = self._names(module)
         tensors: dict[str, Tensor] = {}
         try:
             for file in {self.files[n] for n in names}:
@@ -89,7 +96,7 @@ class OnDisk:
             module.load_state_dict(tensors, assign=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(
-                f"the weights of {prefix[:-1]} in {self.folder} cannot be read: {line(error)}. Save the model again."
+                f"the weights of {self.prefix[id(module)][:-1]} in {self.folder} cannot be read: {line(error)}. Save the model again."
             ) from error
         del tensors
         try:
