@@ -30,6 +30,8 @@ def test_broken_models_are_refused_by_every_command(refused, place, command):
         "pickle": "",
         "words": "bert",
     }
+    if command not in ("generate", "fit", "inspect"):  # the others load as these do
+        reasons = {name: reasons[name] for name in ("cut", "words")}
     for name, reason in reasons.items():
         assert reason in refused(*READS[command], "--model", place / "B" / name)
     for name in ("", "./nowhere", place / "T" / "good.txt"):
@@ -198,8 +200,8 @@ def test_prompts(refused, run, place):
     model = ("--model", place / "M", "--method", "rtn")
     line = refused("generate", "--prompt-file", place / "T" / "good.txt", *model)
     assert "of the prompt + 64 new) are more than the model's context of 512" in line
-    assert "is not UTF-8" in refused("generate", "--prompt", "caf\udce9", *model)
-    assert "is not UTF-8" in refused("fit", "--text", "caf\udce9.txt", "--out", "a")
+    assert "is no text" in refused("generate", "--prompt", "caf\udce9", *model)
+    assert "is no text" in refused("fit", "--text", "caf\udce9.txt", "--out", "a")
     assert "empty" in refused("generate", "--prompt", "", *model)
     code, _, _ = run("generate", "--prompt-file", place / "T" / "prompt.txt", "--max-new-tokens", 2, *model)
     assert code == 0

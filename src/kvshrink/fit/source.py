@@ -95,9 +95,8 @@ class OnDisk:
                     tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
             module.load_state_dict(tensors, assign=True)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ArtifactError(
-                f"the weights of {self.prefix[id(module)][:-1]} in {self.folder} cannot be read: {line(error)}. Save the model again."
-            ) from error
+            what = f"the weights of {self.prefix[id(module)][:-1]} in {self.folder}"
+            raise ArtifactError(f"{what} cannot be read: {line(error)}. Save the model again.") from error
         del tensors
         try:
             yield
