@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from kvshrink import CSKV, RTN, Spectral, methods, reference_model
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
 from kvshrink.eval import calibration
 from kvshrink.eval.budget import at_kept
 from kvshrink.eval.catalogue import choices, gather
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import held_out
 from kvshrink.eval.outcomes import Log, key_of
 from kvshrink.eval.prompt import encode

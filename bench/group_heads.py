@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from kvshrink import CSKV, reference_model
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
 from kvshrink.eval import calibration
 from kvshrink.eval.catalogue import Samples, choices, gather
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.measure import held_out, plain, track_of
 from kvshrink.eval.outcomes import Log, key_of

@@ -14,11 +14,11 @@ import torch
 from equal_bytes import DIVERGED, SCORED, TASKS, beside, compared, divergence
 
 from kvshrink import CSKV, reference_model
+from kvshrink.attach.identity import model_key
 from kvshrink.eval import calibration
 from kvshrink.eval.catalogue import choices, gather
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import held_out
 from kvshrink.eval.outcomes import Log
 from kvshrink.eval.prompt import encode

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
+from kvshrink.attach.identity import identity_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
@@ -43,4 +44,4 @@ def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
     if not method.needs_fit:
         return Artifact(method, {})
     learnt = fitted(method, shape)
-    return Artifact(method, dict.fromkeys(range(LAYERS), learnt), {"fingerprint": attachment.fingerprint})
+    return Artifact(method, dict.fromkeys(range(LAYERS), learnt), {"identity": identity_of(model).to_dict()})

@@ -27,11 +27,11 @@ from transformers import DynamicCache, cache_utils
 from kvshrink import make_cache, methods, reference_model
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
 from kvshrink.eval import calibration, metrics
 from kvshrink.eval.catalogue import choices, gather
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import held_out
 from kvshrink.eval.outcomes import Log, key_of
 from kvshrink.eval.prefill import fill, prefill

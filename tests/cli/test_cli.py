@@ -118,9 +118,12 @@ def test_a_plan_is_searched_resumed_and_fitted(run, text, tmp_path):
 
     code, _, err = run("fit", "--plan", "plan.json", "--bits", 4, "--out", "x")
     assert (code, "--bits cannot change the plan" in err) == (2, True)
-    (tmp_path / "plan.json").write_text(json.dumps(record | {"model": {"name": "other", "fingerprint": "0"}}))
+    identity = record["model"]["identity"]
+    other = identity | {"settings": identity["settings"] | {"rms_norm_eps": 0.5}}
+    (tmp_path / "plan.json").write_text(json.dumps(record | {"model": {"name": "other", "identity": other}}))
     code, _, err = run("fit", "--plan", "plan.json", "--out", "x")
     assert (code, "was made for other" in err) == (2, True)
+    assert "rms_norm_eps is 1e-05, not 0.5" in err
 
 
 @pytest.mark.parametrize(("given", "fitted"), [("'auto'", (1, 2)), ("auto", (1, 2)), ("1", (1,)), ("None", (None,))])

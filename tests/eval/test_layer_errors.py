@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from kvshrink import CSKV, RTN, Artifact, attach, data, make_cache
+from kvshrink import CSKV, RTN, Artifact, data, make_cache
+from kvshrink.attach.identity import identity_of
 from kvshrink.cache import attend
 from kvshrink.errors import EvalError
 from kvshrink.eval.layers import layer_errors
@@ -33,7 +34,7 @@ def artifact(model):
     """Random bases; only layer 2 loses anything: the others keep all 128 channels."""
     shape = LayerShape(2, 64, torch.float32)
     fitted = {i: bases(shape, *((40, 40) if i == 2 else (128, 128)), seed=i) for i in range(4)}
-    return Artifact(CSKV(keep=1.0), fitted, {"fingerprint": attach(model).fingerprint})
+    return Artifact(CSKV(keep=1.0), fitted, {"identity": identity_of(model).to_dict()})
 
 
 @torch.no_grad()

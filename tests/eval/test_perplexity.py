@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from kvshrink import CSKV, RTN, Artifact, attach, data
+from kvshrink import CSKV, RTN, Artifact, data
+from kvshrink.attach.identity import identity_of
 from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
 from kvshrink.eval.simulated import simulate
@@ -235,7 +236,7 @@ def test_simulated_keys_before_rope_are_turned_back_and_on(model, ids):
     """CSKV with random bases is a projection of what k_proj and v_proj give."""
     method, shape = CSKV(keep=0.5), LayerShape(2, 64, torch.float32)
     fitted = {i: bases(shape, 64, 64, mean=0.1, seed=i) for i in range(4)}
-    artifact = Artifact(method, fitted, {"fingerprint": attach(model).fingerprint})
+    artifact = Artifact(method, fitted, {"identity": identity_of(model).to_dict()})
     simulated = simulate(model, {"x": artifact}, ids[:TOKENS], PREFIX)["x"]
 
     def project(up: torch.Tensor, mean: torch.Tensor):

@@ -17,7 +17,7 @@ from kvshrink.store import files
 def artifact():
     layers = {i: {"key_up": torch.randn(1, 4, 16), "key_mean": torch.randn(1, 16)} for i in (0, 2)}
     method = CSKV(keep=0.25, bits=4, key_share="auto")
-    return Artifact(method, layers, {"name": "m", "fingerprint": "f"}, {"rows": [1, 2]})
+    return Artifact(method, layers, {"name": "m", "identity": "f"}, {"rows": [1, 2]})
 
 
 @pytest.fixture

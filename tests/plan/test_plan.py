@@ -17,9 +17,9 @@ from kvshrink.eval.budget import Room
 from kvshrink.eval.outcomes import Log
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
-from kvshrink.fit.job import fingerprint_of
 from kvshrink.fit.probe import LENGTH, Recall, recall_rows
-from kvshrink.fit.source import InMemory, OnDisk
+from kvshrink.fit.source import InMemory
+from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods import get
 from kvshrink.methods._facts import LayerShape
@@ -344,25 +344,21 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     path.write_text(json.dumps(data))
     method, made_for = plans.read(path)
     assert method == chosen.method
-    assert made_for["fingerprint"] == fingerprint_of(InMemory(model))
+    assert Identity.from_dict(made_for["identity"]) == InMemory(model).identity()
     assert data["promised"]["nbytes"] == 2 * chosen.nbytes
     assert data["budget"] == {"kept": 0.25, "tokens": 4096, "batch": 2}
     for change, message in (
-        ({"version": 2}, "has plan version 2, this kvshrink reads 1"),
+        ({"version": 1}, "has plan version 1, this kvshrink reads 2"),
         ({"note": "hello"}, r"missing or unknown keys \['note'\]"),
         ({"settings": {"window": 0}}, r"is edited: window=0"),
         ({"method": "magic"}, r"is edited: no method 'magic'"),
         ({"settings": 3}, "is edited"),
+        ({"kl": 0.5}, "is edited: sha256 differs"),
+        ({"model": []}, "is edited: its model has no name and fingerprint"),
     ):
         path.write_text(json.dumps(data | change))
         with pytest.raises(ArtifactError, match=message):
             plans.read(path)
-
-
-def test_a_model_on_disk_has_the_fingerprint_of_the_loaded_one(llama, tmp_path):
-    model, _ = llama
-    model.save_pretrained(tmp_path / "m")
-    assert fingerprint_of(OnDisk(tmp_path / "m")) == fingerprint_of(InMemory(model))
 
 
 def test_the_picture_is_written(tmp_path):

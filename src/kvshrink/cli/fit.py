@@ -26,9 +26,10 @@ from kvshrink.cli._common import (
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval import calibration
-from kvshrink.fit.job import fingerprint_of, fit_all, in_memory
+from kvshrink.fit.job import fit_all, in_memory
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk
+from kvshrink.identity import difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
@@ -75,7 +76,7 @@ def fit(
         clear(out / CHECKPOINT)
     _show(artifact, chosen, out)
     if json:
-        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model})
+        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
 
 
 def _show(artifact: Artifact, chosen: Method, out: Path) -> None:
@@ -96,10 +97,9 @@ def _planned(plan: Path, model: str, method: str | None, keep: float | None, bit
     if given:
         raise SettingError(f"{', '.join(given)} cannot change the plan {plan}. Leave it out, or make another plan.")
     chosen, made_for = plans.read(plan)
-    found = fingerprint_of(OnDisk(model_name(model)))
-    if found != made_for.get("fingerprint"):
+    if different := difference(made_for.get("identity"), OnDisk(model_name(model)).identity(), str(plan)):
         raise ArtifactError(
-            f"{plan} was made for {made_for.get('name')} ({made_for.get('fingerprint')}), {model} is {found}. "
+            f"{plan} was made for {made_for.get('name')}: of {model} {different}. "
             "Pass that model by --model, or make a plan for this one."
         )
     return chosen

@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from kvshrink import data
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.identity import model_key
 from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary, trajectories
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
 from kvshrink.eval.outcomes import Failure, Log, key_of
 from kvshrink.eval.perplexity import scored_bytes, tracks
+from kvshrink.eval.records import has_layers, has_memory, has_path
 from kvshrink.eval.teacher import Track, opened
 from kvshrink.store.bytes import nbytes
 
@@ -82,6 +83,7 @@ class Meter:
         out.fidelity.append({**named, **found.to_dict()})
         rows = self._kept(
             ("layers", digest_of(method), texts[0].tolist(), prefix),
+            has_layers,
             lambda: {"rows": [x.to_dict() for x in layer_errors(self.model, method, texts[0], prefix)]},
         )["rows"]
         out.layers.extend({**named, **row} for row in rows)
@@ -93,7 +95,7 @@ class Meter:
             path = trajectories(self.model, {"": method}, ids, prefix, self.scored)[""]
             return {"track": plain(track), "path": path.tolist()}
 
-        row = self._kept(("track", digest_of(method), ids.tolist(), prefix), make)
+        row = self._kept(("track", digest_of(method), ids.tolist(), prefix), has_path, make)
         return track_of(row["track"]), np.array(row["path"])
 
     def _memory(self, method: Any, ids: Tensor) -> dict:
@@ -111,7 +113,7 @@ class Meter:
                 "peak": decode_peak(self.model, cache, ids[:, -1:].to(self.model.device)),
             }
 
-        row = self._kept(("memory", None if method is None else digest_of(method), ids.tolist()), make)
+        row = self._kept(("memory", None if method is None else digest_of(method), ids.tolist()), has_memory, make)
         return {
             "held": row["held"],
             "full": row["full"],
@@ -120,10 +122,10 @@ class Meter:
             "peak": row["peak"],
         }
 
-    def _kept(self, parts: tuple, make: Callable[[], dict]) -> dict:
-        """The log's record of this measurement, made now if there is none."""
+    def _kept(self, parts: tuple, valid: Callable[[dict], bool], make: Callable[[], dict]) -> dict:
+        """The log's record of this measurement, made now if there is no valid one."""
         key = key_of(self.model_key, parts)
-        if key not in self.log.rows:
+        if not self.log.has(key, valid):
             self.log.add({"key": key, **make()})
         return self.log.rows[key]
 

@@ -78,7 +78,7 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         layer, asked = cache.layers[i], None
         if isinstance(layer, CompressedLayer) and layer.probes(t) is not None:
             asked = dense.asked[i]
-        cache.stage(i, positions.to(torch.int32), real, info.rope, True, attachment.fingerprint, asked)
+        cache.stage(i, positions.to(torch.int32), real, info.rope, True, cache.model, asked)
         cache.update(keys, values, i)
 
 

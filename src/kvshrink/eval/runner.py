@@ -15,7 +15,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
+from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import entries as entry_list
 from kvshrink.eval import metrics
 from kvshrink.eval.entries import ZEROS, Entry
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
@@ -83,11 +83,11 @@ class Runner:
         own = bar if bar is not None else tqdm(total=len(samples) * len(self.entries), desc=job.title, unit="answer")
         failed: dict[str, str] = {}
         for group, by_label in zip(asked, keys, strict=True):
-            known = sum(key in log.rows for by_case in by_label.values() for key in by_case.values())
+            known = sum(log.has(key, Outcome.of) for by_case in by_label.values() for key in by_case.values())
             own.update(known)
             if known < len(self.entries) * len(group.cases):
                 for outcome in self._group(job, group, by_label, log, failed):
-                    log.add_outcome(outcome)
+                    log.add(asdict(outcome))
                     own.update()
         if bar is None:
             own.close()

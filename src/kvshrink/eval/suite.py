@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvshrink.attach import attach
+from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.budget import TOLERANCE, at_kept, promised
 from kvshrink.eval.catalogue import Choice, Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.entries import FULL, ZEROS, Entry, parse, parse_settings
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.identity import model_key
 from kvshrink.eval.measure import Measured, Meter, held_out
 from kvshrink.eval.outcomes import Failure, Log, Outcome
 from kvshrink.eval.report.results import FORMAT
@@ -191,7 +190,7 @@ class Suite:
         return asdict(self.settings) | {
             "tasks": [c.title for c in self.chosen],
             "command": command,
-            "fingerprint": attach(self.model).fingerprint,
+            "fingerprint": identity_of(self.model).digest,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": versions | {"python": platform.python_version()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

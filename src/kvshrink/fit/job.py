@@ -1,19 +1,19 @@
 """fit: a method's tensors for every layer of a model, from calibration text."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
-from kvshrink.attach.identity import Fingerprint
+from kvshrink.attach.families import LayerInfo, layers_of, shape_of
+from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
@@ -32,17 +32,17 @@ from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.store.modes import without_autocast
 from kvshrink.store.reason import line
 
-SAMPLED = 1024  # numbers of each weight that a checkpoint's key covers, about
 TRACKERS = ("tensorboard", "trackio")
 SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
 
 def fit(
-    model: nn.Module | str | Path,
-    method: Method,
+    model: Any,
+    method: Any,
     data: str | Sequence[str] | Tensor | Sequence[Tensor],
     tokenizer=None,
     length: int = 1024,
@@ -53,17 +53,20 @@ def fit(
 ) -> Artifact:
     """Fit a method to a model. Only one layer's activations are held at a time.
 
-    model: a loaded model, or a folder or hub id whose weights are then read one layer at a time.
+    model: a loaded model (or a pipeline or wrapper of one), or a folder or hub id whose weights are then read one layer
+    at a time. method: one that has something to fit, such as CSKV(keep=0.2).
     data: calibration text(s), cut into rows of `length` tokens, or token rows [rows, length].
     batch: rows per forward pass. checkpoint: folder for finished layers; call again with it to resume.
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
     Raises DataError on too little text, UnsupportedModelError, SettingError.
     """
+    if not isinstance(method, Method):
+        raise SettingError(f"{method!r} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
     return fit_all(model, [method], data, tokenizer, length, batch, progress, checkpoint, log_with)[0]
 
 
 def fit_all(
-    model: nn.Module | str | Path,
+    model: Any,
     methods: Sequence[Method],
     data: str | Sequence[str] | Tensor | Sequence[Tensor],
     tokenizer=None,
@@ -77,7 +80,13 @@ def fit_all(
     for method in methods:
         if not method.needs_fit:
             raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
-    source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
+    if isinstance(model, str | Path):
+        source: InMemory | OnDisk = OnDisk(model)
+    else:
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)  # a pipeline has one
+        inner = transformers_model(model)
+        check_loaded(inner)
+        source = InMemory(inner)
     infos = layers_of(source.model)
     shapes = [shape_of(info.module) for info in infos if info.compressed]
     methods = [method.settle(shapes, source.device) for method in methods]
@@ -93,7 +102,8 @@ def fit_all(
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
-    with torch.inference_mode(False), torch.no_grad():  # Fisher and training switch gradients on themselves
+    # Fisher and training switch gradients on themselves
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
         return job.run()
 
 
@@ -145,27 +155,24 @@ class _Job:
 
     def run(self) -> list[Artifact]:
         started = time.perf_counter()
-        config = text_config(self.source.model)
         settings = [(name_of(m), m.settings()) for m in self.methods]
-        job = {"methods": settings, "rows": rows_hash(self.rows), "model": self.source.name, "config": config.to_dict()}
-        checkpoint, fingerprint = Checkpoint(self.folder, job), Fingerprint(config)
+        job = {"methods": settings, "rows": rows_hash(self.rows), "model": self.source.name}
+        identity = self.source.identity()
+        checkpoint = Checkpoint(self.folder, job | {"identity": identity.digest})
         runner = LayerRunner(self.source, self.rows, self.batch)
         done: dict[int, list[tuple[dict[str, Tensor], dict]]] = {}
         for i in tqdm(range(runner.layers), desc="fit", unit="layer", disable=not self.progress):
             with self.source.layer(i) as layer:
-                if i in (0, runner.layers - 1):
-                    fingerprint.add(self.infos[i].module)
-                weights = _weights_hash(layer)
-                known = checkpoint.load(i, len(self.methods), weights) if self.infos[i].compressed else None
+                known = checkpoint.load(i, len(self.methods)) if self.infos[i].compressed else None
                 if known is None and self.infos[i].compressed:
                     done[i] = self._layer(i, layer, runner)
-                    checkpoint.save(i, done[i], weights)
+                    checkpoint.save(i, done[i])
                     continue
                 if known is not None:
                     done[i] = known
                 runner.run(i, layer)
         del runner  # all hidden states
-        model = {"name": self.source.name, "fingerprint": fingerprint.value()}
+        model = {"name": self.source.name, "identity": identity.to_dict()}
         return [self._artifact(n, method, done, model, started) for n, method in enumerate(self.methods)]
 
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
@@ -253,21 +260,3 @@ class _Job:
         if method.loss == "output":
             return OutputLoss(info, seen.inputs, method.page)
         return RowLoss(torch.cat(seen.keys), torch.cat(seen.values), method.page)
-
-
-def fingerprint_of(source: InMemory | OnDisk) -> str:
-    """What an artifact or a plan for this model bears. Of a model on disk two layers are read."""
-    infos, result = layers_of(source.model), Fingerprint(text_config(source.model))
-    for i in sorted({0, len(infos) - 1}):
-        with source.layer(i):
-            result.add(infos[i].module)
-    return result.value()
-
-
-def _weights_hash(layer: nn.Module) -> str:
-    """Of samples of all the layer's weights: a checkpoint of other weights must not be taken."""
-    h = hashlib.sha256()
-    for name, w in sorted(layer.state_dict().items()):
-        sample = w.detach().reshape(-1)[:: max(1, w.numel() // SAMPLED)].float().cpu().contiguous()
-        h.update(name.encode() + sample.numpy().tobytes())
-    return h.hexdigest()[:16]

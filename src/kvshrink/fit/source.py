@@ -1,7 +1,7 @@
 """Where a layer's weights come from while it is fitted: a model in memory, or a folder read one layer at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.identity import Identity
 from kvshrink.store import files
 from kvshrink.store.reason import line
 
@@ -26,6 +28,9 @@ class InMemory:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def identity(self) -> Identity:
+        return identity_of(self.model)
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
@@ -60,6 +65,28 @@ class OnDisk:
     def device(self) -> torch.device:
         """Where the model would run: weights are read on the CPU, one layer at a time."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def identity(self) -> Identity:
+        """From parts of the files: no tensor is read whole."""
+        prefix = self.prefix[id(decoder_of(self.model))]
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def stored(name: str, tensor: Tensor) -> Tensor:
+                file = self.files.get(prefix + name)
+                if file is None:
+                    return tensor
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                found: Tensor = opened[file].get_tensor(prefix + name)  # a view of the mapped file
+                return found
+
+            try:
+                return identity_of(self.model, stored)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ArtifactError(
+                    f"the weights in {self.folder} cannot be read: {line(error)}. Save the model again."
+                ) from error
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kvshrink.attach import attach
 from kvshrink.attach.families import shape_of
+from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
 from kvshrink.eval.budget import Room
-from kvshrink.eval.identity import model_key
-from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.eval.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.facts import gather
 from kvshrink.fit.probe import REPEATED, Recall
@@ -52,12 +52,17 @@ class Point:
         return build(self.name, self.settings)
 
 
+def is_point(row: dict) -> bool:
+    """Whether a row of a log says what a setting loses."""
+    return set(row) == {"key", "method", "settings", "kl"} and is_number(row["kl"]) and row["kl"] >= 0
+
+
 class Bench:
     """Measures settings on one model and text. What `log` has is not measured again."""
 
     def __init__(self, model: Any, rows: Int[Tensor, "rows length"], room: Room, log: Log, progress: bool) -> None:
         self.model, self.room, self.log, self.progress = model, room, log, progress
-        self.infos, self.fingerprint = attach(model).layers, attach(model).fingerprint
+        self.infos, self.identity = attach(model).layers, identity_of(model)
         self.shapes = {i: shape_of(x.module) for i, x in enumerate(self.infos) if x.compressed}
         self.fitted_rows, self.held_rows = split(rows)
         self.key = (model_key(model), rows_hash(rows))
@@ -84,7 +89,7 @@ class Bench:
     def point(self, method: Method) -> Point:
         """Where a setting stands."""
         key = key_of("plan", *self.key, name_of(method), method.settings())
-        if key not in self.log.rows:
+        if not self.log.has(key, is_point):
             self.log.add({"key": key, "method": name_of(method), "settings": method.settings(), "kl": self._kl(method)})
             self.measured += 1
         kl = self.log.rows[key]["kl"]
@@ -95,7 +100,7 @@ class Bench:
         known = self.sampled if method.samples else self.facts
         layers: Mapping[int, Any] = {i: method.fit_layer(facts) for i, facts in known.items()}
         layers, record = method.finish(layers, self.shapes, self.asks if method.probes else None)
-        model = {"name": str(self.model.config.name_or_path), "fingerprint": self.fingerprint}
+        model = {"name": str(self.model.config.name_or_path), "identity": self.identity.to_dict()}
         return Artifact(method, layers, model, record)
 
     def _kl(self, method: Method) -> float:

@@ -50,7 +50,7 @@ def staged(puts: Mapping[Path, Put]) -> Iterator[dict[Path, Path]]:
         rooms: dict[Path, Path] = {}
         for place in puts:
             if place.parent not in rooms:
-                place.parent.mkdir(parents=True, exist_ok=True)
+                _make(place.parent)
                 rooms[place.parent] = stack.enter_context(_room(place.parent))
             _check_free(place)
         parts = {place: rooms[place.parent] / place.name for place in puts}
@@ -109,6 +109,13 @@ def _clear(room: Path) -> None:
         for name in os.listdir(room):
             (room / name).unlink()
         room.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OSError(errno.ENOTDIR, f"{folder} is no folder") from error
 
 
 def _check_free(place: Path) -> None:

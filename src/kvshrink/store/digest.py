@@ -10,10 +10,11 @@ from torch import Tensor
 
 def digest(plain: object, tensors: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256, in hexadecimal. Plain values are those of JSON: what is equal as JSON has the same digest."""
-    h = hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode())
+    same = json.loads(json.dumps(plain))  # keys that are numbers become text, and are sorted as such
+    h = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
         h.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

@@ -22,12 +22,12 @@ from kvshrink.store import reason
 from kvshrink.store.atomic import Put, write_all
 from kvshrink.store.parse import parsed
 
-DESCRIPTION = 2**24  # bytes of a JSON file that describes something
+DESCRIPTION = 2**22  # bytes of a JSON file that describes something
 TEXT = 2**30  # bytes of a text
 
 __all__ = [
-    *("Put", "json_of", "opened", "read_json", "read_tensors", "read_text", "tensors_of", "write_all", "write_json"),
-    "write_tensors",
+    *("Put", "json_of", "opened", "read_about", "read_json", "read_tensors", "read_text", "tensors_of"),
+    *("write_all", "write_json", "write_tensors"),
 ]
 
 
@@ -88,12 +88,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
 
 
-def read_json(path: Path, most: int = DESCRIPTION) -> dict[str, Any]:
-    """A JSON object. Raises ArtifactError if the file is missing, too large, or does not hold one."""
+def read_about(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata alone. Raises ArtifactError as `read_tensors`."""
+    with _refusing(path):
+        with opened(path):
+            pass
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() or {}
+
+
+def read_json(path: Path, most: int = DESCRIPTION, finite: bool = True) -> dict[str, Any]:
+    """A JSON object. Raises ArtifactError if the file is missing, too large, or does not hold one.
+
+    finite: whether NaN and infinite numbers are refused.
+    """
     path = Path(path)
     with _refusing(path):
         with opened(path, most) as f:
-            data = parsed(f.read(), most // 16)
+            data = parsed(f.read(), most // 16, finite)
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds a {type(data).__name__}, not an object. It is edited; make it again.")
     return data

@@ -14,16 +14,19 @@ VALUES = 2**20  # in one file
 LARGEST = 2**63  # no honest number is beyond
 
 
-def parsed(data: bytes | str, values: int = VALUES) -> Any:
-    """What JSON text holds. Raises ValueError, in one line, on anything that we would not have written."""
+def parsed(data: bytes | str, values: int = VALUES, finite: bool = True) -> Any:
+    """What JSON text holds. Raises ValueError, in one line, on anything that we would not have written.
+
+    finite: whether numbers must be; Python writes NaN and Infinity, which JSON does not have.
+    """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     if sum(map(text.count, "[{,")) > values:
         raise ValueError(f"more than {values} values")
     try:
-        found = json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
+        found = json.loads(text, parse_constant=_constant if finite else None, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("lists or objects nest too deep") from error
-    _check(found)
+    _check(found, finite)
     return found
 
 
@@ -40,7 +43,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(value: Any) -> None:
+def _check(value: Any, finite: bool) -> None:
     """Raise ValueError if something in it is deeper, larger or stranger than it may be."""
     level = [value]
     for _ in range(DEEPEST):
@@ -54,7 +57,7 @@ def _check(value: Any) -> None:
             elif isinstance(x, str):
                 if not x.isascii():
                     x.encode()  # half a pair of surrogates has no bytes
-            elif isinstance(x, float) and not math.isfinite(x):
+            elif isinstance(x, float) and finite and not math.isfinite(x):
                 raise ValueError("a number is infinite")
             elif isinstance(x, int) and not -LARGEST <= x < LARGEST:
                 raise ValueError("a number is beyond 64 bits")

@@ -1,0 +1,31 @@
+"""The model that a cache was made for: what was known of it then, and a way to look at it again."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvshrink.identity import Identity
+
+
+@dataclass
+class Owner:
+    """identity: of the model whose tokens the cache holds. decoder: the module that was last found to be that model.
+
+    seen: what a glance at it showed then, by which a change is noticed.
+    look: a function from a decoder to its identity as it is now.
+    """
+
+    identity: Identity
+    decoder: "weakref.ref[Any]"
+    seen: Any
+    look: Callable[[Any], Identity]
+
+    def now(self) -> Identity:
+        """The model's identity as it is now; as it was, if the model is gone."""
+        decoder = self.decoder()
+        return self.identity if decoder is None else self.look(decoder)
+
+    def __deepcopy__(self, memo: dict) -> "Owner":
+        return copy.copy(self)  # a fork of a cache is of the same model
