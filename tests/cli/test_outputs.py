@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kvshrink
 from kvshrink import cli
 from kvshrink.cli import _outputs
 from tests.fuzz import world
@@ -190,7 +191,7 @@ STREAMS = {
 
 def test_a_stdout_that_is_full_or_ends_early(tmp_path):
     """At once, since most of the time is spent on importing torch."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kvshrink.__file__).parents[1])}
     lines = [f"set -o pipefail; {sys.executable} -m kvshrink.cli fit --help {end}" for end in STREAMS]
     runs = [
         subprocess.Popen(["bash", "-c", line], cwd=tmp_path, env=env, stdout=-1, stderr=-1, text=True) for line in lines
