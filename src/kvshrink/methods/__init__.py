@@ -5,10 +5,11 @@ import difflib
 import importlib
 import pkgutil
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._roles import Method
+from kvshrink.methods._settings import check_kind
 
 
 @cache
@@ -46,7 +47,14 @@ def build(name: str, settings: dict) -> Method:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SettingError(f"{name} has no setting {key!r}. It has: {', '.join(fields)}.{hint}")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # as JSON has it
+    for key, value in given.items():
+        check_kind(key, value, _hints(cls)[key])
     return cls(**given)
+
+
+@cache
+def _hints(cls: type[Method]) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def name_of(method: Method) -> str:
