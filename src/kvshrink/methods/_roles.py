@@ -145,6 +145,13 @@ class Method(ABC):
         """Whether a layer is stored as what it adds to the compressed layer before it."""
         return False
 
+    def apart(self, fitted: Fitted) -> str | None:
+        """Why rows through a layer's codecs are not yet what a cache holds of them, or reads; None: they are.
+
+        fitted: empty where nothing is fitted yet; then of what the settings allow.
+        """
+        return "drops tokens" if self.drops_tokens else None
+
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
         return {}

@@ -29,6 +29,18 @@ def keep_and_bits(keep: object, bits: object) -> None:
     require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
 
 
+def check_topk(topk: object) -> None:
+    """Raise SettingError unless topk is a number of tokens, or a share of them as a decimal number."""
+    number("topk", topk)
+    ok = 0 < topk <= 1 if isinstance(topk, float) else topk >= 1  # type: ignore[operator]
+    require(ok, f"topk={topk}", "Use a number of tokens from 1, or a share above 0, up to 1.0.")
+
+
+def reads_part(topk: int | float) -> str | None:
+    """What a method with this topk does that its codecs alone do not; None: all tokens are read."""
+    return None if isinstance(topk, float) and topk == 1 else "has a new token read a part of the others"
+
+
 def one_of(name: str, value: object, offered: tuple) -> None:
     """Raise SettingError unless the value is one of those offered, and of their type (2.0 is not 2, True is not 1)."""
     ok = any(type(value) is type(x) and value == x for x in offered)

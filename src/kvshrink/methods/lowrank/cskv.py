@@ -115,10 +115,10 @@ class CSKV(Method):
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
         if self.codec is not None:
             own = latents.quantiser(self.codec, self.bits)
-            fixed = own.needs_fit or own.asks
-            require(
-                not (fixed and self.steps), f"codec={self.codec!r} with steps", "It depends on the basis or on queries."
-            )
+            why, given = own.apart({}), f"codec={self.codec!r} with"
+            require(not (own.needs_fit and self.steps), f"{given} steps", "It depends on the basis. Use steps=0.")
+            require(not (why and self.steps), f"{given} steps", f"It {why}. Use steps=0.")
+            require(not (why and self.key_share == "auto"), f"{given} key_share='auto'", f"It {why}. Give a share.")
 
     def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
@@ -176,6 +176,9 @@ class CSKV(Method):
     def asks(self) -> bool:
         """Whether its codec wants to know what tokens are worth."""
         return self.codec is not None and self._quantiser().asks
+
+    def apart(self, fitted: Fitted) -> str | None:
+        return None if self.codec is None else self._quantiser().apart({})
 
     @property
     def samples(self) -> bool:

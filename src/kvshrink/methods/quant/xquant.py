@@ -61,6 +61,10 @@ class XQuant(Quantiser):
         whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
+    def apart(self, fitted: Fitted) -> str | None:
+        joint = "down" in fitted if fitted else self.mode != "latent"
+        return "may store keys and values as one" if joint else None
+
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         if self.mode != "latent":
             fits = facts.key_weight.shape[0] == facts.key_weight.shape[1]
