@@ -1,5 +1,7 @@
 """Which methods are more than what their codecs do to rows, and that plans and simulations know it."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +11,7 @@ from kvshrink import CSKV, methods
 from kvshrink.attach.families import layers_of
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.simulated import simulate
+from kvshrink.fit import probe as probes
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._facts import LayerShape
@@ -39,7 +42,7 @@ def model():
     """As many KV heads as query heads, so that inputs can be stored; its attention is peaked."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
-    config = LlamaConfig(num_hidden_layers=2, intermediate_size=48, vocab_size=97, max_position_embeddings=320, **shape)
+    config = LlamaConfig(num_hidden_layers=2, intermediate_size=48, vocab_size=97, max_position_embeddings=256, **shape)
     net = LlamaForCausalLM(config).eval().requires_grad_(False)
     for name, weight in net.named_parameters():
         weight.data.mul_(12.0 if "proj" in name else 1.0)
@@ -49,13 +52,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows():
-    return torch.randint(3, 97, (6, 256), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def ready(model, rows):
     """Each of ALL as a cache takes it; those that must be fitted, in one pass over the text."""
-    made = {i: methods.build(name, {"window": 32, **settings}) for i, (name, settings) in enumerate(ALL)}
+    made = {i: methods.build(name, {"window": 32, "sinks": 4, **settings}) for i, (name, settings) in enumerate(ALL)}
     wanted = [i for i, method in made.items() if method.needs_fit]
     fitted = fit_all(model, [made[i] for i in wanted], rows, progress=False)
     return made | dict(zip(wanted, fitted, strict=True))
@@ -64,7 +67,9 @@ def ready(model, rows):
 @pytest.fixture(scope="module")
 def recall(model, rows):
     """Whose repetitions are read in one forward: no page leaves the window meanwhile."""
-    return Recall(model, layers_of(model), rows, RTN(window=32), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "recall_rows", partial(probes.recall_rows, count=1))
+        return Recall(model, layers_of(model), rows, RTN(window=32), progress=False)
 
 
 @pytest.fixture(scope="module")
