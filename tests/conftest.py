@@ -18,6 +18,16 @@ torch.set_num_threads(1)
 _empty, _new_empty = torch.empty, torch.Tensor.new_empty
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, help="cases of every fuzzer in tests/fuzz; default: as many as take seconds")
+
+
+@pytest.fixture
+def fuzz_cases(request):
+    """A function from a fuzzer's own small number of cases to the number that was asked for."""
+    return lambda small: request.config.getoption("--fuzz") or small
+
+
 def _poison(out):
     return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 

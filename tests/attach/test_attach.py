@@ -401,7 +401,7 @@ def test_a_mask_of_wrong_width_is_refused(model, columns):
 def test_a_prepared_mask_of_wrong_width_is_refused(model):
     cache = filled(model)
     mask = torch.ones(1, 1, 5, 60, dtype=torch.bool)
-    with pytest.raises(CacheError, match=r"covers 60 columns, the cache 60 and the input 5\. Make it 65"):
+    with pytest.raises(CacheError, match=r"has shape \(1, 1, 5, 60\), but the cache holds 60 tokens"):
         model(tokens(1, 5), attention_mask=mask, past_key_values=cache)
 
 

@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from kvshrink.attach import attention
 from kvshrink.attach.attention import kvshrink_attention
 from kvshrink.attach.grouped import grouped
+from kvshrink.attach.implementation import Ours
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: sdpa does it")
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -73,6 +75,8 @@ def test_the_attention_function_takes_it_in_place_of_sdpa_alone(monkeypatch):
     query, keys, values = inputs(torch.bfloat16)
     module = torch.nn.Module()
     module.num_key_value_groups = 3
+    module.config = LlamaConfig()
+    module.config._attn_implementation_internal = Ours("sdpa")
     out, _ = kvshrink_attention(module, query, keys, values, None, scaling=0.125)
     want = wanted(query, keys, values, None, 0.125)
     assert len(asked) == 1

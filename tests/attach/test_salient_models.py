@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import kvshrink
 from kvshrink import CSKV, RTN
-from kvshrink.attach import attention, hook
+from kvshrink.attach import attention, stage
 from kvshrink.cache import layer as layer_file
 from kvshrink.cache.saliency import probes, worth
 from kvshrink.kernels.pack import unpack
@@ -50,8 +50,8 @@ def test_queries_are_those_that_the_model_s_attention_uses(name, monkeypatch):
 
 def test_no_query_is_projected_that_nobody_asks_for(monkeypatch):
     """Not for a method that does not care, nor in a step after which nothing leaves the window."""
-    model, calls, real = FAMILIES["llama"].build(), [], hook.queries
-    monkeypatch.setattr(hook, "queries", lambda module, hidden: calls.append(hidden.shape[1]) or real(module, hidden))
+    model, calls, real = FAMILIES["llama"].build(), [], stage.queries
+    monkeypatch.setattr(stage, "queries", lambda module, hidden: calls.append(hidden.shape[1]) or real(module, hidden))
     for method, wanted in ((RTN(window=8), []), (EdgeQAT(window=8), [10, 10, 1, 1, 1, 1])):
         cache = kvshrink.make_cache(model, method)
         feed(model, tokens(1, 100)[:, :40], cache)

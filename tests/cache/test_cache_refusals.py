@@ -38,6 +38,12 @@ def copy_of(cache):
     return new().load_state_dict(cache.state_dict())
 
 
+def edited(state: dict, **changes) -> dict:
+    """The state with other plain values."""
+    plain = json.loads(bytes(state["plain"].tolist())) | changes
+    return state | {"plain": torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)}
+
+
 def positions(tokens: int, b: int = 1) -> torch.Tensor:
     return torch.arange(tokens, dtype=torch.int32).expand(b, tokens)
 
@@ -111,15 +117,14 @@ def test_a_crop_of_more_than_there_is():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, r"another version \(2, not 1\)"),
+        ("version", 1, r"another version \(1, not 2\)"),
+        ("version", True, r"another version \(True, not 2\)"),
         ("fitted", "otherfit", r"another method or artifact \(otherfit, not fitted\)"),
         ("layers", [{}], r"another number of layers \(1, not 2\)"),
     ],
 )
 def test_a_state_of_something_else(key, value, message):
-    state = filled().state_dict()
-    plain = json.loads(bytes(state["plain"].tolist())) | {key: value}
-    state["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
+    state = edited(filled().state_dict(), **{key: value})
     cache = filled(100)
     before = shown(copy_of(cache))
     with pytest.raises(ArtifactError, match=rf"^the saved cache has {message}\. Use what it was made with\.$"):
@@ -133,7 +138,10 @@ def test_a_state_without_description(plain):
     del state["plain"]
     if plain is not None:
         state["plain"] = torch.tensor(list(plain), dtype=torch.uint8)
-    with pytest.raises(ArtifactError, match=r"^not a kvshrink cache state: its description is missing or edited\."):
+    with pytest.raises(
+        ArtifactError,
+        match=r"^not a kvshrink cache state: its description is missing or edited \(.+\)\. Save it again\.$",
+    ):
         new().load_state_dict(state)
 
 
@@ -164,9 +172,9 @@ def test_an_incomplete_state(missing):
 @pytest.mark.parametrize("name", ["table.positions", "layers.0.window.values", "layers.1.pages.0.v.codes"])
 def test_a_state_of_other_shapes_or_with_more_in_it(name):
     state = filled().state_dict()
-    for edited in (state | {name: state[name][..., :-1]}, state | {"layers.0.pages.7.k.codes": state[name]}):
+    for other in (state | {name: state[name][..., :-1]}, state | {"layers.0.pages.7.k.codes": state[name]}):
         with pytest.raises(ArtifactError, match=r"^the saved cache is incomplete or edited \(.+\)\. Save it again\.$"):
-            new().load_state_dict(edited)
+            new().load_state_dict(other)
 
 
 def test_a_state_is_a_copy():

@@ -1,7 +1,6 @@
 """kernels/decode/cpu.py against its reference: stored forms, odd shapes, masks, positions, and what lies around."""
 
 import itertools
-import logging
 import pickle
 import shutil
 import time
@@ -10,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvshrink.kernels import native
 from kvshrink.kernels.decode import Basis, cpu, fused, reference
 from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, turn_of
 from tests.kernels.tolerances import assert_close
@@ -123,52 +121,6 @@ def test_other_page_sizes_and_a_set_environment_are_left_to_the_reference(monkey
     assert fused(torch.device("cpu"), keys._replace(page=16), keys) is None
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
     assert fused(torch.device("cpu"), keys, keys) is None
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A process that has not built anything yet."""
-    monkeypatch.setenv("KVSHRINK_CACHE", str(tmp_path))
-    native.library.cache_clear()
-    yield tmp_path
-    native.library.cache_clear()
-
-
-def test_without_a_compiler_it_says_so_once_and_goes_on(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with caplog.at_level(logging.WARNING, "kvshrink"):
-        assert native.library() is None
-        assert native.library() is None
-    assert len(caplog.records) == 1
-    assert "Install g++" in caplog.text
-    assert fused(torch.device("cpu"), *[packed("raw", 1, 8, 1, 1, torch.float32)] * 2) is None
-
-
-@needs_compiler
-def test_a_build_that_fails_says_why(fresh, monkeypatch, caplog):
-    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
-    with caplog.at_level(logging.WARNING, "kvshrink"):
-        assert native.library() is None
-    assert "no-such-flag" in caplog.text
-
-
-@needs_compiler
-def test_a_build_is_kept_and_a_broken_one_is_made_again(fresh, monkeypatch):
-    assert native.library() is not None
-    (made,) = (fresh / "kvshrink").iterdir()
-    stamp = made.stat().st_mtime_ns
-    native.library.cache_clear()
-    assert native.library() is not None
-    assert made.stat().st_mtime_ns == stamp
-    assert [p.name for p in (fresh / "kvshrink").iterdir()] == [made.name]
-    # elsewhere, since a process loads a path only once
-    broken = fresh / "other" / "kvshrink" / made.name
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(made.read_bytes()[:100])
-    monkeypatch.setenv("KVSHRINK_CACHE", str(fresh / "other"))
-    native.library.cache_clear()
-    assert native.library() is not None
-    assert broken.stat().st_size == made.stat().st_size
 
 
 @needs_compiler

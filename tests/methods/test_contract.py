@@ -25,6 +25,7 @@ from kvshrink.store.pages import _pages
 from tests.cache.build import feed, make
 
 SHAPES = [(1, 16), (2, 8), (4, 20)]  # KV heads, head dim; not only powers of two
+F32 = torch.float32
 TRIED = {
     "bits": (None, *reversed(WIDTHS), 1.5),
     "keep": (0.5,),
@@ -111,6 +112,21 @@ def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages, rows_of):
         assert sum(t.nbytes for t in stored.values()) == nbytes(stored.values()) == 2 * pages * codec.page_bytes()
         assert all(t.shape[:2] == (2, pages) for t in stored.values())
         assert codec.side <= set(stored) | {"scale", "low"}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_saved_cache_is_taken_over_as_it_was(name, fit):
+    """What a cache's description implies of its tensors is what they are, for every method, and they are read."""
+    method, shape = next(p.values[0] for p in cases() if methods.name_of(p.values[0]) == name), LayerShape(4, 20, F32)
+    fitted = [fit(method, shape)]
+    cache, other = make(method, shape, fitted), make(method, shape, fitted)
+    rows, real = torch.randn(2, 4, 240, 20), torch.ones(2, 240, dtype=torch.bool)
+    real[1, :37] = False
+    feed(cache, [rows], [rows.clone()], real=real)
+    state = cache.state_dict()
+    back = other.load_state_dict(state).state_dict()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], t) for k, t in state.items())
 
 
 def test_pages_do_not_hold_on_to_the_model_s_tensors(codecs, shape, rows_of, page):

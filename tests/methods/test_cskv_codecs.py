@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvshrink import CSKV, methods
-from kvshrink.attach.factory import moved
+from kvshrink.attach.fitted import moved
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.quant._quantiser import Quantiser

@@ -11,7 +11,7 @@ from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.step import Handle
-from kvshrink.cache.view import View
+from kvshrink.cache.view import Mask, View
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import packing
@@ -166,7 +166,9 @@ def test_a_needle_is_read(fitted):
         feed(cache, [ROPE.turn(keys, positions)], [values], ROPE)
         query = direction[None].expand(-1, -1, 2, -1) * 20  # [b, h, x, d]
         layer = cache.layers[0]
-        best, _ = chosen._best(query, View(None, 1, 0, 1, 2, Handle(layer, ROPE, layer.shelves(), layer.seen)), 10**6)
+        best, _ = chosen._best(
+            query, View(Mask(None, None), 1, 0, 1, 2, Handle(layer, ROPE, layer.shelves(), layer.seen)), 10**6
+        )
         assert best.tolist() == [[place - layer.pages.first[0]]]
 
 

@@ -348,11 +348,13 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     assert data["promised"]["nbytes"] == 2 * chosen.nbytes
     assert data["budget"] == {"kept": 0.25, "tokens": 4096, "batch": 2}
     for change, message in (
-        ({"version": 2}, "has plan version 2, this kvshrink reads 1"),
+        ({"version": 1}, "has plan version 1, this kvshrink reads 2"),
         ({"note": "hello"}, r"missing or unknown keys \['note'\]"),
         ({"settings": {"window": 0}}, r"is edited: window=0"),
         ({"method": "magic"}, r"is edited: no method 'magic'"),
         ({"settings": 3}, "is edited"),
+        ({"kl": 0.5}, "is edited: sha256 differs"),
+        ({"model": []}, "is edited: its model has no name and fingerprint"),
     ):
         path.write_text(json.dumps(data | change))
         with pytest.raises(ArtifactError, match=message):

@@ -14,11 +14,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvshrink.attach.grouped import grouped
+from kvshrink.attach.implementation import NAME, previous
+from kvshrink.attach.keywords import check_keywords, unknown
 from kvshrink.cache.attend import attend
-from kvshrink.errors import CacheError
-
-NAME = "kvshrink"
-PREVIOUS = "_kvshrink_previous"  # attribute of an attention module: the implementation its model had before
+from kvshrink.store.modes import at_once, autocast_on, own_dtypes
 
 
 def kvshrink_attention(
@@ -36,11 +35,13 @@ def kvshrink_attention(
     handle = getattr(key, "_kvshrink", None)
     if handle is None:
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
-    if kwargs.get("output_attentions"):
-        raise CacheError("attention weights are never formed over a shrunken cache. Use output_attentions=False.")
+    check_keywords(kwargs, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(query, key, value, attention_mask, scale, softcap, handle)
+    out = _attend(query, key, value, attention_mask, scale, softcap, handle)
     return out.transpose(1, 2).contiguous(), None
+
+
+_attend = at_once(own_dtypes(attend))
 
 
 def register() -> None:
@@ -61,8 +62,8 @@ def _dense(
     kwargs: dict,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, with our boolean mask in the form that it expects."""
-    previous = getattr(module, PREVIOUS, "sdpa")
-    if previous == "sdpa" and query.shape[2] == 1 and _plain(mask, dropout, softcap, kwargs):
+    name = previous(module)
+    if name == "sdpa" and query.shape[2] == 1 and _plain(mask, dropout, softcap, kwargs):
         out = grouped(query, key, value, mask, scaling)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
@@ -70,12 +71,12 @@ def _dense(
         # as DynamicCache gives them: read many times, a head's tokens are faster side by side than among all heads'
         key, value = key.contiguous(), value.contiguous()
     extra = dict(kwargs) if softcap is None else {**kwargs, "softcap": softcap}
-    if previous == "eager":
+    if name == "eager":
         call: Callable = _eager_of(module)
         mask = _additive(mask, query, key)
     else:
-        call = ALL_ATTENTION_FUNCTIONS[previous]
-        if "flash" in previous and mask is not None:
+        call = ALL_ATTENTION_FUNCTIONS[name]
+        if "flash" in name and mask is not None:
             # flash takes the padding alone, [b, t]; the last new token sees all that is no pad
             mask = mask[:, 0, -1]
             mask = None if bool(mask.all()) else mask
@@ -84,8 +85,8 @@ def _dense(
 
 def _plain(mask: Tensor | None, dropout: float, softcap: float | None, kwargs: dict) -> bool:
     """Whether nothing was asked of sdpa but attention over these keys, so that `grouped` may do it."""
-    extra = [softcap, kwargs.get("position_bias"), kwargs.get("cache")]
-    return dropout == 0.0 and all(e is None for e in extra) and (mask is None or mask.dtype == torch.bool)
+    asked = dropout != 0.0 or softcap is not None or unknown(kwargs)
+    return not asked and (mask is None or mask.dtype == torch.bool) and not autocast_on()
 
 
 def _eager_of(module: nn.Module) -> Callable:

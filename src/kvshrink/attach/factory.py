@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvshrink.attach.families import key_value_weights, shape_of, text_config
+from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.attach.owner import owner_of
+from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache, digest
 from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
@@ -19,16 +20,19 @@ from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
-from kvshrink.methods._tier import Tier
-from kvshrink.methods.artifact import LOOKED_AT, Artifact
+from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
 
-def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KVCache:
+def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
 
+    One text per cache: like DynamicCache, a used one takes what it is given next as the continuation of what it holds,
+    also another prompt, and each prompt of a list given to a pipeline. Make a new one, or call its `reset()`.
+
+    model: a transformers model, or a pipeline or wrapper of one (PEFT, torch.compile).
+    method: a method, or a fitted artifact.
     watch: let `report()` say how far the sequence is from the calibration text; costs a projection of every token.
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
@@ -36,21 +40,24 @@ def make_cache(model: Any, method: Method | Artifact, watch: bool = False) -> KV
         raise SettingError(
             f"{method!r} is neither a method nor an artifact. Pass an object, such as kvshrink.RTN(bits=4)."
         )
+    model = transformers_model(model)
     attachment = attach(model)
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     identity = identity_of(model)
     _check(artifact, attachment, identity)
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
+    ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
-            layers.append(DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window))
+            sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
+            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined]  # a saved one must fit
+            layers.append(sliding)
         else:
-            tiers = _tiers(artifact, i, shape, key_value_weights(attachment.layers[i].module)[0])
-            watched = _watch(artifact, i, tiers[0].codecs) if watch else None
+            watched = _watch(artifact, i, ladders[i][0].codecs) if watch else None
             follows = artifact.method.follows(artifact.layers.get(i, {}))
             base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if follows else None
-            layers.append(CompressedLayer(artifact.method, shape, tiers, table, watched, base))
+            layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
     owner = owner_of(decoder_of(model), identity)
@@ -79,24 +86,8 @@ def _check(artifact: Artifact, attachment: Attachment, identity: Identity) -> No
         raise ArtifactError(f"the artifact was fitted on {name}: of this model {different}. Fit one for this model.")
 
 
-@lasting
-def _tiers(artifact: Artifact, layer: int, shape: LayerShape, like: Tensor) -> tuple[Tier, ...]:
-    """The layer's tiers, with tensors on the model's device: made once per artifact, shared by all of its caches."""
-    made = artifact.__dict__.setdefault("_tiers", {})
-    key = (layer, shape, like.device)
-    if key not in made:
-        fitted = artifact.layers.get(layer, {})
-        learnt = {k: t.to(like.device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)}
-        made[key] = tuple(moved(tier, like.device) for tier in artifact.method.tiers(shape, learnt))
-    return made[key]
-
-
-def moved(tier: Tier, device: torch.device) -> Tier:
-    """The tier with its bases on a device."""
-    if tier.codecs is None:
-        return tier
-    key, value = (codec.to(device) if isinstance(codec, BasisCodec) else codec for codec in tier.codecs)
-    return tier._replace(codecs=(key, value))
+def _like(attachment: Attachment, layer: int) -> torch.device:
+    return key_value_weights(attachment.layers[layer].module)[0].device
 
 
 def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:

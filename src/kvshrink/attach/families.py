@@ -5,6 +5,8 @@ width (Olmo2) or per head (Qwen3, Gemma3, Cohere), and the pairing of RoPE chann
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
-from kvshrink.errors import UnsupportedModelError
+from kvshrink.errors import KVShrinkError, UnsupportedModelError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.shapes import Float
 
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
 MOVING = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length reached
 KINDS = {"full_attention", "sliding_attention"}
+ENCODER = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}  # what cross-attention reads
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,50 @@ def text_config(model: Any) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def text_tower(model: Any) -> Any:
+    """The decoder of a model: where its attention layers and its RoPE are, and no vision tower's."""
+    tower = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return getattr(tower, "language_model", None) or tower
+
+
+@contextmanager
+def understood(model: Any) -> Iterator[None]:
+    """Whatever goes wrong while a model is looked at means that it is of an unknown kind: UnsupportedModelError."""
+    try:
+        yield
+    except (KVShrinkError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        name = getattr(model.config, "model_type", type(model).__name__)
+        raise UnsupportedModelError(f"{name}: its attention layers are of an unknown kind ({reason}).") from error
+
+
 def attention_modules(model: Any) -> list[Any]:
     """The self-attention modules in layer order. Raises UnsupportedModelError if they are not one per layer."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and _takes_cache(m)]
+    takes = [(m, inspect.signature(m.forward).parameters) for m in text_tower(model).modules() if _caches(m)]
+    found = [m for m, names in takes if "past_key_values" in names]
     config = text_config(model)
     if hasattr(config, "kv_lora_rank"):
         raise UnsupportedModelError(
             f"{config.model_type} caches MLA latents, which are shrunken already. Use a GQA or MHA model."
         )
+    if any(ENCODER & set(names) for _, names in takes):
+        raise UnsupportedModelError(
+            f"{config.model_type} has cross-attention, whose cache is not one of tokens. Use a decoder-only model."
+        )
     layers = config.num_hidden_layers
-    if sorted(m.layer_idx for m in found) != list(range(layers)):
+    if sorted(str(m.layer_idx) for m in found) != sorted(map(str, range(layers))):
         raise UnsupportedModelError(
             f"{config.model_type}: {len(found)} attention modules for {layers} layers. Linear attention, "
             "shared caches and encoder-decoder models are not supported."
         )
+    for m in found:
+        if not hasattr(m, "qkv_proj") and None in (getattr(m, "k_proj", None), getattr(m, "v_proj", None)):
+            raise UnsupportedModelError(
+                f"{config.model_type}: layer {m.layer_idx} has no projection of its own for keys or values. "
+                "Layers whose values are their keys, or another layer's, are not supported."
+            )
     return sorted(found, key=lambda m: m.layer_idx)
 
 
@@ -67,17 +100,19 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 
 def layers_of(model: Any) -> list[LayerInfo]:
     """What we need to know of every layer. Raises UnsupportedModelError, before anything runs."""
-    config = text_config(model)
-    modules, kinds = attention_modules(model), layer_kinds(config)
-    rotary = rotary_module(model)
-    return [
-        LayerInfo(m, k == "full_attention", _rope(m, k, config, rotary)) for m, k in zip(modules, kinds, strict=True)
-    ]
+    with understood(model):
+        config = text_config(model)
+        modules, kinds = attention_modules(model), layer_kinds(config)
+        rotary = rotary_module(model)
+        return [
+            LayerInfo(m, k == "full_attention", _rope(m, k, config, rotary))
+            for m, k in zip(modules, kinds, strict=True)
+        ]
 
 
 def rotary_module(model: Any) -> Any:
     """The module that makes cos and sin, shared by all layers."""
-    return next((m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "config")), None)
+    return next((m for m in text_tower(model).modules() if hasattr(m, "rope_type") and hasattr(m, "config")), None)
 
 
 def key_value(module: Any, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor, Tensor]:
@@ -106,7 +141,8 @@ def _heads(module: Any, rows: Tensor, norm_name: str | None) -> Tensor:
     if (clip := getattr(module.config, "clip_qkv", None)) is not None:
         rows = rows.clamp(-clip, clip)
     norm = getattr(module, norm_name, None) if norm_name else None
-    over_width = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() != d
+    weight = getattr(norm, "weight", None)
+    over_width = weight is not None and weight.dim() == 1 and weight.numel() != d
     if over_width:
         rows = norm(rows)
     rows = rows.unflatten(-1, (-1, d))
@@ -163,14 +199,14 @@ def kv_heads(module: Any) -> int:
 def position_embeddings(model: Any, positions: Tensor, like: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) as the model makes them for a layer of this kind."""
     rotary = rotary_module(model)
-    if rotary is None:
+    if rotary is None or not _turns(rotary, kind):
         return None
     per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     return rotary(like, positions, kind) if per_kind else rotary(like, positions)
 
 
 def _rope(module: Any, kind: str, config: PreTrainedConfig, rotary: Any) -> Rope | None:
-    if rotary is None or not getattr(module, "use_rope", True):
+    if rotary is None or not _turns(rotary, kind) or not getattr(module, "use_rope", True):
         return None
     rope_type = rotary.rope_type[kind] if isinstance(rotary.rope_type, dict) else rotary.rope_type
     if rope_type in MOVING:
@@ -184,5 +220,10 @@ def _rope(module: Any, kind: str, config: PreTrainedConfig, rotary: Any) -> Rope
     return Rope(frequencies, scaling, config.model_type in INTERLEAVED)
 
 
-def _takes_cache(module: Any) -> bool:
-    return "past_key_values" in inspect.signature(module.forward).parameters
+def _turns(rotary: Any, kind: str) -> bool:
+    """Whether layers of this kind have a RoPE: where each kind has its own, some have none."""
+    return not isinstance(rotary.rope_type, dict) or kind in rotary.rope_type
+
+
+def _caches(module: Any) -> bool:
+    return hasattr(module, "layer_idx") and hasattr(module, "o_proj")

@@ -1,94 +1,164 @@
-"""attach: hooks that hand our cache what transformers does not pass to it. Per model, idempotent, undone by detach."""
+"""attach: hooks that hand our cache what transformers does not pass to it. Per model, idempotent, undone by detach.
 
+The attachment is kept by the decoder, which a model shares with everything that wraps it. One lock serves all models:
+attaching is rare, and models may share a config.
+"""
+
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from torch.utils.hooks import RemovableHandle
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvshrink.attach.attention import NAME, PREVIOUS, register
-from kvshrink.attach.check import check_attention, check_keys
-from kvshrink.attach.families import LayerInfo, layer_kinds, layers_of, text_config
-from kvshrink.attach.identity import decoder_of
-from kvshrink.attach.stage import Stage, check_input
+from kvshrink.attach.attention import register
+from kvshrink.attach.check import check_layers
+from kvshrink.attach.families import (
+    LayerInfo,
+    attention_modules,
+    layer_kinds,
+    layers_of,
+    text_config,
+    text_tower,
+    understood,
+)
+from kvshrink.attach.implementation import NAME, PREVIOUS, Ours, choose, distinct, named
+from kvshrink.attach.inputs import check_use
+from kvshrink.attach.stage import CheckInput, Stage
+from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import UnsupportedModelError
+from kvshrink.store.modes import without_autocast
 
-ATTRIBUTE = "_kvshrink"  # where a model keeps its attachment
+ATTRIBUTE = "_kvshrink"  # where a decoder keeps its attachment
+LOCK = threading.RLock()
+LIVE: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
 
 
-@dataclass
+@dataclass(eq=False)
 class Attachment:
-    """Per-model state."""
+    """What was changed in one model, and what is known of it."""
 
     layers: list[LayerInfo]
     kinds: list[str]
-    previous: str
+    configs: list[tuple[PreTrainedConfig, str | None]]  # with the implementation that each named before
     name: str = field(default_factory=lambda: uuid4().hex)  # by which a cache knows whom it may serve
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    blocks: int = 0  # `with attached(model)` blocks that are open, if the first of them attached it
+
+    def __post_init__(self) -> None:
+        register()
+        LIVE.add(self)
+
+    def __reduce__(self) -> tuple:
+        """A copied or unpickled model's attachment is one of its own."""
+        return Attachment, (self.layers, self.kinds, self.configs, self.name)
 
 
 def attach(model: Any) -> Attachment:
     """Let the model read and write kvshrink caches. Other caches and training are not touched.
 
+    model: a transformers model, or a pipeline or wrapper of one (PEFT, torch.compile): all share one attachment.
     Raises UnsupportedModelError, before anything is changed, if the model's keys cannot be understood.
     """
-    known = getattr(model, ATTRIBUTE, None)
-    if known is not None:
-        return known
-    previous = model.config._attn_implementation or "sdpa"
-    if previous == "flex_attention" or "|" in previous:
-        raise UnsupportedModelError(
-            f"attention implementation {previous!r} is not supported. Load the model with 'sdpa'."
-        )
+    return _attach(transformers_model(model))[0]
+
+
+def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
+    """The attachment, and whether it is new."""
+    with LOCK, understood(model):
+        tower = text_tower(model)
+        known: Attachment | None = vars(tower).get(ATTRIBUTE)
+        if known is not None:
+            if all(m is info.module for m, info in zip(attention_modules(model), known.layers, strict=True)):
+                return known, False
+            _undo(tower, known)  # its layers were replaced
+        check_loaded(model)
+        with without_autocast():
+            attachment = _inspected(model, tower)
+        try:
+            _apply(tower, attachment)
+        except BaseException:
+            _undo(tower, attachment)
+            raise
+        return attachment, True
+
+
+def _inspected(model: PreTrainedModel, tower: nn.Module) -> Attachment:
+    """An attachment that has changed nothing yet. Raises UnsupportedModelError."""
     layers, kinds = layers_of(model), layer_kinds(text_config(model))
-    # one layer with RoPE and one without, as far as there are any
-    kept = [i for i, x in enumerate(layers) if x.compressed]
-    probes = {layers[i].rope is not None: i for i in reversed(kept)}.values()
-    for i in probes:
-        check_keys(model, layers[i], kinds[i])
-    attachment = Attachment(layers, kinds, previous)
+    configs = distinct([model.config, text_config(model), tower.config, *(info.module.config for info in layers)])
+    default = "sdpa" if model._supports_sdpa else "eager"
+    before = [(config, named(config, default)) for config in configs]
+    for name in {name for _, name in before if name is not None}:
+        if name == "flex_attention" or "|" in name:
+            raise UnsupportedModelError(
+                f"attention implementation {name!r} is not supported. Load the model with 'sdpa'."
+            )
     register()
-    for info in layers:
-        setattr(info.module, PREVIOUS, previous)
-        hook = Stage(info, attachment.name)
-        attachment.hooks.append(info.module.register_forward_pre_hook(hook, with_kwargs=True))
-    decoder = decoder_of(model)
-    attachment.hooks.append(decoder.register_forward_pre_hook(partial(check_input, attachment.name), with_kwargs=True))
-    setattr(model, ATTRIBUTE, attachment)
-    try:
-        model.set_attn_implementation(NAME)
-        for i in probes:
-            check_attention(model, layers[i], kinds[i], attachment.name)
-    except BaseException:
-        detach(model)
-        raise
-    return attachment
+    check_layers(model, layers, kinds)
+    return Attachment(layers, kinds, before)
+
+
+def _apply(tower: nn.Module, attachment: Attachment) -> None:
+    _strip(tower)  # a layer may be the copy of an attached one
+    before = {id(config): name for config, name in attachment.configs}
+    for info in attachment.layers:
+        setattr(info.module, PREVIOUS, before[id(info.module.config)])
+        info.module.register_forward_pre_hook(Stage(info, attachment.name), with_kwargs=True)
+    for check in (check_use, CheckInput(attachment.name)):
+        tower.register_forward_pre_hook(check, with_kwargs=True)
+    setattr(tower, ATTRIBUTE, attachment)
+    for config, name in attachment.configs:
+        choose(config, Ours(name))
 
 
 def detach(model: Any) -> None:
-    """Undo `attach`. Caches made for the model can no longer be used with it."""
-    attachment = getattr(model, ATTRIBUTE, None)
-    if attachment is None:
-        return
-    for hook in attachment.hooks:
-        hook.remove()
-    for info in attachment.layers:
-        delattr(info.module, PREVIOUS)
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation(attachment.previous)
-    delattr(model, ATTRIBUTE)
+    """Undo `attach`, through any object that it accepts. Caches of the model can no longer be used with it."""
+    model = transformers_model(model)
+    with LOCK:
+        tower = text_tower(model)
+        attachment = vars(tower).get(ATTRIBUTE)
+        if attachment is not None:
+            _undo(tower, attachment)
+
+
+def _undo(tower: nn.Module, attachment: Attachment) -> None:
+    LIVE.discard(attachment)
+    for part in (tower, *(info.module for info in attachment.layers)):
+        _strip(part)
+    shared = {id(config) for other in LIVE for config, _ in other.configs}
+    for config, name in attachment.configs:
+        if config._attn_implementation == NAME and id(config) not in shared:
+            choose(config, name)
+
+
+def _strip(tower: nn.Module) -> None:
+    """Take away all that is ours from a module and those inside it."""
+    for module in tower.modules():
+        vars(module).pop(ATTRIBUTE, None)
+        vars(module).pop(PREVIOUS, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Stage | CheckInput) or hook is check_use:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager
 def attached(model: Any) -> Iterator[Any]:
-    """The model attached for the length of a `with` block."""
-    was = hasattr(model, ATTRIBUTE)
-    attach(model)
+    """The model attached for the length of a `with` block; blocks of several threads end with the last of them."""
+    inner = transformers_model(model)
+    with LOCK:
+        attachment, new = _attach(inner)
+        counted = new or attachment.blocks > 0
+        attachment.blocks += counted
     try:
         yield model
     finally:
-        if not was:
-            detach(model)
+        with LOCK:
+            attachment.blocks -= counted
+            tower = text_tower(inner)
+            if counted and attachment.blocks == 0 and vars(tower).get(ATTRIBUTE) is attachment:
+                _undo(tower, attachment)

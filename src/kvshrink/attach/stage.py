@@ -1,18 +1,21 @@
-"""Pre-hooks: what a step hands to a cache that transformers does not pass, and input that is refused before it runs."""
+"""Pre-hooks: what one step hands to a cache that transformers does not pass, and input refused before it runs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvshrink.attach.attention import NAME
+from kvshrink.attach.columns import check_columns, new_tokens, positions_of
 from kvshrink.attach.families import LayerInfo, queries
+from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError
+from kvshrink.store.modes import at_once, own_dtypes
 
 
 class Stage:
@@ -24,22 +27,23 @@ class Stage:
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
-        if not self.compressed or not isinstance(cache, KVCache):
-            return
+        if self.compressed and isinstance(cache, KVCache):
+            self._stage(module, args, kwargs, cache)
+
+    @at_once
+    @own_dtypes
+    def _stage(self, module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         b, s = hidden.shape[:2]
         seen = cache.layers[self.index].get_seq_length()
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            raise CacheError(f"{type(module).__name__} got no position_ids. Call the model, not the layer.")
-        own = module.config._attn_implementation == NAME
+        positions = positions_of(module, kwargs.get("position_ids"))
+        own = is_ours(module)
         # the token table is one for all layers; only the step's first compressed layer extends it
-        real = _real(kwargs.get("attention_mask"), b, s, seen) if cache.table.length == seen else None
+        real = new_tokens(kwargs.get("attention_mask"), b, s) if cache.table.length == seen else None
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
-        positions, layer = positions.to(torch.int32), cache.layers[self.index]
-        asked = None
+        layer, asked = cache.layers[self.index], None
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
             asked = asked_of(module, hidden, positions, rope, rows.to(hidden.device))
         cache.stage(self.index, positions, real, rope, own, self.model, asked)
@@ -55,28 +59,19 @@ def asked_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, 
     return Asked(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
 
 
-def _real(mask: Tensor | None, b: int, s: int, seen: int) -> Tensor | None:
-    """Which of the s new columns are tokens: those the last new token sees. None if all are."""
-    if mask is None or mask.dim() not in (2, 4):
-        return None
-    row = mask if mask.dim() == 2 else mask[:, 0, -1]
-    if row.shape[-1] != seen + s:
-        raise CacheError(
-            f"the attention mask covers {row.shape[-1]} columns, the cache {seen} and the input {s}. "
-            f"Make it {seen + s}."
-        )
-    new = row[:, -s:].expand(b, s)
-    new = (
-        new if new.dtype == torch.bool else new > torch.finfo(new.dtype).min / 2 if new.is_floating_point() else new > 0
-    )
-    return None if bool(new.all()) else new
-
-
-def check_input(name: str, module: Any, args: tuple, kwargs: dict) -> None:
+@dataclass(frozen=True)
+class CheckInput:
     """Pre-hook of the decoder of the attachment `name`: what would silently give wrong tokens is refused."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVCache):
-        return
+
+    name: str
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, KVCache):
+            _check_input(self.name, cache, module, args, kwargs)
+
+
+def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
     given = args[0] if given is None and args else given
@@ -89,15 +84,9 @@ def check_input(name: str, module: Any, args: tuple, kwargs: dict) -> None:
         raise CacheError(
             f"the input is empty ({b} x {s} tokens) while the cache holds {seen}. Pass at least one new token."
         )
-    rows = cache.table.positions.shape[0] if cache.table.length else b
-    if rows != b:
+    if (rows := cache.rows or b) != b:
         raise CacheError(
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
     check_owner(module, name, cache, s)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != (b, seen + s):
-        raise CacheError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the cache holds {seen} tokens and the input {s}: "
-            f"it must be ({b}, {seen + s}), one column for every token so far."
-        )
+    check_columns(cache, module.config, kwargs.get("attention_mask"), kwargs.get("position_ids"), b, s)

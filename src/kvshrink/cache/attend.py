@@ -11,7 +11,7 @@ from torch import Tensor
 from kvshrink.cache.body import Shelf
 from kvshrink.cache.chosen import read_chosen
 from kvshrink.cache.step import Handle
-from kvshrink.cache.view import Slice, View, visible
+from kvshrink.cache.view import Mask, Slice, View, visible
 from kvshrink.kernels.attention import Running, finish, fold, join, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, Turn, fused
 from kvshrink.shapes import Float
@@ -35,11 +35,11 @@ def attend(
     h = keys.shape[1]
     # many new tokens come in slices, so that scores stay small; a block of the body is rebuilt once for all slices
     size = max(1, SCORE_ELEMENTS // (b * heads * _block_tokens(handle)))
-    slices = []
+    slices, shown = [], Mask.of(mask)
     for at in range(0, s, size):
         part = query[:, :, at : at + size].float().mul(scaling)
         slices.append(
-            Slice(part.reshape(b, h, -1, part.shape[-1]), View(mask, s, at, part.shape[2], heads // h, handle))
+            Slice(part.reshape(b, h, -1, part.shape[-1]), View(shown, s, at, part.shape[2], heads // h, handle))
         )
     segments = [_exact(slices, keys, values, softcap), *_body(slices, softcap)]
     merged = [merge(list(parts)).unflatten(2, (heads // h, -1)).flatten(1, 2) for parts in zip(*segments, strict=True)]
@@ -80,17 +80,27 @@ def _exact(slices: list[Slice], keys: Tensor, values: Tensor, softcap: float | N
     for at in range(0, keys.shape[2] or int(sinks.columns is not None), step):  # after a crop none may be exact
         k, v = keys[:, :, at : at + step], values[:, :, at : at + step]
         columns = slice(handle.first + at, handle.first + at + k.shape[2])
-        seen = [view.columns(columns) for _, view in slices]
-        if at == 0 and sinks.columns is not None and sinks.keys is not None and sinks.values is not None:
-            seen = [
-                _beside(_sinks_seen(view), s, sinks.size, k.shape[2]) for s, (_, view) in zip(seen, slices, strict=True)
-            ]
+        with_sinks = at == 0 and sinks.columns is not None
+        if with_sinks and sinks.keys is not None and sinks.values is not None:
             k, v = torch.cat([sinks.keys, k], 2), torch.cat([sinks.values, v], 2)
         k, v = k.float(), v.float()
         states = [
-            fold(state, q, k, v, shown, softcap) for state, (q, _), shown in zip(states, slices, seen, strict=True)
+            fold(state, q, k, v, seen, softcap, bias)
+            for state, (q, view) in zip(states, slices, strict=True)
+            for seen, bias in (_shown(view, columns, with_sinks),)
         ]
     return [finish(state) for state in states]
+
+
+def _shown(view: View, columns: slice, with_sinks: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(visibility, bias) of exact columns, behind those of the sinks."""
+    seen, bias, sinks = view.columns(columns), view.bias(columns), view.handle.layer.sinks
+    if with_sinks and sinks.columns is not None:
+        seen = _beside(_sinks_seen(view), seen, sinks.size, columns.stop - columns.start)
+        bias = (
+            None if bias is None else _beside(view.bias(sinks.columns), bias, sinks.size, columns.stop - columns.start)
+        )
+    return seen, bias
 
 
 def _sinks_seen(view: View) -> Tensor | None:
@@ -106,7 +116,7 @@ def _sinks_seen(view: View) -> Tensor | None:
 
 
 def _beside(left: Tensor | None, right: Tensor | None, left_size: int, right_size: int) -> Tensor | None:
-    """Two visibilities [#b, #h, #x, size], None for all of it, as one."""
+    """Two visibilities [#b, #h, #x, size], None for all of it, as one; or two biases."""
     if left is None and right is None:
         return None
     some = left if left is not None else right
@@ -122,7 +132,7 @@ def _body(slices: list[Slice], softcap: float | None) -> list[Segment]:
     handle = slices[0].view.handle
     if handle.pages == 0:
         return []
-    one = len(slices) == 1 and slices[0].view.count == 1
+    one = len(slices) == 1 and slices[0].view.count == 1 and slices[0].view.biases is None
     if one and handle.shelves[-1].codecs[0].reads(handle.pages * handle.layer.body.page) is not None:
         return [[part] for part in read_chosen(slices[0], softcap, _block_tokens(handle))]
     return [_shelf(slices, shelf, softcap) for shelf in handle.shelves]
@@ -141,7 +151,7 @@ def _shelf(slices: list[Slice], shelf: Shelf, softcap: float | None) -> Segment:
         keys = _keys(block, shelf, handle) if absorbed[0] is None else key_codec.unpack(block.part("k."))
         latent = value_codec.unpack(shelf.stored(block)[1])
         states = [
-            fold(state, q, keys, latent, visible(block, view), softcap)
+            fold(state, q, keys, latent, visible(block, view), softcap, view.bias(block.columns))
             for state, q, (_, view) in zip(states, queries, slices, strict=True)
         ]
         del keys, latent  # not alive beside the next block's
@@ -155,7 +165,7 @@ def _fused(part: Slice, shelf: Shelf, softcap: float | None) -> Segment | None:
     layer, rope = view.handle.layer, view.handle.rope
     key_codec, value_codec = shelf.codecs
     learns = torch.is_grad_enabled() and query.requires_grad  # kernels have no gradient
-    if query.shape[2] > MOST_ROWS or learns:
+    if query.shape[2] > MOST_ROWS or learns or view.biases is not None:
         return None
     asked, found = key_codec.absorb(query), []
     for block in shelf.runs():

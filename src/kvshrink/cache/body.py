@@ -113,7 +113,7 @@ class Body:
         for young, old in pairwise(self.ages):
             for extent, first, used in young.pages.take(young.beyond()):
                 if old.tier.codecs is not None:
-                    old.pages.put(_demoted(extent, old.tier.codecs), first, used)
+                    old.pages.put(demoted(extent, old.tier.codecs), first, used)
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on. What has grown old stays so."""
@@ -162,7 +162,7 @@ def _beside(block: Block, base: Block) -> Block:
     return replace(block, stored={**block.stored, **others})
 
 
-def _demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
+def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
     """A side's tensors that its codec of the older tier keeps."""
     found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):

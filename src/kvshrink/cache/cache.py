@@ -3,18 +3,23 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
+from kvshrink.cache.rows import crop_count, repeats_of, row_indices
 from kvshrink.cache.saliency import Asked
+from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, sliding_tensors
+from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.identity import Identity, difference
@@ -22,12 +27,13 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 from kvshrink.store.bytes import Held, nbytes
-from kvshrink.store.deflate import deflated, inflated
+from kvshrink.store.deflate import claimed, deflated, inflated
+from kvshrink.store.digest import digest as content
+from kvshrink.store.files import DESCRIPTION
 from kvshrink.store.lasting import lasting
 from kvshrink.store.tokens import TokenTable
 
-VERSION = 1
-SLIDING = ("keys", "values")  # what a sliding-window layer of transformers holds
+VERSION = 2  # of a saved state
 
 
 class KVCache(Cache):
@@ -49,6 +55,7 @@ class KVCache(Cache):
         self.model = model  # the attachment that may use it
         self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
+        self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
     @lasting
     def __deepcopy__(self, memo: dict) -> "KVCache":
@@ -84,7 +91,9 @@ class KVCache(Cache):
         layer.staged = Staged(positions, real, rope, own_attention, asked)
 
     def check_whole(self) -> None:
-        """Raise CacheError if the layers hold different numbers of tokens."""
+        """Raise CacheError if an interrupt left the layers with different tokens or rows."""
+        if not self.whole:
+            raise CacheError("a change of the cache was interrupted, and its layers differ. Call reset().")
         seen = [layer.get_seq_length() for layer in self.layers]  # type: ignore[union-attr]
         same = len({*seen, *([self.table.length] if self.compressed else [])}) == 1
         if not same or not all(layer.whole for layer in self.compressed):
@@ -97,40 +106,81 @@ class KVCache(Cache):
 
     # --- batch and length, over layers and the token table together ---
 
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last tokens: a negative count. A positive one is the length to keep (older transformers)."""
-        given, seen = int(tokens_to_remove), self.get_seq_length()
-        count = -given if given <= 0 else max(0, seen - given)
-        for layer in self.compressed:  # all or none
-            layer.check_crop(count)
-        for other in sorted(self.layers, key=lambda x: isinstance(x, CompressedLayer)):  # those that may refuse first
-            other.crop(-count)  # type: ignore[union-attr]
-        if self.compressed:
-            self.table.crop(self.compressed[0].seen)
+    @property
+    def rows(self) -> int:
+        """Sequences held; 0 while there are no tokens."""
+        if self.table.length:
+            return self.table.positions.shape[0]
+        return next((len(t) for layer in self.layers for t in sliding_tensors(layer).values() if t.numel()), 0)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is interrupted within, by Ctrl-C or for want of memory, is refused until `reset`."""
+        self.whole = False
+        yield
+        self.whole = True
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Take back the last tokens: a negative count. A positive one is the length to keep (older transformers).
+
+        Raises CacheError, before anything is changed, if a layer cannot go back so far.
+        """
+        seen = self.get_seq_length()
+        count = crop_count(tokens_to_remove, seen)
+        if count == seen:  # nothing stays, so an interrupted step does not matter, nor that a window has moved on
+            self.reset()
+            return
+        self.check_whole()
+        for layer in self.layers:
+            layer.check_crop(count) if isinstance(layer, CompressedLayer) else check_crop(layer, count)
+        with self._changing():
+            for layer in self.layers:
+                if count or getattr(layer, "record_past", False):  # which keeps more than the window until a crop
+                    layer.crop(-count)  # type: ignore[union-attr]
+            self.table.crop(seen - count)
 
     def reset(self) -> None:
         """Forget everything; the object can be used again."""
-        super().reset()
-        self.table.reset()
+        with self._changing():
+            super().reset()
+            self.table.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.table.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Row i becomes what row beam_idx[i] was. Raises CacheError for rows that are not there."""
+        self._select(beam_idx, "reorder_cache")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.table.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, in this order. Raises CacheError for rows that are not there."""
+        self._select(indices, "batch_select_indices")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.table.map_rows(lambda t: t[indices.to(t.device)])
+    def _select(self, given: Any, what: str) -> None:
+        self.check_whole()
+        if self.rows:
+            index = row_indices(given, self.rows, what)
+            with self._changing():
+                super().reorder_cache(index)  # type: ignore[arg-type]
+                self.table.map_rows(lambda t: t.index_select(0, index.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: Any) -> None:
+        """Each row `repeats` times, one beside the other. Raises CacheError for less than once."""
+        self.check_whole()
+        count = repeats_of(repeats)
+        if self.rows:
+            with self._changing():
+                super().batch_repeat_interleave(count)
+                self.table.map_rows(lambda t: t.repeat_interleave(count, 0))
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens, as DynamicCache says; transformers' own asks only layers of fixed size."""
+        return all(layer.is_initialized for layer in self.layers)  # type: ignore[union-attr]
 
     # --- bytes ---
 
     def report(self) -> Report:
         """Bytes per layer and purpose, measured, and the share of a full cache that they are."""
         rows = []
-        b = self.table.positions.shape[0] if self.table.length else 0
+        b = self.rows
         name = name_of(self.method)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
@@ -139,7 +189,7 @@ class KVCache(Cache):
                 numbers = b * len(layer.body) * layer.body.page * 2 * layer.shape.width
                 rows.append(Row(i, name, layer.seen, layer.held(), full, drift, sum(layer.body.nbytes()), numbers))
             else:
-                size = nbytes(_sliding(layer).values())
+                size = nbytes(sliding_tensors(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
         return Report(rows, nbytes(self.table.tensors()))
 
@@ -152,52 +202,38 @@ class KVCache(Cache):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, and the plain values as one JSON tensor: enough for `load_state_dict` on a like cache."""
-        plain: dict = {
+        self.check_whole()
+        table, tensors = self.table.state()
+        out = {f"table.{k}": t for k, t in tensors.items()}
+        layers: list[dict] = []
+        for i, layer in enumerate(self.layers):
+            values, tensors = layer.state() if isinstance(layer, CompressedLayer) else sliding_state(layer)
+            layers.append(values)
+            out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
+        plain = {
             "version": VERSION,
             "model": None if self.owner is None else self.owner.identity.to_dict(),
             "fitted": self.fitted,
             "dtype": self._dtype(),
-            "layers": [],
+            "batch": next((len(t) for k, t in out.items() if not k.endswith("watch.sums")), 0),
+            "table": table,
+            "layers": layers,
         }
-        plain["table"], tensors = self.table.state()
-        out = {f"table.{k}": t for k, t in tensors.items()}
-        for i, layer in enumerate(self.layers):
-            values: dict = {}
-            if isinstance(layer, CompressedLayer):
-                values, tensors = layer.state()
-            else:
-                tensors = _sliding(layer)
-                values = {"seen": self.get_seq_length(i)}
-            plain["layers"].append(values)
-            out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
-        plain["tensors"] = {k: list(t.shape) for k, t in sorted(out.items())}
-        out["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
-        return out
+        text = json.dumps({**plain, "sha256": content(plain, out)}).encode()
+        return out | {PLAIN: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> "KVCache":
-        """Take over a saved state. Raises ArtifactError unless it is of this model, method and version."""
-        try:
-            plain = json.loads(bytes(state["plain"].tolist()))
-            found = (plain["version"], plain["fitted"], plain["dtype"], len(plain["layers"]))
-            plain["tensors"].items()
-        except (KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(
-                "not a kvshrink cache state: its description is missing or edited. Save it again."
-            ) from error
-        wanted = (VERSION, self.fitted, self._dtype(), len(self.layers))
-        names = ("version", "method or artifact", "dtype", "number of layers")
-        for what, have, want in zip(names, found, wanted, strict=True):
-            if have != want:
-                raise ArtifactError(
-                    f"the saved cache has another {what} ({_short(have)}, not {_short(want)}). "
-                    "Use what it was made with."
-                )
-        self._check_model(plain.get("model"))
-        given = {k: list(t.shape) for k, t in sorted(state.items()) if k != "plain"}
-        if given != plain["tensors"]:
-            wrong = sorted(set(given) ^ set(plain["tensors"])) or [k for k in given if given[k] != plain["tensors"][k]]
-            raise ArtifactError(f"the saved cache is incomplete or edited ({wrong[0]}). Save it again.")
-        self._restore(plain, state)
+        """Take over a saved state. Raises ArtifactError unless it is of this model, method and version, and as it was
+        saved; the cache then stays as it is."""
+        plain, schema = self._schema(state)
+        tensors = {k: t for k, t in state.items() if k != PLAIN}
+        check_kinds({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, schema.kinds)
+        require(plain.pop("sha256", None) == content(plain, tensors), "sha256 differs")
+        schema.check_contents(tensors)
+        with self._changing():
+            self._restore(plain, tensors)
+            if self.owner is not None:  # what it was saved with: a model that drifts by roundings stays the same
+                self.owner.identity = Identity.from_dict(plain["model"])
         return self
 
     def save(self, path: str | Path, deflate: bool = False) -> None:
@@ -210,7 +246,25 @@ class KVCache(Cache):
 
     def load(self, path: str | Path) -> "KVCache":
         """Continue from a saved file, on a cache made with the same model and method."""
-        return self.load_state_dict(inflated(*files.read_tensors(Path(path))))
+        tensors, metadata = files.read_tensors(Path(path))
+        _, schema = self._schema(inflated(tensors, metadata, {PLAIN: DESCRIPTION}))
+        given = {k: kind for k, kind in claimed(tensors, metadata).items() if k != PLAIN}
+        check_kinds(given, schema.kinds)  # before anything is inflated
+        return self.load_state_dict(inflated(tensors, metadata))
+
+    def _schema(self, state: Mapping[str, Tensor]) -> tuple[dict, Schema]:
+        """The description of a state, and what it implies. Raises ArtifactError on one of something else."""
+        plain = description(state)
+        wanted = (VERSION, self.fitted, self._dtype(), len(self.layers))
+        found = (*(plain.get(k) for k in ("version", "fitted", "dtype")), len(plain["layers"]))
+        names = ("version", "method or artifact", "dtype", "number of layers")
+        for what, have, want in zip(names, found, wanted, strict=True):
+            if type(have) is not type(want) or have != want:
+                raise ArtifactError(
+                    f"the saved cache has another {what} ({have!s:.8}, not {want!s:.8}). Use what it was made with."
+                )
+        self._check_model(plain.get("model"))
+        return plain, Schema(self, plain)
 
     def _check_model(self, saved: object) -> None:
         """Raise ArtifactError unless a saved cache is of the model as it is now."""
@@ -220,30 +274,25 @@ class KVCache(Cache):
             raise ArtifactError(
                 f"the saved cache is of another model: of this one {different}. Use what it was made with."
             )
-        self.owner.identity = Identity.from_dict(saved)
 
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""
 
     @lasting
-    def _restore(self, plain: dict, state: dict[str, Tensor]) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t.clone().to(self.device) for k, t in state.items() if k.startswith(prefix)}
+    def _restore(self, plain: dict, state: Mapping[str, Tensor]) -> None:
+        copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
 
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t for k, t in copies.items() if k.startswith(prefix)}
+
+        for compressed in self.compressed:
+            compressed.whole = False  # until all are
         self.table.restore(plain["table"], under("table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
-            tensors = under(f"layers.{i}.")
             if isinstance(layer, CompressedLayer):
-                layer.restore(values, tensors)
-            elif isinstance(layer, DynamicSlidingWindowLayer):
-                layer.reset()
-                if tensors:
-                    layer.lazy_initialization(tensors["keys"], tensors["values"])
-                    layer.keys, layer.values, layer.cumulative_length = (
-                        tensors["keys"],
-                        tensors["values"],
-                        values["seen"],
-                    )
+                layer.restore(values, under(f"layers.{i}."))
+            else:
+                restore_sliding(layer, values, under(f"layers.{i}."))
 
 
 def digest(method: Method, tensors: list[Tensor]) -> str:
@@ -252,11 +301,3 @@ def digest(method: Method, tensors: list[Tensor]) -> str:
     for t in tensors:
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
-
-
-def _sliding(layer: Any) -> dict[str, Tensor]:
-    return {k: t for k in SLIDING if isinstance(t := getattr(layer, k, None), Tensor)}
-
-
-def _short(x: object) -> str:
-    return x[:8] if isinstance(x, str) else str(x)

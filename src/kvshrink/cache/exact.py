@@ -58,6 +58,20 @@ class Window:
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
 
+    def state(self) -> dict[str, Tensor]:
+        """The tokens that are held, without the room for more."""
+        return {} if self.keys is None else dict(zip(("keys", "values"), self.view(), strict=True))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """From what `state` gave."""
+        self.keys = self.values = None
+        self.count = 0
+        if tensors:
+            b, h, _, d = tensors["keys"].shape
+            self.keys = tensors["keys"].new_zeros(b, h, self.capacity, d)
+            self.values = tensors["values"].new_zeros(b, h, self.capacity, tensors["values"].shape[3])
+            self.keep(tensors["keys"], tensors["values"])
+
 
 class Sinks:
     """The first `size` real tokens of each row, kept when they leave the window. Rows differ if they are padded."""

@@ -15,7 +15,7 @@ from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import probes, worth
-from kvshrink.cache.step import Handle, Staged
+from kvshrink.cache.step import Handle, Staged, appending
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
@@ -84,7 +84,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    @lasting
+    @appending
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -224,10 +224,12 @@ class CompressedLayer(CacheLayerMixin):
         if count == self.seen:
             self.reset()
             return
+        whole, self.whole = self.whole, False
         self.seen -= count
         self.window.count = max(0, self.window.count - count)
         self.body.crop(self.seen)
         self.sinks.crop(self.seen)
+        self.whole = whole
 
     def reset(self) -> None:
         self._clear()
@@ -237,8 +239,10 @@ class CompressedLayer(CacheLayerMixin):
     @lasting
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
+        whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):
             part.map(change)
+        self.whole = whole
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -275,24 +279,25 @@ class CompressedLayer(CacheLayerMixin):
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
         values, tensors = self.body.state()
-        tensors |= {f"window.{k}": t for k, t in self.window.tensors().items()}
+        tensors |= {f"window.{k}": t for k, t in self.window.state().items()}
         tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
         if self.watch is not None:
             tensors["watch.sums"] = self.watch.sums
-        return {"seen": self.seen, "window": self.window.count, **values}, tensors
+        return {"seen": self.seen, "window": self.window.count, "watched": self.watch is not None, **values}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
         self.reset()
-        self.seen, self.window.count = int(values["seen"]), int(values["window"])
+        self.seen, self.whole = values["seen"], False
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
         self.body.restore(values, tensors)
         if window := under("window."):
-            self.window.keys, self.window.values = window["keys"], window["values"]
+            self.window.restore(window)
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
         if sinks := under("sinks."):
             self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
+        self.whole = True

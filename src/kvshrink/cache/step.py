@@ -1,5 +1,7 @@
 """What one step hands from the model to a layer, and from a layer to attention."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,6 +10,8 @@ from torch import Tensor
 from kvshrink.cache.body import Shelf
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
+from kvshrink.store.lasting import lasting
+from kvshrink.store.modes import at_once, autocast_on
 
 if TYPE_CHECKING:
     from kvshrink.cache.layer import CompressedLayer
@@ -35,3 +39,17 @@ class Handle(NamedTuple):
     @property
     def pages(self) -> int:
         return sum(shelf.limit for shelf in self.shelves)
+
+
+def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A layer's `update`, whatever mode the caller is in: what it stores lasts, and has the model's dtype."""
+    update = lasting(update)
+
+    @at_once
+    @functools.wraps(update)
+    def run(layer: "CompressedLayer", keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if autocast_on():  # projections come rounded, keys as their RoPE left them
+            keys, values = keys.to(layer.shape.dtype), values.to(layer.shape.dtype)
+        return update(layer, keys, values, *args, **kwargs)
+
+    return run

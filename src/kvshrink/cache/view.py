@@ -10,25 +10,42 @@ from kvshrink.shapes import Bool, Float
 from kvshrink.store.pages import Block
 
 
-class View:
-    """Which columns a slice of the new tokens may see."""
+class Mask(NamedTuple):
+    """A mask as attention over stored tokens needs it, for all new tokens and columns; None: nothing of the kind."""
 
-    def __init__(self, mask: Tensor | None, s: int, at: int, count: int, members: int, handle: Handle) -> None:
+    seen: Bool[Tensor, "#b #q s c"] | None
+    bias: Float[Tensor, "#b #q s c"] | None  # added to the scores, such as ALiBi's
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> "Mask":
+        """From a bool mask or an additive one, whose lowest numbers hide and whose others, if not all 0, are a bias."""
+        if mask is None or mask.dtype == torch.bool:
+            return cls(mask, None)
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        return cls(seen, mask.float().masked_fill(~seen, 0.0) if bool((seen & (mask != 0)).any()) else None)
+
+
+class View:
+    """What a slice of the new tokens, `count` from the `at`th on, may see of the columns, and what biases it."""
+
+    def __init__(self, mask: Mask, s: int, at: int, count: int, members: int, handle: Handle) -> None:
         seen, device = handle.layer.seen, handle.layer.table.positions.device
         self.handle, self.members, self.count = handle, members, count
-        self.rows: Tensor | None = None  # bool [b or 1, 1 or q, count, columns], None: everything
-        if mask is not None:
-            rows = mask[:, :, at : at + count]
-            self.rows = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
-        elif s > 1:
+        # [b or 1, 1 or q, count, columns], None: everything is seen, nothing is added
+        self.rows, self.biases = (None if x is None else x[:, :, at : at + count] for x in mask)
+        if self.rows is None and s > 1:
             own = torch.arange(seen - s + at, seen - s + at + count, device=device)
             self.rows = (torch.arange(seen, device=device) <= own[:, None])[None, None]
 
     def columns(self, columns: slice | Tensor) -> Bool[Tensor, "#b #h #x t"] | None:
         """Visibility of these columns (a slice, or an index per slot [t] or per row [b, t]; -1 is taken as 0)."""
-        if self.rows is None:
-            return None
-        rows = self.rows
+        return None if self.rows is None else self._at(self.rows, columns)
+
+    def bias(self, columns: slice | Tensor) -> Float[Tensor, "#b #h #x t"] | None:
+        """What is added to the scores of these columns."""
+        return None if self.biases is None else self._at(self.biases, columns)
+
+    def _at(self, rows: Tensor, columns: slice | Tensor) -> Tensor:
         if isinstance(columns, slice):
             seen = rows[..., columns]
         elif columns.dim() == 1:

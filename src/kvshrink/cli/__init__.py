@@ -1,15 +1,16 @@
 """The command line: one module per command. Errors are one line and exit code 2; an interrupt says how to go on."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import typer
+import typer.main
 
 from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, plan, report
-from kvshrink.cli._common import guarded
+from kvshrink.cli._guard import exit_code
 
 app = typer.Typer(
     help="Shrink the KV cache of a causal language model, in real bytes, and decode over the shrunken form.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -24,9 +25,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "lm-eval": lm_eval.lm_eval,
 }
 for name, command in COMMANDS.items():
-    app.command(name, context_settings=getattr(command, "context_settings", None))(guarded(command))
+    app.command(name, context_settings=getattr(command, "context_settings", None))(command)
 app.add_typer(evaluate.app, name="eval")
 
 
 def main() -> None:
-    app()
+    sys.exit(exit_code(_run, sys.argv[1:]))
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """The command that is named, without typer's own way of ending: all that it raises comes out."""
+    command = typer.main.get_command(app)
+    with command.make_context("kvshrink", list(arguments) or ["--help"]) as context:
+        command.invoke(context)

@@ -1,43 +1,78 @@
 """kvshrink eval ablations: the tables and figures of the CSKV paper in shape, on any model, with a page of findings."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json
+from kvshrink.cli._common import (
+    MANY,
+    MOST_CASES,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    console,
+    load,
+    names,
+    print_json,
+    refuse_scored,
+)
+from kvshrink.cli._outputs import digest, place, run_folder
+from kvshrink.errors import SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.ablations import EXPERIMENTS, chosen
 from kvshrink.eval.ablations import run as runs
 from kvshrink.eval.ablations.lab import Settings
 
+SCORED, STEPS = 64, 1000
+UNTRAINED = {"split"}  # experiments of closed forms alone
+BEGUN = ("outcomes.jsonl", "fidelity.jsonl", "artifacts")
+
 
 def ablations(
     model: ModelOption = "reference",
-    only: Annotated[str, typer.Option(help=f"Of {', '.join(EXPERIMENTS)}; none: all.")] = "",
-    cases: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 20,
-    documents: Annotated[int, typer.Option(min=0, help="Held-out texts for the KL; 0: none.")] = 4,
-    scored: Annotated[int, typer.Option(min=1, help="Tokens of each text that are compared.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every training; the paper has 12,000.")] = 1000,
+    only: Annotated[str | None, typer.Option(help=f"Of {', '.join(EXPERIMENTS)}; default: all.")] = None,
+    cases: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Samples of each task.")] = 20,
+    documents: Annotated[int, typer.Option(min=0, max=MOST_CASES, help="Held-out texts for the KL; 0: none.")] = 4,
+    scored: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Tokens of each text that are compared; default: 64.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MANY, help="Optimiser steps of every training; default: 1000, and the paper has 12,000."
+        ),
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of texts and long tasks; default: the model's context, to 4096.")
+        int | None,
+        typer.Option(min=1, max=MANY, help="Tokens of texts and long tasks; default: the model's context, to 4096."),
     ] = None,
     text: TextOption = None,
-    seed: Annotated[int, typer.Option(help="Of samples and documents.")] = 0,
+    seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Folder for results; run again to resume.")] = Path("ablations"),
     json: JsonOption = False,
 ) -> None:
     """Run the CSKV paper's ablations; write a JSON and a picture each, and ablations.md."""
-    names = tuple(part.strip() for part in only.split(",") if part.strip())
-    chosen(names)  # refused now rather than after the model is loaded
-    settings = Settings(model, names, cases, documents, scored, steps, length, seed)
-    net, tokenizer = load(model)
-    done = runs.run(settings, net, tokenizer, calibration.texts(text), out, _command(settings, text))
+    refuse_scored(scored, documents)
+    experiments = chosen(tuple(names("only", only) or ()))
+    if steps is not None and set(experiments) <= UNTRAINED:
+        raise SettingError(f"--steps {steps} has no effect: {', '.join(experiments)} trains nothing. Leave it out.")
+    settings = Settings(
+        model, tuple(experiments) if only else (), cases, documents, scored or SCORED, steps or STEPS, length, seed
+    )
+    texts = calibration.texts(text)
+    asked = {"command": "eval ablations", **asdict(settings), "model": place(model), "text": digest(text, texts)}
+    del asked["only"]  # each experiment has files of its own
+    with run_folder(out, asked, [runs.PAGE, *(f"{name}.json" for name in EXPERIMENTS)], BEGUN):
+        net, tokenizer = load(model)
+        done = runs.run(settings, net, tokenizer, texts, out, _command(settings, text))
     for failure in done["failures"]:
         where = f"{failure['experiment']}, {failure['method']} on {failure['task']}"
-        console.print(f"failed: {where}: {failure['error']}", markup=False)
+        console.print(f"failed: {where}: {failure['error']}")
     for name, seconds in done["seconds"].items():
-        console.print(f"{name}: {seconds:.0f} s", markup=False)
+        console.print(f"{name}: {seconds:.0f} s")
     console.print(f"wrote {out / runs.PAGE}")
     if json:
         print_json({"out": str(out), "page": str(out / runs.PAGE), **done})

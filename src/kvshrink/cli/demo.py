@@ -9,6 +9,7 @@ import typer
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
+from kvshrink.cli._outputs import run_folder
 from kvshrink.eval import calibration, prompt, report, tasks
 from kvshrink.eval.entries import parse
 from kvshrink.eval.fitting import fitted
@@ -26,6 +27,7 @@ SPECS = (
     "rtn:bits=2",
     "spectral:kept=0.03",
 )
+WRITES = ("artifact", "results.json", "accuracy.png")
 
 
 def demo(
@@ -34,6 +36,11 @@ def demo(
     json: JsonOption = False,
 ) -> None:
     """Fit CSKV and spectral bits on the bundled model, answer LongEval cases and 4k passkeys from shrunken caches."""
+    with run_folder(out, {"command": "demo", "cases": cases}, WRITES):
+        _demo(out, cases, json)
+
+
+def _demo(out: Path, cases: int, json: bool) -> None:
     started = time.perf_counter()
     model, tokenizer = load("reference")
     console.print("Fitting CSKV and spectral bits on the bundled reference model (4 layers, 128 KV channels).")
@@ -63,6 +70,4 @@ def _show_report(model, tokenizer, artifact, context: str) -> None:
     ids = torch.tensor([tokenizer(context)["input_ids"]], device=model.device)
     cache = make_cache(model, artifact)
     fill(cache, prefill(model, ids), attach(model))
-    console.print(
-        f"\nWhat CSKV keep=0.2 bits=4 holds after a prompt:\n{cache.report()}\n", markup=False, highlight=False
-    )
+    console.print(f"\nWhat CSKV keep=0.2 bits=4 holds after a prompt:\n{cache.report()}\n")

@@ -1,15 +1,18 @@
 """kvshrink fit: fit a method to a model from text, layer by layer, and save the artifact."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from kvshrink.cli._common import (
+    MOST_ROWS,
     BitsOption,
     JsonOption,
     KeepOption,
+    LengthOption,
     ModelOption,
+    SpecOption,
     TextOption,
     console,
     load,
@@ -18,7 +21,9 @@ from kvshrink.cli._common import (
     print_json,
     print_table,
     quiet,
+    row_length,
 )
+from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.fit.job import fit_all, in_memory
@@ -27,25 +32,27 @@ from kvshrink.fit.source import OnDisk
 from kvshrink.identity import difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
 from kvshrink.plan import file as plans
 from kvshrink.store.bytes import human
 
 CHECKPOINT = ".unfinished"
+WRITES = ("kvshrink.json", "kvshrink.safetensors")
 
 
 def fit(
     out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
     model: ModelOption = "reference",
-    method: Annotated[
-        str | None, typer.Option(help="A method, or name:setting=value,... (docs/methods.md); default: cskv.")
-    ] = None,
+    method: SpecOption = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json of `kvshrink plan` instead of --method.")] = None,
     keep: KeepOption = None,
     bits: BitsOption = None,
     text: TextOption = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per calibration row.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
-    log_with: Annotated[str | None, typer.Option(help="Tracker for training losses: tensorboard or trackio.")] = None,
+    length: LengthOption = None,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows per forward pass.")] = 1,
+    log_with: Annotated[
+        Literal["tensorboard", "trackio"] | None, typer.Option(help="Tracker for training losses.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Fit a method to a model and save it; run again to resume.
@@ -54,11 +61,25 @@ def fit(
     """
     quiet()
     chosen = one_method(method or "cskv", keep, bits) if plan is None else _planned(plan, model, method, keep, bits)
-    texts, checkpoint = calibration.texts(text), out / CHECKPOINT
-    source, tokenizer = load(model) if in_memory(chosen) else (model_name(model), None)
-    artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, checkpoint, log_with)[0]
-    artifact.save_pretrained(out)
-    clear(checkpoint)
+    if log_with is not None and not getattr(chosen, "steps", 0):
+        raise SettingError(f"--log-with {log_with} has no effect: {name_of(chosen)} trains nothing as it is set.")
+    if not chosen.needs_fit:
+        raise SettingError(f"{name_of(chosen)} needs no fit: give it to generate or eval as --method.")
+    texts = calibration.texts(text)
+    length = row_length(OnDisk(model_name(model)).model, length)
+    asked = {"command": "fit", "model": place(model), "method": name_of(chosen), "settings": chosen.settings()}
+    asked |= {"text": digest(text, texts), "length": length}
+    with run_folder(out, asked, WRITES, [CHECKPOINT]):
+        source, tokenizer = load(model) if in_memory(chosen) else (model_name(model), None)
+        artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, out / CHECKPOINT, log_with)[0]
+        artifact.save_pretrained(out)
+        clear(out / CHECKPOINT)
+    _show(artifact, chosen, out)
+    if json:
+        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
+
+
+def _show(artifact: Artifact, chosen: Method, out: Path) -> None:
     records = artifact.provenance["layers"]
     name = name_of(chosen)
     rows = [
@@ -68,8 +89,6 @@ def fit(
         ("layer", "method", "key error", "value error"), rows, "squared error / variance, on the calibration text"
     )
     console.print(f"saved {out}: {human(artifact.nbytes)} per model, fitted in {artifact.provenance['seconds']} s")
-    if json:
-        print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
 
 
 def _planned(plan: Path, model: str, method: str | None, keep: float | None, bits: int | None) -> Method:

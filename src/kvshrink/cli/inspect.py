@@ -21,6 +21,7 @@ from kvshrink.cli._common import (
     quiet,
     refuse_beside,
 )
+from kvshrink.cli._outputs import check_picture
 from kvshrink.errors import ArtifactError, UnsupportedModelError
 from kvshrink.eval import plots
 from kvshrink.fit.source import OnDisk
@@ -36,7 +37,7 @@ LENGTHS = (8192, 32768, 131072)
 def inspect(
     model: ModelOption = "reference",
     artifact: Annotated[Path | None, typer.Option(help="A fitted artifact instead of --method.")] = None,
-    method: SpecOption = "cskv",
+    method: SpecOption = None,
     keep: KeepOption = None,
     bits: BitsOption = None,
     out: Annotated[Path, typer.Option(help="The picture of singular values.")] = Path("spectra.png"),
@@ -47,9 +48,10 @@ def inspect(
     With an artifact the singular values are those of the calibration's keys and values, else those of the weights.
     """
     quiet()
-    refuse_beside(artifact, keep=keep, bits=bits)
+    refuse_beside(artifact, method=method, keep=keep, bits=bits)
+    check_picture(out)
     fitted = Artifact.from_pretrained(artifact) if artifact else None
-    chosen = fitted.method if fitted else one_method(method, keep, bits)
+    chosen = fitted.method if fitted else one_method(method or "cskv", keep, bits)
     source = OnDisk(model_name(model))
     shapes, weights = _layers(source, spectra=fitted is None)
     if not shapes:

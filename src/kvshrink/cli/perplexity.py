@@ -6,19 +6,25 @@ from typing import Annotated, Literal
 import typer
 
 from kvshrink.cli._common import (
+    MANY,
+    MOST_CASES,
     BitsOption,
     JsonOption,
     KeepOption,
     ModelOption,
+    SeedOption,
     TextOption,
+    given_settings,
     load,
     print_json,
     print_table,
+    refuse_text,
 )
-from kvshrink.eval import calibration
+from kvshrink.errors import SettingError
+from kvshrink.eval import calibration, entries
 from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.entries import Entry, parse
-from kvshrink.eval.fidelity import Fidelity, fidelity
+from kvshrink.eval.entries import ZEROS, Entry, parse_all
+from kvshrink.eval.fidelity import Fidelity, check_mode, fidelity
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.measure import held_out
 from kvshrink.eval.perplexity import scored_bytes
@@ -40,22 +46,32 @@ def perplexity(
         Literal["decode", "chunked", "prefix_compressed", "simulated"],
         typer.Option(help="decode: token by token; chunked; prefix_compressed: one forward; simulated: saves no byte."),
     ] = "decode",
-    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens a forward, for chunked (32).")] = None,
-    prefix: Annotated[int, typer.Option(min=0, help="Tokens before the scored ones.")] = 1920,
-    scored: Annotated[int, typer.Option(min=1, help="Tokens scored of each text.")] = 128,
-    trajectory: Annotated[int, typer.Option(min=0, help="Tokens to generate after each prefix and compare.")] = 0,
-    documents: Annotated[int, typer.Option(min=1, help="Texts, evenly spread.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of where texts begin, and of intervals.")] = 0,
+    chunk: Annotated[int | None, typer.Option(min=1, max=MANY, help="Tokens a forward, for chunked (32).")] = None,
+    prefix: Annotated[int, typer.Option(min=0, max=MANY, help="Tokens before the scored ones.")] = 1920,
+    scored: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens scored of each text.")] = 128,
+    trajectory: Annotated[
+        int, typer.Option(min=0, max=MANY, help="Tokens to generate after each prefix and compare.")
+    ] = 0,
+    documents: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Texts, evenly spread.")] = 4,
+    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Score text through a shrunken cache. One exact prefill of it all would score the uncompressed model: refused."""
-    given = {k: v for k, v in (("keep", keep), ("bits", bits)) if v is not None}
-    entries = [parse(spec, given) for spec in (method or ([] if artifact else DEFAULT))]
-    entries += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
+    if chunk is not None and mode != "chunked":
+        raise SettingError(f"--chunk {chunk} has no effect in the mode {mode}. Leave it out, or use --mode chunked.")
+    check_mode(mode, chunk, trajectory)
+    chosen = parse_all(method or ([] if artifact else DEFAULT), given_settings(keep, bits))
+    chosen += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
+    entries.check(chosen)
+    for entry in chosen:
+        if entry.like is not None or entry.label == ZEROS:
+            raise SettingError(f"{entry.label!r} is for tasks only. Give it settings, or use `kvshrink eval`.")
+    refuse_text(text, [e.method for e in chosen])
+    texts = calibration.texts(text)
     net, tokenizer = load(model)
-    check_context(net, prefix + scored)
+    check_context(net, prefix + max(scored, trajectory))
     rows = held_out(tokenizer, prefix + scored, documents, seed, on)
-    ready = fitted(entries, net, tokenizer, calibration.texts(text))
+    ready = fitted(chosen, net, tokenizer, texts)
     size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
     methods = {e.label: e.method for e in ready}
     found = fidelity(

@@ -5,12 +5,28 @@ from typing import Annotated
 
 import typer
 
-from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table
+from kvshrink.cli._common import (
+    MANY,
+    MOST_CASES,
+    JsonOption,
+    LengthOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    console,
+    load,
+    names,
+    print_json,
+    print_table,
+    row_length,
+)
+from kvshrink.cli._outputs import check_file, check_picture
+from kvshrink.errors import KVShrinkError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.budget import Room
 from kvshrink.eval.catalogue import check_context
 from kvshrink.eval.outcomes import Log
-from kvshrink.fit.data import token_rows
+from kvshrink.fit.data import rows_hash, token_rows
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point
 from kvshrink.plan.budget import Budget, budget
@@ -22,14 +38,15 @@ from kvshrink.plan.space import METHODS, known, label
 from kvshrink.store import files
 from kvshrink.store.bytes import human
 
+POINTS = "points.jsonl"  # in --work
 HEAD = ("", "setting", "bytes", "kept", "KL, nats")
 
 
 def plan(
     model: ModelOption = "reference",
     text: TextOption = None,
-    tokens: Annotated[int, typer.Option(min=256, help="Tokens of a sequence.")] = 4096,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences held together.")] = 1,
+    tokens: Annotated[int, typer.Option(min=256, max=MANY, help="Tokens of a sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences held together.")] = 1,
     kept: Annotated[float | None, typer.Option(help="Budget: share of the full cache's bytes.")] = None,
     memory: Annotated[
         str | None,
@@ -39,9 +56,9 @@ def plan(
     ] = None,
     kl: Annotated[float | None, typer.Option(help="Budget: nats; the fewest bytes that keep to it are found.")] = None,
     methods: Annotated[str, typer.Option(help="Names with commas between them.")] = ",".join(METHODS),
-    trials: Annotated[int, typer.Option(min=1, help="Settings that are tried.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    length: Annotated[int, typer.Option(min=64, help="Tokens per calibration row.")] = 1024,
+    trials: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Settings that are tried.")] = 48,
+    seed: SeedOption = 0,
+    length: LengthOption = None,
     out: Annotated[Path | None, typer.Option(help="plan.json, which `kvshrink fit --plan` takes.")] = None,
     picture: Annotated[Path | None, typer.Option(help="The front as a picture.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of what was measured; run again to resume.")] = None,
@@ -52,31 +69,56 @@ def plan(
     KL is measured on the last tenth of the text, which the fits do not see: passages of it come again, and the model
     reads the repetition over the shrunken cache. Bytes are all bytes of a sequence: scales, window, sinks, positions.
     """
-    names = known([name.strip() for name in methods.split(",") if name.strip()])
+    chosen_names = known(names("methods", methods) or METHODS)
+    _check_outputs(out, picture, work)
+    texts = calibration.texts(text)
     net, tokenizer = load(model)
     check_context(net, tokens)
     room = Room.of(net, tokens)
     asked = budget(room, batch, kept, memory, kl)
-    rows = token_rows(calibration.texts(text), tokenizer, length, Method.page)
-    bench = Bench(net, rows, room, Log(work / "points.jsonl" if work else None), True)
-    search = Search(bench, asked, names, trials, seed)
+    rows = token_rows(texts, tokenizer, row_length(net, length), Method.page)
+    bench = Bench(net, rows, room, Log(work / POINTS if work else None), True)
+    settings = {"methods": chosen_names, "trials": trials, "seed": seed, "text": rows_hash(rows)}
+    _refuse_another(out, {"model": bench.fingerprint, "budget": asked.described, **settings})
+    search = Search(bench, asked, chosen_names, trials, seed)
     chosen = search.run()
     front = pareto(search.points)
-    best = [p for name in names if (p := search.best_of(name, chosen.nbytes)) and p not in front]
+    best = [p for name in chosen_names if (p := search.best_of(name, chosen.nbytes)) and p not in front]
     ready = bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
     checked = check(net, ready, tokens, batch)
-    settings = {"methods": names, "trials": trials, "seed": seed, "points": len(search.points)}
-    data = plan_of(model, bench, asked, chosen, front, checked, settings)
+    data = plan_of(model, bench, asked, chosen, front, checked, settings | {"points": len(search.points)})
     _show(asked, chosen, front, best, checked)
     if out is not None:
         files.write_json(out, data)
         then = f"kvshrink fit --plan {out} --out FOLDER" if chosen.method.needs_fit else "nothing to fit"
-        console.print(f"wrote {out}: {then}", markup=False, highlight=False)
+        console.print(f"wrote {out}: {then}")
     if picture is not None:
         draw(search.points, front, chosen, picture, f"{Path(model).name}: {batch} x {tokens} tokens")
-        console.print(f"wrote {picture}", markup=False, highlight=False)
+        console.print(f"wrote {picture}")
     if json:
         print_json(data | {"measured": bench.measured})
+
+
+def _check_outputs(out: Path | None, picture: Path | None, work: Path | None) -> None:
+    if out is not None:
+        check_file(out)
+    if picture is not None:
+        check_picture(picture)
+    if work is not None:
+        check_file(work / POINTS)
+
+
+def _refuse_another(out: Path | None, asked: dict) -> None:
+    """Raise SettingError on a file there that is no plan, or one of another request."""
+    if out is None or not out.exists():
+        return
+    try:
+        found = files.read_json(out)
+        known = {"model": found["model"]["fingerprint"], "budget": found["budget"], **found["search"]}
+    except (KVShrinkError, KeyError, TypeError) as error:
+        raise SettingError(f"{out} is there and no plan. Choose another name.") from error
+    if differ := [f"{k} {known.get(k)!r}, now {v!r}" for k, v in asked.items() if known.get(k) != v]:
+        raise SettingError(f"{out} holds a plan with other settings: {'; '.join(differ)}. Choose another name.")
 
 
 def _show(asked: Budget, chosen: Point, front: list[Point], best: list[Point], checked: Check) -> None:
@@ -93,10 +135,9 @@ def _show(asked: Budget, chosen: Point, front: list[Point], best: list[Point], c
     ]
     print_table(HEAD, rows, f"Pareto front for {asked.batch} x {asked.tokens} tokens")
     limit = f"{human((asked.nbytes or 0) * asked.batch)}" if asked.nbytes is not None else f"a KL of {asked.kl:g}"
-    console.print(f"chosen within {limit}: {label(chosen.method)}", highlight=False)
+    console.print(f"chosen within {limit}: {label(chosen.method)}")
     part = "" if checked.whole else f" (a part of it: {checked.batch} x {checked.tokens} tokens)"
     console.print(
         f"a real cache{part} holds {checked.nbytes} bytes, {100 * checked.nbytes / checked.full:.2f} % of the full "
-        f"one; promised were {checked.promised}",
-        highlight=False,
+        f"one; promised were {checked.promised}"
     )

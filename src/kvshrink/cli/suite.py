@@ -1,16 +1,36 @@
 """kvshrink eval suite: every offline task, methods at equal real bytes, one page as the result."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvshrink.cli._common import JsonOption, ModelOption, TextOption, console, load, print_json, print_table
+from kvshrink.cli._common import (
+    MANY,
+    MOST_CASES,
+    MOST_ROWS,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    console,
+    load,
+    names,
+    print_json,
+    print_table,
+    refuse_scored,
+    refuse_text,
+)
+from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
 from kvshrink.eval import calibration, report
-from kvshrink.eval.entries import specs
+from kvshrink.eval.entries import parse, specs
 from kvshrink.eval.suite import Settings, Suite
 
+SCORED = 128
+WRITES = ("results.json", "report.html", "leaderboard.md")
+BEGUN = ("outcomes.jsonl", "fidelity.jsonl", "artifacts")
 METHODS = "cskv,cskv:bits=4,rtn,streaming_llm"
 
 
@@ -22,64 +42,71 @@ def suite(
     kept: Annotated[
         str, typer.Option(help="Budgets: bytes held over the full cache's, everything counted.")
     ] = "0.2,0.1,0.06",
-    tasks: Annotated[str, typer.Option(help="Names or titles, such as passkey,ruler,ruler/vt; none: all.")] = "",
+    tasks: Annotated[
+        str | None, typer.Option(help="Names or titles, such as passkey,ruler,ruler/vt; default: all.")
+    ] = None,
     stored: Annotated[
         list[str] | None, typer.Option(help="Repeatable: a task with a file, longbench:subset=qasper,path=FILE.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens; none: the model's context (to 4096), its half, its quarter.")
-    ] = "",
+        str | None, typer.Option(help="Tokens; default: the model's context (to 4096), its half, its quarter.")
+    ] = None,
     modes: Annotated[str, typer.Option(help="Of agnostic, aware, multi_turn.")] = "agnostic,multi_turn",
     cases: Annotated[
-        int, typer.Option(min=1, help="Samples per task and length; whole contexts where they are shared.")
+        int,
+        typer.Option(min=1, max=MOST_CASES, help="Samples per task and length; whole contexts where they are shared."),
     ] = 10,
-    documents: Annotated[int, typer.Option(min=0, help="Held-out texts for fidelity; 0: none.")] = 4,
-    scored: Annotated[int, typer.Option(min=1, help="Tokens of each text that are compared.")] = 128,
+    documents: Annotated[int, typer.Option(min=0, max=MOST_CASES, help="Held-out texts for fidelity; 0: none.")] = 4,
+    scored: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Tokens of each text that are compared; default: 128.")
+    ] = None,
     text: TextOption = None,
-    seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Contexts that go through the model together.")] = 1,
+    seed: SeedOption = 0,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Contexts that go through the model together.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for results and report; run again to resume.")] = Path("suite"),
     json: JsonOption = False,
 ) -> None:
     """Run all offline tasks that the model's context allows, and fidelity, at equal real bytes; write a report."""
+    refuse_scored(scored, documents)
     settings = Settings(
         model=model,
         methods=tuple(specs(methods)),
         kept=tuple(_numbers("kept", kept, float)),
-        tasks=tuple(_list(tasks)),
+        tasks=tuple(names("tasks", tasks) or ()),
         stored=tuple(stored or ()),
         lengths=tuple(_numbers("lengths", lengths, int)),
-        modes=tuple(_list(modes)),
+        modes=tuple(names("modes", modes) or ()),
         cases=cases,
         documents=documents,
-        scored=scored,
+        scored=scored or SCORED,
         seed=seed,
         batch=batch,
     )
-    net, tokenizer = load(model)
-    data = Suite(settings, net, tokenizer, calibration.texts(text), out).run(_command(settings, text))
-    page = report.build(out)
+    refuse_text(text, [parse(m).method for m in settings.methods])
+    texts = calibration.texts(text)
+    asked = {"command": "eval suite", **asdict(settings), "model": place(model), "text": digest(text, texts)}
+    with run_folder(out, asked, WRITES, BEGUN):
+        net, tokenizer = load(model)
+        data = Suite(settings, net, tokenizer, texts, out).run(_command(settings, text))
+        page = report.build(out)
     head, rows = report.overview(data)
     print_table(head, rows)
     for left in data["skipped"]:
         line = f"left out: {left['task']} at {left['length']} tokens: {left['reason']}"
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
     if silent := report.silent(data):
         console.print(f"not averaged, since the full cache is not above zeros: {len(silent)}, listed in the report")
     for failure in data["failures"]:
-        console.print(f"failed: {failure['method']} on {failure['task']}: {failure['error']}", markup=False)
+        console.print(f"failed: {failure['method']} on {failure['task']}: {failure['error']}")
     console.print(f"wrote {page}")
     if json:
         print_json({"out": str(out), "report": str(page), "failures": data["failures"], "lines": data["lines"]})
 
 
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(name: str, text: str, kind: type) -> list:
+def _numbers(name: str, text: str | None, kind: type) -> list:
+    parts = names(name, text) or ()
     try:
-        return [kind(part) for part in _list(text)]
+        return [kind(part) for part in parts]
     except ValueError as error:
         raise SettingError(f"--{name} {text!r}: give numbers with commas between them.") from error
 

@@ -7,6 +7,7 @@ some records are mixed in. They are generated (seed apart from the tests', five-
 from pathlib import Path
 
 from kvshrink import data
+from kvshrink.data.text import read_text
 from kvshrink.errors import DataError
 from kvshrink.eval import tasks
 
@@ -29,10 +30,7 @@ def texts(path: str | Path | None) -> list[str]:
     """The texts of a file, or the default ones. Raises DataError if it is missing, unreadable or empty."""
     if path is None:
         return default_text()
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text file {path}: {error}. Give a UTF-8 text file.") from error
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"text file {path} is empty. Give some 100 kB of text like what the model will read.")
     return [text]

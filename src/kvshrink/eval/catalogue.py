@@ -1,12 +1,12 @@
 """Which samples a suite runs: every generated task and its variants, and stored ones whose file is given."""
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
@@ -14,6 +14,13 @@ from kvshrink.eval import prompt, tasks
 from kvshrink.eval.entries import parse_settings
 from kvshrink.eval.tasks import Sample
 
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text (in quotes, if it looks like a number)",
+    bool: "True or False",
+    type(None): "None",
+}
 NEAR = 0.15  # a task whose samples are this much shorter than asked has a length of its own
 
 
@@ -60,7 +67,7 @@ def choices(wanted: Sequence[str] = (), stored: Sequence[str] = ()) -> list[Choi
         name, _, rest = text.partition(":")
         settings = parse_settings(rest)
         _check(tasks.get(name), settings)
-        if not settings.get("hub") and not Path(str(settings.get("path"))).exists():
+        if not settings.get("hub") and not os.path.exists(str(settings.get("path"))):
             raise EvalError(f"{text!r}: no file or folder {settings.get('path')}. Give path=, or hub=True to download.")
         parts = [str(v) for k, v in settings.items() if k not in ("path", "hub")]
         found.append(Choice("/".join([name, *parts]), name, settings))
@@ -84,7 +91,7 @@ def gather(
             module = tasks.get(choice.name)
             try:
                 settings = arguments(module, choice.settings, length, tokenizer, reference)
-                samples = module.samples(cases, seed, **settings)
+                samples = make_samples(module, cases, seed, settings)
             except EvalError as error:
                 skipped.append(Skipped(choice.title, length, str(error)))
                 continue
@@ -121,25 +128,56 @@ def arguments(module: ModuleType, given: Mapping[str, Any], tokens: int, tokeniz
     return {key: value for key, value in offered.items() if key in takes} | dict(given)
 
 
+def make_samples(module: ModuleType, cases: int, seed: int, settings: Mapping[str, Any]) -> list[Sample]:
+    """The samples of a task. Raises EvalError if it cannot make them, or use the rows of a file."""
+    try:
+        return module.samples(cases, seed, **settings)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if settings.get("path") is None:
+            raise
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise EvalError(
+            f"task {_name(module)} cannot use the rows of {settings['path']} ({reason}). Take the official file."
+        ) from error
+
+
+def has_own_length(module: ModuleType, settings: Mapping[str, Any]) -> bool:
+    """Whether a number of lines says how long a sample is, and tokens do not."""
+    lines = inspect.signature(module.samples).parameters.get("lines")
+    return lines is not None and settings.get("lines", lines.default) is not None
+
+
 def context_of(model: Any) -> int | None:
     """Tokens that the model was made for, None if it does not say."""
     return getattr(text_config(model), "max_position_embeddings", None)
 
 
-def check_context(model: Any, tokens: int) -> None:
-    """Raise EvalError if so many tokens are more than the model was made for."""
+def check_context(model: Any, tokens: int, of: str = "") -> None:
+    """Raise EvalError if so many tokens are more than the model was made for. of: what they are."""
     most = context_of(model)
     if most is not None and tokens > most:
-        raise EvalError(f"{tokens} tokens are more than the model's context of {most}. Use fewer.")
+        what = f"{tokens} tokens ({of})" if of else f"{tokens} tokens"
+        raise EvalError(f"{what} are more than the model's context of {most}. Use fewer.")
 
 
 def _check(module: ModuleType, given: Mapping[str, Any]) -> list[str]:
     """The settings that a task takes. Raises EvalError on one that it does not."""
     takes = list(inspect.signature(module.samples).parameters)
-    if wrong := [key for key in given if key not in takes]:
-        name = module.__name__.rsplit(".", 1)[1]
-        raise EvalError(f"task {name} has no setting {wrong[0]!r}. It has: {', '.join(takes[2:])}.")
+    if wrong := [key for key in given if key not in takes[2:] or key == "count"]:
+        known = ", ".join(key for key in takes[2:] if key != "count")
+        raise EvalError(f"task {_name(module)} has no setting {wrong[0]!r}. It has: {known}.")
+    kinds = get_type_hints(module.samples)
+    for key, value in given.items():
+        kind = get_args(kinds[key]) or (kinds[key],)
+        # True is no number here, and 1 is a share too
+        if type(value) not in kind and not (type(value) is int and float in kind):
+            words = " or ".join(WORDS[k] for k in kind if k in WORDS)
+            raise EvalError(f"task {_name(module)}: {key}={value!r} is not possible. Give {words}.")
     return takes
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[1]
 
 
 def _variants(name: str) -> list[Choice]:

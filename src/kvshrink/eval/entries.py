@@ -1,11 +1,11 @@
 """The methods of a comparison: by text such as "cskv:keep=0.2,bits=4", or as objects."""
 
-import ast
 import dataclasses
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from kvshrink.data.text import literal
 from kvshrink.errors import SettingError
 from kvshrink.methods import build, get
 from kvshrink.methods._roles import Method
@@ -15,6 +15,8 @@ FULL = "full"
 ZEROS = "zeros"
 CONTROLS = (FULL, ZEROS)
 LIKE = "like"
+LONGEST = 10_000  # characters of a method or task with its settings
+OPENS, CLOSES, QUOTES = "([{", ")]}", "'\""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,34 @@ def parse(text: str, defaults: dict | None = None) -> Entry:
 
 
 def parse_settings(text: str) -> dict[str, object]:
-    """ "keep=0.2,bits=4" as a dict. Raises SettingError on a part without "="."""
-    settings = {}
+    """ "keep=0.2,bits=4" as a dict. Raises SettingError on a part without "=", and on a setting that comes twice."""
+    settings: dict[str, object] = {}
     for part in _split(text):
-        key, equals, value = part.partition("=")
-        if not equals:
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or not key:
             raise SettingError(f"{part!r} is no setting. Write name:setting=value,setting=value.")
-        settings[key.strip()] = _value(value.strip())
+        if key in settings:
+            raise SettingError(f"{key} is set twice in {text!r}. Leave one out.")
+        settings[key] = _value(value)
     return settings
+
+
+def parse_all(texts: Sequence[str], defaults: dict) -> list[Entry]:
+    """The entries of several texts. Raises SettingError if a default is taken by none of them."""
+    for name in defaults:
+        if not any(_takes(text, name) for text in texts):
+            every = ", ".join(texts) or "the artifacts"
+            raise SettingError(f"--{name} has no effect on {every}: each has its own, or none. Leave it out.")
+    return [parse(text, defaults) for text in texts]
+
+
+def _takes(text: str, setting: str) -> bool:
+    """Whether a default for a setting would be taken by the method, or refused by it when it is built."""
+    name, _, rest = text.partition(":")
+    if name in CONTROLS or rest.startswith(f"{LIKE}="):
+        return False
+    own = parse_settings(rest)
+    return setting not in own and (not own or setting in {f.name for f in dataclasses.fields(get(name))})
 
 
 def specs(text: str) -> list[str]:
@@ -97,11 +119,46 @@ def _label(name: str, settings: dict) -> str:
 
 
 def _split(text: str) -> list[str]:
-    return [p for p in re.split(r",(?![^(\[]*[)\]])", text) if p.strip()]  # not at commas within brackets
+    """The parts between commas, but not those within brackets or quotes."""
+    if len(text) > LONGEST:
+        raise SettingError(f"{text[:20]!r}... has {len(text)} characters. Write at most {LONGEST}.")
+    cuts = [-1, *_commas(text), len(text)]
+    parts = [text[a + 1 : b] for a, b in pairwise(cuts)]
+    return [part for part in parts if part.strip()]
+
+
+def _commas(text: str) -> Iterator[int]:
+    depth, quote, before = 0, "", "="
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in QUOTES and before in f"=,{OPENS}":  # elsewhere it is an apostrophe
+            quote = c
+        elif c in OPENS:
+            depth += 1
+        elif c in CLOSES:
+            depth -= 1
+        elif c == "," and not depth:
+            yield i
+        if depth < 0:
+            break
+        before = before if c == " " else c
+    if depth or quote:
+        raise SettingError(f"a bracket or quote of {text!r} has no other end. Put a text that has one in quotes.")
 
 
 def _value(text: str) -> object:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = literal(text)
+    except ValueError:
         return text
+    if not _plain(value):
+        raise SettingError(f"{text!r} is no value of a setting. Write a number, a text, True, None or a list of them.")
+    return value
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is of the kinds that settings have."""
+    if isinstance(value, list | tuple):
+        return all(not isinstance(x, list | tuple) and _plain(x) for x in value)
+    return value is None or isinstance(value, bool | int | float | str)

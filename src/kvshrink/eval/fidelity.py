@@ -96,8 +96,7 @@ def fidelity(
             f"{len(lengths)} documents of {min(lengths, default=0)} to {max(lengths, default=0)} tokens: "
             "give at least one, and cut all to one length, so that each counts the same."
         )
-    if trajectory and mode == "simulated":
-        raise EvalError(f"trajectory={trajectory}: nothing can be generated in the mode 'simulated'. Use 'decode'.")
+    check_mode(mode, chunk, trajectory)
     found: dict[str, list[Track]] = {label: [] for label in methods}
     paths: dict[str, list[np.ndarray]] = {label: [] for label in methods}
     for ids in documents:
@@ -108,6 +107,13 @@ def fidelity(
                 paths[label].append(equal)
     step = chunk_of(mode, chunk)
     return {label: summary(found[label], paths[label], mode, step, n_bytes, seed) for label in methods}
+
+
+def check_mode(mode: str, chunk: int | None, trajectory: int) -> None:
+    """Raise EvalError on a chunk or a trajectory that the mode cannot have."""
+    chunk_of(mode, chunk)
+    if trajectory and mode == "simulated":
+        raise EvalError(f"trajectory={trajectory}: nothing can be generated in the mode 'simulated'. Use 'decode'.")
 
 
 def summary(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink.attach.identity import model_key
+from kvshrink.errors import ArtifactError
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.outcomes import key_of
 from kvshrink.fit.job import fit_all
@@ -36,7 +37,7 @@ def _fit(
         )
     identity = model_key(model)
     where = {m: folder / f"{name_of(m)}-{_key(m, identity, texts)}" for m in methods}
-    made = {m: Artifact.from_pretrained(place) for m, place in where.items() if (place / CONFIG).is_file()}
+    made = {m: artifact for m, place in where.items() if (artifact := _known(place)) is not None}
     todo = [m for m in methods if m not in made]
     if todo:
         checkpoint = folder / UNFINISHED
@@ -46,6 +47,14 @@ def _fit(
             made[method] = artifact
         clear(checkpoint)
     return made
+
+
+def _known(place: Path) -> Artifact | None:
+    """What was fitted before; one that cannot be read is fitted again."""
+    try:
+        return Artifact.from_pretrained(place) if (place / CONFIG).is_file() else None
+    except ArtifactError:
+        return None
 
 
 def _key(method: Method, identity: str, texts: Sequence[str]) -> str:

@@ -14,9 +14,11 @@ lm-eval gives context and question as one string, so the question is in view whi
 import copy
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from kvshrink.attach import make_cache
 from kvshrink.attach.factory import digest_of
 from kvshrink.cache import KVCache
-from kvshrink.errors import EvalError, SettingError
+from kvshrink.errors import EvalError, KVShrinkError, SettingError
 from kvshrink.eval import calibration
 from kvshrink.eval.harness_method import method_of
 from kvshrink.eval.harness_usage import Usage, describe
@@ -36,6 +38,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.reference import FOLDER
+from kvshrink.store.reason import line
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -208,13 +211,20 @@ def main(args: list[str]) -> None:
     """lm-eval's own command line, which now knows the model. lm-eval 0.4.13 finds no plug-ins by itself."""
     sys.argv = ["lm-eval", *args]
     try:
-        cli_evaluate()
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        wrong = str(error).split("argument")[-1].strip()
-        raise SettingError(f"model argument {wrong} is not known. A method's settings have ; between them.") from error
-    except ValueError as error:
-        if "Tasks not found" not in str(error):
-            raise
-        raise EvalError(f"lm-eval: {str(error).splitlines()[0]}. See `kvshrink lm-eval ls tasks`.") from error
+        with patch.object(ArgumentParser, "error", _usage):
+            cli_evaluate()
+    except KVShrinkError:
+        raise
+    except Exception as error:  # another program, with what its tasks, data sets and models may raise
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            wrong = str(error).split("argument")[-1].strip()
+            said = f"model argument {wrong} is not known. A method's settings have ; between them."
+            raise SettingError(said) from error
+        raise EvalError(
+            f"lm-eval: {type(error).__name__}: {line(error)}. See `kvshrink lm-eval run --help` and `... ls tasks`."
+        ) from error
+
+
+def _usage(parser: ArgumentParser, message: str) -> NoReturn:
+    """In place of a usage text of many lines."""
+    raise SettingError(f"{parser.prog}: {message}. See `kvshrink lm-eval run --help`.")

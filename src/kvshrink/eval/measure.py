@@ -15,6 +15,7 @@ from tqdm import tqdm
 from kvshrink import data
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import FULL, Entry
 from kvshrink.eval.fidelity import summary, trajectories
@@ -22,6 +23,7 @@ from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
 from kvshrink.eval.outcomes import Failure, Log, key_of
 from kvshrink.eval.perplexity import scored_bytes, tracks
+from kvshrink.eval.records import has_layers, has_memory, has_path
 from kvshrink.eval.teacher import Track, opened
 from kvshrink.store.bytes import nbytes
 
@@ -81,6 +83,7 @@ class Meter:
         out.fidelity.append({**named, **found.to_dict()})
         rows = self._kept(
             ("layers", digest_of(method), texts[0].tolist(), prefix),
+            has_layers,
             lambda: {"rows": [x.to_dict() for x in layer_errors(self.model, method, texts[0], prefix)]},
         )["rows"]
         out.layers.extend({**named, **row} for row in rows)
@@ -92,7 +95,7 @@ class Meter:
             path = trajectories(self.model, {"": method}, ids, prefix, self.scored)[""]
             return {"track": plain(track), "path": path.tolist()}
 
-        row = self._kept(("track", digest_of(method), ids.tolist(), prefix), make)
+        row = self._kept(("track", digest_of(method), ids.tolist(), prefix), has_path, make)
         return track_of(row["track"]), np.array(row["path"])
 
     def _memory(self, method: Any, ids: Tensor) -> dict:
@@ -110,7 +113,7 @@ class Meter:
                 "peak": decode_peak(self.model, cache, ids[:, -1:].to(self.model.device)),
             }
 
-        row = self._kept(("memory", None if method is None else digest_of(method), ids.tolist()), make)
+        row = self._kept(("memory", None if method is None else digest_of(method), ids.tolist()), has_memory, make)
         return {
             "held": row["held"],
             "full": row["full"],
@@ -119,10 +122,10 @@ class Meter:
             "peak": row["peak"],
         }
 
-    def _kept(self, parts: tuple, make: Callable[[], dict]) -> dict:
-        """The log's record of this measurement, made now if there is none."""
+    def _kept(self, parts: tuple, valid: Callable[[dict], bool], make: Callable[[], dict]) -> dict:
+        """The log's record of this measurement, made now if there is no valid one."""
         key = key_of(self.model_key, parts)
-        if key not in self.log.rows:
+        if not self.log.has(key, valid):
             self.log.add({"key": key, **make()})
         return self.log.rows[key]
 
@@ -137,6 +140,8 @@ def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path
     room = len(ids) - (length - len(bos))
     if room < 0:
         raise EvalError(f"a text of {length} tokens is longer than the whole one ({len(ids)}). Use shorter ones.")
+    if documents > max(1, room):
+        raise EvalError(f"{documents} texts of {length} tokens do not differ: the whole has {len(ids)}. Use fewer.")
     offset = seed % max(1, room // max(1, documents))
     starts = [min(room, round(i * room / documents) + offset) for i in range(documents)]
     return [torch.tensor([bos + ids[at : at + length - len(bos)]]) for at in starts]
@@ -144,11 +149,7 @@ def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path
 
 def book(path: str | Path | None) -> str:
     """The text of a file. Raises EvalError if it cannot be read."""
-    source = data.path("heldout.txt") if path is None else Path(path)
-    try:
-        return source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"cannot read text {source}: {error}. Give a UTF-8 text file.") from error
+    return read_text(data.path("heldout.txt") if path is None else path, "cannot read text", EvalError)
 
 
 def _named(entry: Entry, length: int) -> dict:

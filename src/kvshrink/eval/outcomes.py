@@ -1,11 +1,17 @@
-"""One answer as a line of JSON: appended as it comes, read again when a run is resumed."""
+"""One answer to one sample, as a log keeps it."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass, fields
 
-from kvshrink.errors import EvalError
+from kvshrink.eval.log import Log
+
+__all__ = ["Failure", "Log", "Outcome", "is_number", "key_of"]
+
+TEXTS = ("key", "task", "mode", "method", "output")
+COUNTS = ("length", "index", "tokens", "nbytes", "full")
+NUMBERS = ("score", "seconds", "encode")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,23 @@ class Outcome:
     seconds: float
     encode: float
 
+    @classmethod
+    def of(cls, row: dict) -> "Outcome | None":
+        """From a row of a log; None if it is not what a run would have written."""
+        names = {f.name for f in fields(cls)}
+        right = (
+            set(row) == names
+            and all(isinstance(row[name], str) for name in TEXTS)
+            and all(type(row[name]) is int and row[name] >= 0 for name in COUNTS)
+            and all(is_number(row[name]) and row[name] >= 0 for name in NUMBERS)
+            and (row["depth"] is None or is_number(row["depth"]))
+            and isinstance(row["context"], int | str)
+            and isinstance(row["expected"], list)
+            and all(isinstance(x, str) for x in row["expected"])
+            and row["full"] > 0
+        )
+        return cls(**row) if right else None
+
     @property
     def kept(self) -> float:
         """Bytes held over the full cache's."""
@@ -53,50 +76,11 @@ class Failure:
     error: str
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def key_of(*parts: object) -> str:
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Log:
-    """A JSONL file of records, found by key; without a path it only remembers."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.rows: dict[str, dict] = {row["key"]: row for row in _read(path)}
-
-    def add(self, row: dict) -> None:
-        self.rows[row["key"]] = row
-        if self.path is not None:
-            _append(self.path, row)
-
-    def add_outcome(self, outcome: Outcome) -> None:
-        self.add(asdict(outcome))
-
-
-def _append(path: Path, row: dict) -> None:
-    """Add a line; first end one that an interrupt cut off, so that it does not spoil this one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as f:
-            if f.tell():
-                f.seek(-1, 2)
-                if f.read(1) != b"\n":
-                    f.write(b"\n")
-            f.write((json.dumps(row) + "\n").encode())
-    except OSError as error:
-        raise EvalError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
-
-
-def _read(path: Path | None) -> list[dict]:
-    if path is None or not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of an interrupted run may be cut; it is run again
-        if isinstance(row, dict) and "key" in row:
-            rows.append(row)
-    return rows

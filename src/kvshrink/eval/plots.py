@@ -1,11 +1,15 @@
 """The picture of singular values, and what all pictures need. matplotlib is in the `eval` extra."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from kvshrink.errors import EvalError
+from kvshrink.store import files
+
+KINDS = ("png", "svg", "pdf")
 
 
 def spectra(layers: Mapping[int, tuple[np.ndarray, np.ndarray]], path: Path, title: str) -> None:
@@ -25,7 +29,7 @@ def spectra(layers: Mapping[int, tuple[np.ndarray, np.ndarray]], path: Path, tit
     axes[0].set_ylabel("singular value / largest")
     if len(layers) <= 12:
         axes[1].legend(fontsize=7)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     save(figure, path)
 
 
@@ -42,11 +46,18 @@ def pyplot():
 
 
 def save(figure, path: Path) -> None:
-    """Write a figure and let it go. Raises EvalError if the path cannot be written."""
+    """Write a figure under exactly this name and let it go. Raises EvalError if it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise EvalError(f"cannot write picture {path}: {str(error).splitlines()[0]}. Use .png or .svg.") from error
+        kind = check_ending(path)
+        with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+            files.write_all({path: lambda part: figure.savefig(part, dpi=130, format=kind)})
     finally:
         pyplot().close(figure)
+
+
+def check_ending(path: Path) -> str:
+    """The kind of picture that a name says. Raises EvalError if it says none: another name would be written."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in KINDS:
+        raise EvalError(f"cannot write picture {path}: its name has to end in {', '.join(f'.{k}' for k in KINDS)}.")
+    return kind

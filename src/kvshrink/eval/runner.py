@@ -15,7 +15,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -83,11 +83,11 @@ class Runner:
         own = bar if bar is not None else tqdm(total=len(samples) * len(self.entries), desc=job.title, unit="answer")
         failed: dict[str, str] = {}
         for group, by_label in zip(asked, keys, strict=True):
-            known = sum(key in log.rows for by_case in by_label.values() for key in by_case.values())
+            known = sum(log.has(key, Outcome.of) for by_case in by_label.values() for key in by_case.values())
             own.update(known)
             if known < len(self.entries) * len(group.cases):
                 for outcome in self._group(job, group, by_label, log, failed):
-                    log.add_outcome(outcome)
+                    log.add(asdict(outcome))
                     own.update()
         if bar is None:
             own.close()
@@ -200,7 +200,7 @@ class Runner:
         ids, mask = torch.cat([ids, asked], 1), torch.cat([mask, shown], 1)
         eos = self.model.generation_config.eos_token_id
         started = _now(ids)
-        with _greedy(self.model, eos, self._pad):
+        with greedy(self.model, eos, self._pad):
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max(limits)
             )
@@ -241,7 +241,7 @@ class Runner:
 
 
 @contextmanager
-def _greedy(model: Any, eos: int | list[int] | None, pad: int) -> Iterator[None]:
+def greedy(model: Any, eos: int | list[int] | None, pad: int) -> Iterator[None]:
     """Generation without the model's own settings: a repetition penalty or sampling would not be greedy, and
     `generate` takes whatever it is not told from them."""
     own = model.generation_config

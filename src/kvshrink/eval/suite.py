@@ -35,6 +35,7 @@ from kvshrink.eval.summary import Line, summarise
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
 
+SHORTEST = 16  # tokens of a sample
 LONGEST = 4096  # tokens, unless longer ones are asked for
 
 
@@ -71,9 +72,16 @@ class Settings:
                 raise SettingError(f"{text!r}: name methods that shrink; full and zeros are always there.")
             if entry.method.dial in parse_settings(text.partition(":")[2]):
                 raise SettingError(f"{text!r}: {entry.method.dial} is what the budget sets. Leave it out.")
-        for name, given in (("methods", self.methods), ("kept", self.kept), ("modes", self.modes)):
-            if not given or len(set(given)) < len(given):
+        for name, given in (
+            ("methods", self.methods),
+            ("kept", self.kept),
+            ("modes", self.modes),
+            ("lengths", self.lengths),
+        ):
+            if not (given or name == "lengths") or len(set(given)) < len(given):
                 raise SettingError(f"{name}={','.join(map(str, given))!r}: name at least one, and none twice.")
+        if short := [n for n in self.lengths if n < SHORTEST]:
+            raise SettingError(f"lengths={short[0]} is not possible. Use {SHORTEST} tokens or more.")
         if wrong := [m for m in self.modes if m not in MODES]:
             raise SettingError(f"mode {wrong[0]!r} is not known. Use some of {', '.join(MODES)}.")
         if wrong := [k for k in self.kept if not 0 < k <= 1]:
@@ -105,6 +113,8 @@ class Suite:
             raise EvalError(f"no task fits {max(s.lengths)} tokens: {skipped[0].reason if skipped else 'none chosen'}")
         plans = self._entries(samples)
         jobs = self._jobs(samples, skipped)
+        if samples and not jobs and not s.documents:
+            raise EvalError(f"no task can be had in the modes {', '.join(s.modes)}. Name another mode or task.")
         lines, grid = self._answers(jobs, plans)
         measured = self._measured(plans)
         data = {

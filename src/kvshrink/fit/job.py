@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvshrink.attach.families import LayerInfo, layers_of, shape_of
+from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
 from kvshrink.fit.data import checked_rows, rows_hash, token_rows
@@ -30,6 +32,8 @@ from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.store.modes import without_autocast
+from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
 SIDES = ("key", "value")
@@ -37,8 +41,8 @@ PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
 
 def fit(
-    model: nn.Module | str | Path,
-    method: Method,
+    model: Any,
+    method: Any,
     data: str | Sequence[str] | Tensor | Sequence[Tensor],
     tokenizer=None,
     length: int = 1024,
@@ -49,17 +53,20 @@ def fit(
 ) -> Artifact:
     """Fit a method to a model. Only one layer's activations are held at a time.
 
-    model: a loaded model, or a folder or hub id whose weights are then read one layer at a time.
+    model: a loaded model (or a pipeline or wrapper of one), or a folder or hub id whose weights are then read one layer
+    at a time. method: one that has something to fit, such as CSKV(keep=0.2).
     data: calibration text(s), cut into rows of `length` tokens, or token rows [rows, length].
     batch: rows per forward pass. checkpoint: folder for finished layers; call again with it to resume.
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
     Raises DataError on too little text, UnsupportedModelError, SettingError.
     """
+    if not isinstance(method, Method):
+        raise SettingError(f"{method!r} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
     return fit_all(model, [method], data, tokenizer, length, batch, progress, checkpoint, log_with)[0]
 
 
 def fit_all(
-    model: nn.Module | str | Path,
+    model: Any,
     methods: Sequence[Method],
     data: str | Sequence[str] | Tensor | Sequence[Tensor],
     tokenizer=None,
@@ -73,7 +80,13 @@ def fit_all(
     for method in methods:
         if not method.needs_fit:
             raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
-    source = InMemory(model) if isinstance(model, nn.Module) else OnDisk(model)
+    if isinstance(model, str | Path):
+        source: InMemory | OnDisk = OnDisk(model)
+    else:
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)  # a pipeline has one
+        inner = transformers_model(model)
+        check_loaded(inner)
+        source = InMemory(inner)
     infos = layers_of(source.model)
     shapes = [shape_of(info.module) for info in infos if info.compressed]
     methods = [method.settle(shapes, source.device) for method in methods]
@@ -89,7 +102,8 @@ def fit_all(
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
-    with torch.inference_mode(False), torch.no_grad():  # Fisher and training switch gradients on themselves
+    # Fisher and training switch gradients on themselves
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
         return job.run()
 
 
@@ -118,9 +132,11 @@ def _trains(method: Method, loss: str | None = None) -> bool:
 
 def _tokenizer(name: str):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name} has no tokenizer. Pass tokenizer=, or token rows instead of text.") from error
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # files of any content come in here, and transformers raises what it meets
+        raise DataError(
+            f"{name} has no tokenizer ({line(error)}). Pass tokenizer=, or token rows instead of text."
+        ) from error
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Where a layer's weights come from while it is fitted: a model in memory, or a folder read one layer at a time."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.errors import ArtifactError, KVShrinkError
 from kvshrink.identity import Identity
+from kvshrink.store import files
+from kvshrink.store.reason import line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -50,10 +51,11 @@ class OnDisk:
         self.folder, self.name = local_folder(name), str(name)
         try:
             with init_empty_weights(include_buffers=False):
-                self.model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise KVShrinkError(f"{self.folder} is no saved causal language model: {reason}") from error
+                # else transformers asks on the terminal
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                self.model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        except Exception as error:  # a config of any content comes in here, and transformers raises what it meets
+            raise KVShrinkError(f"{self.folder} is no saved causal language model: {line(error)}.") from error
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
 
@@ -77,7 +79,12 @@ class OnDisk:
                 found: Tensor = opened[file].get_tensor(prefix + name)  # a view of the mapped file
                 return found
 
-            return identity_of(self.model, stored)
+            try:
+                return identity_of(self.model, stored)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ArtifactError(
+                    f"the weights in {self.folder} cannot be read: {line(error)}. Save the model again."
+                ) from error
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
@@ -101,11 +108,16 @@ class OnDisk:
                 "Load the model and pass it instead."
             )
         tensors: dict[str, Tensor] = {}
-        for file in {self.files[n] for n in names}:
-            # tensors are views of the mapped file: nothing is copied, and unmapping frees all
-            with safe_open(file, framework="pt") as f:
-                tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
-        module.load_state_dict(tensors, assign=True)
+        try:
+            for file in {self.files[n] for n in names}:
+                # tensors are views of the mapped file: nothing is copied, and unmapping frees all
+                with safe_open(file, framework="pt") as f:
+                    tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
+            module.load_state_dict(tensors, assign=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"the weights of {prefix[:-1]} in {self.folder} cannot be read: {line(error)}. Save the model again."
+            ) from error
         del tensors
         try:
             yield
@@ -117,7 +129,7 @@ class OnDisk:
 def local_folder(name: str | Path) -> Path:
     """A local folder, or the hub's copy in the local cache."""
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_dir() and str(name):
         return folder
     from huggingface_hub import snapshot_download
 
@@ -126,9 +138,8 @@ def local_folder(name: str | Path) -> Path:
             snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise KVShrinkError(
-            f"no model {str(name)!r}: no such folder, and the hub did not give one ({reason}). Check the path."
+            f"no model {str(name)!r}: no such folder, and the hub did not give one ({line(error)}). Check the path."
         ) from error
 
 
@@ -136,10 +147,13 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     """{tensor name: file}."""
     try:
         if (folder / INDEX).is_file():
-            return {n: folder / f for n, f in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+            found = files.read_json(folder / INDEX).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(f, str) for f in found.values()):
+                raise ValueError(f"{INDEX} has no map of weights")
+            return {n: folder / f for n, f in found.items()}
         with safe_open(folder / SINGLE, framework="pt") as f:
             return dict.fromkeys(f.keys(), folder / SINGLE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ArtifactError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder} has no readable safetensors weights: {error}. Save the model with save_pretrained."
+            f"{folder} has no readable safetensors weights: {line(error)}. Save the model with save_pretrained."
         ) from error

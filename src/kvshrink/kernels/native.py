@@ -1,93 +1,187 @@
-"""C++ kernels for CPUs: built once with g++, kept in the user's cache folder, loaded with ctypes. All optional.
+"""C++ kernels for CPUs: built once with g++, kept in a folder of this user's alone, loaded with ctypes. All optional.
 
 Plain C functions, so that a build takes seconds: torch's own headers take minutes. The threads are torch's: the library
 is left to find the OpenMP that torch has loaded, since a second pool would fight with the first one for the cores.
+
+A built library has its own digest in its name, so that one that was cut off or changed is never loaded.
+KVSHRINK_NATIVE=0 leaves the kernels out; KVSHRINK_CXXFLAGS adds flags to the build.
 """
 
 import ctypes
 import hashlib
 import logging
 import os
-import platform
+import shlex
 import shutil
-import subprocess
 import tempfile
-from functools import cache
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from kvshrink.kernels import compiler, private
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math")
-SECONDS = 300  # after which a compiler that hangs is given up
+SECONDS = 300  # after which a compiler that hangs is ended, and no longer waited for in another process
+FUNCTIONS = ("kvshrink_decode", "kvshrink_prepare", "kvshrink_forget")
+BUILDING = "building-"  # how folders of builds begin
 
 log = logging.getLogger("kvshrink")
 
 
-@cache
+class _Answer(NamedTuple):
+    library: ctypes.CDLL | None
+    why: str | None
+
+
+_answer: _Answer | None = None
+_looking = threading.Lock()
+
+
 def library() -> ctypes.CDLL | None:
     """The built library; None, said once in the log, where it cannot be built or loaded."""
+    return (_answer or _ask()).library
+
+
+def why() -> str | None:
+    """Why there is no library, in one line; None if there is one."""
+    return (_answer or _ask()).why
+
+
+def forget() -> None:
+    """The next call looks, and builds, again."""
+    global _answer
+    _answer = None
+
+
+library.cache_clear = forget  # type: ignore[attr-defined]
+
+
+def _ask() -> _Answer:
+    global _answer
+    with _looking:  # two threads must not build at once
+        if _answer is None:
+            _answer = _look()
+        return _answer
+
+
+def _after_fork() -> None:
+    global _looking
+    _looking = threading.Lock()  # the thread that held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _look() -> _Answer:
     if os.environ.get("KVSHRINK_NATIVE") == "0":
-        return None
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        log.warning("no g++: decoding runs in plain torch, several times slower. Install g++ for the C++ kernels.")
-        return None
-    for threads in (("-fopenmp",), ()):  # without OpenMP where torch brings none: one thread is still far faster
+        return _Answer(None, "KVSHRINK_NATIVE=0")
+    try:
+        if os.name != "posix":
+            raise OSError(f"they are not built on {os.name}")
+        command, where = compiler.find(), folder()
+        more = tuple(shlex.split(os.environ.get("KVSHRINK_CXXFLAGS", "")))
         try:
-            return _load(compiler, (*FLAGS, *threads))
-        except (OSError, subprocess.SubprocessError) as error:
-            told = getattr(error, "stderr", None) or str(error)
-    log.warning("the C++ kernels cannot be built, decoding runs in plain torch, several times slower: %s", told[-2000:])
-    return None
-
-
-def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The shared object, compiled if this source was not yet by this compiler for this processor."""
-    sources = sorted(HERE.glob("*/native/*"))
-    seed = hashlib.sha256(repr((compiler, flags, platform.machine(), _processor())).encode())
-    for source in sources:
-        seed.update(source.read_bytes())
-    target = folder() / f"kernels-{seed.hexdigest()[:16]}.so"
-    if target.exists():
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError as error:
-            log.warning("%s cannot be loaded (%s) and is built again", target, error)
-    log.info("building the C++ kernels, once: %s", target)
-    # in a folder of its own until it is whole: another process may build at the same time
-    with tempfile.TemporaryDirectory(dir=target.parent) as made:
-        objects = []
-        for source in (s for s in sources if s.suffix == ".cpp"):
-            objects.append(str(Path(made) / f"{source.parts[-3]}-{source.stem}.o"))
-            _run([compiler, *flags, "-fPIC", "-c", str(source), "-o", objects[-1]])
-        # linked without OpenMP's library, see above: its names are found among those that torch has loaded
-        _run([compiler, "-shared", *objects, "-o", str(Path(made) / target.name)])
-        os.replace(Path(made) / target.name, target)
-    return ctypes.CDLL(str(target))
+            return _Answer(_library(where, command, (*FLAGS, "-fopenmp", *more)), None)
+        except compiler.BuildTimeout:
+            raise
+        except (OSError, compiler.BuildError):
+            # where torch brings no OpenMP: one thread is still far faster
+            return _Answer(_library(where, command, (*FLAGS, *more)), None)
+    except (OSError, ValueError, compiler.BuildError) as error:
+        log.warning("no C++ kernels, decoding runs in plain torch, several times slower: %s.", error)
+        return _Answer(None, str(error))
 
 
 def folder() -> Path:
-    """Where built kernels are kept: $KVSHRINK_CACHE, or the user's cache folder, or a temporary one."""
-    base = os.environ.get("KVSHRINK_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    known = [] if base.startswith("~") else [Path(base) / "kvshrink"]  # a user may have no home
-    for path in (*known, Path(tempfile.gettempdir()) / f"kvshrink-{os.getuid()}"):
+    """Where built kernels are kept: in $KVSHRINK_CACHE, else the user's cache folder, or else in a temporary one.
+
+    Raises OSError if none of them is this user's alone.
+    """
+    asked = os.environ.get("KVSHRINK_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.path.expanduser(asked)
+    known = [] if base.startswith("~") else [Path(base, "kvshrink")]  # a user may have no home
+    for path in (*known, Path(tempfile.gettempdir(), f"kvshrink-{os.geteuid()}")):
+        path = private.real(path)
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            continue
-        # code is loaded from here: nobody else may have made it
-        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
-            return path
-    raise OSError("no folder to keep built kernels in. Set KVSHRINK_CACHE to one that can be written.")
+            with private.opened(path):
+                if os.access(path, os.W_OK):
+                    return path
+            raise OSError(f"{path}: it is read-only")
+        except OSError as error:
+            log.warning("not used for built kernels: %s.", error)
+    raise OSError("no folder to keep built kernels in. Set KVSHRINK_CACHE to one that only you can write")
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+def _library(where: Path, command: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
+    """The library of these sources, built if it was not yet. Raises OSError if it cannot be loaded, and BuildError."""
+    sources = sorted(path for path in HERE.glob("*/native/*") if path.suffix in (".h", ".cpp"))
+    prefix = f"kernels-{compiler.key(command, flags, sources)}-"
+    with private.opened(where) as at:
+        if (found := _kept(at, where, prefix)) is not None:
+            return found
+        try:
+            with FileLock(where / "lock", timeout=SECONDS, mode=0o600):
+                # another process may have built it while this one waited
+                if (found := _kept(at, where, prefix, clear=True)) is None:
+                    _build(where, prefix, command, flags, sources)
+                    found = _kept(at, where, prefix)
+        except Timeout:
+            raise compiler.BuildTimeout(f"another process has been building in {where} for {SECONDS} seconds") from None
+    if found is None:
+        raise compiler.BuildError(f"what {command[0]} builds cannot be used")
+    return found
 
 
-def _processor() -> str:
-    """What -march=native depends on."""
+def _build(where: Path, prefix: str, command: Sequence[str], flags: Sequence[str], sources: Sequence[Path]) -> None:
+    log.info("building the C++ kernels, once, in %s", where)
+    for left in where.glob(f"{BUILDING}*"):  # by a process that was killed: only one builds at a time
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=where, ignore_cleanup_errors=True) as folder:
+        made = compiler.build(command, flags, sources, Path(folder), SECONDS)
+        made.chmod(0o600)
+        os.replace(made, where / f"{prefix}{_digest(made.read_bytes())}.so")
+
+
+def _kept(at: int, where: Path, prefix: str, clear: bool = False) -> ctypes.CDLL | None:
+    """The library of this name in an opened folder, if there is a sound one. clear: those that are not are removed."""
+    for name in sorted(os.listdir(at)):
+        if name.startswith(prefix) and name.endswith(".so"):
+            try:
+                return _loaded(at, where, name)
+            except _UnsoundError as error:
+                if clear:
+                    log.warning("%s is built again: %s.", where / name, error)
+                    os.unlink(name, dir_fd=at)
+    return None
+
+
+class _UnsoundError(Exception):
+    """A library that is not as we built it."""
+
+
+def _loaded(at: int, where: Path, name: str) -> ctypes.CDLL:
+    """Raises _UnsoundError, or OSError if a sound one cannot be loaded."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        found = private.open_file(at, name)
+    except OSError as error:
+        raise _UnsoundError(error.strerror or error) from None
+    with open(found, "rb", closefd=False) as file:
+        if not name.endswith(f"-{_digest(file.read())}.so"):
+            os.close(found)
+            raise _UnsoundError("it is cut off or changed")
+    # through the descriptor, so that what was checked is what is loaded. It stays open: the loader takes a second
+    # library of one name for the first
+    own = f"/proc/self/fd/{found}"
+    library = ctypes.CDLL(own if os.path.exists(own) else str(where / name))
+    if not all(hasattr(library, function) for function in FUNCTIONS):
+        raise _UnsoundError("it has not our functions")
+    return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -45,6 +45,9 @@ class PackedCodec(Codec):
     def packed(self, stored: Stored) -> Packed | None:
         return self.packing.packed(stored)
 
+    def sound(self, stored: Stored) -> bool:
+        return self.packing.sound(stored)
+
     def demoted(self, stored: Stored) -> Stored:
         return self.packing.demoted(stored)
 

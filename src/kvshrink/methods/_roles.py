@@ -101,6 +101,10 @@ class Codec(ABC):
         Asked only of a codec of an older tier."""
         raise NotImplementedError(f"{type(self).__name__} takes over no pages")
 
+    def sound(self, stored: Stored) -> bool:
+        """Whether tensors of the right shapes, which come from a file, hold no place outside of what they index."""
+        return True
+
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
 
@@ -110,11 +114,9 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact.
-
-    Tokens leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped. A method
-    with `tiers` lets pages grow old: what a tier cannot hold any more moves on to the next one.
-    """
+    """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact. Tokens
+    leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers`
+    what becomes of pages that grow old: what a tier cannot hold any more moves on to the next one."""
 
     window: int = 32
     sinks: int = 4
@@ -129,8 +131,8 @@ class Method(ABC):
         return ()
 
     def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
-        """Before anything is fitted: the method with what depends on the device decided, so that an artifact means the
-        same on every machine. shapes: of the layers that are compressed."""
+        """The method with what depends on the device decided, before a fit, so that an artifact means the same on
+        every machine. shapes: of the layers that are compressed."""
         return self
 
     @abstractmethod
@@ -186,10 +188,7 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
-        """Bits of a token's key and value in the body, scales included, window and sinks not. 0 if dropped.
-
-        Of a method with tiers: in the youngest, where a token takes most.
-        """
+        """Bits of a token's key and value in the body's youngest tier, scales included. 0 if dropped."""
         pair = self.codecs(shape, fitted)
         return 0.0 if pair is None else sum(c.page_bytes() for c in pair) * 8 / self.page
 

@@ -4,23 +4,18 @@ On disk: `kvshrink.json` (format version, method and settings, layers, model, pr
 `kvshrink.safetensors`. No pickle. Unknown keys, another version or another model are refused.
 """
 
-import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
-from kvshrink.methods import build, name_of
+from kvshrink.errors import ArtifactError, SettingError
+from kvshrink.methods import artifact_file, name_of
 from kvshrink.methods._roles import Fitted, Method
+from kvshrink.methods.artifact_file import CONFIG, WEIGHTS, Content
 from kvshrink.methods.lowrank.cskv import CSKV
-from kvshrink.store import files
 
-VERSION = 1
 LOOKED_AT = ("_spectrum", "_curve", "_errors", "_centre")  # endings of tensors that no codec reads
-CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
-KEYS = {"version", "method", "settings", "layers", "model", "provenance", "weights_sha256"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,51 +68,19 @@ class Artifact:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the artifact to a folder. A failed save leaves what was there."""
-        folder = Path(folder)
-        tensors = {f"{i}.{k}": t for i, layer in self.layers.items() for k, t in layer.items()}
-        digest = _digest(tensors)
-        layers = {str(i): {k: list(t.shape) for k, t in layer.items()} for i, layer in self.layers.items()}
-        description = {
-            "version": VERSION,
-            "method": name_of(self.method),
-            "settings": self.method.settings(),
-            "layers": layers,
-            "model": self.model,
-            "provenance": self.provenance,
-            "weights_sha256": digest,
-        }
-        files.write_all({folder / WEIGHTS: files.tensors_of(tensors), folder / CONFIG: files.json_of(description)})
-        return folder
+        artifact_file.write(
+            Path(folder),
+            Content(name_of(self.method), self.method.settings(), self.layers, self.model, self.provenance),
+        )
+        return Path(folder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Artifact":
         """From a local folder or a hub id. Raises ArtifactError if anything in it is not as it was written."""
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             folder = _download(str(name))
-        data = files.read_json(folder / CONFIG)
-        if extra := sorted(set(data) ^ KEYS):
-            raise ArtifactError(
-                f"{folder / CONFIG} has missing or unknown keys {extra}. It is edited or of another program."
-            )
-        if data["version"] != VERSION:
-            raise ArtifactError(
-                f"{folder / CONFIG} has format version {data['version']}, this kvshrink reads {VERSION}. Fit again."
-            )
-        tensors, _ = files.read_tensors(folder / WEIGHTS)
-        if _digest(tensors) != data["weights_sha256"]:
-            raise ArtifactError(
-                f"{folder / WEIGHTS} does not belong to {CONFIG} beside it (sha256 differs). Fit again."
-            )
-        try:
-            method = build(data["method"], data["settings"])
-            layers: dict[int, dict[str, Tensor]] = {int(i): {} for i in data["layers"]}
-            for key, tensor in tensors.items():
-                index, part = key.split(".", 1)
-                layers[int(index)][part] = tensor
-        except (KVShrinkError, TypeError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{folder / CONFIG} is edited: {error} Fit again.") from error
-        return cls(method, layers, data["model"], data["provenance"])
+        return cls(*artifact_file.read(folder))
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Upload the artifact to a hub repository, which is made if need be. Returns its address."""
@@ -132,23 +95,13 @@ class Artifact:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        h.update(tensor.view(-1).numpy().tobytes())
-    return h.hexdigest()
-
-
 def _download(name: str) -> Path:
     """A hub artifact in the local cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's own errors, and what it says of a name that is none
         raise ArtifactError(
-            f"no artifact {name!r}: no such folder, and the hub did not give one. Check the path."
+            f"no artifact {name!r:.200}: no such folder, and the hub did not give one. Check the path."
         ) from error

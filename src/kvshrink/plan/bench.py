@@ -21,7 +21,7 @@ from kvshrink.attach.families import shape_of
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
 from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.eval.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.facts import gather
 from kvshrink.fit.probe import REPEATED, Recall
@@ -52,6 +52,11 @@ class Point:
     @property
     def method(self) -> Method:
         return build(self.name, self.settings)
+
+
+def is_point(row: dict) -> bool:
+    """Whether a row of a log says what a setting loses."""
+    return set(row) == {"key", "method", "settings", "kl"} and is_number(row["kl"]) and row["kl"] >= 0
 
 
 class Bench:
@@ -91,7 +96,7 @@ class Bench:
     def point(self, method: Method) -> Point:
         """Where a setting stands."""
         key = key_of("plan", *self.key, name_of(method), method.settings())
-        if key not in self.log.rows:
+        if not self.log.has(key, is_point):
             self.log.add({"key": key, "method": name_of(method), "settings": method.settings(), "kl": self._kl(method)})
             self.measured += 1
         kl = self.log.rows[key]["kl"]

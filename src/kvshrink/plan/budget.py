@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kvshrink.errors import SettingError
 from kvshrink.eval.budget import Room
 
+MOST = 2**63  # bytes
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -18,6 +19,11 @@ class Budget:
     batch: int
     nbytes: int | None = None
     kl: float | None = None
+
+    @property
+    def described(self) -> dict:
+        """As plan.json has it."""
+        return {**self.asked, "tokens": self.tokens, "batch": self.batch}
 
 
 def budget(
@@ -45,6 +51,6 @@ def parse_bytes(text: str) -> int:
     """ "64MiB", "20 GiB", "1.5GB" or "1000000" as bytes. Raises SettingError on anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     unit = found and UNITS.get(found[2].upper())
-    if not found or not unit or not float(found[1]):
+    if not found or not unit or not 0 < float(found[1]) * unit < MOST:
         raise SettingError(f"{text!r} are no bytes. Write a number and KiB, MiB or GiB, such as 64MiB.")
     return int(float(found[1]) * unit)

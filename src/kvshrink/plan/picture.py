@@ -28,5 +28,5 @@ def picture(points: Sequence[Point], front: Sequence[Point], chosen: Point, path
     axis.set_ylabel("KL on held-out text, nats")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, parse_math=False)
     plots.save(figure, path)

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import ArtifactError
+from kvshrink.store.parse import parsed
+from kvshrink.store.reason import line
+
+Kind = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype, shape
 
 LEVEL = 6  # zlib's own default; 9 saves another .02 % of a 4-bit cache
+MOST = 1040  # bytes that one of a stream can become: DEFLATE ends at 1032
 KEY = "deflate"  # of the metadata: a JSON object {name: [dtype, shape]} of the tensors that are streams
 
 
@@ -31,33 +36,67 @@ def deflated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return out, {KEY: json.dumps(streams)}
 
 
-def inflated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """What `deflated` was given; tensors without its metadata as they are. Raises ArtifactError on a damaged stream."""
-    out = dict(tensors)
-    if KEY not in metadata:
-        return out
+def claimed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Kind]:
+    """{name: (dtype, shape)} of what `inflated` gives, as described. Raises ArtifactError if that cannot be right."""
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     name = "its description"
     try:
-        for name, (kind, shape) in json.loads(metadata[KEY]).items():
-            dtype: torch.dtype = getattr(torch, kind)
-            planes = _inflate(tensors[name], math.prod(shape) * dtype.itemsize).view(dtype.itemsize, -1)
+        streams = parsed(metadata.get(KEY, "{}"))
+        if not isinstance(streams, dict):
+            raise ValueError("no object")
+        for name, claim in streams.items():
+            kind, shape = claim
+            stream, dtype = tensors[name], getattr(torch, kind)
+            if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{kind} {shape}")
+            if stream.dtype != torch.uint8 or stream.dim() != 1:
+                raise ValueError("no stream of bytes")
+            size = math.prod(shape) * dtype.itemsize
+            if size > MOST * stream.nbytes:
+                raise ValueError(f"{size} bytes from {stream.nbytes}")
+            found[name] = (dtype, tuple(shape))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise damaged(name, error) from error
+    return found
+
+
+def inflated(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], only: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """What `deflated` was given; tensors without its metadata as they are. Raises ArtifactError on a damaged stream.
+
+    only: names that are wanted, if they are there, and how many bytes each may have.
+    """
+    kinds = claimed(tensors, metadata)
+    streams = parsed(metadata.get(KEY, "{}"))
+    out = {}
+    for name in tensors if only is None else [n for n in only if n in tensors]:
+        if name not in streams:
+            out[name] = tensors[name]
+            continue
+        dtype, shape = kinds[name]
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            if only is not None and size > only[name]:
+                raise ValueError(f"{size} bytes, not up to {only[name]}")
+            planes = _inflate(tensors[name], size).view(dtype.itemsize, -1)
             out[name] = planes.T.contiguous().view(-1).view(dtype).view(shape)
-    except (zlib.error, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"a deflated tensor is damaged ({name}: {_line(error)}). Save it again.") from error
+        except (zlib.error, ValueError, RuntimeError) as error:
+            raise damaged(name, error) from error
     return out
+
+
+def damaged(name: str, error: Exception) -> ArtifactError:
+    return ArtifactError(f"a deflated tensor is damaged ({name}: {line(error)}). Save it again.")
 
 
 def _inflate(stream: Tensor, size: int) -> Tensor:
     """Exactly `size` bytes, never more in memory, whatever the stream says."""
     inflater = zlib.decompressobj()
     # one more than there may be: the stream's end, and its checksum, is then always reached
-    data = inflater.decompress(stream.numpy().tobytes(), size + 1)
+    data = inflater.decompress(stream.numpy().data, size + 1)
     if len(data) != size or not inflater.eof:
         raise ValueError(
             f"{len(data)} bytes or more, not {size}" if len(data) > size else f"{len(data)} of {size} bytes"
         )
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)

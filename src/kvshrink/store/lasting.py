@@ -10,12 +10,16 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from kvshrink.store.modes import own_dtypes
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def lasting(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function so that the tensors it makes are ordinary ones, whatever mode the caller is in."""
+
+    function = own_dtypes(function)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -180,11 +180,18 @@ class Pages:
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the pages."""
         tensors = {f"{i}.{k}": t for i, extent in enumerate(self.extents) for k, t in extent.items()}
-        return {"first": self.first, "used": self.used, "extents": len(self.extents)}, tensors
+        runs: list[list[int]] = []  # column, pages, tokens of each: pages one after the other that are whole
+        for first, used in zip(self.first, self.used, strict=True):
+            if runs and runs[-1][2] == used == self.page and first == runs[-1][0] + runs[-1][1] * self.page:
+                runs[-1][1] += 1
+            else:
+                runs.append([first, 1, used])
+        return {"runs": runs, "extents": [_pages(e) for e in self.extents]}, tensors
 
-    def restore(self, values: dict, tensors: Mapping[str, Tensor]) -> None:
-        self.first, self.used = list(values["first"]), list(values["used"])
-        self.extents = [{} for _ in range(values["extents"])]
+    def restore(self, values: Mapping, tensors: Mapping[str, Tensor]) -> None:
+        self.first = [column + i * self.page for column, pages, _ in values["runs"] for i in range(pages)]
+        self.used = [used for _, pages, used in values["runs"] for _ in range(pages)]
+        self.extents = [{} for _ in values["extents"]]
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             self.extents[int(index)][key] = tensor

@@ -20,13 +20,21 @@ class TokenTable:
 
     def __init__(self) -> None:
         self.length = 0
-        self.padded = False  # whether any row ever had a left pad
+        self.padded = False  # whether any row ever had a pad: pages may then hold pads and sinks as well
         self._positions: Tensor | None = None
 
     @property
     def positions(self) -> Int[Tensor, "b columns"]:
         assert self._positions is not None, "the table is empty"
         return self._positions[:, : self.length]
+
+    @property
+    def pads(self) -> Bool[Tensor, "b columns"] | None:
+        """Which columns are pads; None if none is one now."""
+        if not self.padded or not self.length:
+            return None
+        pads = self.positions < 0
+        return pads if bool(pads.any()) else None
 
     @lasting
     def append(self, positions: Int[Tensor, "b s"], real: Bool[Tensor, "b s"] | None) -> None:
@@ -64,9 +72,11 @@ class TokenTable:
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the table."""
-        tensors = {} if self._positions is None else {"positions": self._positions}
+        tensors = {"positions": self.positions} if self.length else {}
         return {"length": self.length, "padded": self.padded}, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
-        self.length, self.padded = int(values["length"]), bool(values["padded"])
-        self._positions = tensors.get("positions")
+        self.reset()
+        if "positions" in tensors:
+            self.append(tensors["positions"], None)
+        self.padded = values["padded"]

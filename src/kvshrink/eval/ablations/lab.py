@@ -25,6 +25,7 @@ from kvshrink.eval.fitting import fitted
 from kvshrink.eval.measure import held_out, plain, track_of
 from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prompt import encode
+from kvshrink.eval.records import has_track
 from kvshrink.eval.rounds import AGNOSTIC
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.teacher import Track, follow
@@ -134,7 +135,7 @@ class Lab:
 
     def knows(self, parts: tuple) -> bool:
         """Whether `kept` would measure nothing."""
-        return key_of(self.identity, parts) in self.log.rows
+        return self.log.has(key_of(self.identity, parts))
 
     def kept(self, parts: tuple, make: Callable[[], dict]) -> dict:
         """The log's record of a measurement, made now if there is none."""
@@ -176,7 +177,7 @@ class Lab:
         tracks: dict[str, list[Track]] = {e.label: [] for e in entries}
         for ids in tqdm(self.documents, desc="KL", unit="text", disable=not entries):
             keys = {e.label: key_of(self.identity, "track", _digest(e), ids.tolist(), prefix) for e in entries}
-            for part in _parts([e for e in entries if keys[e.label] not in self.log.rows], 2 * AT_ONCE):
+            for part in _parts([e for e in entries if not self.log.has(keys[e.label], has_track)], 2 * AT_ONCE):
                 for label, track in self._follow(part, ids, prefix):
                     self.log.add({"key": keys[label], "track": plain(track)})
             for label, key in keys.items():

@@ -3,13 +3,13 @@
 Source: github.com/bigai-nlco/LooGLE@67343822 (Evaluation/automatic_metrics.py), arXiv 2311.04939.
 """
 
-import ast
 import json
 import math
 from collections import Counter
 from itertools import chain
 from typing import Any
 
+from kvshrink.data.text import literal
 from kvshrink.eval.metrics import _text
 
 
@@ -72,8 +72,8 @@ def _runs(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
 def _cloze(text: str, answer: str, same: Any) -> float:
     wanted = json.loads(answer)
     try:
-        found = ast.literal_eval(text.strip())
+        found: Any = literal(text.strip())
         right = sum(same(found[mask], entity) for mask, entity in wanted.items() if mask in found)
-    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return 0.0
     return right / len(wanted)

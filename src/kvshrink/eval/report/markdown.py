@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report import tables
@@ -55,10 +56,7 @@ def overview(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def write_leaderboard(results: Path, page: Path) -> None:
     """Put the leaderboard of a results.json between the two marks in a page; the rest of the page stays."""
     made = leaderboard(read_file(results))
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvalError(f"cannot read {page}: {error.strerror}. Make it with these lines: {BEGIN} {END}") from error
+    text = read_text(page, "cannot read", EvalError)
     if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
         raise EvalError(f"{page} does not have the two marks once each, in order. Put in these lines: {BEGIN} {END}")
     before, rest = text.split(BEGIN)

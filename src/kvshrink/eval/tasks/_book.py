@@ -7,6 +7,7 @@ from random import Random
 from typing import Any, final
 
 from kvshrink import data
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import Count, Sample
 from kvshrink.eval.tasks._common import check_count, depth, fill, rng
@@ -62,11 +63,8 @@ def samples(
 
 def words(path: str | Path | None) -> list[str]:
     """The words of `path` (the bundled heldout.txt if None). Raises EvalError if it cannot be read."""
-    source = data.path("heldout.txt") if path is None else Path(path)
-    try:
-        return source.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"Cannot read the book text {source} ({error}). Give a UTF-8 text file as path=.") from error
+    source = data.path("heldout.txt") if path is None else path
+    return read_text(source, "Cannot read the book text", EvalError).split()
 
 
 def digits(random: Random, n: int) -> str:

@@ -3,7 +3,7 @@
 Nothing is downloaded unless hub=True. Every error quotes the layout that was expected, so that it can be put right.
 """
 
-import ast
+import contextlib
 import csv
 import importlib
 import json
@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
+from kvshrink.data.text import literal
 from kvshrink.errors import EvalError
 
 Row = Mapping[str, Any]
@@ -72,10 +73,8 @@ def rows(layout: Layout, n: int | None, path: str | Path | None, hub: bool) -> l
 def texts(value: Any) -> tuple[str, ...]:
     """A field that holds one text or a list of them, which in a .csv file is written as a Python list."""
     if isinstance(value, str) and value.startswith("["):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
+        with contextlib.suppress(ValueError):
+            value = literal(value)
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(str(v) for v in values)
 
@@ -112,14 +111,14 @@ def _read(layout: Layout, source: Path) -> Iterator[Row]:
             yield from _need("pyarrow.parquet").read_table(source).to_pylist()
         elif source.suffix == ".csv":
             csv.field_size_limit(sys.maxsize)  # contexts are longer than the default of 128 KiB
-            with source.open(encoding="utf-8", newline="") as lines:
+            with source.open(encoding="utf-8-sig", newline="") as lines:
                 yield from csv.DictReader(lines)
         elif source.suffix in SUFFIXES:
-            with source.open(encoding="utf-8") as lines:
+            with source.open(encoding="utf-8-sig") as lines:
                 yield from _parse(lines)
         else:
             raise EvalError(f"{layout.task}: cannot read {source.name}: no {', '.join(SUFFIXES)} file. {layout}.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise EvalError(f"{layout.task}: cannot read {source} ({error}). {layout}.") from error
 
 

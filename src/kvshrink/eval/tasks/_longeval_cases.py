@@ -9,6 +9,7 @@ from random import Random
 from typing import final
 
 from kvshrink import data
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import _words
 from kvshrink.eval.tasks._common import depth, rng
@@ -49,11 +50,8 @@ class Case:
 def official(n: int, path: str | Path | None) -> list[Case]:
     """The first n cases of an official file (the bundled one if None). Raises EvalError if it does not hold them."""
     source = data.path("longeval/200_lines.jsonl") if path is None else Path(path)
-    try:
-        rows = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"Cannot read LongEval cases from {source} ({error}). Give an official JSONL file.") from error
-    rows = [row for row in rows if row.strip()]
+    text = read_text(source, "Cannot read LongEval cases from", EvalError)
+    rows = [row for row in text.splitlines() if row.strip()]
     if not rows:
         raise EvalError(f"{source} holds no LongEval cases. Give an official JSONL file as path=.")
     if n > len(rows):
@@ -101,6 +99,6 @@ def _parse(row: str, where: str) -> Case:
         asked = [key for key, _ in lines].index(case["random_idx"][0])
         if not mark or lines[asked][1] != str(case["expected_number"]):
             raise ValueError("the answer is not on the asked line")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise EvalError(f"{where} is not a LongEval line case ({error}). Give an official JSONL file.") from error
     return Case(lines, asked, mark + question)

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, final
 
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import Sample
 from kvshrink.eval.tasks._ruler_draft import Draft
@@ -47,11 +48,10 @@ def load(task: str, path: str | Path | None) -> tuple[list[Question], list[str]]
     remedy = f"Give path= a copy of {source.name}, JSON with {source.layout}."
     if path is None:
         raise EvalError(f"ruler {task}: its data is not shipped. {remedy}")
+    text = read_text(path, f"ruler {task}: cannot read", EvalError)
     try:
-        questions, documents = source.read(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise EvalError(f"ruler {task}: cannot read {path} ({error.strerror}). {remedy}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        questions, documents = source.read(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise EvalError(
             f"ruler {task}: {path} has another layout ({type(error).__name__} {error}). {remedy}"
         ) from error

@@ -36,11 +36,15 @@ def fold(
     values: Float[Tensor, "b Gv t r"],
     visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
+    bias: Float[Tensor, "#b #h #x t"] | None = None,
 ) -> Running:
-    """The state after one more block of t keys. The query comes scaled; a row may see nothing of a block."""
+    """The state after one more block of t keys. The query comes scaled; a row may see nothing of a block. The bias is
+    added to the scores, after the softcap."""
     scores = _by_group(query, keys.transpose(-1, -2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     top = torch.maximum(state.top, scores.amax(-1, keepdim=True))

@@ -28,7 +28,9 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
     if os.environ.get("KVSHRINK_REFERENCE") == "1":
         return None
     if device.type == "cpu":
-        read = keys.page == values.page == cpu.PAGE and all(map(_known, (keys, values)))
+        read = keys.page == values.page == cpu.PAGE and all(
+            _known(side) and _whole_runs(side) for side in (keys, values)
+        )
         return cpu.decode if read and native.library() is not None else None
     if device.type == "cuda" and fits(keys, values) and all(map(_known, (keys, values))) and _has_triton():
         from kvshrink.kernels.decode import triton
@@ -40,6 +42,11 @@ def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None
 def _known(packed: Packed) -> bool:
     """Whether kernels read its floats, if it has any: not float64."""
     return packed.form != "raw" or packed.stored["latent"].dtype in cpu.RAW
+
+
+def _whole_runs(packed: Packed) -> bool:
+    """Whether channels of two widths never share a vector of 16."""
+    return all(channels % 16 == 0 for _, channels in packed.runs[:-1])
 
 
 @cache

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvshrink.kernels import native
+from kvshrink.kernels import inputs, native
 from kvshrink.kernels.decode.reference import Basis, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
@@ -25,7 +25,6 @@ PAGE = 32
 FORMS = {"channel": 3, "token": 4, "table": 4, "normal": 5}  # a table is of tokens whose minima are 0
 RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PREPARING = threading.Lock()
-SIDES = {"channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",), "normal": ("gain",)}
 
 
 class _Side(Structure):
@@ -61,13 +60,18 @@ def decode(
     softcap: float | None,
     precision: torch.dtype,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
-    """As the reference, for pages of PAGE tokens; needs native.library()."""
+    """As the reference, for pages of PAGE tokens on a CPU; needs native.library()."""
     library = native.library()
     assert library is not None
+    assert query.is_cpu
+    assert keys.page == PAGE
+    pages = inputs.check(query, keys, basis, turn, values, visible, softcap)
     b, h, x, wide = query.shape
     held: list = []  # what the pointers of the job point to
     out, lse = torch.empty(b, h, x, values.width), torch.empty(b, h, x, 1)
-    job = _Job(batch=b, heads=h, x=x, wide=wide, pages=_pages(keys), threads=torch.get_num_threads())
+    if lse.numel() == 0:
+        return out, lse
+    job = _Job(batch=b, heads=h, x=x, wide=wide, pages=pages, threads=torch.get_num_threads())
     job.keys, job.values = _side(keys, held), _side(values, held)
     job.query = _pointer(query.float().contiguous(), held)
     pairs = precision == torch.bfloat16
@@ -86,7 +90,8 @@ def decode(
         job.visible_row, job.visible_head, job.visible_x, job.visible_token = seen.stride()
     job.softcap = softcap or 0.0
     job.out, job.lse = out.data_ptr(), lse.data_ptr()
-    library.kvshrink_decode(byref(job), c_int32(pairs))
+    if library.kvshrink_decode(byref(job), c_int32(pairs)):
+        raise MemoryError("decode attention: not enough memory")
     return out, lse
 
 
@@ -100,6 +105,8 @@ class _Prepared:
         held: list = []
         job.up, job.mean = (_pointer(t.float().contiguous(), held) for t in (basis.up, basis.mean))
         self.address = library.kvshrink_prepare(byref(job), c_int32(pairs))
+        if not self.address:
+            raise MemoryError("decode attention: not enough memory for a basis")
         job.up = job.mean = None
         weakref.finalize(self, library.kvshrink_forget, c_void_p(self.address), c_int32(pairs))
 
@@ -115,8 +122,7 @@ def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepa
 
 def _side(packed: Packed, held: list) -> _Side:
     raw = packed.form == "raw"
-    data = packed.stored["latent" if raw else "codes"]
-    data = data if data[0, 0, 0].is_contiguous() else data.contiguous()
+    data = inputs.whole(packed.stored["latent" if raw else "codes"])
     side = _Side(
         form=RAW[data.dtype] if raw else FORMS[packed.form],
         groups=data.shape[2],
@@ -129,10 +135,9 @@ def _side(packed: Packed, held: list) -> _Side:
     side.data_row, side.data_page, side.data_group = (s * data.itemsize for s in data.stride()[:3])
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
     if packed.form == "table":  # strides stay 0: one page of zeros for all
-        side.low = _pointer(torch.zeros_like(packed.stored["scale"][0, 0, 0]), held)
-    for field, name in zip(("scale", "low"), SIDES.get(packed.form, ()), strict=False):
-        t = packed.stored[name]
-        t = t if t[0, 0, 0].is_contiguous() else t.contiguous()
+        side.low = _pointer(torch.zeros(packed.stored["scale"].shape[3:], dtype=torch.float16), held)
+    for field, name in zip(("scale", "low"), inputs.NUMBERS.get(packed.form, ()), strict=False):
+        t = inputs.whole(packed.stored[name])
         setattr(side, field, _pointer(t, held))
         for axis, stride in zip(("row", "page", "group"), t.stride()[:3], strict=True):
             setattr(side, f"{field}_{axis}", stride * t.itemsize)
@@ -142,10 +147,6 @@ def _side(packed: Packed, held: list) -> _Side:
 def _pointer(tensor: Tensor, held: list) -> int:
     held.append(tensor)
     return tensor.data_ptr()
-
-
-def _pages(packed: Packed) -> int:
-    return next(iter(packed.stored.values())).shape[1]
 
 
 @cache

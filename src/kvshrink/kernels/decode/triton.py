@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvshrink.kernels import inputs
 from kvshrink.kernels.decode.gpu.attend import attend
 from kvshrink.kernels.decode.gpu.join import join
 from kvshrink.kernels.decode.gpu.side import constants, side
@@ -49,11 +50,14 @@ def decode(
     precision: torch.dtype,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """As the reference, for pages that gpu/side.py: fits."""
+    b, h, x, _ = query.shape
+    if inputs.check(query, keys, basis, turn, values, visible, softcap) == 0 or b * h * x == 0:
+        return query.new_zeros(b, h, x, values.width), query.new_full((b, h, x, 1), -torch.inf)
     with torch.cuda.device_of(query):  # triton launches on the current device, whatever its tensors are on
         parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision)
         if parts.shape[2] == 1:
             return parts[:, :, 0], sums[:, :, 0, :, None]
-        b, h, ranges, x, width = parts.shape
+        ranges, width = parts.shape[2], parts.shape[4]
         out, lse = parts.new_empty(b, h, x, width), parts.new_empty(b, h, x, 1)
         channels = min(128, _power(width))
         join[(b * h * x, triton.cdiv(width, channels))](parts, sums, out, lse, x, ranges, WIDTH=width, C=channels)

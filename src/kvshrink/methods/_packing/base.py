@@ -58,6 +58,10 @@ class Packing(ABC):
         """Pages of the next younger tier as this packing stores them: a part of the same tensors."""
         raise NotImplementedError(f"{type(self).__name__} takes over no pages")
 
+    def sound(self, stored: Stored) -> bool:
+        """Whether tensors of the right shapes, which come from a file, hold no place outside of what they index."""
+        return True
+
     def lead(self, stored: Stored, width: int) -> Float[Tensor, "b G t w"]:
         """The first `width` channels."""
         return self.load(stored)[..., :width]
@@ -93,6 +97,9 @@ class Around(Packing):
     @property
     def side(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.side
+
+    def sound(self, stored: Stored) -> bool:
+        return self.inner.sound(stored)
 
 
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:

@@ -57,11 +57,15 @@ class ByChannel(Packing):
         return stored
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        parts = [
-            paged(packing.load({k.removeprefix(form): t for k, t in stored.items() if k.startswith(form)}), self.page)
-            for form, packing in (("high.", self.high), ("low.", self.low))
-        ]
+        parts = [paged(packing.load(_of(stored, form)), self.page) for form, packing in self._forms()]
         return joined(torch.cat(parts, -1).take_along_dim(self._places(stored)[..., None, :], -1))
+
+    def sound(self, stored: Stored) -> bool:
+        right = unpack(stored[MASK], 1)[..., : self.width].sum(-1, dtype=torch.int32) == self.high.width
+        return bool(right.all()) and all(packing.sound(_of(stored, form)) for form, packing in self._forms())
+
+    def _forms(self) -> tuple[tuple[str, Packing], tuple[str, Packing]]:
+        return ("high.", self.high), ("low.", self.low)
 
     def page_bytes(self) -> int:
         mask = packed_bytes(self.width + -self.width % 8, 1)
@@ -79,6 +83,10 @@ class ByChannel(Packing):
         """Where each channel lies among high's channels, then low's."""
         mask = unpack(stored[MASK], 1)[..., : self.width].long()
         return torch.where(mask > 0, mask.cumsum(-1) - 1, self.high.width + (1 - mask).cumsum(-1) - 1)
+
+
+def _of(stored: Stored, form: str) -> Stored:
+    return {k.removeprefix(form): t for k, t in stored.items() if k.startswith(form)}
 
 
 @final

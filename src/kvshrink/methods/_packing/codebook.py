@@ -32,6 +32,7 @@ Sides = Literal["float16", "float8", "power", "nested"]
 
 FUSED = (1, 2, 3, 4)  # bits of codes that fused kernels read
 E4M3 = 448.0  # the largest number of 8-bit floats with 3 bits of mantissa
+TRITS = 3**5  # values of a byte of five codes
 BIAS = 127  # of a stored exponent
 
 
@@ -99,6 +100,9 @@ class Codebook(Packing):
             if (side := _read(stored, name, self.sides)) is not None:
                 pages = change(pages, self.grouping.spread(side))
         return pages.transpose(1, 2).flatten(2, 3)
+
+    def sound(self, stored: Stored) -> bool:
+        return self.bits > 0 or bool((stored["codes"] < TRITS).all())
 
     @property
     def _table(self) -> Float[Tensor, " levels"]:

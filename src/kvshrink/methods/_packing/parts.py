@@ -27,5 +27,8 @@ class Parts(Around):
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.inner.load({k: t.flatten(1, 2) for k, t in stored.items()})
 
+    def sound(self, stored: Stored) -> bool:
+        return self.inner.sound({k: t.flatten(1, 2) for k, t in stored.items()})
+
     def page_bytes(self) -> int:
         return self.inner.page_bytes() * self.count

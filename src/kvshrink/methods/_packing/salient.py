@@ -74,11 +74,14 @@ class Salient(Packing):
         chosen = unpack(stored["mask"].transpose(1, 2), 1).bool()  # [b, G, p, page]
         rows = []
         for name, form in self._classes():
-            own = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
-            found = form.load({k: t.transpose(1, 2).flatten(0, 1).unsqueeze(2) for k, t in own.items()})
+            found = form.load(_of_class(stored, name))
             rows.append(found.reshape(*chosen.shape[:3], form.page, self.width))
         among = torch.where(chosen, chosen.cumsum(-1), self.high.page + (~chosen).cumsum(-1)) - 1
         return torch.cat(rows, 3).take_along_dim(among[..., None], 3).flatten(2, 3)
+
+    def sound(self, stored: Stored) -> bool:
+        right = unpack(stored["mask"], 1).sum(-1, dtype=torch.int32) == self.high.page
+        return bool(right.all()) and all(form.sound(_of_class(stored, name)) for name, form in self._classes())
 
     def page_bytes(self) -> int:
         return self.groups * (packed_bytes(self.page, 1) + self.high.page_bytes() + self.low.page_bytes())
@@ -92,6 +95,12 @@ class Salient(Packing):
             worth = worth.masked_fill(~valid[:, None], -torch.inf)
         order = worth.unflatten(2, (-1, self.page)).argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., : self.high.page], True)
+
+
+def _of_class(stored: Stored, name: str) -> Stored:
+    """A class's tensors as its form stores them: each group a sequence of its own."""
+    own = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
+    return {k: t.transpose(1, 2).flatten(0, 1).unsqueeze(2) for k, t in own.items()}
 
 
 def _by_page(x: Tensor) -> Tensor:

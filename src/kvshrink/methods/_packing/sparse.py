@@ -70,10 +70,15 @@ class Sparse(Around):
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         rows = self.vectors.split(self.inner.load(stored))
         numbers = stored["outliers"].float()
+        return self.vectors.join(_put(rows, self._places(stored), numbers != EMPTY, numbers))
+
+    def sound(self, stored: Stored) -> bool:
+        places = self._places(stored)
+        return bool(((places >= 0) & (places < self.length)).all()) and self.inner.sound(stored)
+
+    def _places(self, stored: Stored) -> Tensor:
         places = stored["places"].long()
-        if self._index == torch.int16:  # read without a sign
-            places = places & 0xFFFF
-        return self.vectors.join(_put(rows, places, numbers != EMPTY, numbers))
+        return places & 0xFFFF if self._index == torch.int16 else places  # read without a sign
 
     def page_bytes(self) -> int:
         slots = self.vectors.groups * self.count

@@ -48,6 +48,9 @@ class ChoosingCodec(Codec):
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.basis.unpack(stored)
 
+    def sound(self, stored: Stored) -> bool:
+        return self.basis.sound(stored)
+
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
         return self.basis.pick(stored, tokens)
 

@@ -67,6 +67,9 @@ class IndexedCodec(Codec):
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.plain.unpack(stored)
 
+    def sound(self, stored: Stored) -> bool:
+        return int(stored["index"].max()) < self.centroids.shape[1] and self.plain.sound(stored)
+
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
         return self.plain.pick(stored, tokens)
 

@@ -65,6 +65,9 @@ class DeltaCodec(Codec):
         base = {k.removeprefix("base."): t for k, t in stored.items() if k.startswith("base.")}
         return self._turned(base) + self.own.packing.load(stored)
 
+    def sound(self, stored: Stored) -> bool:
+        return self.own.packing.sound(stored)
+
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         return self.own.expand(latent, heads)
 

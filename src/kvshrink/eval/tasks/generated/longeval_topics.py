@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink import data
+from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import Count, Sample
 from kvshrink.eval.tasks._common import check_count, fill, fits, rng
@@ -49,10 +50,8 @@ def _generated(seed: int, index: int, talks: list[dict[str, Any]], tokens: int, 
 
 
 def _official(n: int, path: Path, tokens: int, count: Count) -> list[Sample]:
-    try:
-        rows = [row for row in path.read_text(encoding="utf-8").splitlines() if row.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"Cannot read LongEval topics from {path} ({error}). Give an official JSONL file.") from error
+    text = read_text(path, "Cannot read LongEval topics from", EvalError)
+    rows = [row for row in text.splitlines() if row.strip()]
     if n > len(rows):
         raise EvalError(f"{n} LongEval topic cases asked, {path.name} has {len(rows)}. Ask for fewer, or drop path=.")
     found = [_parse(i, row, f"{path.name}, case {i}") for i, row in enumerate(rows[:n])]
@@ -69,7 +68,7 @@ def _parse(index: int, row: str, where: str) -> Sample:
         if not mark:
             raise ValueError(f"no {RECORD_END!r}")
         return _sample(index, record, mark + question, [str(topic) for topic in case["topics"]])
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise EvalError(f"{where} is not a LongEval topic case ({error}). Give an official JSONL file.") from error
 
 

@@ -7,12 +7,12 @@ Differs from upstream: no repetition penalty of 2. A too long document loses its
 see `_prompt.cut_context`. METEOR, BERTScore and GPT-4 as a judge need a model or a word net and are not here.
 """
 
-import ast
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from kvshrink.data.text import literal
 from kvshrink.errors import EvalError
 from kvshrink.eval.tasks import Count, Sample, _files
 from kvshrink.eval.tasks.stored import _prompt
@@ -77,7 +77,7 @@ def _documents(subset: str, path: str | Path | None, hub: bool) -> list[tuple[st
     for i, row in enumerate(rows):
         if "qa_pairs" in row and "input" in row:
             pairs = row["qa_pairs"]
-            pairs = ast.literal_eval(pairs) if isinstance(pairs, str) and pairs != "none" else pairs
+            pairs = literal(pairs) if isinstance(pairs, str) and pairs != "none" else pairs
             asked = [("", row.get("output"))] if pairs == "none" else [(pair["Q"], pair["A"]) for pair in pairs]
             found += [(row["input"], question, answer) for question, answer in asked]
         elif "context" in row and "answer" in row:
@@ -120,6 +120,6 @@ def _answer(answer: Any, subset: str) -> str:
     if subset != "shortdep_cloze":
         return str(answer)
     if isinstance(answer, str):
-        answer = ast.literal_eval(answer)
+        answer = literal(answer)
     entities = answer if isinstance(answer, dict) else {f"<mask-{i}>": entity for i, entity in enumerate(answer)}
     return json.dumps(entities, ensure_ascii=False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvshrink.kernels import inputs
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.kernels.pack.reference import WIDTHS, packed_bytes
@@ -16,7 +17,6 @@ from kvshrink.shapes import Float, Int
 
 PAGES = (16, 32, 64, 128)  # tokens of a page: planes of codes are whole tokens, and tiles what a product takes
 WIDEST = 1024  # channels of value latents, whose weighted sum a program holds in registers
-NUMBERS = {"raw": (), "channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",), "normal": ("gain",)}
 
 Strides = tuple[int, int, int]
 
@@ -41,8 +41,8 @@ def fits(keys: Packed, values: Packed) -> bool:
 
 def side(packed: Packed) -> Side:
     """The tensors of some pages; copied only where their last axes are not contiguous."""
-    data = _whole(packed.stored["latent" if packed.form == "raw" else "codes"])
-    numbers = [_whole(packed.stored[name]) for name in NUMBERS[packed.form]]
+    data = inputs.whole(packed.stored["latent" if packed.form == "raw" else "codes"])
+    numbers = [inputs.whole(packed.stored[name]) for name in inputs.NUMBERS.get(packed.form, ())]
     scale, low = (*numbers, data, data)[:2]
     places, table = data, data
     if packed.form == "normal":
@@ -65,15 +65,6 @@ def constants(packed: Packed, name: str) -> dict[str, Any]:
         f"{name}_GROUPS": groups,
         f"{name}_SHARE": packed.group if packed.form in ("token", "table", "normal") else 1,
     }
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    wanted = 1
-    for size, stride in zip(tensor.shape[:2:-1], tensor.stride()[:2:-1], strict=True):
-        if size > 1 and stride != wanted:
-            return tensor.contiguous()
-        wanted *= size
-    return tensor
 
 
 def _strides(tensor: Tensor) -> Strides:

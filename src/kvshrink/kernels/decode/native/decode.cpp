@@ -4,6 +4,7 @@
 // is a basis, score, softmax over what was seen so far, unpack the values, add them up. A thread has one page's tile at a
 // time; tasks leave their sums, which are merged by their log-sum-exp. Keys turn by their place in the page alone; the
 // query is turned back by the page's first position, once for 32 tokens.
+#include <atomic>
 #include <memory>
 
 #include "task.h"
@@ -37,13 +38,19 @@ template <class T> void decode(const Job &job) {
     // a few tasks for each thread, so that one that is held up does not hold up all
     const int splits = std::min(job.pages, std::max(1, (4 * job.threads + job.batch - 1) / job.batch));
     std::vector<std::unique_ptr<Task<T>>> tasks(size_t(job.batch) * splits);
+    std::atomic<bool> short_of_memory{false};
 #pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads)
     for (int i = 0; i < int(tasks.size()); i++) {
         const int64_t part = i % splits;
-        tasks[i].reset(new Task<T>(all, i / splits, part * job.pages / splits, (part + 1) * job.pages / splits));
-        tasks[i]->run();
-        tasks[i]->release();
+        try {
+            tasks[i].reset(new Task<T>(all, i / splits, part * job.pages / splits, (part + 1) * job.pages / splits));
+            tasks[i]->run();
+            tasks[i]->release();
+        } catch (const std::bad_alloc &) {  // none may leave its thread
+            short_of_memory = true;
+        }
     }
+    if (short_of_memory) throw std::bad_alloc();
     merge(job, all, tasks);
 }
 
@@ -52,11 +59,14 @@ template <class T> void decode(const Job &job) {
 extern "C" {
 
 // How keys of this basis are rebuilt, for any step's `rebuild`, with the same `pairs`; to be given to kvshrink_forget.
-void *kvshrink_prepare(const Job *job, int32_t pairs) {
+// Null where memory is short.
+void *kvshrink_prepare(const Job *job, int32_t pairs) try {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
     if (pairs) return new Rebuild<PairTiles>(*job);
 #endif
     return new Rebuild<FloatTiles>(*job);
+} catch (const std::bad_alloc &) {
+    return nullptr;
 }
 
 void kvshrink_forget(void *rebuild, int32_t pairs) {
@@ -69,10 +79,13 @@ void kvshrink_forget(void *rebuild, int32_t pairs) {
     delete static_cast<Rebuild<FloatTiles> *>(rebuild);
 }
 
-void kvshrink_decode(const Job *job, int32_t pairs) {
+// 0, or 1 where memory is short.
+int32_t kvshrink_decode(const Job *job, int32_t pairs) try {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-    if (pairs) return decode<PairTiles>(*job);
+    if (pairs) return decode<PairTiles>(*job), 0;
 #endif
-    decode<FloatTiles>(*job);
+    return decode<FloatTiles>(*job), 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 }

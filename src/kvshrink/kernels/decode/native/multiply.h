@@ -1,12 +1,14 @@
 // Buffers, and the one product that everything here is: C[row][n] += A[row] . Z, A broadcast.
 #pragma once
 #include <cstdlib>
+#include <new>
 
 #include "tiles.h"
 
 template <class T> struct Buffer {
     T *data;
     explicit Buffer(size_t n) : data(static_cast<T *>(std::aligned_alloc(64, (n * sizeof(T) + 64 + 63) / 64 * 64))) {
+        if (!data) throw std::bad_alloc();
         std::memset(data, 0, n * sizeof(T) + 64);
     }
     Buffer(Buffer &&other) : data(other.data) { other.data = nullptr; }

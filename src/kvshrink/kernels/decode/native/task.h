@@ -119,7 +119,7 @@ template <class T> struct Task {
         const float *asked = all.asked.data() + int64_t(row) * all.rows * wide;
         const int32_t *position = job.positions + row * job.positions_row + int64_t(page) * PAGE;
         follow = true;
-        for (int t = 1; all.how.turning && t < PAGE; t++) follow &= position[t] == position[0] + t;
+        for (int t = 1; all.how.turning && t < PAGE; t++) follow &= position[t] == int64_t(position[0]) + t;
         if (!follow) {
             std::memcpy(turned.data, asked, size_t(all.rows) * wide * 4);
             near_cos = cos.data, near_sin = sin.data;

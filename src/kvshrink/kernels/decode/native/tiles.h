@@ -8,6 +8,8 @@
 // Where scales allow it they are folded into A and Z stays codes: `fold_keys` into the queries, page by page, `fold_values`
 // into the weights. FloatTiles leaves that out.
 #pragma once
+#include <algorithm>
+
 #include "pages.h"
 #include "vector.h"
 
@@ -30,7 +32,7 @@ struct FloatTiles {
     static void pack(const float *from, int64_t step, int n, float *to) {
         for (int i = 0; i < n; i++) to[i] = from[i * step];
     }
-    static void pack(const float *from, int n, float *to) { std::memcpy(to, from, n * 4); }
+    static void pack(const float *from, int n, float *to) { std::copy(from, from + n, to); }
     static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
     static bool folds_keys(const Side &) { return false; }
     static bool folds_values(const Side &, int) { return false; }

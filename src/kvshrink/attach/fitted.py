@@ -1,0 +1,97 @@
+"""An artifact's codecs for a model: made once, tried on a page, and refused in one line where they do not fit."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kvshrink.cache.layout import try_out
+from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Fitted, Stored
+from kvshrink.methods._tier import Tier
+from kvshrink.methods.artifact import LOOKED_AT, Artifact
+from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.store.lasting import lasting
+from kvshrink.store.reason import line
+
+Place = tuple[LayerShape, torch.device]  # of a layer
+
+
+@lasting
+def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[Tier, ...]]:
+    """{layer: tiers}, with tensors on the model's devices: made once per artifact, shared by all of its caches.
+
+    Raises ArtifactError if a layer's tensors are not what the method makes of this shape.
+    """
+    made = artifact.__dict__.setdefault("_ladders", {})
+    key = tuple(places.items())
+    if key not in made:
+        found: dict[int, tuple[Tier, ...]] = {}
+        page: Stored | None = None
+        for i, (shape, device) in places.items():
+            with _refusing(artifact, i):
+                found[i], follows = _tiers(artifact, artifact.layers.get(i, {}), shape, device)
+                if artifact.layers:
+                    page = try_out(found[i], shape, artifact.method.page, device, page if follows else None)
+        made[key] = found
+    return made[key]
+
+
+def _tiers(
+    artifact: Artifact, fitted: Fitted, shape: LayerShape, device: torch.device
+) -> tuple[tuple[Tier, ...], bool]:
+    """(tiers, whether the layer follows the one before)."""
+    learnt = _Read({k: t.to(device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)})
+    tiers = tuple(moved(tier, device) for tier in artifact.method.tiers(shape, learnt))
+    follows = artifact.method.follows(learnt)
+    if unread := sorted(set(learnt) - learnt.read):
+        raise ArtifactError(f"the artifact has a tensor {unread[0]:.60} that its method does not know. Fit again.")
+    return tiers, follows
+
+
+class _Read(dict[str, Tensor]):
+    """Tensors that remember which of them were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
+        return self[name] if name in self else default
+
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)
+        if found and isinstance(name, str):
+            self.read.add(name)
+        return found
+
+    def items(self):
+        self.read |= set(self)
+        return super().items()
+
+
+@contextmanager
+def _refusing(artifact: Artifact, layer: int) -> Iterator[None]:
+    """Whatever foreign tensors lead to, as one line."""
+    try:
+        yield
+    except Exception as error:
+        if not artifact.layers or isinstance(error, KVShrinkError):
+            raise
+        raise ArtifactError(
+            f"layer {layer} of the artifact does not fit this model ({line(error)}). Fit one for this model."
+        ) from error
+
+
+def moved(tier: Tier, device: torch.device) -> Tier:
+    """The tier with its bases on a device."""
+    if tier.codecs is None:
+        return tier
+    key, value = (codec.to(device) if isinstance(codec, BasisCodec) else codec for codec in tier.codecs)
+    return tier._replace(codecs=(key, value))

@@ -1,0 +1,59 @@
+"""How a layer's codecs lay out a page: names, dtypes and shapes, found by encoding one page of nothing but pads."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kvshrink.cache.body import demoted
+from kvshrink.cache.encode import encode
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Stored
+from kvshrink.methods._tier import Tier
+from kvshrink.store.deflate import Kind
+from kvshrink.store.lasting import lasting
+
+
+@lasting
+def empty_pages(
+    tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None = None
+) -> list[dict[str, Tensor]]:
+    """One page of pads as each tier stores it, none where tokens are dropped. base: of the layer that this follows.
+
+    Pads are used because any codec stores them, whatever range its numbers were fitted to.
+    """
+    rows = torch.zeros(1, shape.heads, page, shape.head_dim, dtype=shape.dtype, device=device)
+    pads = torch.zeros(1, page, dtype=torch.bool, device=device)
+    found: list[dict[str, Tensor]] = []
+    for tier in tiers:
+        if tier.codecs is None:
+            found.append({})
+        elif found:
+            found.append(dict(demoted(found[-1], tier.codecs)))
+        else:
+            found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
+    return found
+
+
+def kinds_of(page: Stored) -> dict[str, Kind]:
+    """{name: (dtype, shape after batch and pages)}."""
+    return {name: (t.dtype, tuple(t.shape[2:])) for name, t in page.items()}
+
+
+def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None) -> Stored:
+    """The youngest tier's empty page, after every tier's was read. Raises whatever codecs of a foreign shape do."""
+    found = empty_pages(tiers, shape, page, device, base)
+    for tier, stored in zip(tiers, found, strict=True):
+        if tier.codecs is not None:
+            beside = {} if base is None else {f"{k[:2]}base.{k[2:]}": t for k, t in base.items()}
+            keys = _side_of({**stored, **beside})("k.")
+            values = keys if tier.codecs[1].joint else _side_of({**stored, **beside})("v.")
+            for codec, own in zip(tier.codecs, (keys, values), strict=True):
+                rows = codec.decode(own, shape.heads)
+                if rows.shape != (1, shape.heads, page, shape.head_dim):
+                    raise ValueError(f"rows of shape {list(rows.shape)}")
+    return found[0]
+
+
+def _side_of(stored: Stored) -> Callable[[str], Stored]:
+    return lambda side: {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}

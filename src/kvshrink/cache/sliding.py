@@ -1,0 +1,44 @@
+"""Sliding-window layers, which stay transformers' own: what can be taken back, what is saved, how one is filled."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kvshrink.errors import CacheError
+
+
+def sliding_tensors(layer: Any) -> dict[str, Tensor]:
+    """Keys and values that a layer holds."""
+    return {k: t for k in ("keys", "values") if isinstance(t := getattr(layer, k, None), Tensor)}
+
+
+def check_crop(layer: Any, count: int) -> None:
+    """Raise CacheError if a layer cannot take back the last `count` tokens."""
+    seen = layer.get_seq_length()
+    if count > seen:
+        raise CacheError(f"cannot crop {count} tokens: the cache holds {seen}. Crop fewer or call reset().")
+    if count and seen >= layer.sliding_window and not layer.record_past:
+        raise CacheError(
+            f"cannot crop {count} tokens: a layer with a sliding window of {layer.sliding_window} has let older ones "
+            "go. Call activate_past_recording() first, or crop before the window is full."
+        )
+
+
+def sliding_state(layer: Any) -> tuple[dict, dict[str, Tensor]]:
+    """(plain values, tensors): the tokens that the next step may see, and no more."""
+    seen = layer.get_seq_length()
+    if not seen:
+        return {"seen": 0}, {}
+    tokens = min(seen, max(1, layer.sliding_window - 1))
+    tensors = {k: t[:, :, t.shape[2] - tokens :] for k, t in sliding_tensors(layer).items()}
+    keys = tensors["keys"]
+    return {"seen": seen, "shape": list(keys.shape[1:]), "dtype": str(keys.dtype).removeprefix("torch.")}, tensors
+
+
+def restore_sliding(layer: Any, values: dict, tensors: dict[str, Tensor]) -> None:
+    """From what `sliding_state` gave."""
+    layer.reset()
+    layer.cumulative_length = values["seen"]
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
