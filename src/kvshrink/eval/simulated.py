@@ -23,6 +23,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, empty
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
+from kvshrink.store.modes import without_dropout
 
 
 class Simulated(DynamicCache):
@@ -44,6 +45,7 @@ class Simulated(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+@without_dropout
 @torch.inference_mode()
 def simulate(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int) -> dict[str, Track]:
     """Score ids[prefix:] after one forward pass over all tokens, every key and value lossy.

@@ -33,6 +33,7 @@ from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.judge import Judge
 from kvshrink.plan.space import SINKS, WINDOWS
 from kvshrink.shapes import Int
+from kvshrink.store.modes import without_dropout
 
 HELD_OUT = 10  # one row in so many
 WIDEST = RTN(window=max(WINDOWS), sinks=max(SINKS))  # stands for all: whose window and sinks none exceeds
@@ -93,6 +94,7 @@ class Bench:
         """For methods of which a cache does more than codecs alone."""
         return Judge(self.judge, WIDEST.page)
 
+    @without_dropout
     def point(self, method: Method) -> Point:
         """Where a setting stands."""
         key = key_of("plan", *self.key, name_of(method), method.settings())
@@ -102,6 +104,7 @@ class Bench:
         kl = self.log.rows[key]["kl"]
         return Point(name_of(method), method.settings(), self.room.held(method), self.room.kept(method), kl)
 
+    @without_dropout
     def fitted(self, method: Method) -> Artifact:
         """The method fitted to the statistics; nothing is trained."""
         known = self.sampled if method.samples else self.facts

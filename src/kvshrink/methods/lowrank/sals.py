@@ -21,7 +21,7 @@ from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
-from kvshrink.methods._settings import check_topk, number, reads_part, require
+from kvshrink.methods._settings import check_topk, reads_part, require
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float, Int
@@ -100,7 +100,6 @@ class SALS(Method):
     def check(self) -> None:
         super().check()
         check_topk(self.topk)
-        number("score_rank", self.score_rank)
         require(0 < self.score_rank <= 1, f"score_rank={self.score_rank}", "Use a share above 0, up to 1.")
         self.cskv.check()
 

@@ -27,7 +27,7 @@ from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
-from kvshrink.methods._settings import check_topk, one_of, reads_part, require, whole
+from kvshrink.methods._settings import check_topk, one_of, reads_part, require
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 from kvshrink.shapes import Bool, Float, Int
@@ -115,7 +115,6 @@ class A2ATS(Quantiser):
         super().check()
         one_of("bits", self.bits, (None, *sorted(WIDTHS)))
         check_topk(self.topk)
-        whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
     def apart(self, fitted: Fitted) -> str | None:
