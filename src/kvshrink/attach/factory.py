@@ -12,7 +12,7 @@ from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.attach.owner import owner_of
 from kvshrink.attach.target import transformers_model
-from kvshrink.cache.cache import KVCache, digest
+from kvshrink.cache.cache import KVCache
 from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
@@ -24,6 +24,7 @@ from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.store.digest import digest
 from kvshrink.store.tokens import TokenTable
 
 DIGESTS: "WeakKeyDictionary[Artifact, str]" = WeakKeyDictionary()
@@ -115,6 +116,7 @@ def digest_of(method: Method | Artifact) -> str:
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     known = DIGESTS.get(artifact)
     if known is None:
-        tensors = [artifact.layers[i][k] for i in sorted(artifact.layers) for k in sorted(artifact.layers[i])]
-        known = DIGESTS[artifact] = digest(artifact.method, tensors)
+        tensors = {f"{i}.{k}": t for i, layer in artifact.layers.items() for k, t in layer.items()}
+        settings = [name_of(artifact.method), artifact.method.settings()]
+        known = DIGESTS[artifact] = digest(settings, tensors)[:16]
     return known

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._packing.base import Around, Packing, Put, Stored, joined, paged, there
 from kvshrink.shapes import Bool, Float, Int
+from kvshrink.store.names import under
 
 MASK = "mask"
 
@@ -100,7 +101,7 @@ class ByChannel(Packing):
 
 
 def _of(stored: Stored, form: str) -> Stored:
-    return {k.removeprefix(form): t for k, t in stored.items() if k.startswith(form)}
+    return under(stored, form)
 
 
 @final

@@ -20,6 +20,7 @@ from kvshrink.methods._settings import one_of
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Float
+from kvshrink.store.names import under
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -261,4 +262,4 @@ def axes(space: Space, bits: int | None, axis: str, group: int) -> Packing:
 
 def of_side(fitted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without it."""
-    return {k.removeprefix(f"{prefix}_"): t for k, t in fitted.items() if k.startswith(f"{prefix}_")}
+    return under(fitted, f"{prefix}_")
