@@ -16,7 +16,7 @@ from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import EXACT, require, whole
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Bool, Float, Int
 
@@ -171,8 +171,8 @@ class Method(ABC):
         """Raise SettingError on settings that no model could use."""
         whole("window", self.window)
         whole("sinks", self.sinks)
-        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
+        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
 
     def __post_init__(self) -> None:
         self.check()
