@@ -1,36 +1,17 @@
 """The command line as a user meets it: output, the last JSON line, files, and one-line errors with exit code 2."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from kvshrink import cli, data, methods
+from kvshrink import data, methods
 from kvshrink.eval.runner import Runner
 from kvshrink.fit import probe
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant._quantiser import Quantiser
 
 CODECS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the program as the shell would: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["kvshrink", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Fitted, Stored
+from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
@@ -17,15 +18,18 @@ from kvshrink.store.lasting import lasting
 from kvshrink.store.reason import line
 
 Place = tuple[LayerShape, torch.device]  # of a layer
+Ladders = dict[tuple[tuple[int, Place], ...], dict[int, tuple[Tier, ...]]]
+LADDERS: "WeakKeyDictionary[Method | Artifact, Ladders]" = WeakKeyDictionary()
 
 
 @lasting
 def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[Tier, ...]]:
-    """{layer: tiers}, with tensors on the model's devices: made once per artifact, shared by all of its caches.
+    """{layer: tiers}, with tensors on the model's devices: made once per method or artifact, shared by all its caches.
 
     Raises ArtifactError if a layer's tensors are not what the method makes of this shape.
     """
-    made = artifact.__dict__.setdefault("_ladders", {})
+    # methods are equal by their settings; an artifact's tensors are its own
+    made = LADDERS.setdefault(artifact if artifact.layers else artifact.method, {})
     key = tuple(places.items())
     if key not in made:
         found: dict[int, tuple[Tier, ...]] = {}
@@ -51,29 +55,23 @@ def _tiers(
     return tiers, follows
 
 
-class _Read(dict[str, Tensor]):
+class _Read(Mapping[str, Tensor]):
     """Tensors that remember which of them were asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
+        self.tensors = tensors
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
+        found = self.tensors[name]
         self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
-        return self[name] if name in self else default
-
-    def __contains__(self, name: object) -> bool:
-        found = super().__contains__(name)
-        if found and isinstance(name, str):
-            self.read.add(name)
         return found
 
-    def items(self):
-        self.read |= set(self)
-        return super().items()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @contextmanager
