@@ -16,7 +16,7 @@ from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored
-from kvshrink.methods._settings import require
+from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._types import check_type, hints
 from kvshrink.shapes import Bool, Float, Int
@@ -179,8 +179,8 @@ class Method(ABC):
         """Raise SettingError on settings that no model could use."""
         for f in fields(self):
             check_type(f.name, getattr(self, f.name), hints(type(self))[f.name])
-        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
+        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
 
     def __post_init__(self) -> None:
         for f in fields(self):
