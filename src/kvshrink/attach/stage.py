@@ -72,6 +72,7 @@ class CheckInput:
 
 
 @at_once
+@own_modes
 def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given

@@ -66,7 +66,7 @@ def fit(
 
 def fit_all(
     model: Any,
-    methods: Sequence[Method],
+    methods: Sequence,
     data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
     length: int = 1024,
