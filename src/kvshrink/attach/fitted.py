@@ -75,6 +75,9 @@ class _Read(dict[str, Tensor]):
             self.read.add(name)
         return found
 
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # else {**x} would read past `__getitem__`
+
     def items(self):
         self.read |= set(self)
         return super().items()
