@@ -169,10 +169,10 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
-        whole("window", self.window)
-        whole("sinks", self.sinks)
-        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
-        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
+        whole("window", self.window, most=EXACT)
+        whole("sinks", self.sinks, most=EXACT)
+        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
+        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
 
     def __post_init__(self) -> None:
         self.check()

@@ -6,9 +6,10 @@ BITS = (8, 4, 3, 2)  # of a stored latent
 EXACT = 2**20  # tokens of a window: room for them all is taken at once
 
 
-def whole(name: str, value: object, optional: bool = False) -> None:
+def whole(name: str, value: object, optional: bool = False, most: int | None = None) -> None:
     """Raise SettingError unless the value is an int, or None where a setting may be left out."""
     require(type(value) is int or (optional and value is None), f"{name}={value!r}", "Use a whole number.")
+    require(most is None or value <= most, f"{name}={value}", f"Use at most {most}.")  # type: ignore[operator]
 
 
 def number(name: str, value: object) -> None:
