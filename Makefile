@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check bench bench-gpu clean
+.PHONY: demo test quick check package plain sanitize bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/kvshrink demo --out demo
@@ -20,6 +20,16 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_tree.py
+
+# The wheel and the source distribution, each installed beside the environment's other packages and run.
+package: $(STAMP)
+	rm -rf dist build/package
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m tests.package
+
+# The core where there is no compiler.
+plain: $(STAMP)
+	CXX=/no/compiler $(BIN)/python -m pytest -q -n 2 --dist loadfile $(CORE)
 
 # Ratios of one run, into bench/results: minutes each. With transformers' quantised caches: see bench/decode.py.
 bench: $(STAMP)

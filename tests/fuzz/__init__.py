@@ -21,6 +21,7 @@ class Tally:
         self.name, self.seed = name, seed
         self.outcomes: Counter[str] = Counter()
         self.findings: list[dict] = []
+        self.within: Counter[str] = Counter()  # what was done in the cases, where one is of several things
 
     def add(self, outcome: str) -> None:
         self.outcomes[outcome] += 1
@@ -35,6 +36,7 @@ class Tally:
             "seed": self.seed,
             "cases": sum(self.outcomes.values()),
             "outcomes": dict(sorted(self.outcomes.items())),
+            **({"within": dict(sorted(self.within.items()))} if self.within else {}),
             "findings": self.findings,
         }
 

@@ -1,15 +1,13 @@
 """Random episodes: steps with all kinds of masks and positions, and operations on the batch, through a lossless cache
 of ours and through DynamicCache. Each step's logits are equal, or ours was refused in one line and is as it was.
 
-`python -m tests.fuzz.episodes --cases 5000` runs many and prints one JSON object; `--only N` runs one again.
+`python -m tests.fuzz.episodes --cases 5000` runs many and prints one JSON object; `--first N --cases 1` runs one again.
 """
 
 import argparse
 import copy
 import json
-import sys
 import tempfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import kvshrink
 from kvshrink import CSKV, RTN
 from kvshrink.errors import KVShrinkError
 from kvshrink.methods._roles import Method
-from tests.fuzz import masks
+from tests.fuzz import Tally, masks
 from tests.scenarios.families import VOCAB, reference, subject
 
 FAMILIES = ("llama", "gemma2", "qwen2_mixed", "glm4", "smollm3")
@@ -50,8 +48,8 @@ def method_of(family: str, rng: np.random.Generator):
 class Episode:
     """One pair of caches and what a mask must know of them: which columns are pads."""
 
-    def __init__(self, number: int, folder: Path, tally: Counter) -> None:
-        self.rng, self.folder, self.tally = np.random.default_rng(number), folder, tally
+    def __init__(self, number: int, seed: int, folder: Path, tally: Tally) -> None:
+        self.rng, self.folder, self.done = np.random.default_rng([seed, number]), folder, tally.within
         self.family = FAMILIES[number % len(FAMILIES)]
         self.theirs, self.ours = reference(self.family), subject(self.family)
         self.rows = int(self.rng.integers(1, 4))
@@ -90,7 +88,7 @@ class Episode:
         drawn = masks.draw(self.rng, self.pads, s, self.theirs.config.num_attention_heads)
         positions, ended = masks.positions(self.rng, self.next, drawn.real)
         ids = torch.from_numpy(self.rng.integers(2, VOCAB, (self.rows, s)))
-        self.tally[f"mask {drawn.kind}"] += 1
+        self.done[f"mask {drawn.kind}"] += 1
         if self.compare(ids, drawn.mask, positions, drawn.read):
             self.pads = np.concatenate([self.pads, ~drawn.real], 1)
             self.next = ended
@@ -111,7 +109,7 @@ class Episode:
         worst = float((got - wanted)[torch.from_numpy(read)].abs().max()) if read.any() else 0.0
         if not worst <= TOLERANCE * max(1.0, float(wanted.abs().nan_to_num().max())):
             raise Finding(f"logits differ by {worst:.3g} after {self.seen} tokens")
-        self.tally["steps compared"] += 1
+        self.done["steps compared"] += 1
         return True
 
     @staticmethod
@@ -124,7 +122,7 @@ class Episode:
             raise Finding(f"a message of several lines: {error}") from error
         if "interrupted" in str(error) or self.cache.get_seq_length() != self.seen:
             raise Finding(f"a refusal that changed the cache: {error}") from error
-        self.tally["refused"] += 1
+        self.done["refused"] += 1
 
     # --- operations ---
 
@@ -132,7 +130,7 @@ class Episode:
         name = str(self.rng.choice(["reorder", "select", "repeat", "crop", "crop", "fork", "reload", "reset"]))
         try:
             getattr(self, name)()
-            self.tally[name] += 1
+            self.done[name] += 1
         except KVShrinkError as error:
             self.refused(error)
 
@@ -192,43 +190,44 @@ class Episode:
         self.pads, self.next = np.zeros((self.rows, 0), bool), np.zeros(self.rows, int)
 
 
-def run(cases: range, folder: Path) -> tuple[Counter, list[str]]:
-    """(what was done, a line for each finding)."""
-    tally: Counter = Counter()
-    findings = []
-    for number in cases:
-        Method.page = 32 if number % 3 else 8  # the compiled kernel reads pages of 32; small ones cross more borders
-        episode = Episode(number, folder, tally)
-        try:
-            # every fifth one materialises keys and values for the model's own attention
-            own = number // len(FAMILIES) % 5 > 0 or episode.family == "gemma2"
-            episode.ours.set_attn_implementation("kvshrink" if own else "sdpa")
-            episode.run()
-        except Exception as error:
-            findings.append(f"{number} ({episode.family}): {type(error).__name__}: {error}")
-            print(findings[-1], file=sys.stderr, flush=True)
-        finally:
-            episode.ours.set_attn_implementation("kvshrink")
-        tally["episodes"] += 1
-    Method.page = 32
-    return tally, findings
+def run(cases: range, seed: int, folder: Path) -> Tally:
+    """Episodes of these numbers."""
+    tally = Tally("episodes", seed)
+    page = Method.page
+    try:
+        for number in cases:
+            # the compiled kernel reads pages of 32; small ones cross more borders
+            Method.page = 32 if number % 3 else 8
+            episode = Episode(number, seed, folder, tally)
+            try:
+                # every fifth one materialises keys and values for the model's own attention
+                own = number // len(FAMILIES) % 5 > 0 or episode.family == "gemma2"
+                episode.ours.set_attn_implementation("kvshrink" if own else "sdpa")
+                episode.run()
+            except Exception as error:
+                tally.find(number, f"{type(error).__name__}: {error}", model=episode.family)
+            else:
+                tally.add("alike")
+            finally:
+                episode.ours.set_attn_implementation("kvshrink")
+    finally:
+        Method.page = page
+    return tally
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)  # of tiny models a second thread only waits
-    cases = range(given.first, given.first + given.cases) if given.only is None else range(given.only, given.only + 1)
     with tempfile.TemporaryDirectory() as folder:
-        tally, findings = run(cases, Path(folder))
-    text = json.dumps({"tally": dict(sorted(tally.items())), "findings": findings}, indent=1)
-    print(text)
+        tally = run(range(given.first, given.first + given.cases), given.seed, Path(folder))
+    print(json.dumps(tally.summary(), indent=1))
     if given.out:
-        given.out.write_text(text + "\n")
+        tally.write(given.out)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
         tower = text_tower(model)
         known: Attachment | None = vars(tower).get(ATTRIBUTE)
         if known is not None:
-            if all(m is info.module for m, info in zip(attention_modules(model), known.layers, strict=True)):
+            if attention_modules(model) == [info.module for info in known.layers]:
                 return known, False
             _undo(tower, known)  # its layers were replaced
         check_loaded(model)

@@ -71,6 +71,7 @@ class CheckInput:
             _check_input(self.name, cache, module, args, kwargs)
 
 
+@at_once
 def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.names import under
 from kvshrink.store.pages import Block, Pages
 
 
@@ -151,7 +152,7 @@ class Body:
         """From what `state` gave, among other things."""
         for i, age in enumerate(self.ages):
             name = f"older.{i - 1}" if i else "pages"
-            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            own = under(tensors, f"{name}.")
             if name in values:
                 age.pages.restore(values[name], own)
 
@@ -166,6 +167,6 @@ def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
     """A side's tensors that its codec of the older tier keeps."""
     found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):
-        own = {k.removeprefix(prefix): t for k, t in extent.items() if k.startswith(prefix)}
+        own = under(extent, prefix)
         found |= {f"{prefix}{k}": t for k, t in codec.demoted(own).items()}
     return found

@@ -1,7 +1,6 @@
 """The cache object a user holds: a transformers `Cache` whose layers are ours, with bytes, report, save and load."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,9 +27,10 @@ from kvshrink.methods._roles import Method
 from kvshrink.store import files
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.deflate import claimed, deflated, inflated
-from kvshrink.store.digest import digest as content
+from kvshrink.store.digest import digest
 from kvshrink.store.files import DESCRIPTION
 from kvshrink.store.lasting import lasting
+from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
 VERSION = 2  # of a saved state
@@ -219,7 +219,7 @@ class KVCache(Cache):
             "table": table,
             "layers": layers,
         }
-        text = json.dumps({**plain, "sha256": content(plain, out)}).encode()
+        text = json.dumps({**plain, "sha256": digest(plain, out)}).encode()
         return out | {PLAIN: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> "KVCache":
@@ -228,7 +228,7 @@ class KVCache(Cache):
         plain, schema = self._schema(state)
         tensors = {k: t for k, t in state.items() if k != PLAIN}
         check_kinds({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, schema.kinds)
-        require(plain.pop("sha256", None) == content(plain, tensors), "sha256 differs")
+        require(plain.pop("sha256", None) == digest(plain, tensors), "sha256 differs")
         schema.check_contents(tensors)
         with self._changing():
             self._restore(plain, tensors)
@@ -281,23 +281,11 @@ class KVCache(Cache):
     @lasting
     def _restore(self, plain: dict, state: Mapping[str, Tensor]) -> None:
         copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t for k, t in copies.items() if k.startswith(prefix)}
-
         for compressed in self.compressed:
             compressed.whole = False  # until all are
-        self.table.restore(plain["table"], under("table."))
+        self.table.restore(plain["table"], under(copies, "table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
             if isinstance(layer, CompressedLayer):
-                layer.restore(values, under(f"layers.{i}."))
+                layer.restore(values, under(copies, f"layers.{i}."))
             else:
-                restore_sliding(layer, values, under(f"layers.{i}."))
-
-
-def digest(method: Method, tensors: list[Tensor]) -> str:
-    """Short hash of a method's settings and fitted tensors."""
-    h = hashlib.sha256(json.dumps([name_of(method), method.settings()], sort_keys=True).encode())
-    for t in tensors:
-        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:16]
+                restore_sliding(layer, values, under(copies, f"layers.{i}."))

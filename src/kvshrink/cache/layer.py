@@ -23,6 +23,7 @@ from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lasting import lasting
+from kvshrink.store.names import under
 from kvshrink.store.pages import Pages
 from kvshrink.store.tokens import TokenTable
 
@@ -178,8 +179,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def stored(self, column: int, pages: int, side: str) -> dict[str, Tensor]:
         """One side of the pages from a column on, for a layer that follows this one."""
-        stored = self.pages.part(self.pages.first.index(column), pages)
-        return {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}
+        return under(self.pages.part(self.pages.first.index(column), pages), side)
 
     def _materialise(self, keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
         """All tokens at full width, for attention implementations other than ours: slower, equally right."""
@@ -288,15 +288,11 @@ class CompressedLayer(CacheLayerMixin):
     def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
         self.reset()
         self.seen, self.whole = values["seen"], False
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
         self.body.restore(values, tensors)
-        if window := under("window."):
+        if window := under(tensors, "window."):
             self.window.restore(window)
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
-        if sinks := under("sinks."):
+        if sinks := under(tensors, "sinks."):
             self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]

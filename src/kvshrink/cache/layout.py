@@ -12,6 +12,7 @@ from kvshrink.methods._roles import Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.store.deflate import Kind
 from kvshrink.store.lasting import lasting
+from kvshrink.store.names import under
 
 
 @lasting
@@ -56,4 +57,4 @@ def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.d
 
 
 def _side_of(stored: Stored) -> Callable[[str], Stored]:
-    return lambda side: {k.removeprefix(side): t for k, t in stored.items() if k.startswith(side)}
+    return lambda side: under(stored, side)

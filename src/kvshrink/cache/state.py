@@ -19,6 +19,7 @@ from kvshrink.errors import ArtifactError
 from kvshrink.methods._roles import Stored
 from kvshrink.store.deflate import Kind
 from kvshrink.store.files import DESCRIPTION
+from kvshrink.store.names import under
 from kvshrink.store.parse import parsed
 
 if TYPE_CHECKING:
@@ -154,17 +155,17 @@ class Schema:
         for i, layer in enumerate(self.cache.layers):
             if not isinstance(layer, CompressedLayer):
                 continue
-            own = {k.removeprefix(f"layers.{i}."): t for k, t in state.items() if k.startswith(f"layers.{i}.")}
+            own = under(state, f"layers.{i}.")
             self._check_sinks(i, layer, positions >= 0, own.get("sinks.columns"))
             sums = own.get("watch.sums")
             require(sums is None or bool((sums.isfinite() & (sums >= 0)).all()), f"layers.{i}.watch.sums")
             for n, tier in enumerate(layer.tiers):
                 name = f"older.{n - 1}." if n else "pages."
-                stored = {k.removeprefix(name): t for k, t in own.items() if k.startswith(name)}
+                stored = under(own, name)
                 for side, codec in zip("kv", tier.codecs or (), strict=False):
                     for extent in {k.split(".", 1)[0] for k in stored}:
                         start = f"{extent}.{side}."
-                        part = {k.removeprefix(start): t for k, t in stored.items() if k.startswith(start)}
+                        part = under(stored, start)
                         require(not part or codec.sound(part), f"layers.{i}.{name}{start[:-1]}")
 
     def _check_sinks(self, i: int, layer: CompressedLayer, real: Tensor, columns: Tensor | None) -> None:

@@ -48,8 +48,11 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     @at_once
     @functools.wraps(update)
     def run(layer: "CompressedLayer", keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if autocast_on():  # projections come rounded, keys as their RoPE left them
-            keys, values = keys.to(layer.shape.dtype), values.to(layer.shape.dtype)
-        return update(layer, keys, values, *args, **kwargs)
+        if not autocast_on():
+            return update(layer, keys, values, *args, **kwargs)
+        # projections come rounded, keys as their RoPE left them; others' attention gets both as DynamicCache gives them
+        stored, given = layer.shape.dtype, keys.dtype
+        found = update(layer, keys.to(stored), values.to(stored), *args, **kwargs)
+        return found if hasattr(found[0], "_kvshrink") else (found[0].to(given), found[1].to(given))
 
     return run

@@ -16,8 +16,9 @@ from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored
-from kvshrink.methods._settings import EXACT, require, whole
+from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
+from kvshrink.methods._types import check_type, hints
 from kvshrink.shapes import Bool, Float, Int
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
@@ -147,6 +148,13 @@ class Method(ABC):
         """Whether a layer is stored as what it adds to the compressed layer before it."""
         return False
 
+    def apart(self, fitted: Fitted) -> str | None:
+        """Why rows through a layer's codecs are not yet what a cache holds of them, or reads; None: they are.
+
+        fitted: empty where nothing is fitted yet; then of what the settings allow.
+        """
+        return "drops tokens" if self.drops_tokens else None
+
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
         return {}
@@ -169,12 +177,15 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
-        whole("window", self.window, most=EXACT)
-        whole("sinks", self.sinks, most=EXACT)
-        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        for f in fields(self):
+            check_type(f.name, getattr(self, f.name), hints(type(self))[f.name])
+        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
+        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if type(given := getattr(self, f.name)) is list:  # as JSON has it
+                object.__setattr__(self, f.name, tuple(given))
         self.check()
 
     def settings(self) -> dict:

@@ -6,17 +6,6 @@ BITS = (8, 4, 3, 2)  # of a stored latent
 EXACT = 2**20  # tokens of a window: room for them all is taken at once
 
 
-def whole(name: str, value: object, optional: bool = False, most: int | None = None) -> None:
-    """Raise SettingError unless the value is an int, or None where a setting may be left out."""
-    require(type(value) is int or (optional and value is None), f"{name}={value!r}", "Use a whole number.")
-    require(most is None or value <= most, f"{name}={value}", f"Use at most {most}.")  # type: ignore[operator]
-
-
-def number(name: str, value: object) -> None:
-    """Raise SettingError unless the value is a number."""
-    require(type(value) in (int, float), f"{name}={value!r}", "Use a number.")
-
-
 def require(ok: bool, what: str, remedy: str) -> None:
     """Raise SettingError unless ok."""
     if not ok:
@@ -25,10 +14,19 @@ def require(ok: bool, what: str, remedy: str) -> None:
 
 def keep_and_bits(keep: object, bits: object) -> None:
     """Raise SettingError unless keep is a share above 0 and bits are those of a latent, or None."""
-    number("keep", keep)
-    whole("bits", bits, optional=True)
     require(0 < keep <= 1, f"keep={keep}", "Use a share of channels above 0, up to 1.")  # type: ignore[operator]
-    require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
+    one_of("bits", bits, (None, *BITS))
+
+
+def check_topk(topk: object) -> None:
+    """Raise SettingError unless topk is a number of tokens, or a share of them as a decimal number."""
+    ok = 0 < topk <= 1 if isinstance(topk, float) else topk >= 1  # type: ignore[operator]
+    require(ok, f"topk={topk}", "Use a number of tokens from 1, or a share above 0, up to 1.0.")
+
+
+def reads_part(topk: int | float) -> str | None:
+    """What a method with this topk does that its codecs alone do not; None: all tokens are read."""
+    return None if isinstance(topk, float) and topk == 1 else "has a new token read a part of the others"
 
 
 def one_of(name: str, value: object, offered: tuple) -> None:

@@ -1,11 +1,13 @@
-"""Modes of the caller that must not reach what a cache does: torch.autocast and torch.compile."""
+"""Modes of the caller that must not reach what is done here: autocast, torch.compile, and training of the model."""
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +29,30 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model has no dropout; each of its modules is then in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def without_dropout(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function of a model, or a method of something that has one, with the model in eval mode."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        with evaluating(first if isinstance(first, nn.Module) else first.model):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def own_dtypes(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function outside of the caller's autocast."""
 
@@ -46,6 +72,10 @@ def at_once(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+        # traced, or called by code that is compiled; the wrapper alone would cost each call a microsecond
+        compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+        return outside(*args, **kwargs) if compiled else function(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code
 
     return run

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvshrink.store.names import under
+
 Stored = Mapping[str, Tensor]
 
 JOINED = 16  # extents of a size that become one
@@ -29,7 +31,7 @@ class Block:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, without it."""
-        return {k.removeprefix(prefix): t for k, t in self.stored.items() if k.startswith(prefix)}
+        return under(self.stored, prefix)
 
 
 class Pages:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._packing.base import Packing, Stored
 from kvshrink.shapes import Bool, Float
+from kvshrink.store.names import under
 
 STEP = 8  # tokens of a class come in eights, so that codes of any width and number of channels fill whole bytes
 
@@ -99,7 +100,7 @@ class Salient(Packing):
 
 def _of_class(stored: Stored, name: str) -> Stored:
     """A class's tensors as its form stores them: each group a sequence of its own."""
-    own = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
+    own = under(stored, f"{name}.")
     return {k: t.transpose(1, 2).flatten(0, 1).unsqueeze(2) for k, t in own.items()}
 
 

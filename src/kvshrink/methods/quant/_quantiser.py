@@ -20,6 +20,7 @@ from kvshrink.methods._settings import one_of
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Float
+from kvshrink.store.names import under
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -213,6 +214,12 @@ class Quantiser(Method):
         some = Space(1, 64, self.page, torch.float32, True)
         return any(self.packing(side, some, {}).salient for side in SIDES)
 
+    def apart(self, fitted: Fitted) -> str | None:
+        some = Space(1, 64, self.page, torch.float32, True)
+        aged = any(len(self.ladder(side, some, {})) > 1 for side in SIDES)
+        own = "ranks tokens by the attention they get" if self.asks else "stores tokens by their age" if aged else None
+        return super().apart(fitted) or own
+
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         if not self.needs_fit:
             return {}
@@ -255,4 +262,4 @@ def axes(space: Space, bits: int | None, axis: str, group: int) -> Packing:
 
 def of_side(fitted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without it."""
-    return {k.removeprefix(f"{prefix}_"): t for k, t in fitted.items() if k.startswith(f"{prefix}_")}
+    return under(fitted, f"{prefix}_")

@@ -25,6 +25,7 @@ from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._input import InputCodec
 from kvshrink.methods.quant.xquant import BITS, XQuant
 from kvshrink.shapes import Bool, Float
+from kvshrink.store.names import under
 
 ROWS = "rows"  # of the calibration text, held until layers are paired
 RIDGE = 1e-4  # of a latent's mean energy, added to all
@@ -62,7 +63,7 @@ class DeltaCodec(Codec):
         return self.own.packing.store(self.own.project(rows) - self._turned(base), valid)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        base = {k.removeprefix("base."): t for k, t in stored.items() if k.startswith("base.")}
+        base = under(stored, "base.")
         return self._turned(base) + self.own.packing.load(stored)
 
     def sound(self, stored: Stored) -> bool:
@@ -129,6 +130,10 @@ class XQuantCL(Method):
                 found[second][name.replace(ROWS, "turn")] = _turn(a[name], b[name])
             paired.append([first, second])
         return found, {"pairs": paired}
+
+    def apart(self, fitted: Fitted) -> str | None:
+        follows = "may store a layer as what it adds to another" if not fitted or self.follows(fitted) else None
+        return follows or self._plain(False).apart(fitted)
 
     def follows(self, fitted: Fitted) -> bool:
         return "follows" in fitted
