@@ -11,7 +11,7 @@ Read the tree in the order the data takes; each line may import only from the li
     methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py and _facts.py: the roles; artifact.py
     store/       where the bytes live: pages, token table, byte counts, files
     kernels/     <op>/reference.py defines the op in plain torch
-    reference/   the bundled model; data/: bundled text and test cases; shapes.py, errors.py
+    reference/   the bundled model; data/: bundled text and test cases; identity.py, shapes.py, called.py, errors.py
 
     model, tokenizer = kvshrink.reference_model()
     artifact = kvshrink.fit(model, kvshrink.CSKV(keep=0.2, bits=4), text, tokenizer=tokenizer)
@@ -20,15 +20,23 @@ Read the tree in the order the data takes; each line may import only from the li
     print(cache.report())
 """
 
-from kvshrink.attach import attach, attached, detach, make_cache
+from typing import TYPE_CHECKING
+
+from kvshrink.attach import attached, detach, make_cache
 from kvshrink.cache import KVCache
 from kvshrink.errors import KVShrinkError
-from kvshrink.fit import fit
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.reference import reference_model
+
+if TYPE_CHECKING:
+    from kvshrink.attach import attach
+    from kvshrink.fit import fit
+else:  # packages that can be called (called.py), so that `import kvshrink.fit.probe as probe` finds the package
+    import kvshrink.attach as attach
+    import kvshrink.fit as fit
 
 __all__ = [
     "CSKV",

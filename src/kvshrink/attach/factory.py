@@ -1,6 +1,7 @@
 """make_cache: one empty cache for a model, from a method or a fitted artifact."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
@@ -20,10 +21,13 @@ from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.digest import digest
 from kvshrink.store.tokens import TokenTable
+
+DIGESTS: "WeakKeyDictionary[Artifact, str]" = WeakKeyDictionary()
 
 
 def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
@@ -39,7 +43,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     """
     if not isinstance(method, Method | Artifact):
         raise SettingError(
-            f"{method!r} is neither a method nor an artifact. Pass an object, such as kvshrink.RTN(bits=4)."
+            f"{shown(method)} is neither a method nor an artifact. Pass an object, such as kvshrink.RTN(bits=4)."
         )
     model = transformers_model(model)
     attachment = attach(model)
@@ -110,9 +114,9 @@ def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -
 def digest_of(method: Method | Artifact) -> str:
     """Hash of a method's settings and fitted tensors; an artifact's is computed once."""
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
-    known = artifact.__dict__.get("_digest")
+    known = DIGESTS.get(artifact)
     if known is None:
         tensors = {f"{i}.{k}": t for i, layer in artifact.layers.items() for k, t in layer.items()}
         settings = [name_of(artifact.method), artifact.method.settings()]
-        known = artifact.__dict__["_digest"] = digest(settings, tensors)[:16]
+        known = DIGESTS[artifact] = digest(settings, tensors)[:16]
     return known

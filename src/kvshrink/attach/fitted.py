@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Fitted, Stored
+from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
@@ -17,15 +18,18 @@ from kvshrink.store.lasting import lasting
 from kvshrink.store.reason import line
 
 Place = tuple[LayerShape, torch.device]  # of a layer
+Ladders = dict[tuple[tuple[int, Place], ...], dict[int, tuple[Tier, ...]]]
+LADDERS: "WeakKeyDictionary[Method | Artifact, Ladders]" = WeakKeyDictionary()
 
 
 @lasting
 def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[Tier, ...]]:
-    """{layer: tiers}, with tensors on the model's devices: made once per artifact, shared by all of its caches.
+    """{layer: tiers}, with tensors on the model's devices: made once per method or artifact, shared by all its caches.
 
     Raises ArtifactError if a layer's tensors are not what the method makes of this shape.
     """
-    made = artifact.__dict__.setdefault("_ladders", {})
+    # methods are equal by their settings; an artifact's tensors are its own
+    made = LADDERS.setdefault(artifact if artifact.layers else artifact.method, {})
     key = tuple(places.items())
     if key not in made:
         found: dict[int, tuple[Tier, ...]] = {}

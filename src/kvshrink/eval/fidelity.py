@@ -17,6 +17,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import bits_per_byte, chunk_of, tracks
 from kvshrink.eval.stats import bootstrap, student
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, opened
+from kvshrink.store.modes import without_dropout
 
 NEAREST, WIDER = 32, 4  # distances from the prefix end: up to 32 tokens, then 4 times as far each
 DIGITS = 6
@@ -176,6 +177,7 @@ def by_distance(kl: np.ndarray) -> list[dict[str, float]]:
     return out
 
 
+@without_dropout
 @torch.inference_mode()
 def trajectories(
     model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, count: int

@@ -23,6 +23,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Tokens, checked, compressed_tokens, opened, remedy
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
+from kvshrink.store.modes import without_dropout
 
 
 @final
@@ -48,6 +49,7 @@ class LayerError:
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
+@without_dropout
 @torch.inference_mode()
 def layer_errors(model: Any, method: Method | Artifact, ids: Tokens, prefix: int, chunk: int = 1) -> list[LayerError]:
     """One row per compressed layer: ids[:prefix - 1] is stored, then the model is fed from there, `chunk` tokens at a

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshrink.store.modes import without_dropout
 
+
+@without_dropout
 @torch.inference_mode()
 def decode_peak(model: Any, cache: Any, token: Tensor) -> int:
     """Most bytes alive at once while `token` [b, 1] goes through the model with this filled cache, beyond those before.

@@ -24,6 +24,7 @@ from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
 from kvshrink.eval.simulated import simulate
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, follow
+from kvshrink.store.modes import without_dropout
 
 MODES = ("decode", "chunked", "prefix_compressed", "simulated")
 CHUNK = 32
@@ -140,6 +141,7 @@ def scored_bytes(tokenizer, ids: Tokens, prefix: int) -> int:
     return len(whole.encode()) - len(before.rstrip("\ufffd").encode())
 
 
+@without_dropout
 @torch.inference_mode()
 def without_prefix(model: Any, ids: Tokens, prefix: int) -> float:
     """NLL of ids[prefix:] with nothing before it but its first input, and bos if the document began with it."""

@@ -19,8 +19,10 @@ from kvshrink.attach.stage import asked_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.saliency import probes
+from kvshrink.store.modes import without_dropout
 
 
+@without_dropout
 @torch.inference_mode()
 def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = False) -> DynamicCache:
     """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. asked: for methods of `asks` as well."""

@@ -36,6 +36,7 @@ from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.modes import without_dropout
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 
 
@@ -191,6 +192,7 @@ class Runner:
     def _pad(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
+    @without_dropout
     @torch.inference_mode()
     def _answer(
         self, ids: Tensor, mask: Tensor, questions: list[list[int]], cache: KVCache | DynamicCache, limits: list[int]

@@ -21,28 +21,16 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.lossy import through
 from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, empty
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.store.modes import without_dropout
 
 
 class Simulated(DynamicCache):
-    """A full cache whose `update` sends keys and values through a method's codecs and back. For unpadded input, one
-    forward. Raises EvalError for a method that drops tokens."""
+    """A full cache whose `update` sends keys and values through codecs and back. For one forward of unpadded input."""
 
     def __init__(self, model: Any, like: KVCache, attachment: Attachment) -> None:
         super().__init__(config=model.config)
-        if like.method.drops_tokens:
-            raise EvalError(
-                f"{type(like.method).__name__} drops tokens and has nothing to simulate. Use mode='decode'."
-            )
-        if any(len(layer.tiers) > 1 for layer in like.compressed):
-            raise EvalError(
-                f"{type(like.method).__name__} stores tokens by their age, which one pass has not. Use mode='decode'."
-            )
-        codecs = [codec for layer in like.compressed for codec in layer.codecs or ()]
-        if any(codec.salient or codec.joint for codec in codecs) or any(layer.base for layer in like.compressed):
-            raise EvalError(
-                f"{type(like.method).__name__} needs more of a token than its own key or value: the queries, both, or "
-                "another layer. Use mode='decode'."
-            )
         self.page = like.method.page
         self.codecs = [x.codecs if isinstance(x, CompressedLayer) else None for x in like.layers]
         self.ropes = [info.rope for info in attachment.layers]
@@ -57,10 +45,19 @@ class Simulated(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+@without_dropout
 @torch.inference_mode()
 def simulate(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int) -> dict[str, Track]:
-    """Score ids[prefix:] after one forward pass over all tokens, every key and value lossy."""
+    """Score ids[prefix:] after one forward pass over all tokens, every key and value lossy.
+
+    Raises EvalError, before anything runs, for a method of which a cache does more than its codecs do.
+    """
     ids, prefix = checked(model, ids, prefix)
+    for label, entry in methods.items():
+        artifact = Artifact(entry, {}) if isinstance(entry, Method) else entry
+        if artifact is not None and (why := artifact.apart):
+            name = type(artifact.method).__name__
+            raise EvalError(f"{label}: {name} {why}, which rows through its codecs do not show. Use mode='decode'.")
     part, targets, attachment = ids[:, :-1], ids[0, prefix:], attach(model)
     dense = DynamicCache(config=model.config)
 

@@ -23,6 +23,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.shapes import Float, Int
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.modes import without_dropout
 
 Entry = Method | Artifact | None  # None: the full cache
 Tokens = Tensor | Sequence[int]  # one document: [1, t] or a list
@@ -70,6 +71,7 @@ class Track:
         return None if self.held is None else self.held / self.full
 
 
+@without_dropout
 @torch.inference_mode()
 def follow(
     model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, chunk: int | None = 1

@@ -9,8 +9,10 @@ from kvshrink.fit.source import InMemory
 from kvshrink.fit.watch import LayerWatch
 from kvshrink.methods._facts import LayerFacts
 from kvshrink.shapes import Int
+from kvshrink.store.modes import without_dropout
 
 
+@without_dropout
 def gather(
     model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool, sample: bool = False
 ) -> dict[int, LayerFacts]:

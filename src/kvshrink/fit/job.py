@@ -1,7 +1,7 @@
 """fit: a method's tensors for every layer of a model, from calibration text."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +12,11 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, layers_of, shape_of
+from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
-from kvshrink.fit.data import checked_rows, rows_hash, token_rows
+from kvshrink.fit.data import rows_hash, rows_of
 from kvshrink.fit.distil import PredictionLoss
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.outputs import OutputLoss
@@ -30,9 +30,10 @@ from kvshrink.fit.watch import LayerWatch
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._roles import Method
+from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
-from kvshrink.store.modes import without_autocast
+from kvshrink.store.modes import evaluating, without_autocast
 from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
@@ -43,7 +44,7 @@ PROBES = 4  # batches on which key_share="auto" compares attention outputs
 def fit(
     model: Any,
     method: Any,
-    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
     length: int = 1024,
     batch: int = 1,
@@ -60,15 +61,13 @@ def fit(
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
     Raises DataError on too little text, UnsupportedModelError, SettingError.
     """
-    if not isinstance(method, Method):
-        raise SettingError(f"{method!r} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
     return fit_all(model, [method], data, tokenizer, length, batch, progress, checkpoint, log_with)[0]
 
 
 def fit_all(
     model: Any,
     methods: Sequence[Method],
-    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
     length: int = 1024,
     batch: int = 1,
@@ -77,9 +76,8 @@ def fit_all(
     log_with: str | None = None,
 ) -> list[Artifact]:
     """As `fit`, for several methods in one pass over the text."""
-    for method in methods:
-        if not method.needs_fit:
-            raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
+    methods = list(methods)
+    _check_given(methods, tokenizer, length, batch, checkpoint, log_with)
     if isinstance(model, str | Path):
         source: InMemory | OnDisk = OnDisk(model)
     else:
@@ -90,26 +88,43 @@ def fit_all(
     infos = layers_of(source.model)
     shapes = [shape_of(info.module) for info in infos if info.compressed]
     methods = [method.settle(shapes, source.device) for method in methods]
-    if isinstance(data, str) or (not isinstance(data, Tensor) and data and isinstance(data[0], str)):
-        tokenizer = tokenizer or _tokenizer(source.name)
-        rows = token_rows(data, tokenizer, length, methods[0].page)  # type: ignore[arg-type]
-    else:
-        rows = checked_rows(data, methods[0].page)  # type: ignore[arg-type]
-    rows = _enough(rows, methods)
+    page = max(method.page for method in methods)
+    rows = _enough(rows_of(data, lambda: tokenizer or _tokenizer(source.name), length, page), methods)
+    _check_ids(rows, text_config(source.model).vocab_size)
     if isinstance(source, OnDisk) and any(in_memory(m) for m in methods):
         names = ", ".join(name_of(m) for m in methods if in_memory(m))
         raise SettingError(f"{names} asks the whole model what a loss costs. Load the model and pass it to fit.")
-    if log_with not in (None, *TRACKERS):
-        raise SettingError(f"log_with={log_with!r} is not possible. Use one of {TRACKERS}.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
     # Fisher and training switch gradients on themselves
-    with torch.inference_mode(False), torch.no_grad(), without_autocast():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(source.model):
         return job.run()
+
+
+def _check_given(
+    methods: Sequence, tokenizer: Any, length: object, batch: object, checkpoint: object, log_with: object
+) -> None:
+    """Raise SettingError on what no fit could use."""
+    if not methods:
+        raise SettingError("no method is given. Pass one or more, such as kvshrink.CSKV(keep=0.2).")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise SettingError(f"{shown(method)} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
+        if not method.needs_fit:
+            raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
+    for name, value in (("length", length), ("batch", batch)):
+        if type(value) is not int or value < 1:
+            raise SettingError(f"{name}={shown(value)} is not possible. Use a whole number, 1 or more.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise SettingError(f"tokenizer={shown(tokenizer)} is not possible. Pass the model's tokenizer.")
+    if not isinstance(checkpoint, str | Path | None):
+        raise SettingError(f"checkpoint={shown(checkpoint)} is not possible. Give the path of a folder.")
+    if log_with not in (None, *TRACKERS):
+        raise SettingError(f"log_with={shown(log_with)} is not possible. Use one of {TRACKERS}.")
 
 
 def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:
     """The rows, a single one cut in two where something is trained, since some must be held out."""
-    page = methods[0].page
+    page = max(method.page for method in methods)
     given = tuple(rows.shape)
     if len(rows) == 1 and any(_trains(m) for m in methods):
         rows = rows[:, : rows.shape[1] // 2 * 2].view(2, -1)
@@ -119,6 +134,12 @@ def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:
         what = "comparing halves of rows" if halves else "holding out half of a row"
         raise DataError(f"rows of shape {given} are too short for {what}: {rows.shape[1]} tokens a row, not {least}.")
     return rows
+
+
+def _check_ids(rows: Tensor, vocabulary: int) -> None:
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= vocabulary:
+        raise DataError(f"token ids run from {low} to {high}, the model has 0 to {vocabulary - 1}. Use its tokenizer.")
 
 
 def in_memory(method: Method) -> bool:

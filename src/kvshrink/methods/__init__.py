@@ -5,11 +5,9 @@ import difflib
 import importlib
 import pkgutil
 from functools import cache
-from typing import Any, get_type_hints
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._roles import Method
-from kvshrink.methods._settings import check_kind
 
 
 @cache
@@ -25,36 +23,30 @@ def names() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def get(name: str) -> type[Method]:
+def get(name: object) -> type[Method]:
     """The method class called `name`. Raises SettingError that lists the known names."""
     known = names()
+    if not isinstance(name, str):
+        raise SettingError(f"a method is named by text, not by a {type(name).__name__}. Known: {', '.join(known)}.")
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name[:60], known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SettingError(f"no method {name!r}. Known: {', '.join(known)}.{hint}")
+        raise SettingError(f"no method {name[:60]!r}. Known: {', '.join(known)}.{hint}")
     return importlib.import_module(known[name]).METHOD
 
 
-def build(name: str, settings: dict) -> Method:
+def build(name: object, settings: object) -> Method:
     """The method `name` with these settings. Raises SettingError on a setting that it does not have."""
     cls = get(name)
     if not isinstance(settings, dict):
-        raise SettingError(f"settings of {name} are {settings!r}, not an object.")
+        raise SettingError(f"settings of {name} are a {type(settings).__name__}, not an object.")
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
+            near = difflib.get_close_matches(str(key)[:60], fields, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise SettingError(f"{name} has no setting {key!r}. It has: {', '.join(fields)}.{hint}")
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # as JSON has it
-    for key, value in given.items():
-        check_kind(key, value, _hints(cls)[key])
-    return cls(**given)
-
-
-@cache
-def _hints(cls: type[Method]) -> dict[str, Any]:
-    return get_type_hints(cls)
+            raise SettingError(f"{name} has no setting {str(key)[:60]!r}. It has: {', '.join(fields)}.{hint}")
+    return cls(**settings)
 
 
 def name_of(method: Method) -> str:

@@ -36,6 +36,12 @@ class Artifact:
         """Bytes of the fitted tensors that a cache reads: held once per model, not per sequence."""
         return sum(t.nbytes for x in self.layers.values() for k, t in x.items() if not k.endswith(LOOKED_AT))
 
+    @property
+    def apart(self) -> str | None:
+        """`Method.apart` of any layer."""
+        layers = list(self.layers.values()) or [{}]
+        return next((why for fitted in layers if (why := self.method.apart(fitted))), None)
+
     def at(self, keep: float) -> "Artifact":
         """The artifact of a lower `keep`, from the leading components of this one: nothing is fitted again.
 

@@ -2,7 +2,8 @@
 
 The text runs through the model once; any number of settings is then fitted to the same statistics. The last tenth of
 the rows is kept from the fit: passages of it are repeated (fit/probe.py), and the repetition is read a page at a time
-over what the setting leaves of the rest, with pages leaving the window as they do in use.
+over what the setting leaves of the rest, with pages leaving the window as they do in use: through its codecs where
+these are all that a cache does (`Method.apart`), else through a cache (judge.py).
 
 Trade-off: `spectral` shares its bytes by curves that are measured once, at the largest window of the search, and used
 for all windows; `fit` measures them at the window that was chosen.
@@ -29,8 +30,10 @@ from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant.rtn import RTN
+from kvshrink.plan.judge import Judge
 from kvshrink.plan.space import SINKS, WINDOWS
 from kvshrink.shapes import Int
+from kvshrink.store.modes import without_dropout
 
 HELD_OUT = 10  # one row in so many
 WIDEST = RTN(window=max(WINDOWS), sinks=max(SINKS))  # stands for all: whose window and sinks none exceeds
@@ -86,6 +89,12 @@ class Bench:
     def judge(self) -> Recall:
         return Recall(self.model, self.infos, self.held_rows, WIDEST, False, chunk=WIDEST.page)
 
+    @cached_property
+    def cached(self) -> Judge:
+        """For methods of which a cache does more than codecs alone."""
+        return Judge(self.judge, WIDEST.page)
+
+    @without_dropout
     def point(self, method: Method) -> Point:
         """Where a setting stands."""
         key = key_of("plan", *self.key, name_of(method), method.settings())
@@ -95,6 +104,7 @@ class Bench:
         kl = self.log.rows[key]["kl"]
         return Point(name_of(method), method.settings(), self.room.held(method), self.room.kept(method), kl)
 
+    @without_dropout
     def fitted(self, method: Method) -> Artifact:
         """The method fitted to the statistics; nothing is trained."""
         known = self.sampled if method.samples else self.facts
@@ -104,8 +114,10 @@ class Bench:
         return Artifact(method, layers, model, record)
 
     def _kl(self, method: Method) -> float:
-        layers = self.fitted(method).layers if method.needs_fit else {i: {} for i in self.shapes}
-        codecs = {i: method.codecs(shape, layers[i]) for i, shape in self.shapes.items()}
+        ready = self.fitted(method) if method.needs_fit else Artifact(method, {i: {} for i in self.shapes})
+        if ready.apart:
+            return self.cached.kl(ready if method.needs_fit else method)
+        codecs = {i: method.codecs(shape, ready.layers[i]) for i, shape in self.shapes.items()}
         return self.judge.seen_by(method).kl(codecs)  # type: ignore[arg-type]
 
 

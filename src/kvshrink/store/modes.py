@@ -1,11 +1,12 @@
-"""Modes of the caller that must not reach what a cache does: torch.autocast and torch.compile."""
+"""Modes of the caller that must not reach what is done here: autocast, torch.compile, and training of the model."""
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 P = ParamSpec("P")
@@ -26,6 +27,30 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model has no dropout; each of its modules is then in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def without_dropout(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function of a model, or a method of something that has one, with the model in eval mode."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        with evaluating(first if isinstance(first, nn.Module) else first.model):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def own_dtypes(function: Callable[P, R]) -> Callable[P, R]:

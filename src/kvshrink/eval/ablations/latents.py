@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.families import key_value
+from kvshrink.errors import EvalError
 from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, one_sign
+from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, one_sign, plain_bits
 from kvshrink.eval.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
@@ -30,6 +31,8 @@ def latent_rows(lab: Lab, artifacts: Mapping[str, Artifact]) -> list[dict]:
     latent: of the latents, by quantiser; rebuilt: of the keys before RoPE or values made of them; rank: of those made
     of the latents as they are.
     """
+    if other := [label for label, a in artifacts.items() if not plain_bits(a)]:
+        raise EvalError(f"{other[0]} does not store latents as affine codes. Use a fitted CSKV with bits and no codec.")
     texts = torch.cat(lab.documents[:DOCUMENTS])
     parts = {label: ("latents", digest_of(a), texts.tolist()) for label, a in artifacts.items()}
     missing = {label: a for label, a in artifacts.items() if not lab.knows(parts[label])}

@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kvshrink.errors import EvalError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
@@ -36,6 +37,12 @@ def fake_quantise(x: Float[Tensor, "*rows k"], bits: int, clamped: bool = True) 
     zero = (-low / scale).round()
     zero = zero.clamp(0, top) if clamped else zero
     return (((x.float() / scale).round() + zero).clamp(0, top) - zero) * scale
+
+
+def plain_bits(artifact: Artifact) -> bool:
+    """Whether latents are stored as affine codes of a basis, whose error these formulas show."""
+    method = artifact.method
+    return isinstance(method, CSKV) and method.bits is not None and method.codec is None
 
 
 def one_sign(x: Float[Tensor, "*rows k"]) -> Bool[Tensor, " *rows"]:
@@ -105,7 +112,9 @@ class OfficialCSKV(Method):
 
 
 def official(artifact: Artifact) -> Artifact:
-    """A fitted CSKV with bits, through the official formula."""
+    """A fitted CSKV with bits, through the official formula. Raises EvalError for what stores latents otherwise."""
+    if not plain_bits(artifact):
+        raise EvalError("the official formula is one of CSKV with bits and no codec. Fit cskv with bits=4.")
     assert isinstance(artifact.method, CSKV)
     method = OfficialCSKV(artifact.method.window, artifact.method.sinks, artifact.method)
     return Artifact(method, artifact.layers, artifact.model, artifact.provenance)

@@ -1,7 +1,8 @@
 """Packing: how rows of numbers lie in pages, and what every form of it shares."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -77,10 +78,33 @@ class Packing(ABC):
         return rounded + (latent - latent.detach())  # in this order the sum is the rounded number itself
 
 
+Put = Callable[[Tensor, Tensor | None], Stored]  # rows [b, G, t, r] and which tokens are valid, stored
+
+
 class Around(Packing):
-    """A packing around another one, `inner`, whose shape it has."""
+    """A packing around another one, `inner`, whose shape it has.
+
+    What tokens are worth is handed on to it. Fused kernels and older tiers do not know what a wrapper adds, so `packed`
+    and `demoted` stay as they are for any packing.
+    """
 
     inner: Packing
+
+    @abstractmethod
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        """As `store`, where `put` is how `inner` stores rows."""
+
+    @property
+    def salient(self) -> bool:
+        return self.inner.salient
+
+    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.store_with(self.inner.store, latent, valid)
+
+    def store_by_worth(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        return self.store_with(partial(self.inner.store_by_worth, worth=worth), latent, valid)
 
     @property
     def groups(self) -> int:  # type: ignore[override]

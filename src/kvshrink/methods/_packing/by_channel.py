@@ -4,13 +4,14 @@ Which channels of a page those are is one bit a channel, stored once for all tok
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import Around, Packing, Stored, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Put, Stored, joined, paged, there
 from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.names import under
 
@@ -46,15 +47,28 @@ class ByChannel(Packing):
         inner = {f"{form}.{name}" for form, p in (("high", self.high), ("low", self.low)) for name in p.side}
         return frozenset(inner | {MASK})
 
+    @property
+    def salient(self) -> bool:
+        return self.high.salient or self.low.salient
+
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self._store(latent, valid, self.high.store, self.low.store)
+
+    def store_by_worth(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    ) -> Stored:
+        high, low = (partial(packing.store_by_worth, worth=worth) for packing in (self.high, self.low))
+        return self._store(latent, valid, high, low)
+
+    def _store(self, latent: Tensor, valid: Tensor | None, put_high: Put, put_low: Put) -> Stored:
         pages = paged(latent, self.page)
         best = self._worth(pages, there(valid, self.page)).argsort(dim=-1, descending=True, stable=True)
         high, low = best.split([self.high.width, self.low.width], -1)
         mask = torch.zeros_like(best, dtype=torch.uint8).scatter_(-1, high, 1)
         stored = {MASK: pack(torch.nn.functional.pad(mask, (0, -self.width % 8)), 1)}
-        for form, packing, channels in (("high", self.high, high), ("low", self.low, low)):
+        for form, put, channels in (("high", put_high, high), ("low", put_low, low)):
             part = pages.take_along_dim(channels.sort(-1).values[..., None, :], -1)
-            stored |= {f"{form}.{k}": t for k, t in packing.store(joined(part), valid).items()}
+            stored |= {f"{form}.{k}": t for k, t in put(joined(part), valid).items()}
         return stored
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
@@ -98,8 +112,8 @@ class Turned(Around):
     inner: Packing
     matrix: Float[Tensor, "r r"]
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.inner.store(latent.float() @ self.matrix.to(latent.device), valid)
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return put(latent.float() @ self.matrix.to(latent.device), valid)
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         rows = self.inner.load(stored)

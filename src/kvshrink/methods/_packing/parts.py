@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Around, Packing, Stored
+from kvshrink.methods._packing.base import Around, Packing, Put, Stored
 from kvshrink.shapes import Bool, Float
 
 
@@ -21,8 +21,8 @@ class Parts(Around):
     def page(self) -> int:  # type: ignore[override]
         return self.inner.page * self.count
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return {k: t.unflatten(1, (-1, self.count)) for k, t in self.inner.store(latent, valid).items()}
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return {k: t.unflatten(1, (-1, self.count)) for k, t in put(latent, valid).items()}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.inner.load({k: t.flatten(1, 2) for k, t in stored.items()})

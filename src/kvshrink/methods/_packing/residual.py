@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Around, Packing, Stored, checked, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Put, Stored, checked, joined, paged, there
 from kvshrink.shapes import Bool, Float
 
 ITERATIONS = 3
@@ -27,8 +27,8 @@ class Residual(Around):
     inner: Packing
     rank: int
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        stored = self.inner.store(latent, valid)
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        stored = put(latent, valid)
         error = paged(latent, self.page) - paged(self.inner.load(stored), self.page)
         real = there(valid, self.page)
         if real is not None:

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Around, Packing, Stored, checked, joined, paged, there
+from kvshrink.methods._packing.base import Around, Packing, Put, Stored, checked, joined, paged, there
 from kvshrink.shapes import Bool, Float
 
 
@@ -24,19 +24,9 @@ class Separable(Around):
     def side(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.side | {"gain"}
 
-    @property
-    def salient(self) -> bool:
-        return self.inner.salient
-
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         rows, gain = self._divided(latent, valid)
-        return {**self.inner.store(rows, valid), "gain": gain}
-
-    def store_by_worth(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
-    ) -> Stored:
-        rows, gain = self._divided(latent, valid)
-        return {**self.inner.store_by_worth(rows, valid, worth), "gain": gain}
+        return {**put(rows, valid), "gain": gain}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         rows = self.inner.load({k: t for k, t in stored.items() if k != "gain"})

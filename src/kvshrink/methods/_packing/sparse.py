@@ -18,7 +18,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Around, Packing, Stored, checked
+from kvshrink.methods._packing.base import Around, Packing, Put, Stored, checked
 from kvshrink.methods._packing.grouping import Axis, Grouping
 from kvshrink.shapes import Bool, Float
 
@@ -52,7 +52,7 @@ class Sparse(Around):
         """Numbers of a vector."""
         return {"channel": self.page, "token": self.width, "page": self.page * self.width}[self.axis]
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         rows = self.vectors.split(latent)
         real = self.vectors.real(valid, rows)
         if real is not None:
@@ -62,7 +62,7 @@ class Sparse(Around):
         out = _put(torch.zeros_like(rows, dtype=torch.bool), places, full, torch.ones_like(full))
         rest = self.vectors.join(torch.where(out, _middle(rows, ~out if real is None else real & ~out), rows))
         return {
-            **self.inner.store(rest, valid),
+            **put(rest, valid),
             "outliers": torch.where(full, numbers, EMPTY),
             "places": torch.where(full, places, 0).to(self._index),
         }

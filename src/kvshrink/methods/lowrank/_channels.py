@@ -8,7 +8,7 @@ of all heads lie in one row of a page, so that heads may keep different numbers 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, final
+from typing import Literal, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
-from kvshrink.methods._settings import BITS, number, require, whole
+from kvshrink.methods._settings import BITS, require
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Bool, Float, Int
 
-FILLS = ("mean", "zero")
 GROUP = 32  # channels of a head that share a value's scale, as in KIVI (arXiv 2402.02750)
 
 Fill = Literal["mean", "zero"]
@@ -57,13 +56,10 @@ class ChannelCodec(PackedCodec):
         return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def check(keep: Any, bits: Any, fill: Any) -> None:
-    """Raise SettingError on settings of any type that no model could use."""
-    number("keep", keep)
+def check(keep: float, bits: int | None) -> None:
+    """Raise SettingError on settings that no model could use."""
     require(0 < keep <= 1, f"keep={keep}", "Use a share of key channels above 0, up to 1.")
-    whole("bits", bits, optional=True)
     require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
-    require(fill in FILLS, f"fill={fill!r}", f"Use one of {FILLS}.")
 
 
 def count(keep: float, channels: int) -> int:

@@ -23,7 +23,7 @@ from kvshrink.kernels.ceilings import measure
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Fitted, Method, Tier
-from kvshrink.methods._settings import keep_and_bits, number, require, whole
+from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._basis import (
     BasisCodec,
     leading,
@@ -36,8 +36,6 @@ from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
 from kvshrink.methods.quant import _latents as latents
 from kvshrink.methods.quant._quantiser import SIDES, Ladder, Quantiser, Side, Space, aged, held
 
-INITS = ("pca", "asvd", "svd", "random")
-LOSSES = ("rows", "output", "kl")
 ALPHA = 0.5  # ASVD's exponent on mean |x|
 
 
@@ -89,20 +87,15 @@ class CSKV(Method):
 
     def check(self) -> None:
         super().check()
-        whole("steps", self.steps)
         heads = self.group_heads
         if heads != "auto":
-            whole("group_heads", heads, optional=True)
             require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
         keep_and_bits(self.keep, None if self.codec else self.bits)
-        number("lr", self.lr)
-        require(self.init in INITS, f"init={self.init!r}", f"Use one of {INITS}.")
         share = self.key_share
         ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
         require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
-        for name, other in (("key_metric", "query"), ("value_metric", "output")):
+        for name in ("key_metric", "value_metric"):
             metric = getattr(self, name)
-            require(metric in ("plain", other), f"{name}={metric!r}", f"Use 'plain' or {other!r}.")
             require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
         require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
         require(
@@ -110,15 +103,14 @@ class CSKV(Method):
             "qat=True without steps and bits",
             "Set both.",
         )
-        require(self.loss in LOSSES, f"loss={self.loss!r}", f"Use one of {LOSSES}.")
         require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
         if self.codec is not None:
             own = latents.quantiser(self.codec, self.bits)
-            fixed = own.needs_fit or own.asks
-            require(
-                not (fixed and self.steps), f"codec={self.codec!r} with steps", "It depends on the basis or on queries."
-            )
+            why, given = own.apart({}), f"codec={self.codec!r} with"
+            require(not (own.needs_fit and self.steps), f"{given} steps", "It depends on the basis. Use steps=0.")
+            require(not (why and self.steps), f"{given} steps", f"It {why}. Use steps=0.")
+            require(not (why and self.key_share == "auto"), f"{given} key_share='auto'", f"It {why}. Give a share.")
 
     def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
@@ -176,6 +168,9 @@ class CSKV(Method):
     def asks(self) -> bool:
         """Whether its codec wants to know what tokens are worth."""
         return self.codec is not None and self._quantiser().asks
+
+    def apart(self, fitted: Fitted) -> str | None:
+        return None if self.codec is None else self._quantiser().apart({})
 
     @property
     def samples(self) -> bool:

@@ -40,7 +40,7 @@ class LeanK(Method):
 
     def check(self) -> None:
         super().check()
-        _channels.check(self.keep, self.bits, self.fill)
+        _channels.check(self.keep, self.bits)
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.width for kept in range(2, shape.width + 1, 2)]

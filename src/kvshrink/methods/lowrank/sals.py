@@ -21,7 +21,7 @@ from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import check_topk, reads_part, require
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float, Int
@@ -99,12 +99,12 @@ class SALS(Method):
 
     def check(self) -> None:
         super().check()
-        number("topk", self.topk)
-        number("score_rank", self.score_rank)
-        ok = 0 < self.topk <= 1 if isinstance(self.topk, float) else self.topk >= 1
-        require(ok, f"topk={self.topk}", "Use a number of tokens from 1, or a share above 0, up to 1.0.")
+        check_topk(self.topk)
         require(0 < self.score_rank <= 1, f"score_rank={self.score_rank}", "Use a share above 0, up to 1.")
         self.cskv.check()
+
+    def apart(self, fitted: Fitted) -> str | None:
+        return reads_part(self.topk)
 
     @property
     def cskv(self) -> CSKV:

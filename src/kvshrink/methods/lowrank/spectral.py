@@ -23,7 +23,7 @@ from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._basis import BasisCodec, metrics_of, spectrum
 
@@ -32,7 +32,6 @@ GROUP = 16  # channels that share a width and a gain
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a loss is measured
 NOTHING = 1e-4  # nats of KL: less is the noise of bfloat16, and finer points are not measured
 FLOOR = 1e-20  # a direction without variance has no scale of its own
-ALLOCATIONS = ("kl", "energy", "uniform")
 
 
 @final
@@ -60,15 +59,9 @@ class Spectral(Method):
 
     def check(self) -> None:
         super().check()
-        number("kept", self.kept)
         require(0 < self.kept <= 1, f"kept={self.kept}", "Use a share of bytes above 0, up to 1.")
-        ok = isinstance(self.widths, tuple) and bool(self.widths) and all(w in (1, 2, 3, 4, 8) for w in self.widths)
+        ok = bool(self.widths) and all(w in (1, 2, 3, 4, 8) for w in self.widths)
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
-        require(self.allocation in ALLOCATIONS, f"allocation={self.allocation!r}", f"Use one of {ALLOCATIONS}.")
-        require(isinstance(self.rotate, bool), f"rotate={self.rotate!r}", "Use True or False.")
-        for name, other in (("key_metric", "query"), ("value_metric", "output")):
-            metric = getattr(self, name)
-            require(metric in ("plain", other), f"{name}={metric!r}", f"Use 'plain' or {other!r}.")
 
     @property
     def probes(self) -> bool:

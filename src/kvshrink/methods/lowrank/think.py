@@ -20,10 +20,7 @@ from torch import Tensor
 
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method
-from kvshrink.methods._settings import require
 from kvshrink.methods.lowrank import _channels
-
-SCORES = ("calibrated", "magnitude")
 
 
 @final
@@ -48,8 +45,7 @@ class ThinK(Method):
 
     def check(self) -> None:
         super().check()
-        _channels.check(self.keep, self.bits, self.fill)
-        require(self.scores in SCORES, f"scores={self.scores!r}", f"Use one of {SCORES}.")
+        _channels.check(self.keep, self.bits)
 
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.head_dim for kept in range(2, shape.head_dim + 1, 2)]

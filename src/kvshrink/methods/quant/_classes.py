@@ -2,7 +2,7 @@
 
 from kvshrink.methods._packing import Packing, Salient
 from kvshrink.methods._packing.salient import STEP, counted
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Space, axes
 
 
@@ -26,7 +26,6 @@ def shares(page: int) -> tuple[float, ...]:
 
 def check_share(share: object) -> None:
     """Raise SettingError unless the share is a number between 0 and 1."""
-    number("share", share)
     require(0 < share < 1, f"share={share}", "Use a share of tokens above 0 and below 1.")  # type: ignore[operator]
 
 

@@ -1,6 +1,6 @@
 """Quantisers on the latents of a basis: what they learn there, and their change of basis folded into it."""
 
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -15,7 +15,7 @@ from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Site, Spa
 Basis = tuple[Tensor, Tensor, Tensor]  # down [G, a, r], up [G, r, a], mean [G, a]; up @ down = 1
 
 
-@cache
+@lru_cache(typed=True)  # 2.0 is not 2, also when 2 was asked for before
 def quantiser(name: str, bits: int | float | None) -> Quantiser:
     """The quantiser called `name` at these bits, else with its defaults. Raises SettingError if there is none."""
     methods = import_module("kvshrink.methods")  # which finds all method files, the caller's among them

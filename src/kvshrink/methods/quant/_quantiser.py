@@ -214,6 +214,12 @@ class Quantiser(Method):
         some = Space(1, 64, self.page, torch.float32, True)
         return any(self.packing(side, some, {}).salient for side in SIDES)
 
+    def apart(self, fitted: Fitted) -> str | None:
+        some = Space(1, 64, self.page, torch.float32, True)
+        aged = any(len(self.ladder(side, some, {})) > 1 for side in SIDES)
+        own = "ranks tokens by the attention they get" if self.asks else "stores tokens by their age" if aged else None
+        return super().apart(fitted) or own
+
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         if not self.needs_fit:
             return {}

@@ -27,7 +27,7 @@ from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
-from kvshrink.methods._settings import number, one_of, require, whole
+from kvshrink.methods._settings import check_topk, one_of, reads_part, require
 from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 from kvshrink.shapes import Bool, Float, Int
@@ -114,11 +114,11 @@ class A2ATS(Quantiser):
     def check(self) -> None:
         super().check()
         one_of("bits", self.bits, (None, *sorted(WIDTHS)))
-        number("topk", self.topk)
-        ok = 0 < self.topk <= 1 if isinstance(self.topk, float) else self.topk >= 1
-        require(ok, f"topk={self.topk}", "Use a number of tokens from 1, or a share above 0, up to 1.0.")
-        whole("group", self.group)
+        check_topk(self.topk)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
+
+    def apart(self, fitted: Fitted) -> str | None:
+        return reads_part(self.topk)
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
         return axes(space, self.bits, "channel" if side == "key" else "token", self.group)

@@ -16,7 +16,7 @@ from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods._settings import one_of, require
 from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space, axes
 
 
@@ -39,8 +39,6 @@ class AccLLM(Quantiser):
     def check(self) -> None:
         super().check()
         one_of("bits", self.bits, tuple(sorted(WIDTHS)))
-        whole("recent", self.recent)
-        whole("group", self.group)
         require(self.recent >= self.page, f"recent={self.recent}", f"Use at least a page of {self.page} tokens.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 

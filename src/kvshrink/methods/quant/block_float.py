@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 
 BITS = (3, 4, 8)
@@ -37,7 +37,6 @@ class BlockFloat(Quantiser):
 
     def check(self) -> None:
         super().check()
-        whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
     def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:

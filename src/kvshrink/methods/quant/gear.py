@@ -22,11 +22,10 @@ from kvshrink.methods._packing.parts import Parts
 from kvshrink.methods._packing.residual import Residual
 from kvshrink.methods._packing.sparse import sparse
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import number, one_of, require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 BITS = (2, 3, 4)
-BASES = ("kivi", "kcvt")
 GROUP = 64
 
 
@@ -47,9 +46,6 @@ class GEAR(Quantiser):
 
     def check(self) -> None:
         super().check()
-        whole("rank", self.rank)
-        number("outliers", self.outliers)
-        one_of("base", self.base, BASES)
         require(0 <= self.rank <= self.page, f"rank={self.rank}", f"Use 0 (no low-rank error) to {self.page}.")
         require(0 <= self.outliers <= 0.5, f"outliers={self.outliers}", "Use a share from 0 (none) to 0.5.")
 

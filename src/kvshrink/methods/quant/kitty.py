@@ -14,7 +14,7 @@ from typing import ClassVar, final
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.by_channel import ByChannel
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 HIGH, LOW = 4, 2
@@ -33,7 +33,6 @@ class Kitty(Quantiser):
 
     def check(self) -> None:
         super().check()
-        number("boosted", self.boosted)
         require(0 < self.boosted < 1, f"boosted={self.boosted}", "Use a share between 0 and 1.")
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:

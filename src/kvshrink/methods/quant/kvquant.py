@@ -25,7 +25,7 @@ from kvshrink.kernels.normal.reference import levels
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._packing.sparse import Sparse, sparse
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.shapes import Float
@@ -51,7 +51,6 @@ class KVQuant(Quantiser):
 
     def check(self) -> None:
         super().check()
-        number("outliers", self.outliers)
         require(0 <= self.outliers <= 0.5, f"outliers={self.outliers}", "Use a share from 0 to 0.5.")
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:

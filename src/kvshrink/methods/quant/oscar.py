@@ -20,7 +20,7 @@ from torch import Tensor
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float
 
@@ -45,7 +45,6 @@ class OSCAR(Quantiser):
     def check(self) -> None:
         super().check()
         for name in ("key_clip", "value_clip"):
-            number(name, getattr(self, name))
             require(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)}", "Use a share of the range, up to 1.")
 
     def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:

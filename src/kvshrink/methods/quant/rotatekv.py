@@ -19,7 +19,7 @@ from torch import Tensor
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 
 BITS = (2, 3, 4, 8)
@@ -42,7 +42,6 @@ class RotateKV(Quantiser):
     def check(self) -> None:
         super().check()
         for name in ("group", "joint"):
-            whole(name, getattr(self, name))
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1.")
 
     def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:

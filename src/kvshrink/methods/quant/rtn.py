@@ -11,7 +11,7 @@ from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
 
@@ -31,10 +31,7 @@ class RTN(Quantiser):
 
     def check(self) -> None:
         super().check()
-        whole("bits", self.bits, optional=True)
-        whole("group", self.group)
         require(self.bits is None or self.bits in WIDTHS, f"bits={self.bits}", f"Use None or one of {WIDTHS}.")
-        require(self.key_axis in ("channel", "token"), f"key_axis={self.key_axis!r}", "Use 'channel' or 'token'.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:

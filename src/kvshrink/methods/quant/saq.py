@@ -16,7 +16,7 @@ from typing import Literal, final
 
 from kvshrink.methods._packing import Packing, Planes
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space
 
 STEPS = (8, 4, 2)
@@ -35,11 +35,9 @@ class SAQ(Quantiser):
 
     def check(self) -> None:
         super().check()
-        whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
         given = self.ages
-        ok = isinstance(given, tuple) and len(given) == 2 and all(type(x) is int and x >= 0 for x in given)
-        require(ok, f"ages={given!r}", "Use two numbers of tokens, 0 or more.")
+        require(min(given) >= 0, f"ages={given}", "Use two numbers of tokens, 0 or more.")
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
         return self._planes(side, space, STEPS[0])

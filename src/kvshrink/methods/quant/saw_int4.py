@@ -12,7 +12,7 @@ from typing import ClassVar, final
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
-from kvshrink.methods._settings import require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space, axes
 
 BITS = (2, 3, 4, 8)
@@ -33,7 +33,6 @@ class SAWInt4(Quantiser):
     def check(self) -> None:
         super().check()
         for name in ("group", "block"):
-            whole(name, getattr(self, name))
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1 channel.")
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change:

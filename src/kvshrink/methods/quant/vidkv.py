@@ -22,7 +22,7 @@ from torch import Tensor
 from kvshrink.methods._packing import Affine, Codebook, Packing
 from kvshrink.methods._packing.by_channel import ByChannel, Turned
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import number, require
+from kvshrink.methods._settings import require
 from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 from kvshrink.shapes import Float
 
@@ -37,7 +37,6 @@ class VidKV(Quantiser):
 
     def check(self) -> None:
         super().check()
-        number("wide", self.wide)
         require(0 < self.wide < 1, f"wide={self.wide}", "Use a share between 0 and 1.")
 
     def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:

@@ -25,13 +25,12 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._roles import Codec, Fitted
-from kvshrink.methods._settings import one_of, require, whole
+from kvshrink.methods._settings import require
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._input import InputCodec, recovery, residual
 from kvshrink.methods.quant._quantiser import SIDES, Change, Quantiser, Side, Space
 
 BITS = (2, 3, 4, 8)
-MODES = ("auto", "input", "latent")
 FLOOR = 2**-8  # of the largest singular value
 CLOSE = 0.02  # residual up to which rows are products of an input, but for their rounding
 
@@ -57,9 +56,11 @@ class XQuant(Quantiser):
 
     def check(self) -> None:
         super().check()
-        one_of("mode", self.mode, MODES)
-        whole("group", self.group)
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
+
+    def apart(self, fitted: Fitted) -> str | None:
+        joint = "down" in fitted if fitted else self.mode != "latent"
+        return "may store keys and values as one" if joint else None
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         if self.mode != "latent":

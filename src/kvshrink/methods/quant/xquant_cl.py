@@ -131,6 +131,10 @@ class XQuantCL(Method):
             paired.append([first, second])
         return found, {"pairs": paired}
 
+    def apart(self, fitted: Fitted) -> str | None:
+        follows = "may store a layer as what it adds to another" if not fitted or self.follows(fitted) else None
+        return follows or self._plain(False).apart(fitted)
+
     def follows(self, fitted: Fitted) -> bool:
         return "follows" in fitted
 

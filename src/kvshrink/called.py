@@ -1,0 +1,23 @@
+"""A package whose name is also that of a function: `kvshrink.fit(model, ...)` beside `import kvshrink.fit.probe`."""
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+class Called(ModuleType):
+    """A package that can be called as the function `__wrapped__`."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+def call_as(package: str, function: Callable[..., Any]) -> None:
+    """Let a package be called as a function of it, whose documentation and signature it then shows."""
+    module = sys.modules[package]
+    module.__class__ = Called
+    functools.update_wrapper(module, function, assigned=("__doc__",), updated=())  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""Whether a setting is of the type that its annotation names: 2.0 is no int, True no number, numpy's numbers neither.
+
+What is valid then depends on the value alone, and a method's own checks may compute with it.
+"""
+
+import math
+import reprlib
+from abc import ABCMeta
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from kvshrink.errors import SettingError
+
+MOST = 2**31  # of a whole number: more tokens, channels or steps than there are
+
+
+class Settings(ABCMeta):
+    """The class of method classes: what a method is called with is looked at before anything is made of it. A list, as
+    JSON has it, is taken for a tuple."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        given = dict(zip(_hints(cls), args, strict=False)) | named
+        if len(given) == len(args) + len(named):  # else Python says what is wrong
+            args, named = (), {k: tuple(v) if type(v) is list else v for k, v in given.items()}
+            check_types(cls, named)
+        return super().__call__(*args, **named)
+
+
+def check_types(cls: type, settings: Mapping[str, object]) -> None:
+    """Raise SettingError unless settings are of the types that a dataclass names."""
+    for name, value in settings.items():
+        hint = _hints(cls).get(name, object)
+        if hint is not object:
+            check_type(name, value, hint)
+
+
+def check_type(name: str, value: object, hint: Any) -> None:
+    """Raise SettingError unless a value is of this type."""
+    if not fits(value, hint):
+        raise SettingError(f"{name}={shown(value)} is not possible. Use {' or '.join(dict.fromkeys(_words(hint)))}.")
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """The annotations of a dataclass's fields, in order."""
+    every = get_type_hints(cls)
+    return {f.name: every[f.name] for f in fields(cls)}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of this type; a number must be finite, and a whole one no larger than MOST."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(x) and value == x for x in parts)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is tuple:
+        each = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is Ellipsis else parts
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(each)
+            and all(fits(x, part) for x, part in zip(value, each, strict=True))
+        )
+    if hint is float:
+        return fits(value, int) or (type(value) is float and math.isfinite(value))
+    return type(value) is hint and (hint is not int or abs(value) <= MOST)  # type: ignore[arg-type]
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, on one line, whatever it is."""
+    try:
+        return reprlib.repr(value).replace("\n", " ")[:60]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _words(hint: Any) -> list[str]:
+    """What may be used, in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return [repr(x) for x in parts]
+    if origin in (Union, UnionType):
+        return [word for part in parts for word in _words(part)]
+    if origin is tuple:
+        return ["numbers in brackets" if parts[-1] is Ellipsis else f"{len(parts)} numbers in brackets"]
+    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name", NoneType: "None"}
+    return [plain.get(hint) or hint.__name__]

@@ -1,0 +1,49 @@
+"""KL of a method's predictions, read through the cache that it really makes: nothing is assumed of what it stores.
+
+The rows are those of a `Recall`, which reads them through codecs alone: a third of the work, and the same for a method
+that does no more (`Method.apart`). Each cache is filled from an exact prefill, and the repetition is read a page at a
+time. A method that lets a new token read a part of the tokens does so for single ones, so these come one by one.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from kvshrink.attach import attach, make_cache
+from kvshrink.cache import KVCache
+from kvshrink.errors import DataError
+from kvshrink.eval.prefill import fill, prefill
+from kvshrink.fit.probe import Recall
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+
+
+class Judge:
+    """A Recall's rows, prefilled again with what methods ask of queries."""
+
+    def __init__(self, recall: Recall, step: int) -> None:
+        self.model, self.recall, self.step = recall.reader.model, recall, step
+        self.exact = [prefill(self.model, row[:, : -recall.asked], asked=True) for row in recall.made[:, None]]
+
+    @torch.no_grad()
+    def kl(self, method: Method | Artifact) -> float:
+        """In nats, over all tokens of the repetitions. Raises DataError where predictions are no numbers."""
+        attachment, total = attach(self.model), 0.0
+        for exact, tail, wanted in zip(self.exact, self.recall.tails, self.recall.wanted, strict=True):
+            cache = make_cache(self.model, method)
+            fill(cache, exact, attachment)
+            parts: list[Any] = list(tail.split(1 if _chooses(cache) else self.step, 1))
+            logits = torch.cat([self.model(input_ids=x, past_key_values=cache).logits[0] for x in parts])
+            found = logits.float().log_softmax(-1)
+            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        if not math.isfinite(total):
+            raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
+        return max(0.0, total / len(self.exact))
+
+
+def _chooses(cache: KVCache) -> bool:
+    """Whether a single new token reads some of the tokens alone."""
+    seen = cache.get_seq_length()
+    reads = (codec.reads(seen) for layer in cache.compressed for codec in layer.codecs or ())
+    return any(count is not None and count < seen for count in reads)
