@@ -87,7 +87,7 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
         return attachment, True
 
 
-def _inspected(model: PreTrainedModel, tower: nn.Module) -> Attachment:
+def _inspected(model: PreTrainedModel, tower: Any) -> Attachment:
     """An attachment that has changed nothing yet. Raises UnsupportedModelError."""
     layers, kinds = layers_of(model), layer_kinds(text_config(model))
     configs = distinct([model.config, text_config(model), tower.config, *(info.module.config for info in layers)])

@@ -81,6 +81,6 @@ def at_once(function: Callable[P, R]) -> Callable[P, R]:
         compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         return outside(*args, **kwargs) if compiled else function(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code
-
+    made: Any = run
+    made.__code__ = made.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code
     return run
