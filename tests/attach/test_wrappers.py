@@ -56,8 +56,9 @@ class Holder(nn.Module):
 # --- wrappers ---
 
 
-@pytest.mark.parametrize("attach_at", ["base", "wrapper", "decoder"])
-@pytest.mark.parametrize("detach_at", ["base", "wrapper", "decoder"])
+@pytest.mark.parametrize(
+    ("attach_at", "detach_at"), [("base", "wrapper"), ("wrapper", "base"), ("decoder", "wrapper"), ("base", "decoder")]
+)
 def test_a_peft_wrapper_and_its_base_are_one(model, attach_at, detach_at):
     wrapper = peft.get_peft_model(model, peft.LoraConfig(**LORA)).eval()
     held = {"base": wrapper.get_base_model(), "wrapper": wrapper, "decoder": model.model}
@@ -237,9 +238,11 @@ def test_saved_files_do_not_name_us(model, tmp_path):
     assert untouched(again)
 
 
-def test_layers_that_were_replaced_are_attached_anew(model):
+@pytest.mark.parametrize("copied", [False, True])
+def test_layers_that_were_replaced_are_attached_anew(model, copied):
     kvshrink.attach(model)
-    model.model.layers = copy.deepcopy(model.model.layers[:1])
+    kept = model.model.layers[:1]
+    model.model.layers = copy.deepcopy(kept) if copied else kept
     model.config.num_hidden_layers, model.config.layer_types = 1, ["full_attention"]
     assert right(model)
     kvshrink.detach(model)

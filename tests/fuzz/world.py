@@ -81,6 +81,10 @@ def texts(folder: Path) -> None:
     (folder / "empty.txt").write_text("")
     (folder / "blank.txt").write_text(" \n\t\n" * 50)
     (folder / "rows.jsonl").write_text('{"input": 3, "context": [], "answers": null, "length": "x"}\n[]\n')
+    row = {f"choice_{x}": 1 for x in "ABCD"} | dict.fromkeys(
+        ("question", "context", "answer", "domain", "difficulty", "length")
+    )
+    (folder / "choices.jsonl").write_text(json.dumps(row))
     (folder / "deep.json").write_text("[" * 50_000)
     (folder / "page.md").write_text("A page without marks.\n")
     os.mkfifo(folder / "pipe")

@@ -15,9 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import NAME, previous
-from kvshrink.attach.keywords import check_keywords, unknown
+from kvshrink.attach.keywords import check_keywords, plain
 from kvshrink.cache.attend import attend
-from kvshrink.store.modes import at_once, autocast_on, own_dtypes
+from kvshrink.cache.step import Handle
+from kvshrink.store.modes import at_once, autocast_on, own_modes
 
 
 def kvshrink_attention(
@@ -35,13 +36,26 @@ def kvshrink_attention(
     handle = getattr(key, "_kvshrink", None)
     if handle is None:
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
+    return _over(handle, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
+
+
+@at_once
+@own_modes
+def _over(
+    handle: Handle,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict,
+) -> Tensor:
+    """Attention over our cache."""
     check_keywords(kwargs, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend(query, key, value, attention_mask, scale, softcap, handle)
-    return out.transpose(1, 2).contiguous(), None
-
-
-_attend = at_once(own_dtypes(attend))
+    return attend(query, key, value, mask, scale, softcap, handle).transpose(1, 2).contiguous()
 
 
 def register() -> None:
@@ -85,8 +99,9 @@ def _dense(
 
 def _plain(mask: Tensor | None, dropout: float, softcap: float | None, kwargs: dict) -> bool:
     """Whether nothing was asked of sdpa but attention over these keys, so that `grouped` may do it."""
-    asked = dropout != 0.0 or softcap is not None or unknown(kwargs)
-    return not asked and (mask is None or mask.dtype == torch.bool) and not autocast_on()
+    if torch.compiler.is_compiling() or autocast_on() or dropout != 0.0 or softcap is not None:
+        return False
+    return (mask is None or mask.dtype == torch.bool) and plain(kwargs)
 
 
 def _eager_of(module: nn.Module) -> Callable:

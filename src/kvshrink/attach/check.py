@@ -67,7 +67,7 @@ class _Check:
         self.module, self.type = twin.module, text_config(model).model_type
         self.before = previous(twin.module)
         generator, width = torch.Generator().manual_seed(0), text_config(model).hidden_size
-        noise = torch.randn(1, TOKENS, width, generator=generator)
+        noise = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float32, device="cpu")
         weight = key_value_weights(self.module)[0]
         self.hidden = noise.to(weight.device, twin.dtype or compute_dtype(self.module))
 
@@ -142,23 +142,34 @@ class _Check:
 
 def _check_positions(model: Any, module: Any) -> None:
     """Run one token up to the first attention module. Raises UnsupportedModelError if that gets no positions."""
-    tower, me = text_tower(model), threading.get_ident()
+    given = _positions_of(model, module, None)
+    if given is None:  # models of several axes may hand on one of their own for text
+        given = _positions_of(model, module, torch.zeros(4, 1, 1, dtype=torch.long, device="cpu"))
+    if given is None or given.dim() != 2:
+        what = "no position_ids" if given is None else f"position_ids of {given.dim()} axes"
+        raise UnsupportedModelError(
+            f"{text_config(model).model_type}: its attention gets {what}. A cache needs (b, s)."
+        )
+
+
+def _positions_of(model: Any, module: Any, given: Tensor | None) -> Tensor | None:
+    """What the module gets as position_ids; (1, 1) if the model cannot be run like this: the hook will look again."""
+    me, weight = threading.get_ident(), key_value_weights(module)[0]
 
     def stop(module: Any, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() == me:  # others may be running the model
             raise _Reached(kwargs)
 
-    weight = key_value_weights(module)[0]
     token = torch.zeros(1, 1, text_config(model).hidden_size, device=weight.device, dtype=compute_dtype(module))
+    given = None if given is None else given.to(weight.device)
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        tower.forward(inputs_embeds=token, use_cache=False)
+        text_tower(model).forward(inputs_embeds=token, position_ids=given, use_cache=False)
     except _Reached as reached:
-        if reached.keywords.get("position_ids") is None:
-            raise UnsupportedModelError(
-                f"{text_config(model).model_type}: its attention gets no position_ids, which a cache needs."
-            ) from None
-    except Exception:  # a model that takes other inputs: at its first step the hook looks again
-        return
+        found: Tensor | None = reached.keywords.get("position_ids")
+        return found
+    except Exception:
+        return token[0, :, :1]
     finally:
         handle.remove()
+    return None

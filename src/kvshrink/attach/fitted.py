@@ -55,32 +55,23 @@ def _tiers(
     return tiers, follows
 
 
-class _Read(dict[str, Tensor]):
+class _Read(Mapping[str, Tensor]):
     """Tensors that remember which of them were asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
+        self.tensors = tensors
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
+        found = self.tensors[name]
         self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
-        return self[name] if name in self else default
-
-    def __contains__(self, name: object) -> bool:
-        found = super().__contains__(name)
-        if found and isinstance(name, str):
-            self.read.add(name)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # else {**x} would read past `__getitem__`
+        return iter(self.tensors)
 
-    def items(self):
-        self.read |= set(self)
-        return super().items()
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @contextmanager

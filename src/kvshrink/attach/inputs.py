@@ -6,22 +6,45 @@ from torch import Tensor
 
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
+from kvshrink.store.modes import at_once
 
 
 def check_use(module: Any, args: tuple, kwargs: dict) -> None:
-    """Raise CacheError where the cache would be dropped, or where a prompt was cut to nothing by it."""
+    """Raise CacheError where the cache would be dropped, or where a prompt was cut by it."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVCache):
-        return
+    if isinstance(cache, KVCache):
+        _check(module, kwargs, cache)
+
+
+@at_once
+def _check(module: Any, kwargs: dict, cache: KVCache) -> None:
     if module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
         raise CacheError(
             "gradient checkpointing drops the cache in train mode. "
             "Call model.eval() or model.gradient_checkpointing_disable() first."
         )
-    given, mask, seen = kwargs.get("input_ids"), kwargs.get("attention_mask"), cache.get_seq_length()
-    cut = isinstance(given, Tensor) and given.dim() == 2 and given.shape[0] and not given.shape[1]
-    if cut and isinstance(mask, Tensor) and mask.dim() == 2 and 0 < mask.shape[1] <= seen:
+    prompt, seen = _cut(kwargs), cache.get_seq_length()
+    if prompt is not None and prompt <= seen:
         raise CacheError(
-            f"the cache holds {seen} tokens, the prompt has {mask.shape[1]}: make a new cache or call reset(), "
+            f"the cache holds {seen} tokens, the prompt has {prompt}: make a new cache or call reset(), "
             "or pass the whole text so far."
         )
+
+
+def _cut(kwargs: dict) -> int | None:
+    """Length of the prompt, where `generate` took its first tokens for those in the cache though it is shorter.
+
+    Of n tokens it leaves those from `seen - n` on, or none, and their positions with them.
+    """
+    given, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+    if not isinstance(given, Tensor) or not isinstance(positions, Tensor) or given.dim() != 2 or not given.shape[0]:
+        return None
+    if not given.shape[1]:
+        return positions.shape[-1] or None
+    if kwargs.get("attention_mask") is not None or (positions.is_cuda and given.shape[1] == 1):
+        return None
+    seen = kwargs["past_key_values"].get_seq_length()
+    ends = positions[..., [0, -1]].reshape(-1, 2).tolist()
+    first, last = ends[0]
+    cut = 0 < first == seen - last - 1 and last - first == given.shape[1] - 1 and all(e == ends[0] for e in ends)
+    return last + 1 if cut else None

@@ -21,15 +21,16 @@ HARMLESS = {
 }
 
 
-def unknown(keywords: Mapping[str, Any]) -> list[str]:
-    """Names of keywords that say something about attention that ours does not do."""
-    return sorted(name for name, value in keywords.items() if value is not None and _matters(name, value))
+def plain(keywords: Mapping[str, Any]) -> bool:
+    """Whether they ask nothing of attention that ours does not do."""
+    return not any(_matters(name, value) for name, value in keywords.items())
 
 
 def check_keywords(keywords: Mapping[str, Any], kind: str) -> None:
     """Raise CacheError if attention over a cache of ours could not honour them."""
-    if not (names := unknown(keywords)):
+    if plain(keywords):
         return
+    names = sorted(name for name, value in keywords.items() if _matters(name, value))
     if "output_attentions" in names:
         raise CacheError("attention weights are never formed over a shrunken cache. Use output_attentions=False.")
     raise CacheError(
@@ -39,8 +40,8 @@ def check_keywords(keywords: Mapping[str, Any], kind: str) -> None:
 
 
 def _matters(name: str, value: Any) -> bool:
+    if value is None or name in HARMLESS:
+        return False
     if name == "is_causal":  # without a mask we are causal
         return not value
-    if name == "output_attentions":
-        return bool(value)
-    return name not in HARMLESS
+    return bool(value) if name == "output_attentions" else True

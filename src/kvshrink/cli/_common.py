@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -46,13 +46,8 @@ LengthOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of samples and texts.")]
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        raise  # what was caught; rich would end the program without a word
-
-
 # a pipe or a file has no width of its own; tables would be squeezed to 80 columns
-console = _Console(
+console = Console(
     soft_wrap=True,
     width=None if sys.stdout is not None and sys.stdout.isatty() else 140,
     markup=False,  # paths and answers may hold brackets
@@ -63,7 +58,8 @@ console = _Console(
 
 def quiet() -> None:
     """Keep library chatter out of a command's output."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
     from transformers.utils import logging as hf
 

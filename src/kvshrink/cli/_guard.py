@@ -1,6 +1,7 @@
 """From a command to its exit code: what goes wrong is one line on stderr and code 2, an interrupt is 130."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -29,7 +30,10 @@ def exit_code(command: Callable[[Sequence[str]], None], arguments: Sequence[str]
         sys.stdout.flush()
     except typer.Exit as stop:
         return _flushed(stop.exit_code)
-    except SystemExit as stop:  # of another program's command line
+    except SystemExit as stop:  # of another program's command line, or of rich, which meets a closed pipe so
+        if isinstance(stop.__context__, BrokenPipeError):
+            _say(reason(stop.__context__))
+            return FAILED
         return _flushed(stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0)
     except KeyboardInterrupt:
         _say(AGAIN)
@@ -96,9 +100,9 @@ def _drop_stdout() -> None:
 def _open_streams() -> None:
     """Text that an encoding lacks is written as escapes. Raises SettingError if there is no stdout."""
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = io.StringIO()
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = io.StringIO()
         raise SettingError("standard output is closed. Send it to /dev/null if you do not want it.")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -106,9 +110,11 @@ def _open_streams() -> None:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    """Raise SettingError on bytes that are no UTF-8: no tokenizer and no result file could hold them."""
+    """Raise SettingError on bytes that are no text: no tokenizer and no result file could hold them."""
     for text in arguments:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise SettingError(f"{text!r} is not UTF-8. Rename the file, or convert the text.") from error
+            raise SettingError(
+                f"{text!r} is no text in this locale, such as UTF-8. Rename the file, or convert the text."
+            ) from error

@@ -32,11 +32,9 @@ def run_folder(
     one that cannot be written.
     """
     wanted = json.loads(json.dumps(asked, default=str))
-    new = not folder.exists()
-    for name in (RECORD, *writes, *begun):
-        if (folder / name).is_symlink():
-            raise SettingError(f"{folder / name} is a link, which would be written through. Remove it.")
     with _unwritable(folder):
+        new = not folder.exists()
+        _look(folder, writes, begun)
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(handle, "r+") as record:
@@ -46,7 +44,6 @@ def run_folder(
         if text:
             _compare(folder, text, wanted)
         else:
-            _unused(folder, writes)
             record.write(json.dumps(wanted, indent=1) + "\n")
             record.flush()
         try:
@@ -113,7 +110,11 @@ def _compare(folder: Path, text: str, wanted: dict) -> None:
         raise SettingError(f"{folder} holds what was made with other settings: {what}. Choose another folder.")
 
 
-def _unused(folder: Path, writes: Sequence[str]) -> None:
+def _look(folder: Path, writes: Sequence[str], begun: Sequence[str]) -> None:
+    """Raise SettingError if a name that is to be written is a link, or is there though no run left a record."""
+    for name in (RECORD, *writes, *begun):
+        if (folder / name).is_symlink():
+            raise SettingError(f"{folder / name} is a link, which would be written through. Remove it.")
     there = [name for name in writes if os.path.lexists(folder / name)]
-    if there:
+    if there and not (folder / RECORD).exists():
         raise SettingError(f"{folder} has {there[0]}, which no run with a record made. Choose another folder.")

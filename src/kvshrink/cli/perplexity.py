@@ -26,7 +26,7 @@ from kvshrink.eval.catalogue import check_context
 from kvshrink.eval.entries import ZEROS, Entry, parse_all
 from kvshrink.eval.fidelity import Fidelity, check_mode, fidelity
 from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
+from kvshrink.eval.measure import book, held_out
 from kvshrink.eval.perplexity import scored_bytes
 from kvshrink.methods.artifact import Artifact
 
@@ -68,6 +68,7 @@ def perplexity(
             raise SettingError(f"{entry.label!r} is for tasks only. Give it settings, or use `kvshrink eval`.")
     refuse_text(text, [e.method for e in chosen])
     texts = calibration.texts(text)
+    book(on)  # one that cannot be read is refused before the model is loaded
     net, tokenizer = load(model)
     check_context(net, prefix + max(scored, trajectory))
     rows = held_out(tokenizer, prefix + scored, documents, seed, on)

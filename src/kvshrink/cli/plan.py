@@ -79,7 +79,7 @@ def plan(
     rows = token_rows(texts, tokenizer, row_length(net, length), Method.page)
     bench = Bench(net, rows, room, Log(work / POINTS if work else None), True)
     settings = {"methods": chosen_names, "trials": trials, "seed": seed, "text": rows_hash(rows)}
-    _refuse_another(out, {"model": bench.fingerprint, "budget": asked.described, **settings})
+    _refuse_another(out, {"model": bench.identity.digest, "budget": asked.described, **settings})
     search = Search(bench, asked, chosen_names, trials, seed)
     chosen = search.run()
     front = pareto(search.points)
@@ -114,7 +114,7 @@ def _refuse_another(out: Path | None, asked: dict) -> None:
         return
     try:
         found = files.read_json(out)
-        known = {"model": found["model"]["fingerprint"], "budget": found["budget"], **found["search"]}
+        known = {"model": found["model"]["identity"]["digest"], "budget": found["budget"], **found["search"]}
     except (KVShrinkError, KeyError, TypeError) as error:
         raise SettingError(f"{out} is there and no plan. Choose another name.") from error
     if differ := [f"{k} {known.get(k)!r}, now {v!r}" for k, v in asked.items() if known.get(k) != v]:

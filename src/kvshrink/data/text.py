@@ -29,8 +29,6 @@ def _bytes(path: str | Path) -> bytes:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(handle, "rb") as file:
         kind = os.fstat(handle)
-        if stat.S_ISDIR(kind.st_mode):
-            raise ValueError("it is a folder")
         if not (stat.S_ISREG(kind.st_mode) or stat.S_ISFIFO(kind.st_mode)):
             raise ValueError("it is a device")
         os.set_blocking(handle, True)

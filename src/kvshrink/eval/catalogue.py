@@ -6,21 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
 from kvshrink.eval import prompt, tasks
 from kvshrink.eval.entries import parse_settings
 from kvshrink.eval.tasks import Sample
+from kvshrink.methods._types import check_type
 
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text (in quotes, if it looks like a number)",
-    bool: "True or False",
-    type(None): "None",
-}
 NEAR = 0.15  # a task whose samples are this much shorter than asked has a length of its own
 
 
@@ -168,11 +162,7 @@ def _check(module: ModuleType, given: Mapping[str, Any]) -> list[str]:
         raise EvalError(f"task {_name(module)} has no setting {wrong[0]!r}. It has: {known}.")
     kinds = get_type_hints(module.samples)
     for key, value in given.items():
-        kind = get_args(kinds[key]) or (kinds[key],)
-        # True is no number here, and 1 is a share too
-        if type(value) not in kind and not (type(value) is int and float in kind):
-            words = " or ".join(WORDS[k] for k in kind if k in WORDS)
-            raise EvalError(f"task {_name(module)}: {key}={value!r} is not possible. Give {words}.")
+        check_type(f"task {_name(module)}: {key}", value, kinds[key])
     return takes
 
 

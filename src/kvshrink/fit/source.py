@@ -58,6 +58,8 @@ class OnDisk:
             raise KVShrinkError(f"{self.folder} is no saved causal language model: {line(error)}.") from error
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
+        for layer in getattr(self.model.get_decoder(), "layers", ()):
+            self._names(layer)  # what is missing is refused before the first layer is fitted
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +99,8 @@ class OnDisk:
         with self._loaded(layer):
             yield layer
 
-    @contextmanager
-    def _loaded(self, module: nn.Module) -> Iterator[None]:
+    def _names(self, module: nn.Module) -> dict[str, str]:
+        """{name in the files: name in the module}. Raises ArtifactError if one is in no file."""
         prefix = self.prefix[id(module)]
         names = {f"{prefix}{n}": n for n in module.state_dict()}
         missing = [n for n in names if n not in self.files]
@@ -107,6 +109,11 @@ class OnDisk:
                 f"{self.folder} lacks {len(missing)} tensors of {prefix[:-1]} ({missing[0]}). "
                 "Load the model and pass it instead."
             )
+        return names
+
+    @contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        names = self._names(module)
         tensors: dict[str, Tensor] = {}
         try:
             for file in {self.files[n] for n in names}:
@@ -115,9 +122,8 @@ class OnDisk:
                     tensors |= {short: f.get_tensor(n) for n, short in names.items() if self.files[n] == file}
             module.load_state_dict(tensors, assign=True)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ArtifactError(
-                f"the weights of {prefix[:-1]} in {self.folder} cannot be read: {line(error)}. Save the model again."
-            ) from error
+            what = f"the weights of {self.prefix[id(module)][:-1]} in {self.folder}"
+            raise ArtifactError(f"{what} cannot be read: {line(error)}. Save the model again.") from error
         del tensors
         try:
             yield

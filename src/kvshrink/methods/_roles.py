@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshrink.methods._codec import Codec as Codec
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored as Stored
-from kvshrink.methods._settings import require
+from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._types import Settings, check_finite, check_types
 
@@ -87,8 +87,8 @@ class Method(metaclass=Settings):
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
         check_types(type(self), self.settings())
-        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
+        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
 
     def __post_init__(self) -> None:
         self.check()

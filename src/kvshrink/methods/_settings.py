@@ -3,6 +3,7 @@
 from kvshrink.errors import SettingError
 
 BITS = (8, 4, 3, 2)  # of a stored latent
+EXACT = 2**20  # tokens of a window: room for them all is taken at once
 
 
 def require(ok: bool, what: str, remedy: str) -> None:

@@ -33,15 +33,26 @@ def check_types(cls: type, settings: Mapping[str, object]) -> None:
     """Raise SettingError unless settings are of the types that a dataclass names."""
     for name, value in settings.items():
         hint = _hints(cls).get(name, object)
-        if hint is not object and not fits(value, hint):
-            raise SettingError(f"{name}={shown(value)} is not possible. Use {_words(hint)}.")
+        if hint is not object:
+            _check(name, value, hint)
 
 
 def check_finite(settings: Mapping[str, object]) -> None:
-    """Raise SettingError on a number without end, where a method's own checks let one pass."""
+    """Raise SettingError on a number without end, where other checks let one pass."""
     for name, value in settings.items():
         if type(value) is float and not math.isfinite(value):
             raise SettingError(f"{name}={value} is not possible. Use a finite number.")
+
+
+def check_type(name: str, value: object, hint: Any) -> None:
+    """Raise SettingError unless a value is of this type, and finite."""
+    _check(name, value, hint)
+    check_finite({name: value})
+
+
+def _check(name: str, value: object, hint: Any) -> None:
+    if not fits(value, hint):
+        raise SettingError(f"{name}={shown(value)} is not possible. Use {_words(hint)}.")
 
 
 @cache

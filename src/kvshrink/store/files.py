@@ -42,7 +42,7 @@ def tensors_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 
     def put(part: Path) -> None:
         try:
-            save_file(plain, part, metadata=dict(metadata or {}))
+            save_file(plain, part, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
             raise OSError(reason.number_of(error) or errno.EIO, reason.reason(error)) from error
 
