@@ -311,13 +311,10 @@ def test_a_model_in_training_is_fitted_as_in_use_and_trains_on(rows):
     net.train()
     net.model.layers[1].mlp.eval()
     found = kvshrink.fit(net, CSKV(keep=0.5), rows, progress=False)
-    for i, layer in wanted.layers.items():
-        assert all(torch.equal(t, found.layers[i][k]) for k, t in layer.items())
-    assert [net.training, net.model.layers[1].self_attn.training, net.model.layers[1].mlp.training] == [
-        True,
-        True,
-        False,
-    ]
+    for i, fitted in wanted.layers.items():
+        assert all(torch.equal(t, found.layers[i][k]) for k, t in fitted.items())
+    layer = net.model.layers[1]
+    assert [net.training, layer.self_attn.training, layer.mlp.training] == [True, True, False]
     with pytest.raises(DataError):
         kvshrink.fit(net, CSKV(keep=0.5), rows[:, :3], progress=False)
     assert net.training
