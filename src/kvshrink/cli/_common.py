@@ -58,7 +58,8 @@ console = Console(
 
 def quiet() -> None:
     """Keep library chatter out of a command's output."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
     from transformers.utils import logging as hf
 

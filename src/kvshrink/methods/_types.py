@@ -5,7 +5,9 @@ What is valid then depends on the value alone, and a method's own checks may com
 
 import math
 import reprlib
+from abc import ABCMeta
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,16 +17,37 @@ from kvshrink.errors import SettingError
 MOST = 2**31  # of a whole number: more tokens, channels or steps than there are
 
 
-@cache
-def hints(cls: type) -> Mapping[str, Any]:
-    """The annotations of a class's fields."""
-    return get_type_hints(cls)
+class Settings(ABCMeta):
+    """The class of method classes: what a method is called with is looked at before anything is made of it. A list, as
+    JSON has it, is taken for a tuple."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        given = dict(zip(_hints(cls), args, strict=False)) | named
+        if len(given) == len(args) + len(named):  # else Python says what is wrong
+            args, named = (), {k: tuple(v) if type(v) is list else v for k, v in given.items()}
+            check_types(cls, named)
+        return super().__call__(*args, **named)
+
+
+def check_types(cls: type, settings: Mapping[str, object]) -> None:
+    """Raise SettingError unless settings are of the types that a dataclass names."""
+    for name, value in settings.items():
+        hint = _hints(cls).get(name, object)
+        if hint is not object:
+            check_type(name, value, hint)
 
 
 def check_type(name: str, value: object, hint: Any) -> None:
-    """Raise SettingError unless a setting's value is of this type."""
+    """Raise SettingError unless a value is of this type."""
     if not fits(value, hint):
         raise SettingError(f"{name}={shown(value)} is not possible. Use {' or '.join(dict.fromkeys(_words(hint)))}.")
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """The annotations of a dataclass's fields, in order."""
+    every = get_type_hints(cls)
+    return {f.name: every[f.name] for f in fields(cls)}
 
 
 def fits(value: object, hint: Any) -> bool:
