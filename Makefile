@@ -21,15 +21,29 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_tree.py
 
-# The wheel and the source distribution, each installed beside the environment's other packages and run.
+# Source distribution and wheel: built, installed apart, run.
 package: $(STAMP)
-	rm -rf dist build/package
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
-	$(BIN)/python -m tests.package
+	.ci/package
 
 # The core where there is no compiler.
 plain: $(STAMP)
-	CXX=/no/compiler $(BIN)/python -m pytest -q -n 2 --dist loadfile $(CORE)
+	CXX=/no/compiler $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/store tests/cache tests/attach \
+		tests/kernels
+
+# The C++ kernels under ASan and UBSan, which see no vector loads: AVX-512 is plain C++ here (tests/kernels/sanitize), and
+# `guarded` puts inputs at the end of memory. EPISODES: how many of random use.
+EPISODES ?= 300
+SANITIZER = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -I$(CURDIR)/tests/kernels/sanitize \
+	-U__AVX512F__ -D__AVX512F__ -U__AVX512BF16__ -D__AVX512BF16__
+sanitize: export LD_PRELOAD = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export KVSHRINK_CACHE = $(CURDIR)/build/sanitize
+sanitize: export KVSHRINK_CXXFLAGS = $(SANITIZER)
+sanitize: $(STAMP)
+	rm -rf build/sanitize
+	$(BIN)/python -W ignore -m tests.kernels.guarded
+	$(BIN)/python -m pytest -q -n 2 tests/kernels/test_decode_cpu.py tests/kernels/test_inputs.py tests/attach/test_grouped.py \
+		tests/methods/test_contract.py -k "not test_contract or block_by_block" tests/fuzz/test_episodes.py --fuzz $(EPISODES)
 
 # Ratios of one run, into bench/results: minutes each. With transformers' quantised caches: see bench/decode.py.
 bench: $(STAMP)

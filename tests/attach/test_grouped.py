@@ -1,7 +1,5 @@
 """attach/grouped.py against attention in float32 at full width, and what it leaves to sdpa."""
 
-import shutil
-
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -10,8 +8,9 @@ from kvshrink.attach import attention
 from kvshrink.attach.attention import kvshrink_attention
 from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import Ours
+from kvshrink.kernels import native
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: sdpa does it")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ kernels: sdpa does it")
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 

@@ -20,12 +20,13 @@ streaming_llm:like=cskv streaming_llm:like= streaming_llm:like=nope
 METHODS += ["cskv:codec={'a': 1}", "cskv:keep=" + "-" * 9000 + "1", "(" * 9000, "cskv:keep=" + "-" * 100_000]
 
 TASKS = """
-passkey passkey:tokens=200 passkey:filler=noise,tokens=1000000000000 passkey:path=3 passkey:path=/dev/zero passkey:wording=x
-passkey:path=T/short.txt passkey:path=T/wide.txt passkey:path=T/pipe passkey:count=3 passkey:seed=3 passkey:n=3 passkey:lines
-longeval:lines=4 longeval:official=False,lines=3 longeval:lines=0 longeval:lines=1.5 longeval:lines=None longeval:official=3
-longeval:path=T/rows.jsonl longeval_topics:path=T/deep.json needle:depth=0.5 needle:depth=nan needle:depth='x' copy nope :
-kv_retrieval scbench_like:turns=2 scbench_like:turns=100000000 scbench_like:turns=True graphwalks:hops=9 babi_books:story=qa9
-ruler:task=3 ruler:task=vt ruler:task=qa_1,path=T/deep.json longbench longbench:path=T/rows.jsonl longbench_v2:path=T/choices.jsonl
+passkey passkey:tokens=200 passkey:filler=noise,tokens=1000000000000 passkey:path=3 passkey:path=/dev/zero
+passkey:wording=x passkey:path=T/short.txt passkey:path=T/wide.txt passkey:path=T/pipe passkey:count=3 passkey:seed=3
+passkey:n=3 passkey:lines longeval:lines=4 longeval:official=False,lines=3 longeval:lines=0 longeval:lines=1.5
+longeval:lines=None longeval:official=3 longeval:path=T/rows.jsonl longeval_topics:path=T/deep.json needle:depth=0.5
+needle:depth=nan needle:depth='x' copy nope : kv_retrieval scbench_like:turns=2 scbench_like:turns=100000000
+scbench_like:turns=True graphwalks:hops=9 babi_books:story=qa9 ruler:task=3 ruler:task=vt
+ruler:task=qa_1,path=T/deep.json longbench longbench:path=T/rows.jsonl longbench_v2:path=T/choices.jsonl
 babilong:path=T loogle:path=T/rows.jsonl scbench:path=T/rows.jsonl lveval:path=T/deep.json
 """.split()
 TASKS.append("")

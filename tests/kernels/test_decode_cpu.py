@@ -2,18 +2,18 @@
 
 import itertools
 import pickle
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from kvshrink.kernels import native
 from kvshrink.kernels.decode import Basis, cpu, fused, reference
 from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, turn_of
 from tests.kernels.tolerances import assert_close
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: decoding runs in plain torch")
+needs_library = pytest.mark.skipif(native.library() is None, reason="no C++ kernels: decoding runs in plain torch")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -22,7 +22,7 @@ def compare(query, keys, basis, turn, values, visible, softcap, dtype):
     assert_close(cpu.decode(query, keys, basis, turn, values, visible, softcap, dtype), want, dtype)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_rebuilt_and_not(form, dtype):
@@ -37,7 +37,7 @@ def test_every_form_rebuilt_and_not(form, dtype):
         compare(torch.randn(1, h, x, width) * width**-0.5, keys, None, None, values, None, None, dtype)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(1, 8), (2, 4), (4, 1)], ids=["MQA", "GQA", "MHA"])
@@ -54,27 +54,27 @@ def test_head_dims_and_ropes(d, heads, dtype):
         compare(query, keys, basis, turn, values, None, 5.0, dtype)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", list(itertools.product((1, 3), (1, 4), (1, 2))), ids=str)
 def test_masks_of_every_shape(shape, dtype):
     compare(*masked(shape, dtype), None, dtype)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_positions_of_their_own(dtype):
     compare(*placed(dtype), None, dtype)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
 def test_offsets_beyond_32_bits(form, tmp_path):
     pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
     compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)
 
 
-@needs_compiler
+@needs_library
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads):
     keys, values = (
@@ -89,7 +89,7 @@ def test_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
-@needs_compiler
+@needs_library
 def test_far_positions():
     """The kernel's angles are float64; the reference's are float32, and off by up to .004 at position 100,000."""
     keys, values = packed(("channel", 4), 1, 45, 4, 1, torch.float32), packed(("token", 4), 1, 45, 4, 1, torch.float32)
@@ -100,7 +100,7 @@ def test_far_positions():
     assert_close(got, want, torch.float32)
 
 
-@needs_compiler
+@needs_library
 def test_slow_turns_are_as_good_as_exact_ones():
     """In bfloat16 most pairs of a long base are taken as turning linearly within a page; that must not show."""
     keys, values = packed(("channel", 8), 1, 64, 4, 1, torch.bfloat16), packed("raw", 1, 16, 4, 1, torch.bfloat16)
@@ -114,7 +114,7 @@ def test_slow_turns_are_as_good_as_exact_ones():
     assert errors[1e7] < 2 * errors[3.0] + 1e-3
 
 
-@needs_compiler
+@needs_library
 def test_other_page_sizes_and_a_set_environment_are_left_to_the_reference(monkeypatch):
     keys = packed("raw", 1, 8, 1, 1, torch.float32)
     assert fused(torch.device("cpu"), keys, keys) is cpu.decode
@@ -123,7 +123,7 @@ def test_other_page_sizes_and_a_set_environment_are_left_to_the_reference(monkey
     assert fused(torch.device("cpu"), keys, keys) is None
 
 
-@needs_compiler
+@needs_library
 def test_a_large_mean_does_not_shift_the_scores():
     """As the biases of some models' keys make it: rounded to bfloat16 it would move all scores of the body alike."""
     keys, values = packed(("channel", 8), 1, 64, 4, 1, torch.bfloat16), packed("raw", 1, 16, 4, 1, torch.bfloat16)
@@ -132,7 +132,7 @@ def test_a_large_mean_does_not_shift_the_scores():
     compare(query, keys, basis, turn_of(128, 128, base=1e7), values, None, None, torch.bfloat16)
 
 
-@needs_compiler
+@needs_library
 def test_threads_that_meet_a_basis_at_once_prepare_it_once(monkeypatch):
     keys, values = packed(("channel", 4), 1, 20, 2, 1, torch.float32), packed("raw", 1, 16, 2, 1, torch.float32)
     query, basis, made = torch.randn(1, 2, 1, 64) / 8, basis_of(1, 20, 2, 64), []

@@ -13,7 +13,7 @@ from kvshrink.kernels.decode import Basis, cpu, fused, reference
 from tests.kernels.samples import FORMS, basis_of, packed, turn_of
 from tests.kernels.tolerances import assert_close
 
-needs_library = pytest.mark.skipif(native.library() is None, reason="no g++: decoding runs in plain torch")
+needs_library = pytest.mark.skipif(native.library() is None, reason="no C++ kernels: decoding runs in plain torch")
 KERNELS = [pytest.param("cpu", marks=needs_library), "triton"]
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from kvshrink import methods
 from kvshrink.cache import attend
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
+from kvshrink.kernels import native
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook
@@ -336,7 +336,7 @@ def test_no_tensor_of_a_decode_step_is_as_large_as_all_keys(method, facts_of, mo
     assert seen.most <= whole // 4
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: all attention is block by block")
+@pytest.mark.skipif(native.library() is None, reason="no C++ kernels: all attention is block by block")
 def test_attention_by_the_fused_kernel_and_block_by_block_agree(method, shape, fit, monkeypatch):
     """Pads, several runs of pages, a page that was cut; one new token and three; with a soft cap and without."""
     cache = make(method, shape, [fit(method, shape)])
