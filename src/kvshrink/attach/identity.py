@@ -94,10 +94,11 @@ def _adapted(module: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     kinds = [*module.adapter_layer_names, *getattr(module, "other_param_names", ())]
     for n, adapter in enumerate(module.active_adapters):
         for kind in kinds:
-            parts = getattr(module, kind, None)
+            parts: Any = getattr(module, kind, None)
             if not hasattr(parts, "keys") or adapter not in parts:
                 continue
-            part, at = parts[adapter], f"{name}adapter.{n}.{kind}"
+            part: Any = parts[adapter]
+            at = f"{name}adapter.{n}.{kind}"
             if isinstance(part, nn.Module):
                 yield from weights(part, f"{at}.")
             elif isinstance(part, Tensor):
