@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import text_config
+from kvshrink.attach.families import text_config, text_tower
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.identity import Identity, sketch
 from kvshrink.store.modes import own_modes
@@ -57,8 +57,7 @@ def model_key(model: Any) -> str:
 
 def decoder_of(model: Any) -> Any:
     """The part of a model that fills a cache, through whatever wraps it."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return _unwrapped(decoder)
+    return _unwrapped(text_tower(model))
 
 
 def weights(module: nn.Module, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -94,10 +93,11 @@ def _adapted(module: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     kinds = [*module.adapter_layer_names, *getattr(module, "other_param_names", ())]
     for n, adapter in enumerate(module.active_adapters):
         for kind in kinds:
-            parts = getattr(module, kind, None)
+            parts: Any = getattr(module, kind, None)
             if not hasattr(parts, "keys") or adapter not in parts:
                 continue
-            part, at = parts[adapter], f"{name}adapter.{n}.{kind}"
+            part: Any = parts[adapter]
+            at = f"{name}adapter.{n}.{kind}"
             if isinstance(part, nn.Module):
                 yield from weights(part, f"{at}.")
             elif isinstance(part, Tensor):

@@ -18,7 +18,7 @@ def rows_of(data: Any, tokenizer: Callable[[], Any], length: int, page: int) -> 
     Raises DataError on anything else.
     """
     if isinstance(data, str | Tensor):
-        found = [data]
+        found: list[Any] = [data]
     else:
         if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping | PurePath):
             hint = " Pass what is in it: Path(...).read_text()." if isinstance(data, PurePath) else ""
