@@ -10,6 +10,7 @@ from kvshrink.eval.runner import Runner
 from kvshrink.fit import probe
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.store.digest import sealed
 
 CODECS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
 
@@ -120,7 +121,8 @@ def test_a_plan_is_searched_resumed_and_fitted(run, text, tmp_path):
     assert (code, "--bits cannot change the plan" in err) == (2, True)
     identity = record["model"]["identity"]
     other = identity | {"settings": identity["settings"] | {"rms_norm_eps": 0.5}}
-    (tmp_path / "plan.json").write_text(json.dumps(record | {"model": {"name": "other", "identity": other}}))
+    plan = {k: v for k, v in record.items() if k != "sha256"} | {"model": {"name": "other", "identity": other}}
+    (tmp_path / "plan.json").write_text(json.dumps(sealed(plan)))
     code, _, err = run("fit", "--plan", "plan.json", "--out", "x")
     assert (code, "was made for other" in err) == (2, True)
     assert "rms_norm_eps is 1e-05, not 0.5" in err

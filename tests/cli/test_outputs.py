@@ -172,8 +172,8 @@ def test_a_stdout_that_is_closed_or_narrow(run, refused, place, monkeypatch):
     model = ("--model", place / "M")
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", None)
+        patch.setattr("sys.argv", ["kvshrink", "inspect", *map(str, model)])
         with pytest.raises(SystemExit, match="2"):
-            patch.setattr("sys.argv", ["kvshrink", "inspect", *map(str, model)])
             cli.main()
     assert not Path("spectra.png").exists()
     with monkeypatch.context() as patch:

@@ -142,9 +142,7 @@ def change(random: Random, tensors: dict[str, Tensor]) -> str:
             )
     elif what == "fill":
         value = random.choice((0, 1, -1, 255, 2**31 - 1, 1e30, float("nan"), float("inf")))
-        tensors[name] = torch.full_like(
-            t, value if t.is_floating_point() else int(min(value, 2**31 - 1)) % 256 if value == value else 0
-        )
+        tensors[name] = torch.full(t.shape, value, dtype=torch.float64).to(t.dtype)
     elif what == "turn" and t.dim() > 1:
         tensors[name] = t.transpose(-1, -2)
     else:

@@ -10,6 +10,7 @@ import torch
 
 import kvshrink
 from kvshrink import Artifact
+from kvshrink.attach.identity import identity_of
 from kvshrink.eval.outcomes import Log, Outcome, key_of
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.methods import build
@@ -108,24 +109,27 @@ class Subjects:
 
     def _checkpoint(self) -> Subject:
         results = [({"key_up": torch.randn(2, 4, 16), "key_kept": torch.arange(8)}, {"key_error": 0.5, "seconds": 1.0})]
-        Checkpoint(self.folder / "fit", {"a": 1}).save(0, results, "weights")
+        Checkpoint(self.folder / "fit", {"a": 1}).save(0, results)
 
         def read(folder: Path) -> Any:
-            found = Checkpoint(folder, {"a": 1}).load(0, 1, "weights")
+            found = Checkpoint(folder, {"a": 1}).load(0, 1)
             return None if found is None else [(t, {**r}) for t, r in found]
 
         return Subject("checkpoint", "checkpoint", ("fit/layer_000_0.safetensors",), read)
 
     def _plan(self) -> Subject:
         values: dict = dict.fromkeys(plans.KEYS - {"sha256"}, 0) | {"version": plans.VERSION, "method": "cskv"}
-        values |= {"settings": {"keep": 0.2, "bits": 4}, "model": {"name": "a", "fingerprint": "b"}}
+        values |= {
+            "settings": {"keep": 0.2, "bits": 4},
+            "model": {"name": "a", "identity": identity_of(self.model).to_dict()},
+        }
         values |= {"budget": {"kept": 0.25}, "front": [{"name": "rtn", "settings": {}, "kl": 0.5}] * 3, "kl": 0.25}
         (self.folder / "plan").mkdir()
         (self.folder / "plan" / "plan.json").write_text(json.dumps(sealed(values), indent=1))
 
         def read(folder: Path) -> Any:
             method, model = plans.read(folder / "plan.json")
-            return [method.settings(), {k: model[k] for k in ("name", "fingerprint")}]
+            return [method.settings(), model["name"], model["identity"]]
 
         return Subject("plan", "plan", ("plan/plan.json",), read)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvshrink.attach.implementation import named
 from kvshrink.cache.cache import KVCache
@@ -98,7 +99,7 @@ def _check_entries(cache: KVCache, config: Any, mask: Tensor) -> None:
 def _check_windows(cache: KVCache, s: int, seen: int) -> None:
     """A 4-D mask goes to every layer as it is, also to one that no longer holds all columns."""
     for layer in cache.layers:
-        if getattr(layer, "is_sliding", False) and (held := layer.get_mask_sizes(s)[0]) != seen + s:
+        if isinstance(layer, DynamicSlidingWindowLayer) and (held := layer.get_mask_sizes(s)[0]) != seen + s:
             raise CacheError(
                 f"a 4-D attention_mask covers {seen + s} columns, but layers with a sliding window hold {held}. Pass a "
                 "2-D mask, or a dict with one for each kind of layer."

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvshrink.attach.families import text_config
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.identity import Identity, sketch
+from kvshrink.store.modes import own_modes
 
 SAMPLES, RUN = 1024, 8  # numbers of a tensor, of which so many lie side by side: a page of a file read for each run
 KEPT = 32  # of them that are kept for comparison
@@ -36,6 +37,7 @@ VOLATILE = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "arc
 Stored = Callable[[str, Tensor], Tensor]  # a tensor by its name in the decoder, where that has only its shape
 
 
+@own_modes
 def identity_of(model: Any, stored: Stored | None = None) -> Identity:
     """Of a loaded model, or with `stored` of one whose weights are read from elsewhere."""
     decoder = decoder_of(model)

@@ -13,7 +13,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval import prompt, tasks
 from kvshrink.eval.entries import parse_settings
 from kvshrink.eval.tasks import Sample
-from kvshrink.methods._settings import check_kind
+from kvshrink.methods._types import check_type
 
 NEAR = 0.15  # a task whose samples are this much shorter than asked has a length of its own
 
@@ -162,7 +162,7 @@ def _check(module: ModuleType, given: Mapping[str, Any]) -> list[str]:
         raise EvalError(f"task {_name(module)} has no setting {wrong[0]!r}. It has: {known}.")
     kinds = get_type_hints(module.samples)
     for key, value in given.items():
-        check_kind(f"task {_name(module)}: {key}", value, kinds[key])
+        check_type(f"task {_name(module)}: {key}", value, kinds[key])
     return takes
 
 

@@ -23,7 +23,7 @@ def names() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def get(name: str) -> type[Method]:
+def get(name: object) -> type[Method]:
     """The method class called `name`. Raises SettingError that lists the known names."""
     known = names()
     if not isinstance(name, str):
@@ -35,7 +35,7 @@ def get(name: str) -> type[Method]:
     return importlib.import_module(known[name]).METHOD
 
 
-def build(name: str, settings: dict) -> Method:
+def build(name: object, settings: object) -> Method:
     """The method `name` with these settings. Raises SettingError on a setting that it does not have."""
     cls = get(name)
     if not isinstance(settings, dict):

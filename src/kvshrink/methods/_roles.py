@@ -4,117 +4,26 @@ Abstract or final: a role is never instantiated, a method is never subclassed. M
 tensors fitted once. Per-sequence state lives in the cache layer. A role joins this file with its first method.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvshrink.kernels.decode import Basis
-from kvshrink.kernels.latents import Packed
+from kvshrink.methods._codec import Codec as Codec
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
-from kvshrink.methods._packing.base import Stored
-from kvshrink.methods._settings import require
+from kvshrink.methods._packing.base import Stored as Stored
+from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
-from kvshrink.methods._types import check_type, hints
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.methods._types import Settings, check_finite, check_types
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 
 
-class Codec(ABC):
-    """Rows of one site <-> stored pages. `decode` is `expand(unpack(stored))`: the second half is linear, so that
-    values can stay latent until after the softmax-weighted sum.
-
-    site:  "k_pre" keys before RoPE, "k_post" keys as attention uses them, "v" values.
-    side:  names of the stored tensors that are side information (scales, minima), not payload.
-    width: channels of one group's latent, what `unpack` gives.
-    joint: keys and values are stored as one: the key codec gets the rows of both, 2h heads, and the value codec reads
-           what it stored.
-    Of a layer that follows another one (`Method.follows`) what is stored holds that one's tensors too, as "base.*".
-    """
-
-    site: Literal["k_pre", "k_post", "v"]
-    side: frozenset[str]
-    width: int
-    joint: bool = False
-
-    @abstractmethod
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """Whole pages of rows, encoded. Invalid rows (left pads) may hold anything and must not matter."""
-
-    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """`encode` of a layer that follows another one, whose pages of the same tokens are `base`."""
-        raise NotImplementedError(f"{type(self).__name__} follows none")
-
-    @property
-    def salient(self) -> bool:
-        """Whether it wants to know what tokens are worth; only then is it worked out."""
-        return False
-
-    def encode_by_worth(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
-    ) -> Stored:
-        """As `encode`, which takes all tokens to be worth the same. A codec that is not `salient` does not look."""
-        return self.encode(rows, valid)
-
-    @abstractmethod
-    def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
-        """Latents of G groups of KV heads, float32."""
-
-    @abstractmethod
-    def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
-        """Rows from latents, H = G (tokens of each group) or H = h (weighted sums of each KV head), heads = h."""
-
-    @abstractmethod
-    def page_bytes(self) -> int:
-        """Bytes of one stored page, by arithmetic. The contract test holds it against the tensors."""
-
-    def absorb(self, query: Float[Tensor, "b h x d"]) -> Float[Tensor, "b h x r"] | None:
-        """Queries whose product with the latents of "k_post" keys is their score; None: keys are rebuilt."""
-        return None
-
-    def packed(self, stored: Stored) -> Packed | None:
-        """The same pages as fused kernels read them; None: `unpack` alone can."""
-        return None
-
-    @property
-    def expansion(self) -> Basis | None:
-        """How a fused kernel rebuilds keys from latents; None: latents are keys, or `absorb` makes queries fit them."""
-        return None
-
-    def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
-        """What `unpack` gives, for some tokens of each row."""
-        return self.unpack(stored).take_along_dim(tokens[:, None, :, None], 2)
-
-    def reads(self, tokens: int) -> int | None:
-        """How many of the body's tokens a single new token reads, those of the highest `scores`; None: all."""
-        return None
-
-    def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
-        """What chooses the tokens that are read. Asked only of a codec whose `reads` gives a number."""
-        raise NotImplementedError(f"{type(self).__name__} has all tokens read")
-
-    def demoted(self, stored: Stored) -> Stored:
-        """Pages of the next younger tier as this codec stores them: a part of the same tensors, nothing rounded again.
-        Asked only of a codec of an older tier."""
-        raise NotImplementedError(f"{type(self).__name__} takes over no pages")
-
-    def sound(self, stored: Stored) -> bool:
-        """Whether tensors of the right shapes, which come from a file, hold no place outside of what they index."""
-        return True
-
-    def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
-        return self.expand(self.unpack(stored), heads)
-
-    def __deepcopy__(self, memo: dict) -> "Codec":
-        return self  # settings and fitted tensors are shared by all sequences, also by a copied cache
-
-
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(metaclass=Settings):
     """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact. Tokens
     leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers`
     what becomes of pages that grow old: what a tier cannot hold any more moves on to the next one."""
@@ -177,16 +86,13 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
-        for f in fields(self):
-            check_type(f.name, getattr(self, f.name), hints(type(self))[f.name])
-        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
-        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        check_types(type(self), self.settings())
+        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
+        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if type(given := getattr(self, f.name)) is list:  # as JSON has it
-                object.__setattr__(self, f.name, tuple(given))
         self.check()
+        check_finite(self.settings())
 
     def settings(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,11 +1,8 @@
 """One rung of the ladder of ages that a body may be."""
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from kvshrink.methods._roles import Codec
+from kvshrink.methods._codec import Codec
 
 
 class Tier(NamedTuple):

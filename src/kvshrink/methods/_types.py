@@ -5,7 +5,9 @@ What is valid then depends on the value alone, and a method's own checks may com
 
 import math
 import reprlib
+from abc import ABCMeta
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,20 +17,53 @@ from kvshrink.errors import SettingError
 MOST = 2**31  # of a whole number: more tokens, channels or steps than there are
 
 
-@cache
-def hints(cls: type) -> Mapping[str, Any]:
-    """The annotations of a class's fields."""
-    return get_type_hints(cls)
+class Settings(ABCMeta):
+    """The class of method classes: what a method is called with is looked at before anything is made of it. A list, as
+    JSON has it, is taken for a tuple."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        given = dict(zip(_hints(cls), args, strict=False)) | named
+        if len(given) == len(args) + len(named):  # else Python says what is wrong
+            args, named = (), {k: tuple(v) if type(v) is list else v for k, v in given.items()}
+            check_types(cls, named)
+        return super().__call__(*args, **named)
+
+
+def check_types(cls: type, settings: Mapping[str, object]) -> None:
+    """Raise SettingError unless settings are of the types that a dataclass names."""
+    for name, value in settings.items():
+        hint = _hints(cls).get(name, object)
+        if hint is not object:
+            _check(name, value, hint)
+
+
+def check_finite(settings: Mapping[str, object]) -> None:
+    """Raise SettingError on a number without end, where other checks let one pass."""
+    for name, value in settings.items():
+        if type(value) is float and not math.isfinite(value):
+            raise SettingError(f"{name}={value} is not possible. Use a finite number.")
 
 
 def check_type(name: str, value: object, hint: Any) -> None:
-    """Raise SettingError unless a setting's value is of this type."""
+    """Raise SettingError unless a value is of this type, and finite."""
+    _check(name, value, hint)
+    check_finite({name: value})
+
+
+def _check(name: str, value: object, hint: Any) -> None:
     if not fits(value, hint):
-        raise SettingError(f"{name}={shown(value)} is not possible. Use {' or '.join(dict.fromkeys(_words(hint)))}.")
+        raise SettingError(f"{name}={shown(value)} is not possible. Use {_words(hint)}.")
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """The annotations of a dataclass's fields, in order."""
+    every = get_type_hints(cls)
+    return {f.name: every[f.name] for f in fields(cls)}
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of this type; a number must be finite, and a whole one no larger than MOST."""
+    """Whether a value is of this type; a whole number must be no larger than MOST."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(type(value) is type(x) and value == x for x in parts)
@@ -42,7 +77,7 @@ def fits(value: object, hint: Any) -> bool:
             and all(fits(x, part) for x, part in zip(value, each, strict=True))
         )
     if hint is float:
-        return fits(value, int) or (type(value) is float and math.isfinite(value))
+        return fits(value, int) or type(value) is float
     return type(value) is hint and (hint is not int or abs(value) <= MOST)  # type: ignore[arg-type]
 
 
@@ -54,14 +89,14 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def _words(hint: Any) -> list[str]:
+def _words(hint: Any) -> str:
     """What may be used, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return [repr(x) for x in parts]
+        return " or ".join(map(repr, parts)) if len(parts) < 3 else f"one of {parts}"
     if origin in (Union, UnionType):
-        return [word for part in parts for word in _words(part)]
+        return " or ".join(dict.fromkeys(_words(part) for part in parts if part is not NoneType))
     if origin is tuple:
-        return ["numbers in brackets" if parts[-1] is Ellipsis else f"{len(parts)} numbers in brackets"]
-    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name", NoneType: "None"}
-    return [plain.get(hint) or hint.__name__]
+        return "numbers in brackets" if parts[-1] is Ellipsis else f"{len(parts)} numbers in brackets"
+    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+    return plain.get(hint) or str(hint.__name__)

@@ -18,6 +18,9 @@ _LINE = "task mode reached setting cases score low high interval kept bytes_per_
 _FIDELITY = (
     "mode chunk documents positions kept kl_mean kl_low kl_high kl_median kl_p95 kl_p99 kl_p999 kl_max top1 top5"
 )
+MOST = 2**28  # bytes
+TEXTS = {"method", "series", "task", "mode", "setting", "interval", "reason", "error"}
+COUNTS = {"length", "cases", "documents", "positions", "layer"}
 # what is read of every entry of a list
 FIELDS = {
     "lines": (*_ENTRY, *_LINE.split(), "lost", "won", "delta", "delta_low", "delta_high", "p"),
@@ -50,7 +53,7 @@ def read(folder: Path) -> dict:
 def read_file(path: Path) -> dict:
     """The results in a file. Raises EvalError if it cannot be read or is of another format."""
     try:
-        results = files.read_json(path)
+        results = files.read_json(path, MOST, finite=False)
     except ArtifactError as error:
         raise EvalError(str(error)) from error
     if results.get("format") != FORMAT:
@@ -59,10 +62,31 @@ def read_file(path: Path) -> dict:
     if not isinstance(results.get("settings"), dict):
         raise EvalError(f"{path} has no settings. It is edited. {AGAIN}")
     for name, fields in FIELDS.items():
-        for i, entry in enumerate(results.setdefault(name, [])):
+        entries = results.setdefault(name, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise EvalError(f"{path}: {name} is no list of objects. It is edited. {AGAIN}")
+        for i, entry in enumerate(entries):
             if missing := [f for f in fields if f not in entry]:
                 raise EvalError(f"{path}: {name}[{i}] has no {missing[0]!r}. It is edited. {AGAIN}")
+            if wrong := [f for f in fields if not _right(name, f, entry[f])]:
+                raise EvalError(f"{path}: {name}[{i}] has {wrong[0]}={entry[wrong[0]]!r:.40}. It is edited. {AGAIN}")
     return results
+
+
+def _right(name: str, field: str, value: object) -> bool:
+    """Whether a field holds what the suite writes there: a text, a number or None for one that was not measured."""
+    if field in TEXTS:
+        return isinstance(value, str)
+    if field == "by_distance":
+        rows = value if isinstance(value, list) else [None]
+        return all(isinstance(x, dict) and all(map(_is_measured, x.values())) for x in rows)
+    if field in COUNTS:
+        return isinstance(value, int) or (value is None and field == "length" and name != "fidelity")
+    return _is_measured(value)
+
+
+def _is_measured(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def unique(values: Iterable) -> list:
