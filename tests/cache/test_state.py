@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import kvshrink
 from kvshrink.cache import state as states
 from kvshrink.errors import ArtifactError
 from kvshrink.methods import build
@@ -13,6 +14,7 @@ from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saq import SAQ
 from kvshrink.store.digest import digest
 from tests.cache.build import feed, make
+from tests.scenarios.families import FAMILIES, VOCAB
 
 SHAPE = LayerShape(2, 16, torch.float32)
 
@@ -161,3 +163,37 @@ def test_a_layer_s_pages_are_laid_out_as_its_codecs_do_before_anything_is_inflat
     with pytest.raises(Exception, match=r".+"):
         new(cache).load(tmp_path / "x")
     assert len(inflate) <= 1, "nothing but the description"
+
+
+@pytest.mark.parametrize("family", ["mistral_sliding", "gemma2"])
+@pytest.mark.parametrize("tokens", [5, 90])
+def test_sliding_layers_are_saved_with_the_others_and_checked(tmp_path, family, tokens):
+    model = FAMILIES[family].build()
+    ids = torch.randint(2, VOCAB, (2, tokens))
+    cache = kvshrink.make_cache(model, RTN(window=8))
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+    cache.save(tmp_path / "x", deflate=tokens > 50)
+    other = kvshrink.make_cache(model, RTN(window=8)).load(tmp_path / "x")
+    with torch.inference_mode():
+        ours, theirs = (model(input_ids=ids[:, :1], past_key_values=c).logits for c in (cache, other))
+    assert torch.equal(ours, theirs)
+    state = other.state_dict()
+    i = next(i for i, layer in enumerate(other.layers) if not hasattr(layer, "window"))
+    for change in (
+        lambda p, t: p["layers"][i].update(seen=3),
+        lambda p, t: p["layers"][i].update(shape=[1, 2]),
+        lambda p, t: p["layers"][i].update(shape=[10**9] * 3),
+        lambda p, t: p["layers"][i].update(dtype="int8"),
+        lambda p, t: p["layers"][i].update(a=1),
+        lambda p, t: t.pop(f"layers.{i}.keys"),
+        lambda p, t: t.update({f"layers.{i}.values": t[f"layers.{i}.values"][:, :1]}),
+    ):
+        with pytest.raises(ArtifactError, match=r"^the saved cache is incomplete or edited [^\n]+$"):
+            kvshrink.make_cache(model, RTN(window=8)).load_state_dict(edited(state, change))
+
+
+def test_a_message_is_one_line_whatever_the_names_in_a_file():
+    cache = filled()
+    with pytest.raises(ArtifactError, match=r"^[^\n]+$"):
+        new(cache).load_state_dict(edited(cache.state_dict(), lambda p, t: t.update({"a\nb": torch.zeros(1)})))
