@@ -17,17 +17,19 @@ import signal
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported
 
 import torch
+import typer.main
 
 from kvshrink import cli
 from tests.fuzz import Tally, source, words, world
 
 CPU, WALL = 60, 600  # seconds; a command that takes more of one is a finding
-WRONG = 5  # one option in so many is none of the command
+FOREIGN = 0.05  # share of options that are taken from any command
 
 
 class Late(BaseException):
@@ -71,6 +73,15 @@ class World:
         return text.replace("=T/", f"={self.root}/T/").replace("=T,", f"={self.root}/T,")
 
 
+@cache
+def known(command: str) -> list[str]:
+    """The options of a command."""
+    found = typer.main.get_command(cli.app)
+    for name in command.split():
+        found = found.commands[name]
+    return [name for p in found.params for name in p.opts if name.startswith("--")]
+
+
 def line(random: random.Random, w: World) -> list[str]:
     """A command line: a quick good one, changed in up to three places."""
     command = random.choices(list(words.QUICK), [words.SELDOM.get(name, 10) for name in words.QUICK])[0]
@@ -81,7 +92,7 @@ def line(random: random.Random, w: World) -> list[str]:
     if command not in ("report", "demo"):
         options["--model"] = "M"
     for _ in range(random.choice([0, 1, 1, 1, 2, 3])):
-        option = random.choice([o for o in words.OPTIONS if o in options or random.random() < 1 / WRONG])
+        option = random.choice(words.OPTIONS if random.random() < FOREIGN else known(command))
         if option in options and option != "--model" and random.random() < 0.15:
             del options[option]
         else:

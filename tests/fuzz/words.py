@@ -93,11 +93,5 @@ COUNTS += "--trajectory --steps --keep --bits --kept --kl".split()
 OPTIONS = [*VALUES, *COUNTS, "--json", "--help", "--nonsense"]
 
 REPORTED = ["P", "P/full", "nowhere", "A", "P.txt", "", "T/pipe", "T/page.md"]
-HARNESS = [
-    "--model kvshrink",
-    "run --tasks nope",
-    "nope",
-    "ls x",
-    "run --model_args method=cskv:keep=3 --tasks x",
-    "run",
-]
+HARNESS = ["nope", "ls x", "run --nope", "--model"]
+SLOW = ["--model kvshrink", "run --tasks nope", "run --model_args method=cskv:keep=3 --tasks x"]  # reads all tasks

@@ -11,16 +11,21 @@ from kvshrink.errors import DataError, KVShrinkError
 MOST = 2**30  # bytes; a larger text would take many times as much memory as tokens
 
 
-def read_text(path: str | Path, refusal: str = "cannot read text file", error: type[KVShrinkError] = DataError) -> str:
+def read_text(
+    path: str | Path,
+    refusal: str = "cannot read text file",
+    error: type[KVShrinkError] = DataError,
+    remedy: str = "Give a UTF-8 text file.",
+) -> str:
     """The text of a UTF-8 file or a pipe. Raises `error`, which begins with `refusal` and the path."""
     try:
         raw = _bytes(path)
         text = raw.decode("utf-8-sig")  # some editors put a mark in front of UTF-8
     except (OSError, ValueError) as reason:  # a path may hold a zero byte
         said = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-        raise error(f"{refusal} {path}: {said}. Give a UTF-8 text file.") from reason
+        raise error(f"{refusal} {path}: {said}. {remedy}") from reason
     if "\0" in text:
-        raise error(f"{refusal} {path}: it holds zero bytes, as binary files and UTF-16 do. Give UTF-8 text.")
+        raise error(f"{refusal} {path}: it holds zero bytes, as binary files and UTF-16 do. {remedy}")
     return text
 
 

@@ -48,7 +48,7 @@ def load(task: str, path: str | Path | None) -> tuple[list[Question], list[str]]
     remedy = f"Give path= a copy of {source.name}, JSON with {source.layout}."
     if path is None:
         raise EvalError(f"ruler {task}: its data is not shipped. {remedy}")
-    text = read_text(path, f"ruler {task}: cannot read", EvalError)
+    text = read_text(path, f"ruler {task}: cannot read", EvalError, remedy)
     try:
         questions, documents = source.read(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
