@@ -19,7 +19,7 @@ def rows_of(data: Any, tokenizer: Callable[[], Any], length: int, page: int) -> 
     """
     found: list[Any]
     if isinstance(data, str | Tensor):
-        found: list[Any] = [data]
+        found = [data]
     else:
         if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping | PurePath):
             hint = " Pass what is in it: Path(...).read_text()." if isinstance(data, PurePath) else ""
