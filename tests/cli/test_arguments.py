@@ -38,7 +38,7 @@ def test_broken_models_are_refused_by_every_command(refused, place, command):
         assert "model" in refused(*READS[command], "--model", name)
     if command != "inspect":  # it reads no text, and one layer at a time
         assert "tokenizer" in refused(*READS[command], "--model", place / "B" / "bare")
-        reason = "embed_tokens" if command == "fit" else "2 of its tensors"
+        reason = "token ids run" if command == "fit" else "2 of its tensors"
         assert reason in refused(*READS[command], "--model", place / "B" / "sizes")
     assert not Path("a").exists(), "a fit that could not begin leaves nothing"
 
@@ -112,14 +112,14 @@ def test_method_settings_of_wrong_kinds(refused, spec, reason):
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("passkey:filler=noise,tokens=1000000000000", "more than the model's context of 512"),
-        ("longeval:lines=1.5", "lines=1.5 is not possible. Use a whole number or None"),
+        ("passkey:filler=noise,tokens=1000000000000", "Use a whole number of at most 2147483648"),
+        ("longeval:lines=1.5", "lines=1.5 is not possible. Use a whole number"),
         ("longeval:official=3", "official=3"),
         ("scbench_like:turns=True", "turns=True"),
         ("needle:depth=nan", "depth='nan'"),
         ("needle:depth=1e400", "depth=inf"),
         ("needle:depth='x'", "depth='x'"),
-        ("passkey:path=3", "path=3 is not possible. Use a text (in quotes"),
+        ("passkey:path=3", "path=3 is not possible. Use a name"),
         ("passkey:seed=3", "no setting 'seed'"),
         ("passkey:count=3", "no setting 'count'"),
         ("longbench:path={T}/rows.jsonl", "has no field all_classes"),

@@ -51,6 +51,8 @@ def check_type(name: str, value: object, hint: Any) -> None:
 
 
 def _check(name: str, value: object, hint: Any) -> None:
+    if type(value) is int and abs(value) > MOST:
+        raise SettingError(f"{name}={shown(value)} is not possible. Use a whole number of at most {MOST}.")
     if not fits(value, hint):
         raise SettingError(f"{name}={shown(value)} is not possible. Use {_words(hint)}.")
 
