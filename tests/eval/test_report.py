@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -444,6 +445,32 @@ def test_a_folder_without_results_is_refused_in_one_line(tmp_path, files, reason
     with pytest.raises(EvalError, match=re.escape(reason)) as error:
         report.build(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [[1], {}, [[]], {"a": []}], ids=repr)
+def test_a_field_of_another_type_is_refused(tmp_path, value):
+    whole = synthetic.results(tasks=("needle",))
+    whole = {k: v[:2] if isinstance(v, list) else v for k, v in whole.items()}
+    for name, names in results.FIELDS.items():
+        for field in names:
+            data = whole | {name: [*whole[name][:-1], {**whole[name][-1], field: value}]}
+            (tmp_path / "results.json").write_text(json.dumps(data))
+            with pytest.raises(EvalError, match=rf"^[^\n]+: {name}\[\d\] has {field}=[^\n]+\. It is edited\."):
+                results.read(tmp_path)
+
+
+def test_numbers_that_json_does_not_have_are_shown(tmp_path):
+    data = synthetic.results(tasks=("needle",))
+    data["lines"][3]["score"] = data["fidelity"][0]["kl_mean"] = math.nan
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    assert "nan" in report.leaderboard(results.read(tmp_path))
+
+
+@pytest.mark.parametrize("entries", [3, "abc", {"a": 1}, [3], [[]], None])
+def test_lists_of_anything_else_are_refused(tmp_path, entries):
+    (tmp_path / "results.json").write_text(json.dumps(synthetic.empty() | {"lines": entries}))
+    with pytest.raises(EvalError, match=r"lines is no list of objects\. It is edited\. Run"):
+        results.read(tmp_path)
 
 
 def test_the_command_builds_and_fills_a_page(tmp_path):

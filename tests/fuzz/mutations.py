@@ -190,7 +190,7 @@ def _artifact(random: Random, paths: list[Path]) -> tuple[str, bool]:
         data, done = edit(random, data)
     hashed = isinstance(data, dict) and random.random() < 0.7
     if isinstance(data, dict):
-        data["sha256"] = _hashed(data, tensors) if hashed else json.loads(description.read_text())["sha256"]
+        data["sha256"] = digest(data, tensors) if hashed else json.loads(description.read_text())["sha256"]
     description.write_text(_text(random, data))
     _write(weights, tensors, metadata)
     return str(done), hashed
@@ -213,7 +213,7 @@ def _cache(random: Random, path: Path, small: bool) -> tuple[str, bool]:
     plain, done = (plain, change(random, tensors)) if random.random() < 0.5 else edit(random, plain)
     hashed = isinstance(plain, dict) and random.random() < 0.7
     if isinstance(plain, dict):
-        plain["sha256"] = _hashed(plain, tensors) if hashed else sha256
+        plain["sha256"] = digest(plain, tensors) if hashed else sha256
     tensors[PLAIN] = torch.tensor(list(_text(random, plain).encode()), dtype=torch.uint8)
     if small:
         tensors, metadata = deflated(tensors)
@@ -251,10 +251,6 @@ def _lines(random: Random, path: Path, log: bool) -> tuple[str, bool]:
         random.shuffle(lines)
     path.write_text("\n".join(lines) + ("\n" if random.random() < 0.8 else ""))
     return done, hashed
-
-
-def _hashed(plain: dict, tensors: dict[str, Tensor]) -> str:
-    return digest(plain, tensors)
 
 
 def copied(files: list[Path], folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvshrink.cache.body import demoted
 from kvshrink.cache.encode import encode
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods._roles import Stored
+from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.store.deflate import Kind
 from kvshrink.store.lasting import lasting
@@ -50,12 +50,26 @@ def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.d
             keys = _side_of({**stored, **beside})("k.")
             values = keys if tier.codecs[1].joint else _side_of({**stored, **beside})("v.")
             for codec, own in zip(tier.codecs, (keys, values), strict=True):
-                # rows of tokens, and of what attention sums up for each head
-                sums = torch.zeros(1, shape.heads, 1, codec.width, device=device)
-                for rows, count in ((codec.decode(own, shape.heads), page), (codec.expand(sums, shape.heads), 1)):
-                    if rows.shape != (1, shape.heads, count, shape.head_dim):
-                        raise ValueError(f"rows of shape {list(rows.shape)}")
+                _read(codec, own, shape, page)
     return found[0]
+
+
+def _read(codec: Codec, stored: Stored, shape: LayerShape, page: int) -> None:
+    """Ask a codec once for all that attention asks. Raises ValueError, or whatever else, if an answer does not fit."""
+    latent = codec.unpack(stored)
+    by_head = latent.repeat_interleave(shape.heads // latent.shape[1], 1)
+    query = latent.new_zeros(1, shape.heads, 1, shape.head_dim)
+    rows = [(codec.expand(latent, shape.heads), page)]
+    if codec.site == "v":
+        rows.append((codec.expand(by_head[:, :, :1], shape.heads), 1))
+    elif (absorbed := codec.absorb(query)) is not None:
+        _ = absorbed @ by_head.mT
+    for found, tokens in rows:
+        if found.dtype != torch.float32 or found.shape != (1, shape.heads, tokens, shape.head_dim):
+            raise ValueError(f"rows are {found.dtype} of shape {list(found.shape)}")
+    if codec.site != "v" and codec.reads(page * page) is not None:
+        codec.scores(query, stored)
+        codec.pick(stored, torch.zeros(1, 1, dtype=torch.int64, device=latent.device))
 
 
 def _side_of(stored: Stored) -> Callable[[str], Stored]:

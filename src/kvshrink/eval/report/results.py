@@ -19,7 +19,7 @@ _FIDELITY = (
     "mode chunk documents positions kept kl_mean kl_low kl_high kl_median kl_p95 kl_p99 kl_p999 kl_max top1 top5"
 )
 MOST = 2**28  # bytes
-TEXTS = {"method", "series", "task", "mode", "setting", "interval", "reason", "error"}
+NAMES, TEXTS = {"method", "series", "task", "mode", "reason", "error"}, {"setting", "interval"}
 COUNTS = {"length", "cases", "documents", "positions", "layer"}
 # what is read of every entry of a list
 FIELDS = {
@@ -74,14 +74,15 @@ def read_file(path: Path) -> dict:
 
 
 def _right(name: str, field: str, value: object) -> bool:
-    """Whether a field holds what the suite writes there: a text, a number or None for one that was not measured."""
-    if field in TEXTS:
+    """Whether a field holds what the suite writes there: a text, a number, or None for what was not measured."""
+    if field in NAMES:
         return isinstance(value, str)
-    if field == "by_distance":
-        rows = value if isinstance(value, list) else [None]
-        return all(isinstance(x, dict) and all(map(_is_measured, x.values())) for x in rows)
     if field in COUNTS:
         return isinstance(value, int) or (value is None and field == "length" and name != "fidelity")
+    if field in TEXTS:
+        return value is None or isinstance(value, str)
+    if field == "by_distance" and isinstance(value, list):
+        return all(isinstance(x, dict) and all(map(_is_measured, x.values())) for x in value)
     return _is_measured(value)
 
 
