@@ -4,6 +4,9 @@
 class KVShrinkError(Exception):
     """Base of every error that kvshrink raises on purpose; the command line prints it and exits with code 2."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(str(message).splitlines()))  # names and values from files may hold line ends
+
 
 class SettingError(KVShrinkError, ValueError):
     """A setting is unknown, out of range, or does not fit the model's shapes."""

@@ -19,6 +19,7 @@ from kvshrink.attach import attention, families
 from kvshrink.attach.attention import NAME
 from kvshrink.errors import ArtifactError, CacheError, SettingError, UnsupportedModelError
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.methods.quant.turboquant import TurboQuant
 from tests.scenarios.families import FAMILIES
 from tests.scenarios.scenarios import feed, generate, padded_tokens, tokens
 
@@ -476,3 +477,14 @@ def test_queries_and_output_weight_are_those_of_the_module(name, monkeypatch):
         if info.module.o_proj.bias is None:
             made = torch.einsum("bsqd,xqd->bsx", out, families.output_weight(info.module))
             torch.testing.assert_close(made, output, atol=1e-4, rtol=1e-4)
+
+
+def test_caches_of_one_method_share_codecs_and_let_go_of_them(model):
+    method = TurboQuant()
+    caches = [kvshrink.make_cache(model, m) for m in (method, method, TurboQuant())]
+    codecs = [cache.layers[0].codecs[0] for cache in caches]
+    assert codecs[0] is codecs[1] is codecs[2]
+    kept = weakref.ref(codecs[0])
+    del method, caches, codecs
+    gc.collect()
+    assert kept() is None

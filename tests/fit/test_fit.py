@@ -1,6 +1,7 @@
 """Fitting: the statistics, the bound, the layer-by-layer run, resume, and what bad input gets."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
 from kvshrink.fit.watch import LayerWatch
 from kvshrink.kernels.ceilings import Ceilings
+from kvshrink.methods.lowrank.palu import Palu
 
 SHAPE = {
     "hidden_size": 32,
@@ -297,3 +299,102 @@ def test_what_is_watched_is_the_input_also_without_an_input_norm(rows):
     runner.run(0, net.get_decoder().layers[0], seen)
     assert torch.equal(torch.cat([x["hidden_states"] for x in seen.inputs]), before)
     assert not torch.equal(runner.hidden, before)
+
+
+# --- what is given ---
+
+
+def test_a_model_in_training_is_fitted_as_in_use_and_trains_on(rows):
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)).eval()
+    wanted = kvshrink.fit(net, CSKV(keep=0.5), rows, progress=False)
+    net.train()
+    net.model.layers[1].mlp.eval()
+    found = kvshrink.fit(net, CSKV(keep=0.5), rows, progress=False)
+    for i, fitted in wanted.layers.items():
+        assert all(torch.equal(t, found.layers[i][k]) for k, t in fitted.items())
+    layer = net.model.layers[1]
+    assert [net.training, layer.self_attn.training, layer.mlp.training] == [True, True, False]
+    with pytest.raises(DataError):
+        kvshrink.fit(net, CSKV(keep=0.5), rows[:, :3], progress=False)
+    assert net.training
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    bos_token_id = None
+
+    def __call__(self, text: str, **settings) -> dict:
+        return {"input_ids": [int(word) % 61 for word in text.split()]}
+
+
+def test_text_and_rows_may_come_from_an_iterator(model, rows):
+    texts = [" ".join(map(str, row.tolist())) for row in rows]
+    given = {"tokenizer": Words(), "length": 64, "progress": False}
+    wanted = kvshrink.fit(model, CSKV(keep=0.5), texts, **given)
+    for data in (iter(texts), (t for t in texts), tuple(texts), dict.fromkeys(texts).keys(), iter(rows), iter([rows])):
+        found = kvshrink.fit(model, CSKV(keep=0.5), data, **given)
+        assert found.provenance["calibration"] == wanted.provenance["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (3, "data of type int is no text"),
+        (None, "data of type NoneType is no text"),
+        (b"text", "data of type bytes is no text"),
+        ({"a": "text"}, "data of type dict is no text"),
+        (Path("text.txt"), r"is no text\. .*Path\(\.\.\.\)\.read_text\(\)"),
+        (iter([]), "the calibration data holds nothing"),
+        (["text", 3], "the calibration data holds int, str"),
+        ([[1, 2, 3]], "the calibration data holds list"),
+        (torch.rand(3, 64), r"token batches are torch\.float32"),
+        (torch.ones(3, 64, dtype=torch.bool), r"token batches are torch\.bool"),
+        (torch.full((3, 64), -1), "token ids run from -1 to -1, the model has 0 to 60"),
+        (torch.full((3, 64), 61), "token ids run from 61 to 61"),
+        ([torch.tensor(3)], "token batches have lengths"),
+    ],
+    ids=range(13),
+)
+def test_what_is_no_text_and_no_rows_is_refused_in_one_line(model, data, reason):
+    with pytest.raises(DataError, match=rf"^[^\n]*{reason}[^\n]*$"):
+        fit_all.__wrapped__(model, [CSKV(keep=0.5)], data, Words(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"methods": ["cskv"]}, "'cskv' is not a method"),
+        ({"methods": [CSKV]}, "is not a method"),
+        ({"methods": []}, "no method is given"),
+        ({"methods": [RTN()]}, "rtn needs no fit"),
+        ({"length": "x"}, "length='x' is not possible"),
+        ({"batch": 0}, "batch=0 is not possible"),
+        ({"batch": True}, "batch=True is not possible"),
+        ({"tokenizer": 3}, "tokenizer=3 is not possible"),
+        ({"checkpoint": 3}, "checkpoint=3 is not possible"),
+        ({"log_with": []}, r"log_with=\[\] is not possible"),
+    ],
+    ids=str,
+)
+def test_arguments_that_no_fit_can_use_are_refused_in_one_line(model, rows, given, reason):
+    with pytest.raises(SettingError, match=rf"^[^\n]*{reason}[^\n]*$"):
+        fit_all.__wrapped__(model, **{"methods": [CSKV(keep=0.5)], "data": rows, "progress": False, **given})
+
+
+def test_rows_are_long_enough_for_the_largest_page(model, rows, monkeypatch):
+    monkeypatch.setattr(Palu, "page", 64)
+    with pytest.raises(DataError, match="above a page of 64"):
+        fit_all(model, [CSKV(keep=0.5), Palu()], rows, progress=False)
+
+
+def test_a_checkpoint_of_changed_embeddings_is_not_taken(tmp_path, rows):
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    settings = {"progress": False, "checkpoint": tmp_path / "c"}
+    before = kvshrink.fit(net, CSKV(keep=0.5), rows, **settings)
+    net.get_input_embeddings().weight.data.mul_(3.0)
+    net.get_input_embeddings().weight.data[::2].neg_()
+    after = kvshrink.fit(net, CSKV(keep=0.5), rows, **settings)
+    assert not torch.equal(after.layers[2]["key_mean"], before.layers[2]["key_mean"])

@@ -17,9 +17,10 @@ from kvshrink.store.digest import digest, sealed
 
 NASTY: tuple = (
     *(None, True, False, 0, 1, -1, 2, 3, 31, 2**31, 2**63 - 1, -(2**63), 10**30, 0.5, -0.5, 1e-300, 1e308),
-    *(float("nan"), float("inf"), "", "a", "0", "\ud800", "x" * 300, "\x00", "../..", [], {}, [1], [[]], {"a": 1}),
-    *([1, 2, 3], [-1], [2**40, 2**40], "float32", "int8", "uint8", "complex64", "rtn", [0] * 5000),
+    *(float("nan"), float("inf"), "", "a", "0", "\ud800", "x" * 300, "\x00", "a\nb", "../..", [], {}, [1], [[]]),
+    *({"a": 1}, [1, 2, 3], [-1], [2**40, 2**40], "float32", "int8", "uint8", "complex64", "rtn", [0] * 5000),
 )
+NAMES = ("a", "0.a", "layers.0.pages.7.k.codes", "table.x", "9.key_up", "layers.x", "a\nb")  # of tensors that are new
 DTYPES = (
     torch.float32,
     torch.float16,
@@ -88,7 +89,7 @@ def edit(random: Random, value: Any) -> tuple[Any, str]:
     if what == "delete":
         del parent[key]
     elif what == "rename" and isinstance(parent, dict):
-        parent[random.choice(("", "a", str(key) + "x", "0", "00", "-1"))] = parent.pop(key)
+        parent[random.choice(("", "a", str(key) + "x", f"{key}\n", "0", "00", "-1"))] = parent.pop(key)
     elif what == "double" and isinstance(parent, list):
         parent.insert(random.randrange(len(parent) + 1), place)
     elif what == "deep":
@@ -116,13 +117,10 @@ def change(random: Random, tensors: dict[str, Tensor]) -> str:
     if what == "drop":
         del tensors[name]
     elif what == "add":
-        tensors[
-            random.choice(("a", "0.a", f"{name}x", "layers.0.pages.7.k.codes", "table.x", "9.key_up", "layers.x"))
-        ] = t
+        tensors[random.choice((*NAMES, f"{name}x"))] = t
     elif what == "rename":
-        tensors[random.choice((f"{name}x", name.replace("0", "1", 1), name.replace("k.", "v."), name[1:]))] = (
-            tensors.pop(name)
-        )
+        others = (f"{name}x", name.replace("0", "1", 1), name.replace("k.", "v."), name[1:])
+        tensors[random.choice(others)] = tensors.pop(name)
     elif what == "flat":
         tensors[name] = t.reshape(-1) if random.random() < 0.5 else t[None]
     elif what == "dtype":
@@ -142,9 +140,7 @@ def change(random: Random, tensors: dict[str, Tensor]) -> str:
             )
     elif what == "fill":
         value = random.choice((0, 1, -1, 255, 2**31 - 1, 1e30, float("nan"), float("inf")))
-        tensors[name] = torch.full_like(
-            t, value if t.is_floating_point() else int(min(value, 2**31 - 1)) % 256 if value == value else 0
-        )
+        tensors[name] = torch.full(t.shape, value, dtype=torch.float64).to(t.dtype)
     elif what == "turn" and t.dim() > 1:
         tensors[name] = t.transpose(-1, -2)
     else:

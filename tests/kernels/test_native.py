@@ -200,7 +200,9 @@ def test_a_folder_of_another_owner_is_not_used(fresh, caplog):
 def test_what_was_checked_is_what_is_loaded(fresh, tmp_path, monkeypatch):
     """Even where a file is swapped between the two."""
     assert native.library() is not None
-    (made,), ran = libraries(fresh), tmp_path / "ran"
+    # elsewhere, since a process loads a path only once
+    monkeypatch.setenv("KVSHRINK_CACHE", str(fresh.parent.rename(tmp_path / "moved")))
+    (made,), ran = libraries(tmp_path / "moved" / "kvshrink"), tmp_path / "ran"
     other, real = foreign(tmp_path / "other.so", ran), native._digest
 
     def swapping(content):

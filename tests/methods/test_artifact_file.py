@@ -1,4 +1,4 @@
-"""An artifact's two files: they change as one, and nothing in them can be changed unseen, or pass for what it is not."""
+"""An artifact's two files: they change as one, and no change of either goes unseen or passes for what it is not."""
 
 import json
 import multiprocessing as mp
@@ -105,20 +105,14 @@ def edit(folder: Path, change, rightly: bool) -> None:
         lambda d, t: d["settings"].update(codec="turboquant"),
         lambda d, t: d["provenance"].update(seed=5),
         lambda d, t: d["model"].update(name="other"),
-        lambda d, t: d.update(layers={k: dict(reversed(v.items())) for k, v in d["layers"].items()}),
         lambda d, t: t.update({"0.key_up": t["2.key_up"] + 1}),
     ],
 )
 def test_what_was_changed_is_seen(tmp_path, change):
     artifact(1).save_pretrained(tmp_path)
-    same = json.loads((tmp_path / CONFIG).read_text())
+    edit(tmp_path, lambda d, t: d.update(layers=dict(reversed(d["layers"].items()))), False)
+    assert is_of(tmp_path, 1), "another order of keys is no change"
     edit(tmp_path, change, False)
-    if (
-        json.loads((tmp_path / CONFIG).read_text()) == same
-        and float(load_file(tmp_path / WEIGHTS)["0.key_up"].max()) == 1
-    ):
-        assert is_of(tmp_path, 1)  # another order of keys is no change
-        return
     with pytest.raises(ArtifactError, match=r"^[^\n]+sha256[^\n]+$"):
         Artifact.from_pretrained(tmp_path)
 
@@ -146,7 +140,7 @@ def test_what_was_changed_is_seen(tmp_path, change):
         lambda d, t: d.update(method=["cskv"]),
         lambda d, t: t.update({"0.key_up": torch.full((1, 4, 16), float("nan"))}),
         lambda d, t: t.update({"key_up": t.pop("0.key_up")}),
-        lambda d, t: t.update({"7.key_up": t["0.key_up"]}),
+        lambda d, t: t.update({"7.key_up": t["0.key_up"].clone()}),
     ],
 )
 def test_what_no_fit_writes_is_refused_whatever_its_digest(tmp_path, change):

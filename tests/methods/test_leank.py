@@ -105,7 +105,7 @@ def test_the_dial_reaches_every_number_of_pairs():
     [
         ({"keep": 0}, "keep=0 is not possible. Use a share of key channels above 0, up to 1."),
         ({"bits": 5}, "bits=5 is not possible. Use None or one of (8, 4, 3, 2)."),
-        ({"fill": ""}, "fill='' is not possible. Use one of ('mean', 'zero')."),
+        ({"fill": ""}, "fill='' is not possible. Use 'mean' or 'zero'."),
     ],
 )
 def test_settings_that_are_refused(settings, message):

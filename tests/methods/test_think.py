@@ -234,8 +234,8 @@ def test_fit_keeps_whole_pairs_of_the_model(model):
         ({"keep": "half"}, "keep='half' is not possible. Use a number."),
         ({"bits": 1}, "bits=1 is not possible. Use None or one of (8, 4, 3, 2)."),
         ({"bits": 4.0}, "bits=4.0 is not possible. Use a whole number."),
-        ({"fill": "median"}, "fill='median' is not possible. Use one of ('mean', 'zero')."),
-        ({"scores": "prompt"}, "scores='prompt' is not possible. Use one of ('calibrated', 'magnitude')."),
+        ({"fill": "median"}, "fill='median' is not possible. Use 'mean' or 'zero'."),
+        ({"scores": "prompt"}, "scores='prompt' is not possible. Use 'calibrated' or 'magnitude'."),
         ({"window": 0}, "window=0 is not possible. Use at least 1 token."),
     ],
 )

@@ -18,7 +18,7 @@ from kvshrink.attach.implementation import NAME, previous
 from kvshrink.attach.keywords import check_keywords, plain
 from kvshrink.cache.attend import attend
 from kvshrink.cache.step import Handle
-from kvshrink.store.modes import at_once, autocast_on, own_dtypes
+from kvshrink.store.modes import at_once, autocast_on, own_modes
 
 
 def kvshrink_attention(
@@ -40,7 +40,7 @@ def kvshrink_attention(
 
 
 @at_once
-@own_dtypes
+@own_modes
 def _over(
     handle: Handle,
     module: nn.Module,

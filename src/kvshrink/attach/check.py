@@ -67,7 +67,7 @@ class _Check:
         self.module, self.type = twin.module, text_config(model).model_type
         self.before = previous(twin.module)
         generator, width = torch.Generator().manual_seed(0), text_config(model).hidden_size
-        noise = torch.randn(1, TOKENS, width, generator=generator)
+        noise = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float32, device="cpu")
         weight = key_value_weights(self.module)[0]
         self.hidden = noise.to(weight.device, twin.dtype or compute_dtype(self.module))
 
@@ -144,7 +144,7 @@ def _check_positions(model: Any, module: Any) -> None:
     """Run one token up to the first attention module. Raises UnsupportedModelError if that gets no positions."""
     given = _positions_of(model, module, None)
     if given is None:  # models of several axes may hand on one of their own for text
-        given = _positions_of(model, module, torch.zeros(4, 1, 1, dtype=torch.long))
+        given = _positions_of(model, module, torch.zeros(4, 1, 1, dtype=torch.long, device="cpu"))
     if given is None or given.dim() != 2:
         what = "no position_ids" if given is None else f"position_ids of {given.dim()} axes"
         raise UnsupportedModelError(

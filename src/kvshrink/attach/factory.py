@@ -25,11 +25,13 @@ from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.digest import digest
+from kvshrink.store.modes import own_modes
 from kvshrink.store.tokens import TokenTable
 
 DIGESTS: "WeakKeyDictionary[Artifact, str]" = WeakKeyDictionary()
 
 
+@own_modes
 def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     """An empty cache to pass as `past_key_values` to this model's `generate` or forward. Attaches the model.
 

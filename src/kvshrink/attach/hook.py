@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,7 +32,7 @@ from kvshrink.attach.inputs import check_use
 from kvshrink.attach.stage import CheckInput, Stage
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import UnsupportedModelError
-from kvshrink.store.modes import without_autocast
+from kvshrink.store.modes import outside_modes
 
 ATTRIBUTE = "_kvshrink"  # where a decoder keeps its attachment
 LOCK = threading.RLock()
@@ -76,7 +77,7 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
                 return known, False
             _undo(tower, known)  # its layers were replaced
         check_loaded(model)
-        with without_autocast():
+        with outside_modes(), torch.inference_mode(False):
             attachment = _inspected(model, tower)
         try:
             _apply(tower, attachment)
@@ -86,7 +87,7 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
         return attachment, True
 
 
-def _inspected(model: PreTrainedModel, tower: nn.Module) -> Attachment:
+def _inspected(model: PreTrainedModel, tower: Any) -> Attachment:
     """An attachment that has changed nothing yet. Raises UnsupportedModelError."""
     layers, kinds = layers_of(model), layer_kinds(text_config(model))
     configs = distinct([model.config, text_config(model), tower.config, *(info.module.config for info in layers)])

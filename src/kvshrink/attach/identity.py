@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import text_config
+from kvshrink.attach.families import text_config, text_tower
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.identity import Identity, sketch
-from kvshrink.store.modes import own_dtypes
+from kvshrink.store.modes import own_modes
 
 SAMPLES, RUN = 1024, 8  # numbers of a tensor, of which so many lie side by side: a page of a file read for each run
 KEPT = 32  # of them that are kept for comparison
@@ -37,7 +37,7 @@ VOLATILE = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "arc
 Stored = Callable[[str, Tensor], Tensor]  # a tensor by its name in the decoder, where that has only its shape
 
 
-@own_dtypes
+@own_modes
 def identity_of(model: Any, stored: Stored | None = None) -> Identity:
     """Of a loaded model, or with `stored` of one whose weights are read from elsewhere."""
     decoder = decoder_of(model)
@@ -57,8 +57,7 @@ def model_key(model: Any) -> str:
 
 def decoder_of(model: Any) -> Any:
     """The part of a model that fills a cache, through whatever wraps it."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return _unwrapped(decoder)
+    return _unwrapped(text_tower(model))
 
 
 def weights(module: nn.Module, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -94,10 +93,11 @@ def _adapted(module: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     kinds = [*module.adapter_layer_names, *getattr(module, "other_param_names", ())]
     for n, adapter in enumerate(module.active_adapters):
         for kind in kinds:
-            parts = getattr(module, kind, None)
+            parts: Any = getattr(module, kind, None)
             if not hasattr(parts, "keys") or adapter not in parts:
                 continue
-            part, at = parts[adapter], f"{name}adapter.{n}.{kind}"
+            part: Any = parts[adapter]
+            at = f"{name}adapter.{n}.{kind}"
             if isinstance(part, nn.Module):
                 yield from weights(part, f"{at}.")
             elif isinstance(part, Tensor):

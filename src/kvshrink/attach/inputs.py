@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvshrink.cache.cache import KVCache
@@ -43,8 +44,9 @@ def _cut(kwargs: dict) -> int | None:
         return positions.shape[-1] or None
     if kwargs.get("attention_mask") is not None or (positions.is_cuda and given.shape[1] == 1):
         return None
-    seen = kwargs["past_key_values"].get_seq_length()
-    ends = positions[..., [0, -1]].reshape(-1, 2).tolist()
-    first, last = ends[0]
-    cut = 0 < first == seen - last - 1 and last - first == given.shape[1] - 1 and all(e == ends[0] for e in ends)
-    return last + 1 if cut else None
+    seen, rows = kwargs["past_key_values"].get_seq_length(), positions.reshape(-1, positions.shape[-1])
+    first = int(rows[0, 0])
+    prompt = seen - first
+    if not 0 < first < seen or prompt - first != given.shape[1]:
+        return None
+    return prompt if bool((rows == torch.arange(first, prompt, device=rows.device)).all()) else None

@@ -3,8 +3,6 @@
 import weakref
 from typing import Any
 
-import torch
-
 from kvshrink.attach.glance import Glance
 from kvshrink.attach.identity import identity_of
 from kvshrink.cache.cache import KVCache
@@ -22,13 +20,12 @@ def check_owner(decoder: Any, name: str, cache: KVCache, new: int) -> None:
     """Raise CacheError if the decoder that is about to read `new` tokens is not what the cache was made for.
 
     name: of the decoder's attachment. A single token behind others costs nothing: the model is taken to be the same.
-    Under torch.compile numbers cannot be looked at, and a model that was changed there is not noticed.
     """
     owner, seen = cache.owner, cache.get_seq_length()
     if owner is None:
         return
     known = owner.decoder() is decoder and cache.model == name
-    if known and ((new == 1 and seen) or torch.compiler.is_compiling()):
+    if known and new == 1 and seen:
         return
     glance = Glance(decoder)
     if known and glance.same(owner.seen):

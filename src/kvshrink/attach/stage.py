@@ -15,7 +15,7 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError
-from kvshrink.store.modes import at_once, own_dtypes
+from kvshrink.store.modes import at_once, own_modes
 
 
 class Stage:
@@ -31,7 +31,7 @@ class Stage:
             self._stage(module, args, kwargs, cache)
 
     @at_once
-    @own_dtypes
+    @own_modes
     def _stage(self, module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         b, s = hidden.shape[:2]
@@ -72,6 +72,7 @@ class CheckInput:
 
 
 @at_once
+@own_modes
 def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given

@@ -52,6 +52,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _noise(device: torch.device) -> float:
     """Relative error of a float32 product: 1e-6, or 1e-3 where the user lets it be rounded (TF32)."""
-    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, 64, generator=generator, dtype=torch.float32, device="cpu").to(device)
     exact = a.double() @ b.double()
     return float(((a @ b) - exact).abs().max() / exact.abs().max())

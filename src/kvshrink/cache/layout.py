@@ -50,9 +50,11 @@ def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.d
             keys = _side_of({**stored, **beside})("k.")
             values = keys if tier.codecs[1].joint else _side_of({**stored, **beside})("v.")
             for codec, own in zip(tier.codecs, (keys, values), strict=True):
-                rows = codec.decode(own, shape.heads)
-                if rows.shape != (1, shape.heads, page, shape.head_dim):
-                    raise ValueError(f"rows of shape {list(rows.shape)}")
+                # rows of tokens, and of what attention sums up for each head
+                sums = torch.zeros(1, shape.heads, 1, codec.width, device=device)
+                for rows, count in ((codec.decode(own, shape.heads), page), (codec.expand(sums, shape.heads), 1)):
+                    if rows.shape != (1, shape.heads, count, shape.head_dim):
+                        raise ValueError(f"rows of shape {list(rows.shape)}")
     return found[0]
 
 

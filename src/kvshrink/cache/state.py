@@ -84,8 +84,8 @@ class Schema:
         if self.length:
             self.kinds["table.positions"] = (torch.int32, (self.batch, self.length))
         pages: dict[int, Stored] = {}
-        seen = {self._seen(x) for x in plain["layers"]} | ({self.length} if cache.compressed else {0} & {self.length})
-        require(len(seen) == 1, "layers of different lengths")
+        seen = {self._seen(x) for x in plain["layers"]}
+        require(len(seen) == 1 and self.length == (max(seen) if cache.compressed else 0), "layers of different lengths")
         for i, (layer, values) in enumerate(zip(cache.layers, plain["layers"], strict=True)):
             if isinstance(layer, CompressedLayer):
                 found = self._compressed(i, layer, values, pages)

@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvshrink.cache.body import Shelf
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
+from kvshrink.errors import CacheError
 from kvshrink.store.lasting import lasting
 from kvshrink.store.modes import at_once, autocast_on
 
@@ -48,11 +50,32 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     @at_once
     @functools.wraps(update)
     def run(layer: "CompressedLayer", keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not autocast_on():
-            return update(layer, keys, values, *args, **kwargs)
-        # projections come rounded, keys as their RoPE left them; others' attention gets both as DynamicCache gives them
-        stored, given = layer.shape.dtype, keys.dtype
-        found = update(layer, keys.to(stored), values.to(stored), *args, **kwargs)
-        return found if hasattr(found[0], "_kvshrink") else (found[0].to(given), found[1].to(given))
+        # under autocast projections come rounded, keys as their RoPE left them
+        stored, given, auto = layer.shape.dtype, keys.dtype, autocast_on()
+        new = (keys.to(stored), values.to(stored)) if auto else (keys, values)
+        all_keys, all_values = update(layer, *new, *args, **kwargs)
+        handle = getattr(all_keys, "_kvshrink", None)
+        if auto and handle is None:  # others' attention gets both as DynamicCache gives them
+            all_keys, all_values = all_keys.to(given), all_values.to(given)
+        if torch.is_grad_enabled() and keys.requires_grad and all_keys is not keys:
+            all_keys = _Unlearnt.apply(all_keys, keys)
+            if handle is not None:
+                all_keys._kvshrink = handle  # type: ignore[attr-defined]
+        return all_keys, all_values
 
     return run
+
+
+class _Unlearnt(torch.autograd.Function):
+    """Keys of which the new ones came from a projection that would learn: what is stored has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, stored: Tensor, new: Tensor) -> Tensor:
+        return stored.view_as(stored)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise CacheError(
+            "gradients do not pass through a shrunken cache. Train without a cache (use_cache=False), or with "
+            "transformers' DynamicCache."
+        )

@@ -86,7 +86,8 @@ def load(name: str) -> tuple[Any, Any]:
         options: dict = {"trust_remote_code": False}  # else transformers asks on the terminal
         told = options | {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with warnings.catch_warnings(action="ignore"):
-            model, found = AutoModelForCausalLM.from_pretrained(where, **told)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, **told)
+            model, found = loaded
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # files of any content come in here, and transformers raises what it meets

@@ -105,7 +105,7 @@ def evaluate(
     module, own = tasks.get(name), parse_settings(rest)
     if tokens is not None and ("tokens" in own or has_own_length(module, own)):
         raise SettingError(f"--tokens {tokens} has no effect: {task} says how long it is. Leave it out.")
-    asked = {"command": "eval", "model": place(model), "task": task, "methods": [e.label for e in chosen]}
+    asked: dict = {"command": "eval", "model": place(model), "task": task, "methods": [e.label for e in chosen]}
     asked |= {"text": digest(text, texts), "cases": cases, "tokens": tokens, "seed": seed, "mode": mode, "batch": batch}
     if out is not None:
         plots.pyplot()  # without it the run would end in nothing

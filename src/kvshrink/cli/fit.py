@@ -67,7 +67,7 @@ def fit(
         raise SettingError(f"{name_of(chosen)} needs no fit: give it to generate or eval as --method.")
     texts = calibration.texts(text)
     length = row_length(OnDisk(model_name(model)).model, length)
-    asked = {"command": "fit", "model": place(model), "method": name_of(chosen), "settings": chosen.settings()}
+    asked: dict = {"command": "fit", "model": place(model), "method": name_of(chosen), "settings": chosen.settings()}
     asked |= {"text": digest(text, texts), "length": length}
     with run_folder(out, asked, WRITES, [CHECKPOINT]):
         source, tokenizer = load(model) if in_memory(chosen) else (model_name(model), None)

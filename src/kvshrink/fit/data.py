@@ -17,6 +17,7 @@ def rows_of(data: Any, tokenizer: Callable[[], Any], length: int, page: int) -> 
 
     Raises DataError on anything else.
     """
+    found: list[Any]
     if isinstance(data, str | Tensor):
         found = [data]
     else:

@@ -33,7 +33,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
-from kvshrink.store.modes import evaluating, without_autocast
+from kvshrink.store.modes import evaluating, outside_modes
 from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
@@ -66,7 +66,7 @@ def fit(
 
 def fit_all(
     model: Any,
-    methods: Sequence[Method],
+    methods: Sequence,
     data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
     length: int = 1024,
@@ -96,7 +96,7 @@ def fit_all(
         raise SettingError(f"{names} asks the whole model what a loss costs. Load the model and pass it to fit.")
     job = _Job(source, infos, list(methods), rows, batch, progress, log_with, checkpoint)
     # Fisher and training switch gradients on themselves
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(source.model):
+    with torch.inference_mode(False), torch.no_grad(), outside_modes(), evaluating(source.model):
         return job.run()
 
 

@@ -1,7 +1,7 @@
 """Where a layer's weights come from while it is fitted: a model in memory, or a folder read one layer at a time."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +69,22 @@ class OnDisk:
     def identity(self) -> Identity:
         """From parts of the files: no tensor is read whole."""
         prefix = self.prefix[id(decoder_of(self.model))]
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
 
-            def stored(name: str, tensor: Tensor) -> Tensor:
-                file = self.files.get(prefix + name)
-                if file is None:
-                    return tensor
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                found: Tensor = opened[file].get_tensor(prefix + name)  # a view of the mapped file
-                return found
+        def stored(name: str, tensor: Tensor) -> Tensor:
+            file = self.files.get(prefix + name)
+            if file is None:
+                return tensor
+            # a view of the mapped file, which is unmapped with it: else all that was looked at would stay in memory
+            with safe_open(file, framework="pt") as f:
+                found: Tensor = f.get_tensor(prefix + name)
+            return found
 
-            try:
-                return identity_of(self.model, stored)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise ArtifactError(
-                    f"the weights in {self.folder} cannot be read: {line(error)}. Save the model again."
-                ) from error
+        try:
+            return identity_of(self.model, stored)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"the weights in {self.folder} cannot be read: {line(error)}. Save the model again."
+            ) from error
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored as Stored
 from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
-from kvshrink.methods._types import Settings, check_types
+from kvshrink.methods._types import Settings, check_finite, check_types
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 
@@ -92,6 +92,7 @@ class Method(metaclass=Settings):
 
     def __post_init__(self) -> None:
         self.check()
+        check_finite(self.settings())
 
     def settings(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self)}

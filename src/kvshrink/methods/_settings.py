@@ -15,7 +15,8 @@ def require(ok: bool, what: str, remedy: str) -> None:
 def keep_and_bits(keep: object, bits: object) -> None:
     """Raise SettingError unless keep is a share above 0 and bits are those of a latent, or None."""
     require(0 < keep <= 1, f"keep={keep}", "Use a share of channels above 0, up to 1.")  # type: ignore[operator]
-    one_of("bits", bits, (None, *BITS))
+    require(bits is None or type(bits) is int, f"bits={bits}", "Use a whole number.")
+    require(bits is None or bits in BITS, f"bits={bits}", f"Use None or one of {BITS}.")
 
 
 def check_topk(topk: object) -> None:

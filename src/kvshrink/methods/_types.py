@@ -34,13 +34,25 @@ def check_types(cls: type, settings: Mapping[str, object]) -> None:
     for name, value in settings.items():
         hint = _hints(cls).get(name, object)
         if hint is not object:
-            check_type(name, value, hint)
+            _check(name, value, hint)
+
+
+def check_finite(settings: Mapping[str, object]) -> None:
+    """Raise SettingError on a number without end, where other checks let one pass."""
+    for name, value in settings.items():
+        if type(value) is float and not math.isfinite(value):
+            raise SettingError(f"{name}={value} is not possible. Use a finite number.")
 
 
 def check_type(name: str, value: object, hint: Any) -> None:
-    """Raise SettingError unless a value is of this type."""
+    """Raise SettingError unless a value is of this type, and finite."""
+    _check(name, value, hint)
+    check_finite({name: value})
+
+
+def _check(name: str, value: object, hint: Any) -> None:
     if not fits(value, hint):
-        raise SettingError(f"{name}={shown(value)} is not possible. Use {' or '.join(dict.fromkeys(_words(hint)))}.")
+        raise SettingError(f"{name}={shown(value)} is not possible. Use {_words(hint)}.")
 
 
 @cache
@@ -51,7 +63,7 @@ def _hints(cls: type) -> Mapping[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of this type; a number must be finite, and a whole one no larger than MOST."""
+    """Whether a value is of this type; a whole number must be no larger than MOST."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(type(value) is type(x) and value == x for x in parts)
@@ -65,7 +77,7 @@ def fits(value: object, hint: Any) -> bool:
             and all(fits(x, part) for x, part in zip(value, each, strict=True))
         )
     if hint is float:
-        return fits(value, int) or (type(value) is float and math.isfinite(value))
+        return fits(value, int) or type(value) is float
     return type(value) is hint and (hint is not int or abs(value) <= MOST)  # type: ignore[arg-type]
 
 
@@ -77,14 +89,14 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def _words(hint: Any) -> list[str]:
+def _words(hint: Any) -> str:
     """What may be used, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return [repr(x) for x in parts]
+        return " or ".join(map(repr, parts)) if len(parts) < 3 else f"one of {parts}"
     if origin in (Union, UnionType):
-        return [word for part in parts for word in _words(part)]
+        return " or ".join(dict.fromkeys(_words(part) for part in parts if part is not NoneType))
     if origin is tuple:
-        return ["numbers in brackets" if parts[-1] is Ellipsis else f"{len(parts)} numbers in brackets"]
-    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name", NoneType: "None"}
-    return [plain.get(hint) or hint.__name__]
+        return "numbers in brackets" if parts[-1] is Ellipsis else f"{len(parts)} numbers in brackets"
+    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+    return plain.get(hint) or str(hint.__name__)

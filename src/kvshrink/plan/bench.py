@@ -81,15 +81,18 @@ class Bench:
         return gather(self.model, self.fitted_rows, BATCH, self.progress, sample=True)
 
     @cached_property
+    @without_dropout
     def asks(self) -> Recall:
         """For methods that ask, while they are fitted, what a loss costs."""
         return Recall(self.model, self.infos, self.fitted_rows, WIDEST, self.progress)
 
     @cached_property
+    @without_dropout
     def judge(self) -> Recall:
         return Recall(self.model, self.infos, self.held_rows, WIDEST, False, chunk=WIDEST.page)
 
     @cached_property
+    @without_dropout
     def cached(self) -> Judge:
         """For methods of which a cache does more than codecs alone."""
         return Judge(self.judge, WIDEST.page)

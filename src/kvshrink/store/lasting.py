@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from kvshrink.store.modes import own_dtypes
+from kvshrink.store.modes import own_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +19,7 @@ R = TypeVar("R")
 def lasting(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function so that the tensors it makes are ordinary ones, whatever mode the caller is in."""
 
-    function = own_dtypes(function)
+    function = own_modes(function)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Modes of the caller that must not reach what is done here: autocast, torch.compile, and training of the model."""
+"""Modes of the caller that must not reach what is done here: autocast, a default device, torch.compile, training."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 P = ParamSpec("P")
 R = TypeVar("R")
-DEVICES = ("cpu", "cuda")  # kinds of device, each with an autocast of its own
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # kinds of device, each with an autocast of its own
 
 
 def autocast_on() -> bool:
@@ -20,9 +20,13 @@ def autocast_on() -> bool:
 
 
 @contextmanager
-def without_autocast() -> Iterator[None]:
-    """A block whose tensors keep their dtypes: autocast would round keys, and knows no scales in float16."""
+def outside_modes() -> Iterator[None]:
+    """A block whose tensors keep their dtypes and are where they are said to be.
+
+    Autocast would round keys, and knows no scales in float16; a default device would part small tables from the rest.
+    """
     with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
         for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -53,14 +57,15 @@ def without_dropout(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def own_dtypes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function outside of the caller's autocast."""
+def own_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function outside of the caller's autocast and default device."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not autocast_on():
+        # a default device is one of the modes on torch's stack of them
+        if not autocast_on() and not torch._C._len_torch_function_stack():
             return function(*args, **kwargs)
-        with without_autocast():
+        with outside_modes():
             return function(*args, **kwargs)
 
     return run
@@ -76,6 +81,6 @@ def at_once(function: Callable[P, R]) -> Callable[P, R]:
         compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         return outside(*args, **kwargs) if compiled else function(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code
-
+    made: Any = run
+    made.__code__ = made.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code
     return run

@@ -20,6 +20,7 @@ _FIDELITY = (
 )
 MOST = 2**28  # bytes
 TEXTS = {"method", "series", "task", "mode", "setting", "interval", "reason", "error"}
+COUNTS = {"length", "cases", "documents", "positions", "layer"}
 # what is read of every entry of a list
 FIELDS = {
     "lines": (*_ENTRY, *_LINE.split(), "lost", "won", "delta", "delta_low", "delta_high", "p"),
@@ -79,8 +80,8 @@ def _right(name: str, field: str, value: object) -> bool:
     if field == "by_distance":
         rows = value if isinstance(value, list) else [None]
         return all(isinstance(x, dict) and all(map(_is_measured, x.values())) for x in rows)
-    if (name, field) == ("fidelity", "length"):
-        return isinstance(value, int)
+    if field in COUNTS:
+        return isinstance(value, int) or (value is None and field == "length" and name != "fidelity")
     return _is_measured(value)
 
 

@@ -50,7 +50,7 @@ def fold(
     top = torch.maximum(state.top, scores.amax(-1, keepdim=True))
     # a row that has seen nothing yet has top = -inf; subtracting 0 instead keeps its weights 0 rather than NaN
     base = top.masked_fill(top == -torch.inf, 0.0)
-    weights = scores.sub_(base).exp_()
+    weights = (scores - base).exp() if scores.requires_grad else scores.sub_(base).exp_()
     shrink = (state.top - base).exp()
     read = _by_group(weights, values)
     return Running(top, state.mass * shrink + weights.sum(-1, keepdim=True), state.values * shrink + read)
@@ -65,7 +65,8 @@ def _by_group(rows: Float[Tensor, "b h x i"], shared: Float[Tensor, "b G i j"]) 
 
 def finish(state: Running) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """Normalised output and its log-sum-exp; a row that saw nothing gives 0 and -inf."""
-    return state.values / state.mass.clamp_min(1e-30), state.top + state.mass.log()
+    mass = state.mass.clamp_min(1e-30)
+    return state.values / mass, state.top + mass.log()
 
 
 def join(

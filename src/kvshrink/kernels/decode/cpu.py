@@ -68,7 +68,7 @@ def decode(
     pages = inputs.check(query, keys, basis, turn, values, visible, softcap)
     b, h, x, wide = query.shape
     held: list = []  # what the pointers of the job point to
-    out, lse = torch.empty(b, h, x, values.width), torch.empty(b, h, x, 1)
+    out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (values.width, 1))
     if lse.numel() == 0:
         return out, lse
     job = _Job(batch=b, heads=h, x=x, wide=wide, pages=pages, threads=torch.get_num_threads())
@@ -135,7 +135,7 @@ def _side(packed: Packed, held: list) -> _Side:
     side.data_row, side.data_page, side.data_group = (s * data.itemsize for s in data.stride()[:3])
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
     if packed.form == "table":  # strides stay 0: one page of zeros for all
-        side.low = _pointer(torch.zeros(packed.stored["scale"].shape[3:], dtype=torch.float16), held)
+        side.low = _pointer(data.new_zeros(packed.stored["scale"].shape[3:], dtype=torch.float16), held)
     for field, name in zip(("scale", "low"), inputs.NUMBERS.get(packed.form, ()), strict=False):
         t = inputs.whole(packed.stored[name])
         setattr(side, field, _pointer(t, held))
@@ -158,7 +158,7 @@ def _runs(runs: tuple[tuple[int, int], ...]) -> tuple[ctypes.Array, ctypes.Array
 @cache
 def _levels(normal: bool) -> Float[Tensor, "9 256"]:
     """What a code of so many bits stands for, before scale and minimum."""
-    table = torch.arange(256, dtype=torch.float32).repeat(9, 1)
+    table = torch.arange(256, dtype=torch.float32, device="cpu").repeat(9, 1)
     if normal:
         for bits in WIDTHS:
             table[bits, : 2**bits] = levels(bits)
@@ -168,6 +168,6 @@ def _levels(normal: bool) -> Float[Tensor, "9 256"]:
 def _table(packed: Packed) -> Float[Tensor, "9 256"]:
     """The levels of a form that brings its own."""
     assert packed.levels is not None
-    table = torch.zeros(9, 256)
+    table = torch.zeros(9, 256, dtype=torch.float32, device="cpu")
     table[packed.runs[0][0], : len(packed.levels)] = packed.levels.cpu()
     return table

@@ -61,7 +61,7 @@ class Palu(Method):
     def check(self) -> None:
         super().check()
         keep_and_bits(self.keep, self.bits)
-        require(self.group_heads >= 1, f"group_heads={self.group_heads}", "Use 1 or more.")
+        require(self.group_heads >= 1, f"group_heads={self.group_heads}", "Use a whole number, 1 or more.")
 
     @property
     def probes(self) -> bool:

@@ -76,7 +76,7 @@ def _documents(subset: str, path: str | Path | None, hub: bool) -> list[tuple[st
     found = []
     for i, row in enumerate(rows):
         if "qa_pairs" in row and "input" in row:
-            pairs = row["qa_pairs"]
+            pairs: Any = row["qa_pairs"]
             pairs = literal(pairs) if isinstance(pairs, str) and pairs != "none" else pairs
             asked = [("", row.get("output"))] if pairs == "none" else [(pair["Q"], pair["A"]) for pair in pairs]
             found += [(row["input"], question, answer) for question, answer in asked]

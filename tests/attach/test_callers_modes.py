@@ -165,23 +165,52 @@ def test_continuous_batching_says_what_to_do(model):
     assert "\n" not in str(error.value)
 
 
-def gradients(model, cache_of) -> Tensor:
+def gradients(model, ids: Tensor, cache=None) -> Tensor:
     model.zero_grad()
-    ids = tokens(1, 60)
-    model(ids, labels=ids, past_key_values=cache_of()).loss.backward()
+    model(ids, labels=ids, past_key_values=cache).loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("implementation", [NAME, "sdpa"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_gradients_are_right_or_refused(model, implementation, mode):
+    """Right for a prompt, as long as attention sees what the model gave; what is stored has none."""
+    model.requires_grad_(True).train()
+    ids = tokens(1, 70)
+    wanted = gradients(model, ids[:, :60], DynamicCache(config=model.config))
+    with mode():
+        cache = kvshrink.make_cache(model, METHOD)
+    model.set_attn_implementation(implementation)
+    torch.testing.assert_close(gradients(model, ids[:, :60], cache), wanted)
+    loss = model(ids[:, 60:], labels=ids[:, 60:], past_key_values=cache).loss
+    assert cache.get_seq_length() == 70, "who asks for no gradient is not disturbed"
+    with pytest.raises(CacheError, match="gradients do not pass through a shrunken cache"):
+        loss.backward()
 
 
 def test_gradient_checkpointing_refuses_our_cache_alone(model):
     model.requires_grad_(True).train()
-    wanted = gradients(model, lambda: DynamicCache(config=model.config))
-    torch.testing.assert_close(gradients(model, lambda: kvshrink.make_cache(model, METHOD)), wanted)
+    ids = tokens(1, 70)
     model.activation_checkpointing_enable({"use_reentrant": False})
+    wanted = gradients(model, ids)
+    cache = kvshrink.make_cache(model, METHOD)
     with pytest.raises(CacheError, match=r"gradient checkpointing drops the cache.*model\.eval\(\)"):
-        gradients(model, lambda: kvshrink.make_cache(model, METHOD))
-    torch.testing.assert_close(gradients(model, lambda: None), wanted)
+        gradients(model, ids, cache)
+    torch.testing.assert_close(gradients(model, ids), wanted)
     model.eval()
-    torch.testing.assert_close(gradients(model, lambda: kvshrink.make_cache(model, METHOD)), wanted)
+    torch.testing.assert_close(gradients(model, ids, cache), wanted)
+
+
+def test_a_default_device_of_the_caller_changes_nothing(model):
+    """As `torch.set_default_device` sets it: what we make for a model is where the model is."""
+    ids = tokens(1, 120)
+    fitted = kvshrink.fit(model, CSKV(keep=1.0, bits=None, window=8), tokens(4, 64), progress=False)
+    wanted = logits(model, DynamicCache(config=model.config), ids)
+    for method in (METHOD, fitted):
+        kvshrink.detach(model)
+        with torch.device("meta"):
+            cache = kvshrink.make_cache(model, method)
+        torch.testing.assert_close(logits(model, cache, ids), wanted, atol=2e-4, rtol=0)
 
 
 # --- a used cache ---
