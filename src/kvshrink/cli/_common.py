@@ -97,7 +97,7 @@ def load(name: str) -> tuple[Any, Any]:
             f"cannot load model {name!r}: {len(wrong)} of its tensors are in no file or misshapen ({wrong[0]}). "
             "Save it again."
         )
-    known, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
+    known, rows = tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0]
     if known > rows:
         raise KVShrinkError(
             f"cannot load model {name!r}: its tokenizer has {known} tokens, the model {rows}. They are of two models."

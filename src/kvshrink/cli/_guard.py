@@ -58,7 +58,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
         return f"out of memory: {line(error)}. Use a smaller --batch, --tokens or --length."
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot read or write {error.filename or 'standard output'}: {error.strerror}."
+        return f"cannot read or write {error.filename or 'a file or standard output'}: {error.strerror}."
     return (
         f"this is a bug in kvshrink: {type(error).__name__}: {line(error)}. Please report it; "
         f"with {TRACEBACK}=1 in the environment the command shows where it happened."
