@@ -18,7 +18,7 @@ from kvshrink.store.lasting import lasting
 from kvshrink.store.reason import line
 
 Place = tuple[LayerShape, torch.device]  # of a layer
-Ladders = dict[tuple[tuple[int, Place], ...], dict[int, tuple[Tier, ...]]]
+Ladders = dict[tuple, dict[int, tuple[Tier, ...]]]  # by page and places
 LADDERS: "WeakKeyDictionary[Method | Artifact, Ladders]" = WeakKeyDictionary()
 
 
@@ -30,7 +30,7 @@ def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[
     """
     # methods are equal by their settings; an artifact's tensors are its own
     made = LADDERS.setdefault(artifact if artifact.layers else artifact.method, {})
-    key = tuple(places.items())
+    key = (artifact.method.page, *places.items())
     if key not in made:
         found: dict[int, tuple[Tier, ...]] = {}
         page: Stored | None = None

@@ -87,8 +87,10 @@ class Method(metaclass=Settings):
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
         check_types(type(self), self.settings())
-        require(1 <= self.window <= EXACT, f"window={self.window}", f"Use 1 to {EXACT} tokens.")
-        require(0 <= self.sinks <= EXACT, f"sinks={self.sinks}", f"Use 0 to {EXACT} tokens.")
+        require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
+        require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        for name in ("window", "sinks"):
+            require(getattr(self, name) <= EXACT, f"{name}={getattr(self, name)}", f"Use at most {EXACT} tokens.")
 
     def __post_init__(self) -> None:
         self.check()
