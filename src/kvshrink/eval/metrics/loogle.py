@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
-from kvshrink.data.text import literal
+from kvshrink.data import text as texts
 from kvshrink.eval.metrics import _text
 
 
@@ -72,7 +72,7 @@ def _runs(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
 def _cloze(text: str, answer: str, same: Any) -> float:
     wanted = json.loads(answer)
     try:
-        found: Any = literal(text.strip())
+        found: Any = texts.literal(text.strip())
         right = sum(same(found[mask], entity) for mask, entity in wanted.items() if mask in found)
     except (ValueError, TypeError, AttributeError):
         return 0.0
