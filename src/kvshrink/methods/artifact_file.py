@@ -19,6 +19,7 @@ from kvshrink.methods._roles import Fitted, Method
 from kvshrink.store import files
 from kvshrink.store.atomic import refusing, staged, sync_names
 from kvshrink.store.digest import digest
+from kvshrink.store.lock import locked
 from kvshrink.store.reason import line
 
 VERSION = 2
@@ -26,7 +27,6 @@ CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
 KEYS = {"version", "method", "settings", "layers", "model", "provenance", "sha256"}
 SPARE = re.compile(r"kvshrink-[0-9a-f]{16}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-TRIES = 5  # to read what another process is writing just now
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,20 @@ def write(folder: Path, content: Content) -> None:
 
 def read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict, dict]:
     """(method, layers, model, provenance). Raises ArtifactError on anything that was not written so."""
-    data: dict[str, Any] = {}
-    for _ in range(TRIES):
-        before, data = data, files.read_json(folder / CONFIG)
-        method = _described(data, folder / CONFIG)
+    try:
+        return _read(folder)
+    except ArtifactError as error:  # perhaps it is being written just now, so once more while nobody may
         try:
-            tensors = _weights(folder, data)
-        except ArtifactError:
-            if data == before:
-                raise
-        else:
-            return method, _layers(tensors, data, folder / CONFIG), data["model"], data["provenance"]
-    raise ArtifactError(f"{folder} is being written again and again. Read it when that has ended.")
+            with locked(folder):
+                return _read(folder)
+        except OSError:
+            raise error from None
+
+
+def _read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict, dict]:
+    data = files.read_json(folder / CONFIG)
+    method, tensors = _described(data, folder / CONFIG), _weights(folder, data)
+    return method, _layers(tensors, data, folder / CONFIG), data["model"], data["provenance"]
 
 
 def _spare(sha256: str) -> str:
