@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import RTN
@@ -204,4 +204,17 @@ def test_eager_attention_adds_bools_to_the_scores():
     with torch.no_grad():
         got = subject("gemma2")(tokens(1, 10), attention_mask=additive(causal(10, 10)), past_key_values=cache).logits
         wanted = reference("gemma2")(tokens(1, 10)).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_an_implementation_chosen_and_given_back_leaves_masks_their_meaning():
+    """By the bare name, as transformers lets anyone choose one."""
+    model = LlamaForCausalLM(reference("llama").config).eval()
+    model.load_state_dict(reference("llama").state_dict())
+    cache = kvshrink.make_cache(model, METHOD)
+    for name in ("eager", "kvshrink"):
+        model.set_attn_implementation(name)
+    with torch.no_grad():
+        got = model(tokens(1, T), attention_mask=packed(), past_key_values=cache).logits
+        wanted = reference("llama")(tokens(1, T), attention_mask=packed()).logits
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)

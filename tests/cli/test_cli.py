@@ -142,8 +142,15 @@ def test_group_heads_by_name_number_or_none(run, text, tmp_path, given, fitted):
     assert rows[0] == rows[1]
 
 
-def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text, monkeypatch):
+@pytest.fixture
+def small_probe(monkeypatch):
+    """One row of 512 tokens instead of four of 2,048."""
     monkeypatch.setattr(probe, "ROWS", 1)
+    monkeypatch.setattr(probe, "LENGTH", 512)
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text):
     args = ("--text", text, "--length", 256)
     code, out, _ = run("fit", "--method", "spectral:kept=0.1", *args, "--out", "art", "--json")
     assert code == 0
@@ -157,6 +164,7 @@ def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_probe")
 def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
     code, out, _ = run("demo", "--cases", 1, "--json")
     assert code == 0

@@ -194,7 +194,7 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
         ({"stored": ("longbench:subset=qasper,path=nowhere.jsonl",)}, "no file or folder nowhere.jsonl"),
         ({"stored": ("passkey:colour=red",)}, "no setting 'colour'"),
         ({"stored": ("passkey:path=README.md", "passkey:path=README.md")}, "two tasks are called"),
-        ({"lengths": (10,), "documents": 0}, "no task fits"),
+        ({"lengths": (16,), "documents": 0}, "no task fits"),
         ({"lengths": (100,), "scored": 100}, "scored"),
     ],
 )

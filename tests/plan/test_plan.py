@@ -17,7 +17,7 @@ from kvshrink.eval.budget import Room
 from kvshrink.eval.outcomes import Log
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
-from kvshrink.fit.probe import LENGTH, Recall, recall_rows
+from kvshrink.fit.probe import Recall, recall_rows, row_length
 from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
@@ -38,9 +38,10 @@ QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    """One row for the probe instead of four, fewer losses, and points for the front only where a test asks for them."""
+    """One row of 1,024 tokens for the probe instead of four of 2,048, fewer losses, and points for the front only where a test asks for them."""
     monkeypatch.setattr(spectral, "POINTS", (0.0, 0.5, 1.0, 2.0, 4.0))
     monkeypatch.setattr(probes, "ROWS", 1)
+    monkeypatch.setattr(probes, "LENGTH", 1024)
     monkeypatch.setattr("kvshrink.plan.search.LEVELS", ())
 
 
@@ -318,7 +319,7 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama):
         pair = method.codecs(shape, {})
         found[method.window] = got = judge.seen_by(method).kl(dict.fromkeys(range(2), pair))
         total = 0.0
-        made = recall_rows(rows, LENGTH, benches.WIDEST)
+        made = recall_rows(rows, row_length(model, rows), benches.WIDEST)
         for row, exact in zip(made[:, None], judge.wanted, strict=True):
             cache = make_cache(model, method)
             with torch.no_grad():
@@ -354,7 +355,7 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
         ({"method": "magic"}, r"is edited: no method 'magic'"),
         ({"settings": 3}, "is edited"),
         ({"kl": 0.5}, "is edited: sha256 differs"),
-        ({"model": []}, "is edited: its model has no name and fingerprint"),
+        ({"model": []}, "is edited: its model has no name"),
     ):
         path.write_text(json.dumps(data | change))
         with pytest.raises(ArtifactError, match=message):

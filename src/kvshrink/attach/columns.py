@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from kvshrink.attach.implementation import named
+from kvshrink.attach.implementation import previous
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
 from kvshrink.shapes import Bool, Int
@@ -34,10 +34,10 @@ def new_tokens(mask: Tensor | None, b: int, s: int) -> Bool[Tensor, "b s"] | Non
     return None if bool(real.all()) else real
 
 
-def check_columns(cache: KVCache, config: Any, mask: Any, positions: Any, b: int, s: int) -> None:
+def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: int, s: int) -> None:
     """Raise CacheError for a mask or positions that the cache cannot honour. `mask` may be one for each kind of layer.
 
-    config: the decoder's. b rows of s new tokens.
+    decoder: the attached one. b rows of s new tokens.
     """
     seen, pads = cache.get_seq_length(), cache.table.pads
     # by kind of layer, it is that of full attention that speaks of all columns
@@ -45,12 +45,12 @@ def check_columns(cache: KVCache, config: Any, mask: Any, positions: Any, b: int
     if full is not None:
         _check_shape(full, b, s, seen)
         if full.dim() == 4:
-            _check_entries(cache, config, full)
+            _check_entries(cache, decoder, full)
         if full.dim() == 4 and full is mask:
             _check_windows(cache, s, seen)
     if pads is not None:
         _refuse_shown(full, pads, s) if full is not None else _refuse_unmasked(pads, seen + s)
-    several = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+    several = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
     if not (several and isinstance(positions, Tensor) and positions.dim() == 3):  # of which the model hands on one
         _check_positions(positions, new_tokens(full, b, s), b, s)
 
@@ -73,8 +73,8 @@ def _check_shape(mask: Any, b: int, s: int, seen: int) -> None:
         )
 
 
-def _check_entries(cache: KVCache, config: Any, mask: Tensor) -> None:
-    before = named(config) or "eager"
+def _check_entries(cache: KVCache, decoder: Any, mask: Tensor) -> None:
+    before = previous(decoder)
     if "flash" in before:
         raise CacheError(f"{before} takes no 4-D attention_mask. Pass a 2-D one, or load the model with 'sdpa'.")
     if mask.dtype == torch.bool:

@@ -106,8 +106,9 @@ def _inspected(model: PreTrainedModel, tower: Any) -> Attachment:
 def _apply(tower: nn.Module, attachment: Attachment) -> None:
     _strip(tower)  # a layer may be the copy of an attached one
     before = {id(config): name for config, name in attachment.configs}
+    for module in (tower, *(info.module for info in attachment.layers)):
+        setattr(module, PREVIOUS, before[id(module.config)])
     for info in attachment.layers:
-        setattr(info.module, PREVIOUS, before[id(info.module.config)])
         info.module.register_forward_pre_hook(Stage(info, attachment.name), with_kwargs=True)
     for check in (check_use, CheckInput(attachment.name)):
         tower.register_forward_pre_hook(check, with_kwargs=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from kvshrink.errors import CacheError
 
 NAME = "kvshrink"
-PREVIOUS = "_kvshrink_previous"  # attribute of an attention module: what its config named when it was attached
+PREVIOUS = "_kvshrink_previous"  # attribute of the decoder and its attention: what its config named before attach
 
 
 class Ours(str):
@@ -42,7 +42,7 @@ def named(config: PreTrainedConfig, default: str | None = "eager") -> str | None
 
 
 def previous(module: Any) -> str:
-    """The implementation that takes the calls of an attention module that are not ours."""
+    """The implementation that takes the calls of an attached module that are not ours."""
     before = named(module.config, getattr(module, PREVIOUS, None))
     return before or "eager"
 

@@ -91,4 +91,4 @@ def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: di
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
     check_owner(module, name, cache, s)
-    check_columns(cache, module.config, kwargs.get("attention_mask"), kwargs.get("position_ids"), b, s)
+    check_columns(cache, module, kwargs.get("attention_mask"), kwargs.get("position_ids"), b, s)

@@ -158,9 +158,9 @@ def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
 
 
 def recall_rows(
-    rows: Int[Tensor, "rows length"], length: int, method: Method, count: int = ROWS, plain: bool = False
+    rows: Int[Tensor, "rows length"], length: int, method: Method, count: int | None = None, plain: bool = False
 ) -> Int[Tensor, "made tokens"]:
-    """`count` rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
+    """`count` (None: ROWS) rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
     """
@@ -172,7 +172,7 @@ def recall_rows(
     if room <= method.sinks:
         least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
-    draw, made = random.Random(SEED), []
+    draw, made, count = random.Random(SEED), [], ROWS if count is None else count
     for i in range(count):
         # evenly over the text, so that a mixed text is probed in all its parts
         at = round(i * (len(stream) - context) / max(1, count - 1))
