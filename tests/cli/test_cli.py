@@ -18,7 +18,7 @@ CODECS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantise
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(data.path("calibration.txt").read_text(encoding="utf-8")[:12_000])
+    file.write_text(data.path("calibration.txt").read_text(encoding="utf-8")[:6_000])
     return file
 
 

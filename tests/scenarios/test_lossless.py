@@ -25,6 +25,8 @@ CASES_OF = {
     "rope_commuting": {"left_padded": ("ours", "materialised"), "chunks_of_7": ("ours",)},
     "sals": {"left_padded": ("ours",), "beams": ("ours",)},
 }
+# the keys and values that another attention is given do not depend on the family beyond these kinds of layers
+MATERIALISED = ("llama", "qwen2_mixed", "gemma2", "glm4", "mistral_sliding")
 SETTINGS = {"sals": {"topk": 1.0}}  # chooses every token, and reads them one by one
 BY_NAME = {scenario.__name__: scenario for scenario in scenarios.SCENARIOS}
 CASES = [
@@ -33,6 +35,7 @@ CASES = [
     for name in BY_NAME
     for method in ("cskv", *CASES_OF)
     for attention in ("ours", "materialised")
+    if attention == "ours" or family in MATERIALISED
     if method == "cskv" or (attention in CASES_OF[method].get(name, ()) and FAMILIES[family].compressed)
 ]
 

@@ -88,6 +88,9 @@ def fit_all(
     infos = layers_of(source.model)
     shapes = [shape_of(info.module) for info in infos if info.compressed]
     methods = [method.settle(shapes, source.device) for method in methods]
+    for method in methods:
+        for shape in dict.fromkeys(shapes):
+            method.bits_per_token(shape, {})  # what these shapes make impossible is refused now, not after the pass
     page = max(method.page for method in methods)
     rows = _enough(rows_of(data, lambda: tokenizer or _tokenizer(source.name), length, page), methods)
     _check_ids(rows, text_config(source.model).vocab_size)

@@ -86,7 +86,7 @@ class Method(metaclass=Settings):
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
-        check_types(type(self), self.settings())
+        check_types(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
         require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
         for name in ("window", "sinks"):
