@@ -160,7 +160,9 @@ def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
 def recall_rows(
     rows: Int[Tensor, "rows length"], length: int, method: Method, count: int | None = None, plain: bool = False
 ) -> Int[Tensor, "made tokens"]:
-    """`count` rows (None: ROWS) of `length` tokens: text, then a passage of it again; with `plain` every other just goes on.
+    """`count` rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
+
+    count: None for ROWS.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
     """
