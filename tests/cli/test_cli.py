@@ -7,10 +7,10 @@ import pytest
 
 from kvshrink import data, methods
 from kvshrink.eval.runner import Runner
-from kvshrink.fit import probe
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store.digest import sealed
+from tests.probes import small_probe
 
 CODECS = [n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents]
 
@@ -142,14 +142,7 @@ def test_group_heads_by_name_number_or_none(run, text, tmp_path, given, fitted):
     assert rows[0] == rows[1]
 
 
-@pytest.fixture
-def small_probe(monkeypatch):
-    """One row of 512 tokens instead of four of 2,048."""
-    monkeypatch.setattr(probe, "ROWS", 1)
-    monkeypatch.setattr(probe, "LENGTH", 512)
-
-
-@pytest.mark.usefixtures("small_probe")
+@small_probe()
 def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text):
     args = ("--text", text, "--length", 256)
     code, out, _ = run("fit", "--method", "spectral:kept=0.1", *args, "--out", "art", "--json")
@@ -164,7 +157,7 @@ def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_probe")
+@small_probe()
 def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
     code, out, _ = run("demo", "--cases", 1, "--json")
     assert code == 0

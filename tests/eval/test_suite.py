@@ -14,6 +14,7 @@ from kvshrink.eval.catalogue import Choice, choices, gather
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.runner import Runner
 from kvshrink.eval.suite import Settings, Suite
+from tests.probes import small_probe
 
 SETTINGS = Settings(
     model="reference",
@@ -25,6 +26,12 @@ SETTINGS = Settings(
     documents=2,
     scored=12,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with small_probe():
+        yield
 
 
 @pytest.fixture(scope="module")
