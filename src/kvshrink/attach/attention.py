@@ -90,10 +90,6 @@ def _dense(
         mask = _additive(mask, query, key)
     else:
         call = ALL_ATTENTION_FUNCTIONS[name]
-        if "flash" in name and mask is not None:
-            # flash takes the padding alone, [b, t]; the last new token sees all that is no pad
-            mask = mask[:, 0, -1]
-            mask = None if bool(mask.all()) else mask
     return call(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
 
 

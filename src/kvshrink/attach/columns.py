@@ -16,13 +16,14 @@ from kvshrink.errors import CacheError
 from kvshrink.shapes import Bool, Int
 
 MOST = torch.iinfo(torch.int32).max  # positions are stored in 32 bits
+HIDDEN = -1e4  # added to a score it leaves no weight; masks are written with it, with -1e9 and with a dtype's lowest
 
 
 def shown(mask: Tensor) -> Bool[Tensor, "..."]:
     """Which entries of a mask let a token be seen: of a 2-D one all but 0, as transformers reads it."""
     if mask.dtype == torch.bool or mask.dim() == 2:
         return mask.bool()
-    return mask > torch.finfo(mask.dtype).min / 2  # an additive one
+    return mask > HIDDEN  # an additive one
 
 
 def new_tokens(mask: Tensor | None, b: int, s: int) -> Bool[Tensor, "b s"] | None:
@@ -43,7 +44,7 @@ def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: in
     # by kind of layer, it is that of full attention that speaks of all columns
     full = mask.get("full_attention") if isinstance(mask, dict) else mask
     if full is not None:
-        _check_shape(full, b, s, seen)
+        _check_shape(full, b, s, seen, decoder.config.num_attention_heads)
         if full.dim() == 4:
             _check_entries(cache, decoder, full)
         if full.dim() == 4 and full is mask:
@@ -55,7 +56,7 @@ def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: in
         _check_positions(positions, new_tokens(full, b, s), b, s)
 
 
-def _check_shape(mask: Any, b: int, s: int, seen: int) -> None:
+def _check_shape(mask: Any, b: int, s: int, seen: int, heads: int) -> None:
     if not isinstance(mask, Tensor):
         raise CacheError(f"attention_mask is a {type(mask).__name__}. Pass a tensor, ({b}, {seen + s}) for this step.")
     shape, t = tuple(mask.shape), seen + s
@@ -66,17 +67,15 @@ def _check_shape(mask: Any, b: int, s: int, seen: int) -> None:
                 f"it must be ({b}, {t}), one column for every token so far."
             )
         return
-    if mask.dim() != 4 or shape[0] not in (1, b) or shape[2:] != (s, t):
+    if mask.dim() != 4 or shape[0] not in (1, b) or shape[1] not in (1, heads) or shape[2:] != (s, t):
         raise CacheError(
             f"attention_mask has shape {shape}, but the cache holds {seen} tokens and the input {b} x {s}: it must be "
-            f"({b}, {t}), or ({b}, 1 or query heads, {s}, {t}) to say it for each new token."
+            f"({b}, {t}), or ({b}, 1 or {heads} query heads, {s}, {t}) to say it for each new token."
         )
 
 
 def _check_entries(cache: KVCache, decoder: Any, mask: Tensor) -> None:
     before = previous(decoder)
-    if "flash" in before:
-        raise CacheError(f"{before} takes no 4-D attention_mask. Pass a 2-D one, or load the model with 'sdpa'.")
     if mask.dtype == torch.bool:
         if before == "eager":
             raise CacheError(
@@ -138,7 +137,7 @@ def _check_positions(positions: Any, real: Bool[Tensor, "b s"] | None, b: int, s
     of_tokens = positions if real is None else positions.expand(b, s)[real]
     if not of_tokens.numel():
         return
-    least, most = (int(x) for x in of_tokens.aminmax())
+    least, most = torch.stack(of_tokens.aminmax()).tolist()  # one wait for the device
     if least < 0 or most > MOST:
         raise CacheError(f"position_ids of tokens go from {least} to {most}. Only 0 to {MOST} can be stored.")
 

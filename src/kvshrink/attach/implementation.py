@@ -53,7 +53,7 @@ def is_ours(module: Any) -> bool:
     Raises CacheError for an implementation whose masks we cannot read.
     """
     name = module.config._attn_implementation
-    if name is not None and "flex" in name:
+    if name is not None and ("flex" in name or "flash" in name):
         raise CacheError(f"{name!r} was chosen after attach, and cannot read a shrunken cache. Choose 'sdpa'.")
     return bool(name == NAME)
 

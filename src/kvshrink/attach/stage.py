@@ -1,5 +1,6 @@
 """Pre-hooks: what one step hands to a cache that transformers does not pass, and input refused before it runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from kvshrink.attach.columns import check_columns, new_tokens, positions_of
 from kvshrink.attach.families import LayerInfo, queries
 from kvshrink.attach.implementation import is_ours
+from kvshrink.attach.inputs import by_name, extra
+from kvshrink.attach.keywords import check_keywords
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
@@ -38,6 +41,11 @@ class Stage:
         seen = cache.layers[self.index].get_seq_length()
         positions = positions_of(module, kwargs.get("position_ids"))
         own = is_ours(module)
+        held = cache.layers[self.index]
+        if isinstance(held, CompressedLayer):  # refused here, where no layer holds the new tokens yet
+            if own and held.shrunken:
+                check_keywords(extra(module, kwargs), type(module).__name__)
+            held.check_next(own)
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = new_tokens(kwargs.get("attention_mask"), b, s) if cache.table.length == seen else None
         rope = self.rope
@@ -66,17 +74,17 @@ class CheckInput:
     name: str
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
+        given = by_name(module, args, kwargs)
+        cache = given.get("past_key_values")
         if isinstance(cache, KVCache):
-            _check_input(self.name, cache, module, args, kwargs)
+            _check_input(self.name, cache, module, given)
 
 
 @at_once
 @own_modes
-def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: dict) -> None:
-    given = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    given = args[0] if given is None and args else given
+def _check_input(name: str, cache: KVCache, module: Any, arguments: Mapping[str, Any]) -> None:
+    given = arguments.get("input_ids")
+    given = arguments.get("inputs_embeds") if given is None else given
     if given is None:
         return
     cache.check_whole()
@@ -91,4 +99,4 @@ def _check_input(name: str, cache: KVCache, module: Any, args: tuple, kwargs: di
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
     check_owner(module, name, cache, s)
-    check_columns(cache, module, kwargs.get("attention_mask"), kwargs.get("position_ids"), b, s)
+    check_columns(cache, module, arguments.get("attention_mask"), arguments.get("position_ids"), b, s)

@@ -1,4 +1,4 @@
-"""A copy of one attention module to try things on: the model itself is never run, changed, or switched to eval.
+"""A copy of one attention module to try things on: the model itself is not changed, nor switched to eval.
 
 Float weights come as float32 (those that are float32 already are shared), so that what a bfloat16 model rounds away
 cannot hide a difference. Weights that are stored in another way stay as they are.

@@ -79,10 +79,6 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        if key_states.dtype != self.shape.dtype:
-            raise CacheError(
-                f"the cache was made for {self.shape.dtype}, the model gives {key_states.dtype}. Make a new cache."
-            )
         self.is_initialized = True
 
     @appending
@@ -93,6 +89,11 @@ class CompressedLayer(CacheLayerMixin):
         staged, self.staged = self.staged, None
         if staged is None:
             raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
+        if key_states.dtype != self.shape.dtype:  # the model's may have changed since
+            raise CacheError(
+                f"the cache was made for {self.shape.dtype}, the model gives {key_states.dtype}. Make a new cache."
+            )
+        self.check_next(staged.own_attention)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._count(staged, *key_states.shape[::2])
@@ -113,6 +114,19 @@ class CompressedLayer(CacheLayerMixin):
         keys = keys.view_as(keys)
         keys._kvshrink = handle  # type: ignore[attr-defined]
         return keys, values
+
+    @property
+    def shrunken(self) -> bool:
+        """Whether some tokens are in the window no more."""
+        return self.seen > self.window.count
+
+    def check_next(self, own_attention: bool) -> None:
+        """Raise CacheError if the next step cannot be given what it must read."""
+        if not own_attention and self.shrunken and self.body.drops:
+            raise CacheError(
+                f"{type(self.method).__name__} drops tokens, which the model's own attention cannot express. "
+                "Use model.set_attn_implementation('kvshrink')."
+            )
 
     def _count(self, staged: Staged, b: int, s: int) -> None:
         """Enter the new columns into the token table, which the step's first compressed layer does for all."""
@@ -185,11 +199,6 @@ class CompressedLayer(CacheLayerMixin):
         """All tokens at full width, for attention implementations other than ours: slower, equally right."""
         from kvshrink.cache.attend import rebuild
 
-        if self.body.drops:
-            raise CacheError(
-                f"{type(self.method).__name__} drops tokens, which the model's own attention cannot express. "
-                "Use model.set_attn_implementation('kvshrink')."
-            )
         return rebuild(handle, keys, values)
 
     # --- what transformers asks of a cache layer ---

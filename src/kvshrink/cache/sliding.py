@@ -17,10 +17,11 @@ def check_crop(layer: Any, count: int) -> None:
     seen = layer.get_seq_length()
     if count > seen:
         raise CacheError(f"cannot crop {count} tokens: the cache holds {seen}. Crop fewer or call reset().")
-    if count and seen >= layer.sliding_window and not layer.record_past:
+    held = sliding_tensors(layer)["keys"].shape[2] if seen else 0
+    if count and held - count < min(seen - count, layer.sliding_window - 1):
         raise CacheError(
             f"cannot crop {count} tokens: a layer with a sliding window of {layer.sliding_window} has let older ones "
-            "go. Call activate_past_recording() first, or crop before the window is full."
+            "go. Crop before the window is full, or call activate_past_recording() before those tokens come."
         )
 
 
