@@ -398,3 +398,11 @@ def test_a_checkpoint_of_changed_embeddings_is_not_taken(tmp_path, rows):
     net.get_input_embeddings().weight.data[::2].neg_()
     after = kvshrink.fit(net, CSKV(keep=0.5), rows, **settings)
     assert not torch.equal(after.layers[2]["key_mean"], before.layers[2]["key_mean"])
+
+
+def test_rows_are_no_longer_than_the_context(model, monkeypatch):
+    """By default: positions that a model never had would be fitted with the others."""
+    text = " ".join(map(str, range(1000)))
+    monkeypatch.setattr(model.config, "max_position_embeddings", 96)
+    artifact = kvshrink.fit(model, CSKV(keep=0.5, window=8), text, Words(), progress=False)
+    assert artifact.provenance["rows"] == [10, 96]

@@ -15,17 +15,17 @@ from kvshrink.store.modes import at_once
 
 def by_name(module: Any, args: tuple, kwargs: dict) -> Mapping[str, Any]:
     """A decoder's arguments by the names that it gives them, also those that came by their place."""
-    return {**dict(zip(_names(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    return {**dict(zip(_names(module.__class__), args, strict=False)), **kwargs} if args else kwargs
 
 
 def extra(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that a module does not name itself, but hands on."""
-    return {k: v for k, v in kwargs.items() if k not in _names(type(module))}
+    return {k: v for k, v in kwargs.items() if k not in _names(module.__class__)}
 
 
 @cache
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def check_use(module: Any, args: tuple, kwargs: dict) -> None:

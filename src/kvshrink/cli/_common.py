@@ -18,6 +18,7 @@ from rich.table import Table
 from kvshrink.errors import KVShrinkError, SettingError
 from kvshrink.eval.catalogue import check_context, context_of
 from kvshrink.eval.entries import parse_all
+from kvshrink.fit.job import ROW
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.reference import FOLDER
@@ -25,7 +26,7 @@ from kvshrink.store.reason import line
 
 MANY = 2**31 - 1  # tokens, rows or steps: more is a slip of the hand
 MOST_CASES = 10_000  # samples or texts; all of them are held at once
-ROW = 1024  # tokens of a calibration row
+
 MOST_ROWS = 1024  # sequences in a forward
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a hub id, or 'reference' (bundled).")]

@@ -27,7 +27,8 @@ def run_folder(
 ) -> Iterator[None]:
     """The folder is this run's alone while it works.
 
-    asked: what its results depend on. writes: names in the folder; begun: those that an interrupted run leaves.
+    asked: what its results depend on. writes: names in the folder, or patterns; begun: those that an interrupted run
+    leaves.
     Raises SettingError on a folder with results of something else, or that another run works in, and ArtifactError on
     one that cannot be written.
     """
@@ -40,7 +41,10 @@ def run_folder(
     with os.fdopen(handle, "r+") as record:
         if taken(handle):
             raise SettingError(f"another run works in {folder} now. Wait for its end, or choose another folder.")
-        text = record.read()
+        try:
+            text = record.read()
+        except UnicodeDecodeError:
+            text = "damaged"
         if text:
             _compare(folder, text, wanted)
         else:
@@ -49,7 +53,7 @@ def run_folder(
         try:
             yield
         finally:
-            if not text and not any(os.path.lexists(folder / name) for name in (*writes, *begun)):
+            if not text and not any(_there(folder, name) for name in (*writes, *begun)):
                 _forget(folder, new)  # else a slip in the settings would keep the folder from the right ones
 
 
@@ -110,11 +114,18 @@ def _compare(folder: Path, text: str, wanted: dict) -> None:
         raise SettingError(f"{folder} holds what was made with other settings: {what}. Choose another folder.")
 
 
+def _there(folder: Path, name: str) -> list[Path]:
+    """Files of a name, or of a pattern, links that lead nowhere among them."""
+    if "*" in name:
+        return sorted(folder.glob(name))
+    return [folder / name] if os.path.lexists(folder / name) else []
+
+
 def _look(folder: Path, writes: Sequence[str], begun: Sequence[str]) -> None:
     """Raise SettingError if a name that is to be written is a link, or is there though no run left a record."""
-    for name in (RECORD, *writes, *begun):
-        if (folder / name).is_symlink():
-            raise SettingError(f"{folder / name} is a link, which would be written through. Remove it.")
-    there = [name for name in writes if os.path.lexists(folder / name)]
+    for path in (path for name in (RECORD, *writes, *begun) for path in _there(folder, name)):
+        if path.is_symlink():
+            raise SettingError(f"{path} is a link, which would be written through. Remove it.")
+    there = [path.name for name in writes for path in _there(folder, name)]
     if there and not (folder / RECORD).exists():
         raise SettingError(f"{folder} has {there[0]}, which no run with a record made. Choose another folder.")

@@ -65,7 +65,7 @@ def ablations(
     texts = calibration.texts(text)
     asked = {"command": "eval ablations", **asdict(settings), "model": place(model), "text": digest(text, texts)}
     del asked["only"]  # each experiment has files of its own
-    with run_folder(out, asked, [runs.PAGE, *(f"{name}.json" for name in EXPERIMENTS)], BEGUN):
+    with run_folder(out, asked, [runs.PAGE, "*.png", *(f"{name}.json" for name in EXPERIMENTS)], BEGUN):
         net, tokenizer = load(model)
         done = runs.run(settings, net, tokenizer, texts, out, _command(settings, text))
     for failure in done["failures"]:

@@ -10,7 +10,7 @@ import typer
 from kvshrink.attach import attach, make_cache
 from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
 from kvshrink.cli._outputs import run_folder
-from kvshrink.eval import calibration, prompt, report, tasks
+from kvshrink.eval import calibration, plots, prompt, report, tasks
 from kvshrink.eval.entries import parse
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.prefill import fill, prefill
@@ -36,6 +36,7 @@ def demo(
     json: JsonOption = False,
 ) -> None:
     """Fit CSKV and spectral bits on the bundled model, answer LongEval cases and 4k passkeys from shrunken caches."""
+    plots.pyplot()  # without it the run would end in nothing
     with run_folder(out, {"command": "demo", "cases": cases}, WRITES):
         _demo(out, cases, json)
 

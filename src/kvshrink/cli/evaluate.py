@@ -33,7 +33,7 @@ from kvshrink.eval.entries import FULL, Entry, parse_all, parse_settings
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.outcomes import Log
 from kvshrink.eval.prompt import encode
-from kvshrink.eval.rounds import AWARE, MODES, groups, shares_contexts
+from kvshrink.eval.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.summary import HEAD, cells, summarise
 from kvshrink.eval.tasks import Sample
@@ -97,7 +97,7 @@ def evaluate(
     chosen = [Entry(FULL, None)]
     chosen += parse_all(method or ([] if artifact else DEFAULT), given_settings(keep, bits))
     chosen += [Entry(str(folder), Artifact.from_pretrained(folder)) for folder in artifact or []]
-    chosen = [chosen[0], *(e for e in chosen[1:] if e.label != FULL)]
+    chosen = [chosen[0], *(e for e in chosen[1:] if e.label != FULL or e.method is not None)]
     entries.check(chosen)
     refuse_text(text, [e.method for e in chosen])
     texts = calibration.texts(text)
@@ -117,6 +117,8 @@ def evaluate(
         _check_effects(module, settings, first, seed if "seed" in given else None, batch, mode)
         next(groups(first, mode, tokenizer, batch))
         samples = _samples(net, tokenizer, module, cases, seed, settings)
+        most = max(group.tokens() for group in groups(samples, mode, tokenizer, batch))
+        check_context(net, most, "the longest conversation" if mode == MULTI_TURN else "the longest case")
         ready = fitted(chosen, net, tokenizer, texts)
         runner = Runner(net, tokenizer, ready, batch)
         outcomes = runner.run(Job(task, mode, length), samples, Log(out / WRITES[0] if out else None))

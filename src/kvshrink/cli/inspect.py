@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from kvshrink.attach.families import key_value_weights, kv_heads, layers_of
+from kvshrink.attach.families import key_value_weights, layers_of, shape_of
 from kvshrink.cli._common import (
     BitsOption,
     JsonOption,
@@ -25,6 +25,7 @@ from kvshrink.cli._outputs import check_picture
 from kvshrink.errors import ArtifactError, UnsupportedModelError
 from kvshrink.eval import plots
 from kvshrink.fit.source import OnDisk
+from kvshrink.identity import difference
 from kvshrink.methods import name_of
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
@@ -57,10 +58,13 @@ def inspect(
     if not shapes:
         raise UnsupportedModelError(f"{model} has no full-attention layer: there is nothing to shrink.")
     chosen = chosen.settle(list(shapes.values()), source.device)
-    widths = {i: len(t["value_spectrum"]) for i, t in fitted.layers.items()} if fitted else {}
-    if fitted and widths != {i: shape.width for i, shape in shapes.items()}:
+    if fitted and (other := difference(fitted.model.get("identity"), source.identity(), f"the artifact {artifact}")):
         made_for = fitted.model.get("name", "another model")
-        raise ArtifactError(f"the artifact was fitted on {made_for}, not on {model}. Pass that model by --model.")
+        raise ArtifactError(
+            f"the artifact was fitted on {made_for}, not on {model}: of this one {other}. Pass that model by --model."
+        )
+    if fitted and any(f"{side}_spectrum" not in t for t in fitted.layers.values() for side in ("key", "value")):
+        raise ArtifactError(f"the artifact {artifact} has no singular values. Fit it again.")
     rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
     head = ("layer", "method", "B/token full / body", "kept", *(f"{n // 1024}k full / kept" for n in LENGTHS))
     print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
@@ -81,9 +85,9 @@ def _layers(source: OnDisk, spectra: bool):
         if not info.compressed:
             continue
         with source.layer(i):
-            pair = key_value_weights(info.module)
-            shapes[i] = LayerShape(kv_heads(info.module), info.module.head_dim, pair[0].dtype)
+            shapes[i] = shape_of(info.module)
             if spectra:
+                pair = key_value_weights(info.module)
                 values[i] = tuple(torch.linalg.svdvals(w.detach().float()).numpy() for w in pair)
     return shapes, values
 

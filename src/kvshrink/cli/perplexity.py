@@ -14,6 +14,7 @@ from kvshrink.cli._common import (
     ModelOption,
     SeedOption,
     TextOption,
+    console,
     given_settings,
     load,
     print_json,
@@ -68,10 +69,10 @@ def perplexity(
             raise SettingError(f"{entry.label!r} is for tasks only. Give it settings, or use `kvshrink eval`.")
     refuse_text(text, [e.method for e in chosen])
     texts = calibration.texts(text)
-    book(on)  # one that cannot be read is refused before the model is loaded
+    scored_text = book(on)  # once, since it may be a pipe; before the model is loaded
     net, tokenizer = load(model)
     check_context(net, prefix + max(scored, trajectory))
-    rows = held_out(tokenizer, prefix + scored, documents, seed, on)
+    rows = held_out(tokenizer, prefix + scored, documents, seed, scored_text)
     ready = fitted(chosen, net, tokenizer, texts)
     size = sum(scored_bytes(tokenizer, ids, prefix) for ids in rows)
     methods = {e.label: e.method for e in ready}
@@ -82,6 +83,12 @@ def perplexity(
     step = "" if any_of.chunk is None else f", {any_of.chunk} tokens a forward"
     title = f"mode {mode}{step}: {scored} tokens of each of {documents} texts, after {prefix}"
     print_table(HEAD, [_cells(label, x) for label, x in found.items()], title)
+    if trajectory:
+        for label, x in found.items():
+            console.print(
+                f"{label}: greedy generation has {x.trajectory_prefix:.1f} of {x.trajectory_tokens} tokens in common "
+                f"from the start, and {100 * (x.trajectory_agreement or 0):.1f} % at equal places"
+            )
     if json:
         print_json({"model": model, "prefix": prefix, "methods": {k: x.to_dict() for k, x in found.items()}})
 

@@ -100,6 +100,8 @@ def plan(
 
 
 def _check_outputs(out: Path | None, picture: Path | None, work: Path | None) -> None:
+    if out is not None and picture is not None and out.resolve() == picture.resolve():
+        raise SettingError(f"--out and --picture are one file, {out}. Name two.")
     if out is not None:
         check_file(out)
     if picture is not None:

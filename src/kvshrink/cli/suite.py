@@ -29,7 +29,7 @@ from kvshrink.eval.entries import parse, specs
 from kvshrink.eval.suite import Settings, Suite
 
 SCORED = 128
-WRITES = ("results.json", "report.html", "leaderboard.md")
+WRITES = ("results.json", "report.html", "leaderboard.md", "*.png", "*.svg")
 BEGUN = ("outcomes.jsonl", "fidelity.jsonl", "artifacts")
 METHODS = "cskv,cskv:bits=4,rtn,streaming_llm"
 
@@ -85,6 +85,7 @@ def suite(
     refuse_text(text, [parse(m).method for m in settings.methods])
     texts = calibration.texts(text)
     asked = {"command": "eval suite", **asdict(settings), "model": place(model), "text": digest(text, texts)}
+    report.check_installed()  # without them the run would end in nothing
     with run_folder(out, asked, WRITES, BEGUN):
         net, tokenizer = load(model)
         data = Suite(settings, net, tokenizer, texts, out).run(_command(settings, text))

@@ -130,12 +130,12 @@ class Meter:
         return self.log.rows[key]
 
 
-def held_out(tokenizer, length: int, documents: int, seed: int, path: str | Path | None = None) -> list[Tensor]:
-    """`documents` texts [1, length], evenly spread over the file `path` (default: the bundled held-out book).
+def held_out(tokenizer, length: int, documents: int, seed: int, text: str | None = None) -> list[Tensor]:
+    """`documents` texts [1, length], evenly spread over a text (default: the bundled held-out book).
 
-    Raises EvalError if they do not fit, or the file cannot be read.
+    Raises EvalError if they do not fit.
     """
-    ids = tokenizer(book(path), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(book(None) if text is None else text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = len(ids) - (length - len(bos))
     if room < 0:

@@ -79,7 +79,7 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         real = None if mask is None or bool(mask.all()) else mask.bool()
         layer, asked = cache.layers[i], None
         if isinstance(layer, CompressedLayer) and layer.probes(t) is not None:
-            asked = dense.asked[i]
+            asked = getattr(dense, "asked", {}).get(i)  # bytes do not depend on how tokens are ranked
         cache.stage(i, positions.to(torch.int32), real, info.rope, True, cache.model, asked)
         cache.update(keys, values, i)
 

@@ -1,5 +1,6 @@
 """fit: a method's tensors for every layer of a model, from calibration text."""
 
+import importlib.util
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from kvshrink.store.modes import evaluating, outside_modes
 from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
+ROW = 1024  # tokens of a calibration row
 SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
@@ -46,7 +48,7 @@ def fit(
     method: Any,
     data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
-    length: int = 1024,
+    length: int | None = None,
     batch: int = 1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -56,7 +58,8 @@ def fit(
 
     model: a loaded model (or a pipeline or wrapper of one), or a folder or hub id whose weights are then read one layer
     at a time. method: one that has something to fit, such as CSKV(keep=0.2).
-    data: calibration text(s), cut into rows of `length` tokens, or token rows [rows, length].
+    data: calibration text(s), cut into rows of `length` tokens (None: 1024, or the model's context if that is less), or
+    token rows [rows, length].
     batch: rows per forward pass. checkpoint: folder for finished layers; call again with it to resume.
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
     Raises DataError on too little text, UnsupportedModelError, SettingError.
@@ -69,7 +72,7 @@ def fit_all(
     methods: Sequence,
     data: str | Tensor | Iterable[str] | Iterable[Tensor],
     tokenizer=None,
-    length: int = 1024,
+    length: int | None = None,
     batch: int = 1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -92,6 +95,8 @@ def fit_all(
         for shape in dict.fromkeys(shapes):
             method.bits_per_token(shape, {})  # what these shapes make impossible is refused now, not after the pass
     page = max(method.page for method in methods)
+    if length is None:
+        length = min(ROW, getattr(text_config(source.model), "max_position_embeddings", None) or ROW)
     rows = _enough(rows_of(data, lambda: tokenizer or _tokenizer(source.name), length, page), methods)
     _check_ids(rows, text_config(source.model).vocab_size)
     if isinstance(source, OnDisk) and any(in_memory(m) for m in methods):
@@ -114,8 +119,8 @@ def _check_given(
             raise SettingError(f"{shown(method)} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
         if not method.needs_fit:
             raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
-    for name, value in (("length", length), ("batch", batch)):
-        if type(value) is not int or value < 1:
+    for name, value in (("length", length), ("batch", 0 if batch is None else batch)):
+        if value is not None and (type(value) is not int or value < 1):
             raise SettingError(f"{name}={shown(value)} is not possible. Use a whole number, 1 or more.")
     if tokenizer is not None and not callable(tokenizer):
         raise SettingError(f"tokenizer={shown(tokenizer)} is not possible. Pass the model's tokenizer.")
@@ -123,6 +128,8 @@ def _check_given(
         raise SettingError(f"checkpoint={shown(checkpoint)} is not possible. Give the path of a folder.")
     if log_with not in (None, *TRACKERS):
         raise SettingError(f"log_with={shown(log_with)} is not possible. Use one of {TRACKERS}.")
+    if log_with is not None and importlib.util.find_spec(log_with) is None:  # accelerate would log nothing
+        raise SettingError(f"log_with={log_with} needs {log_with}: pip install {log_with}.")
 
 
 def _enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:

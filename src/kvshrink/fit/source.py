@@ -56,6 +56,11 @@ class OnDisk:
                 self.model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         except Exception as error:  # a config of any content comes in here, and transformers raises what it meets
             raise KVShrinkError(f"{self.folder} is no saved causal language model: {line(error)}.") from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise KVShrinkError(
+                f"the weights in {self.folder} are quantised, and cannot be read layer by layer. Load the model and "
+                "pass it to kvshrink.fit."
+            )
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
         for layer in getattr(self.model.get_decoder(), "layers", ()):

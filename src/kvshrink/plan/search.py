@@ -10,6 +10,7 @@ if nothing had happened. (A stored study would not: Optuna keeps trials, not the
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +149,8 @@ class Search:
             start = best.method if best else smallest(name, room)[1]
             for level in LEVELS:
                 if (there := stand(start, room, level * chosen.nbytes)) is not None:
-                    self._measure(there)
+                    with suppress(SettingError):  # a point that cannot be fitted must not cost the plan
+                        self._measure(there)
 
 
 def _study(seed: int, startup: int) -> Any:

@@ -50,7 +50,7 @@ def without_dropout(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
+        first: Any = args[0] if args else kwargs["model"]
         with evaluating(first if isinstance(first, nn.Module) else first.model):
             return function(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """The page: figures, tables and notes of one set of results, in one HTML file that loads nothing."""
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,13 +84,19 @@ MEMORY = "Solid: bytes held. Dashed: with the temporaries of one decode step on 
 LAYERS = "Relative error per layer at the longest context measured, a row per budget."
 
 
+def check_installed() -> None:
+    """Raise EvalError unless what a page and its pictures are made with is there."""
+    plots.pyplot()
+    if any(importlib.util.find_spec(name) is None for name in ("jinja2", "markupsafe")):
+        raise EvalError("a report needs jinja2: pip install 'kvshrink[eval]'.")
+
+
 def page(results: dict, board: Sequence[Standing], found: dict[str, list[Figure]]) -> str:
     """The HTML text. board: the standings of the results; found: its figures."""
-    try:
-        from jinja2 import Environment, FileSystemLoader
-        from markupsafe import Markup
-    except ImportError as error:
-        raise EvalError("a report needs jinja2: pip install 'kvshrink[eval]'.") from error
+    check_installed()
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
     settings = results["settings"]
     names = unique(s.mode for s in board)
     groups = fidelity_groups(results)

@@ -52,7 +52,17 @@ class KVTC(Method):
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The budget where nothing is fitted yet; up to a step of one group is left over from it."""
-        return self._store().bits_per_token(shape, fitted)
+        bits = self._store().bits_per_token(shape, fitted)
+        if not fitted:
+            self._enough(shape, int(bits * self.page / 8))
+        return bits
+
+    def _enough(self, shape: LayerShape, room: int) -> None:
+        """Raise SettingError if half of a page's bytes hold no group of components."""
+        one = group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
+        if room // 2 < one:
+            least = math.ceil(2 * one / (shape.token_bytes * self.page) * 1e4 + 1e-6) / 1e4
+            raise SettingError(f"kept={self.kept} leaves the keys no group of components. Use {least} or more.")
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         out: Mapping[str, Tensor] = self._store().fit_layer(facts)

@@ -77,7 +77,8 @@ class LeanK(Method):
         done = {}
         for i, x in layers.items():
             mine = torch.tensor([c for layer, c in kept if layer == i], dtype=torch.long, device=x["key_kept"].device)
-            done[i] = {"key_kept": mine, "key_fill": x["key_fill"]}
+            rest = {name: t for name, t in x.items() if name not in ("key_worth", "key_partner")}
+            done[i] = {**rest, "key_kept": mine}
         return done, {"key_channels": {str(i): len(x["key_kept"]) for i, x in done.items()}}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
