@@ -10,6 +10,7 @@ from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
+from kvshrink.attach.offsets import warn_of_offsets
 from kvshrink.attach.owner import owner_of
 from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache
@@ -41,6 +42,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     model: a transformers model, or a pipeline or wrapper of one (PEFT, torch.compile).
     method: a method, or a fitted artifact.
     watch: let `report()` say how far the sequence is from the calibration text; costs a projection of every token.
+    Warns, once for a method, of key biases so large that it loses what varies in the keys (Qwen2).
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
     if not isinstance(method, Method | Artifact):
@@ -67,6 +69,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
             layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
+    warn_of_offsets(attachment, artifact, fitted_by, ladders)
     owner = owner_of(decoder_of(model), identity)
     return KVCache(layers, artifact.method, table, attachment.name, fitted_by, device, owner)
 

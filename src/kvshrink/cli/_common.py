@@ -26,7 +26,6 @@ from kvshrink.store.reason import line
 
 MANY = 2**31 - 1  # tokens, rows or steps: more is a slip of the hand
 MOST_CASES = 10_000  # samples or texts; all of them are held at once
-
 MOST_ROWS = 1024  # sequences in a forward
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a hub id, or 'reference' (bundled).")]
