@@ -90,9 +90,8 @@ class CompressedLayer(CacheLayerMixin):
         if staged is None:
             raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
         if key_states.dtype != self.shape.dtype:  # the model's may have changed since
-            raise CacheError(
-                f"the cache was made for {self.shape.dtype}, the model gives {key_states.dtype}. Make a new cache."
-            )
+            made, given = self.shape.dtype, key_states.dtype
+            raise CacheError(f"the cache was made for {made}, the model gives {given}. Make a new cache.")
         self.check_next(staged.own_attention)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -106,11 +105,12 @@ class CompressedLayer(CacheLayerMixin):
             self._spill(keys, values, first, staged, key_states.shape[2])
         self.whole = True
         if first == 0:
-            whole = keys.shape[2] == key_states.shape[2]
-            return (key_states, value_states) if whole else (keys, values)
+            return (key_states, value_states) if keys.shape[2] == key_states.shape[2] else (keys, values)
         handle = Handle(self, staged.rope, shelves, first)
-        if not staged.own_attention:
-            return self._materialise(keys, values, handle)
+        if not staged.own_attention:  # all tokens at full width: slower, equally right
+            from kvshrink.cache.attend import rebuild
+
+            return rebuild(handle, keys, values)
         keys = keys.view_as(keys)
         keys._kvshrink = handle  # type: ignore[attr-defined]
         return keys, values
@@ -124,7 +124,7 @@ class CompressedLayer(CacheLayerMixin):
         """Raise CacheError if the next step cannot be given what it must read."""
         if not own_attention and self.shrunken and self.body.drops:
             raise CacheError(
-                f"{type(self.method).__name__} drops tokens, which the model's own attention cannot express. "
+                f"{type(self.method).__name__} drops tokens, which other attention cannot express. "
                 "Use model.set_attn_implementation('kvshrink')."
             )
 
@@ -155,8 +155,7 @@ class CompressedLayer(CacheLayerMixin):
         if wanted is not None and out:
             self.sinks.capture(keys, values, first, wanted[:, :out])
         if self.codecs is not None and out > skip:
-            room = self.body.room
-            if room is not None:  # what would be dropped at once is not encoded
+            if (room := self.body.room) is not None:  # what would be dropped at once is not encoded
                 skip = max(skip, out - room * page)
             real = self.table.positions[:, first : self.seen] >= 0
             ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
@@ -194,12 +193,6 @@ class CompressedLayer(CacheLayerMixin):
     def stored(self, column: int, pages: int, side: str) -> dict[str, Tensor]:
         """One side of the pages from a column on, for a layer that follows this one."""
         return under(self.pages.part(self.pages.first.index(column), pages), side)
-
-    def _materialise(self, keys: Tensor, values: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
-        """All tokens at full width, for attention implementations other than ours: slower, equally right."""
-        from kvshrink.cache.attend import rebuild
-
-        return rebuild(handle, keys, values)
 
     # --- what transformers asks of a cache layer ---
 
@@ -278,12 +271,8 @@ class CompressedLayer(CacheLayerMixin):
     def held(self) -> Held:
         """Bytes by purpose, from the storages that are alive."""
         payload, side = self.body.nbytes()
-        return Held(
-            payload=payload,
-            side=side + (self.watch.sums.nbytes if self.watch else 0),
-            window=nbytes(self.window.tensors().values()),
-            sinks=nbytes(self.sinks.tensors().values()),
-        )
+        side += self.watch.sums.nbytes if self.watch else 0
+        return Held(payload, side, nbytes(self.window.tensors().values()), nbytes(self.sinks.tensors().values()))
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
