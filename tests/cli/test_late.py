@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 import threading
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_tracker_that_is_not_installed_is_refused(refused, place, monkeypatch)
 
 @pytest.mark.parametrize("command", [("eval", "suite", "--methods", "rtn"), ("demo",)])
 def test_what_draws_is_looked_for_before_the_work(refused, monkeypatch, command):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "plots need matplotlib" in refused(*command, "--out", "out")
 
 

@@ -41,17 +41,15 @@ class Stage:
         seen = cache.layers[self.index].get_seq_length()
         positions = positions_of(module, kwargs.get("position_ids"))
         own = is_ours(module)
-        held = cache.layers[self.index]
-        if isinstance(held, CompressedLayer):  # refused here, where no layer holds the new tokens yet
-            if own and held.shrunken:
-                check_keywords(extra(module, kwargs), type(module).__name__)
-            held.check_next(own)
+        layer, asked = cache.layers[self.index], None
+        if own and isinstance(layer, CompressedLayer) and layer.shrunken:
+            # refused here, where this layer does not hold the new tokens yet
+            check_keywords(extra(module, kwargs), type(module).__name__)
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = new_tokens(kwargs.get("attention_mask"), b, s) if cache.table.length == seen else None
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
-        layer, asked = cache.layers[self.index], None
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
             asked = asked_of(module, hidden, positions, rope, rows.to(hidden.device))
         cache.stage(self.index, positions, real, rope, own, self.model, asked)

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval.catalogue import check_context, context_of
+from kvshrink.eval.catalogue import check_context
 from kvshrink.eval.entries import parse_all
-from kvshrink.fit.job import ROW
+from kvshrink.fit.job import default_length
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.reference import FOLDER
@@ -108,7 +108,7 @@ def load(name: str) -> tuple[Any, Any]:
 def row_length(model: Any, asked: int | None) -> int:
     """Tokens per calibration row. Raises EvalError if they are more than the model's context."""
     if asked is None:
-        return min(ROW, context_of(model) or ROW)
+        return default_length(model)
     check_context(model, asked, "--length")
     return asked
 

@@ -95,8 +95,7 @@ def fit_all(
         for shape in dict.fromkeys(shapes):
             method.bits_per_token(shape, {})  # what these shapes make impossible is refused now, not after the pass
     page = max(method.page for method in methods)
-    if length is None:
-        length = min(ROW, getattr(text_config(source.model), "max_position_embeddings", None) or ROW)
+    length = default_length(source.model) if length is None else length
     rows = _enough(rows_of(data, lambda: tokenizer or _tokenizer(source.name), length, page), methods)
     _check_ids(rows, text_config(source.model).vocab_size)
     if isinstance(source, OnDisk) and any(in_memory(m) for m in methods):
@@ -106,6 +105,11 @@ def fit_all(
     # Fisher and training switch gradients on themselves
     with torch.inference_mode(False), torch.no_grad(), outside_modes(), evaluating(source.model):
         return job.run()
+
+
+def default_length(model: Any) -> int:
+    """Tokens of a calibration row, where nobody says: no more than the model's context."""
+    return min(ROW, getattr(text_config(model), "max_position_embeddings", None) or ROW)
 
 
 def _check_given(
@@ -119,8 +123,8 @@ def _check_given(
             raise SettingError(f"{shown(method)} is not a method. Pass an object, such as kvshrink.CSKV(keep=0.2).")
         if not method.needs_fit:
             raise SettingError(f"{name_of(method)} needs no fit. Pass it to make_cache(model, method) as it is.")
-    for name, value in (("length", length), ("batch", 0 if batch is None else batch)):
-        if value is not None and (type(value) is not int or value < 1):
+    for name, value in (("length", ROW if length is None else length), ("batch", batch)):
+        if type(value) is not int or value < 1:
             raise SettingError(f"{name}={shown(value)} is not possible. Use a whole number, 1 or more.")
     if tokenizer is not None and not callable(tokenizer):
         raise SettingError(f"tokenizer={shown(tokenizer)} is not possible. Pass the model's tokenizer.")

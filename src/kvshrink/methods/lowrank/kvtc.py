@@ -53,16 +53,17 @@ class KVTC(Method):
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The budget where nothing is fitted yet; up to a step of one group is left over from it."""
         bits = self._store().bits_per_token(shape, fitted)
-        if not fitted:
-            self._enough(shape, int(bits * self.page / 8))
+        if not fitted and int(bits * self.page / 8) // 2 < self._smallest(shape):
+            raise self._too_small(shape, "key")
         return bits
 
-    def _enough(self, shape: LayerShape, room: int) -> None:
-        """Raise SettingError if half of a page's bytes hold no group of components."""
-        one = group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
-        if room // 2 < one:
-            least = math.ceil(2 * one / (shape.token_bytes * self.page) * 1e4 + 1e-6) / 1e4
-            raise SettingError(f"kept={self.kept} leaves the keys no group of components. Use {least} or more.")
+    def _smallest(self, shape: LayerShape) -> int:
+        """Bytes of a page of one group."""
+        return group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
+
+    def _too_small(self, shape: LayerShape, side: str) -> SettingError:
+        least = math.ceil(2 * self._smallest(shape) / (shape.token_bytes * self.page) * 1e4 + 1e-6) / 1e4
+        return SettingError(f"kept={self.kept} leaves the {side}s no group of components. Use {least} or more.")
 
     def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
         out: Mapping[str, Tensor] = self._store().fit_layer(facts)
@@ -74,9 +75,7 @@ class KVTC(Method):
             left -= _bits.cost_of(widths, sizes, self.page)
             out = trimmed({**out, f"{side}_widths": torch.tensor(widths, dtype=torch.uint8)}, side)
             if not any(widths):
-                least = 2 * group_bytes(min(sizes), min(self.widths), self.page) / (facts.shape.token_bytes * self.page)
-                least = math.ceil(least * 1e4 + 1e-6) / 1e4
-                raise SettingError(f"kept={self.kept} leaves the {side}s no group of components. Use {least} or more.")
+                raise self._too_small(facts.shape, side)
         return dict(out)
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
