@@ -1,6 +1,7 @@
 """Stored pages, bases and positions for the tests of decode kernels."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 from kvshrink.kernels.decode import Basis, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
+from kvshrink.kernels.records import recorded
 from kvshrink.methods._packing import Affine, Codebook, Raw
 from kvshrink.methods._packing.mixed import Mixed
 
@@ -23,7 +25,7 @@ PAGE = 32
 def packed(
     form, groups: int, width: int, pages: int, b: int, dtype: torch.dtype, group: int = 64, page: int = PAGE
 ) -> Packed:
-    """Random latents in this form, whose tensors are a part of larger ones that hold NaN and codes of all ones."""
+    """Random latents in this form, between pages of nothing but ones: NaN, and the highest codes."""
     rows = torch.randn(b, groups, (pages + 2) * page, width) + 0.3
     if form == "normal":
         sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
@@ -35,11 +37,10 @@ def packed(
         packing = Codebook(groups, width, page, levels(form[1]).float(), "token", min(group, width), "absmax")
     else:
         packing = Affine(groups, width, page, form[1], form[0], min(group, width))
-    stored = packing.store(rows, None)
-    for tensor in stored.values():
-        around = 255 if tensor.dtype == torch.uint8 else float("nan")
-        tensor[:, 0], tensor[:, -1] = around, around
-    return packing.packed({name: tensor[:, 1:-1] for name, tensor in stored.items()})
+    records = recorded(packing.store(rows, None))
+    for edge in (0, pages + 1):
+        records.bytes[:, :, edge] = 255  # NaN as a float of any width
+    return packing.packed(replace(records, start=1, stop=pages + 1))
 
 
 def basis_of(groups: int, width: int, heads: int, d: int) -> Basis:

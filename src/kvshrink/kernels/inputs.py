@@ -4,6 +4,7 @@ A kernel reads as many bytes as form, width, bits and page say, whatever the ten
 shapes a call, which takes microseconds; how a form's tensors must look is worked out once.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from math import inf
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import CacheError
-from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.decode.reference import Basis, Live, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack import packed_bytes
+from kvshrink.kernels.records import Records, recorded
 
 RAW = (torch.float32, torch.bfloat16, torch.float16)
 # what stands beside the codes of each form
@@ -30,6 +32,7 @@ def check(
     values: Packed,
     visible: Tensor | None,
     softcap: float | None,
+    live: Live,
 ) -> int:
     """How many pages there are. Raises CacheError on what a kernel would read beyond its end, or as what it is not."""
     b, h, x, wide = query.shape
@@ -52,6 +55,13 @@ def check(
             (torch.int32, torch.int64),
         )
         _check("frequencies", turn.inv_freq, (min(turn.inv_freq.numel(), wide // 2),), device)
+    lanes = keys.stored.lanes if isinstance(keys.stored, Records) else 1
+    if live.counts is not None:
+        _check("slots filled", live.counts, (b, lanes, pages), device, (torch.uint8,))
+        if device.type == "cpu" and live.counts.numel() and int(live.counts.max()) > keys.page:
+            raise _refusal("slots filled", str(int(live.counts.max())), f"at most {keys.page}")
+    if live.skips is not None:
+        _check("slots left out", live.skips, (b,), device, (torch.int32,))
     if visible is not None:
         alike = (1 if size == 1 else full for size, full in zip(visible.shape, (b, h, x), strict=False))
         _check("mask", visible, (*alike, tokens), device, (torch.bool,))
@@ -60,32 +70,54 @@ def check(
     return pages
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The same with what lies within a page and group in one piece; copied only if it does not."""
-    wanted = 1
-    for size, stride in zip(tensor.shape[:2:-1], tensor.stride()[:2:-1], strict=True):
-        if size > 1 and stride != wanted:
-            return tensor.contiguous()
-        wanted *= size
-    return tensor
+def records(packed: Packed) -> Records:
+    """The pages as records; copied only where they were given as tensors."""
+    return packed.stored if isinstance(packed.stored, Records) else recorded(packed.stored)
 
 
 def _check_side(name: str, packed: Packed, b: int, heads: int, device: torch.device) -> tuple[int, int]:
     """(pages, groups)."""
-    outer = next((tensor.shape[:3] for tensor in packed.stored.values()), ())
-    pages, groups = outer[1:] if len(outer) == 3 else (0, 0)
+    of, stored = _tensor, packed.stored
+    if isinstance(stored, Records):
+        of = _field
+        if stored.holder.device != device:
+            raise _refusal(name, f"on {stored.holder.device}", f"on {device}")
+    first = of(stored, next(iter(stored), ""))
+    pages, groups = first[0][1:3] if first is not None and len(first[0]) >= 3 else (0, 0)
     if groups == 0 or heads % groups:
         raise _refusal(name, f"{groups} groups", f"a divisor of {heads} heads")
     for part, inner, dtypes in _parts(packed.form, packed.width, packed.page, packed.runs, packed.group):
-        tensor = packed.stored.get(part)
-        if tensor is None:
+        found = of(stored, part)
+        if found is None:
             raise _refusal(f"{part} of {name}", "missing", "there")
-        _check(f"{part} of {name}", tensor, (b, pages, groups, *inner), device, dtypes)
+        shape, dtype, where = found
+        wanted = (b, pages, groups, *inner)
+        if shape != wanted or dtype not in dtypes or where not in (device, None):
+            got = f"{_named(dtype)} {list(shape)} on {where or device}"
+            raise _refusal(f"{part} of {name}", got, f"{' or '.join(map(_named, dtypes))} {list(wanted)} on {device}")
     if packed.form == "table":
         count = None if packed.levels is None else tuple(packed.levels.shape)
         if count != (2 ** packed.runs[0][0],):
             raise _refusal(f"levels of {name}", str(count), str(2 ** packed.runs[0][0]))
     return pages, groups
+
+
+Found = tuple[tuple[int, ...], torch.dtype, torch.device | None] | None  # shape [b, p, G, ...], dtype, device
+
+
+def _tensor(stored: Mapping[str, Tensor], name: str) -> Found:
+    tensor = stored.get(name)
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def _field(stored: Mapping[str, Tensor], name: str) -> Found:
+    """What a tensor would be, without making it."""
+    assert isinstance(stored, Records)
+    if name not in stored:
+        return None
+    field, (b, lanes, _) = stored.field(name), stored.addresses.shape
+    inner = (field.shape[0] * lanes, *field.shape[1:]) if field.shape else ()
+    return (b, stored.pages, *inner), field.dtype, None
 
 
 @cache

@@ -5,43 +5,74 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
 from kvshrink.kernels import native
 from kvshrink.kernels.decode import cpu
 from kvshrink.kernels.decode.gpu.side import fits
-from kvshrink.kernels.decode.reference import Basis, Turn, decode
+from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn, decode
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.records import Records
 
 MOST_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 log = logging.getLogger("kvshrink")
 
-__all__ = ["MOST_ROWS", "Basis", "Turn", "decode", "fused"]
+__all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Live", "Turn", "decode", "fused"]
 
 
-def fused(device: torch.device, keys: Packed, values: Packed) -> Callable | None:
-    """The kernel that does `decode` without holding more than a tile, on this device; None if there is none.
+class Choice(NamedTuple):
+    """The kernel that does `decode` without holding more than a tile; or, in words, why there is none."""
+
+    kernel: Callable | None
+    why: str = ""
+
+
+def fused(device: torch.device, keys: Packed | None, values: Packed | None) -> Choice:
+    """The kernel for pages of these forms on this device. None: a form that `kernels/latents` does not know.
 
     KVSHRINK_REFERENCE=1 in the environment leaves all of them out.
     """
     if os.environ.get("KVSHRINK_REFERENCE") == "1":
-        return None
-    if device.type == "cpu":
-        read = keys.page == values.page == cpu.PAGE and all(
-            _known(side) and _whole_runs(side) for side in (keys, values)
-        )
-        return cpu.decode if read and native.library() is not None else None
-    if device.type == "cuda" and fits(keys, values) and all(map(_known, (keys, values))) and _has_triton():
-        from kvshrink.kernels.decode import triton
+        return Choice(None, "KVSHRINK_REFERENCE=1")
+    if keys is None or values is None:
+        return Choice(None, f"no kernel reads this form of {'keys' if keys is None else 'values'}")
+    if keys.page != values.page:
+        return Choice(None, f"pages of {keys.page} and {values.page} tokens")
+    if not all(map(_known, (keys, values))):
+        return Choice(None, "float64")
+    return _on_cpu(keys, values) if device.type == "cpu" else _on_gpu(device, keys, values)
 
-        return triton.decode
-    return None
+
+def _on_cpu(keys: Packed, values: Packed) -> Choice:
+    if keys.page != cpu.PAGE:
+        return Choice(None, f"pages of {keys.page} tokens; C++ reads {cpu.PAGE}")
+    if not all(map(_whole_runs, (keys, values))):
+        return Choice(None, "runs of channels that share a vector of 16")
+    if native.library() is None:
+        return Choice(None, "no C++ compiler")
+    return Choice(cpu.decode)
+
+
+def _on_gpu(device: torch.device, keys: Packed, values: Packed) -> Choice:
+    if device.type != "cuda":
+        return Choice(None, f"none for {device.type}")
+    if not fits(keys, values):
+        return Choice(None, f"pages of {keys.page} tokens, latents of {keys.width} and {values.width} channels")
+    if not _has_triton():
+        return Choice(None, "no triton")
+    from kvshrink.kernels.decode import triton
+
+    return Choice(triton.decode)
 
 
 def _known(packed: Packed) -> bool:
     """Whether kernels read its floats, if it has any: not float64."""
-    return packed.form != "raw" or packed.stored["latent"].dtype in cpu.RAW
+    if packed.form != "raw":
+        return True
+    stored = packed.stored
+    return (stored.field("latent") if isinstance(stored, Records) else stored["latent"]).dtype in cpu.RAW
 
 
 def _whole_runs(packed: Packed) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import inputs, native
-from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.kernels.pack.reference import WIDTHS
@@ -29,9 +29,9 @@ _PREPARING = threading.Lock()
 
 class _Side(Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("form", "groups", "width", "group", "runs")),
-        *((name, c_void_p) for name in ("bits", "channels", "data", "scale", "low")),
-        *((f"{name}_{axis}", c_int64) for name in ("data", "scale", "low") for axis in ("row", "page", "group")),
+        *((name, c_int32) for name in ("form", "groups", "width", "group", "runs", "lanes")),
+        *((name, c_void_p) for name in ("bits", "channels", "table", "zeros")),
+        *((f"{name}_{what}", c_int64) for name in ("data", "scale", "low") for what in ("at", "group")),
         ("levels", c_void_p),
     )
 
@@ -44,7 +44,7 @@ class _Job(Structure):
         *((name, c_float) for name in ("scaling", "softcap")),
         ("positions", c_void_p),
         ("positions_row", c_int64),
-        ("visible", c_void_p),
+        *((name, c_void_p) for name in ("counts", "skips", "visible")),
         *((f"visible_{axis}", c_int64) for axis in ("row", "head", "x", "token")),
         *((name, c_void_p) for name in ("out", "lse")),
     )
@@ -59,13 +59,14 @@ def decode(
     visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
     precision: torch.dtype,
+    live: Live = ALL,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """As the reference, for pages of PAGE tokens on a CPU; needs native.library()."""
     library = native.library()
     assert library is not None
     assert query.is_cpu
     assert keys.page == PAGE
-    pages = inputs.check(query, keys, basis, turn, values, visible, softcap)
+    pages = inputs.check(query, keys, basis, turn, values, visible, softcap, live)
     b, h, x, wide = query.shape
     held: list = []  # what the pointers of the job point to
     out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (values.width, 1))
@@ -84,6 +85,10 @@ def decode(
             job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
         held.append(_prepared(job, basis, turn, pairs))
         job.rebuild = held[-1].address
+    if live.counts is not None:
+        job.counts = _pointer(live.counts.contiguous(), held)
+    if live.skips is not None:
+        job.skips = _pointer(live.skips.contiguous(), held)
     if visible is not None:
         seen = visible.expand(b, h, x, -1)
         job.visible = _pointer(seen, held)
@@ -121,26 +126,27 @@ def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepa
 
 
 def _side(packed: Packed, held: list) -> _Side:
-    raw = packed.form == "raw"
-    data = inputs.whole(packed.stored["latent" if raw else "codes"])
+    records, raw = inputs.records(packed), packed.form == "raw"
+    data = records.field("latent" if raw else "codes")
+    table = records.addresses
+    held += [records, table]
     side = _Side(
         form=RAW[data.dtype] if raw else FORMS[packed.form],
-        groups=data.shape[2],
+        groups=data.shape[0] * records.lanes,
         width=packed.width,
         group=max(1, packed.group),
         runs=len(packed.runs),
-        data=_pointer(data, held),
+        lanes=records.lanes,
+        table=table.ctypes.data,
         levels=_pointer(_levels(packed.form == "normal") if packed.levels is None else _table(packed), held),
     )
-    side.data_row, side.data_page, side.data_group = (s * data.itemsize for s in data.stride()[:3])
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
-    if packed.form == "table":  # strides stay 0: one page of zeros for all
-        side.low = _pointer(data.new_zeros(packed.stored["scale"].shape[3:], dtype=torch.float16), held)
-    for field, name in zip(("scale", "low"), inputs.NUMBERS.get(packed.form, ()), strict=False):
-        t = inputs.whole(packed.stored[name])
-        setattr(side, field, _pointer(t, held))
-        for axis, stride in zip(("row", "page", "group"), t.stride()[:3], strict=True):
-            setattr(side, f"{field}_{axis}", stride * t.itemsize)
+    if packed.form == "table":
+        side.zeros = _pointer(torch.zeros(records.field("scale").shape[1:], dtype=torch.float16, device="cpu"), held)
+    parts = dict(zip(("scale", "low"), inputs.NUMBERS.get(packed.form, ()), strict=False))
+    for part, field in {"data": data, **{part: records.field(name) for part, name in parts.items()}}.items():
+        setattr(side, f"{part}_at", field.offset)
+        setattr(side, f"{part}_group", field.nbytes // max(1, field.shape[0]))
     return side
 
 

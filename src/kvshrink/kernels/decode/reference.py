@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kvshrink.kernels.attention import finish, fold, start
 from kvshrink.kernels.latents import Packed, load
+from kvshrink.kernels.records import Records
 from kvshrink.kernels.rope import rotate
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.shapes import Bool, Float, Int, UInt8
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,34 @@ class Turn(NamedTuple):
     interleaved: bool
 
 
+class Live(NamedTuple):
+    """Which slots of the pages hold tokens to be read. A page that a lane does not have holds none.
+
+    counts: slots of each page that are filled, from its first on; None: all. L lanes a row, of neighbouring heads.
+    skips:  the first slots of each row, all pages' in a row, that are not read; None: none.
+    """
+
+    counts: UInt8[Tensor, "b L p"] | None = None
+    skips: Int[Tensor, " b"] | None = None
+
+    def seen(self, keys: Packed) -> Bool[Tensor, "b L 1 t"] | None:
+        """The same as visibility of slots."""
+        counts, there = self.counts, None
+        if isinstance(keys.stored, Records) and bool((keys.stored.addresses == 0).any()):
+            own = keys.stored.device_addresses != 0
+            counts = own.byte() * keys.page if counts is None else counts * own
+        if counts is not None:
+            there = (torch.arange(keys.page, device=counts.device) < counts[..., None]).flatten(2)[:, :, None]
+        if self.skips is not None:
+            tokens = next(iter(keys.stored.values())).shape[1] * keys.page
+            past = torch.arange(tokens, device=self.skips.device) >= self.skips[:, None]
+            there = past[:, None, None] if there is None else there & past[:, None, None]
+        return there
+
+
+ALL = Live()
+
+
 def decode(
     query: Float[Tensor, "b h x e"],
     keys: Packed,
@@ -50,6 +79,7 @@ def decode(
     visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
     precision: torch.dtype,
+    live: Live = ALL,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """(weighted sum of value latents, log-sum-exp) of these pages. A row that sees nothing gives 0 and -inf.
 
@@ -57,6 +87,7 @@ def decode(
     basis:     how keys are rebuilt; None: scores are products with the latents.
     precision: the model's dtype. A kernel may round factors of its products to it; sums are float32. Here all is
                float32.
+    live:      which slots hold tokens, of which the rows may see those that are `visible`.
     """
     latent = load(keys)
     if basis is None:
@@ -69,4 +100,8 @@ def decode(
         angles = turn.positions[..., None].to(turn.inv_freq.dtype) * turn.inv_freq
         cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
         rows = rotate(rows, cos, sin, turn.interleaved, inverse=False)
+    there = live.seen(keys)
+    if there is not None:
+        there = there.repeat_interleave(query.shape[1] // there.shape[1], 1)
+        visible = there if visible is None else visible & there
     return finish(fold(start(query, values.width), query, rows, load(values), visible, softcap))

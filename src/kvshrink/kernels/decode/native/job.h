@@ -13,6 +13,8 @@ struct Job {
     float scaling, softcap;         // softcap 0: none
     const int32_t *positions;       // [b][t]
     int64_t positions_row;
+    const uint8_t *counts;          // [b][lanes of keys][pages]: slots of each page that are filled; null: all
+    const int32_t *skips;           // [b]: leading slots of a row that are not read; null: none
     const uint8_t *visible;         // null: everything
     int64_t visible_row, visible_head, visible_x, visible_token;
     float *out, *lse;               // [b][h][x][r], [b][h][x]

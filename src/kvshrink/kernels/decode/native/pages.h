@@ -8,14 +8,14 @@ constexpr int HALF = PAGE / 2;
 
 enum Form { RAW_F32, RAW_BF16, RAW_F16, CHANNEL, TOKEN, NORMAL };
 
-// Strides are bytes. scale holds the gain of NORMAL; scale, low and gain are float16.
+// Keys or values: a table of records [row][lane][page], 0 where a lane has no such page, and where a record's parts begin,
+// in bytes, and how far apart those of its groups are. scale holds the gain of NORMAL; scale, low and gain are float16.
 struct Side {
-    int32_t form, groups, width, group, runs;
+    int32_t form, groups, width, group, runs, lanes;
     const int32_t *bits, *channels;  // of each run
-    const char *data, *scale, *low;
-    int64_t data_row, data_page, data_group;
-    int64_t scale_row, scale_page, scale_group;
-    int64_t low_row, low_page, low_group;
+    const int64_t *table;
+    const char *zeros;  // in place of low, where a form has none
+    int64_t data_at, data_group, scale_at, scale_group, low_at, low_group;
     const float *levels;  // [9][256]: by bits, the number that a code stands for; the code itself for CHANNEL and TOKEN
 };
 
@@ -39,13 +39,18 @@ inline float raw_of(int form, const char *p, int64_t i) {
     return x;
 }
 
-// One page of one group: where its tensors lie.
+// One page of one group: where its parts lie.
 struct Spot {
-    const char *data, *scale, *low;
-    Spot(const Side &s, int64_t row, int64_t page, int64_t group)
-        : data(s.data + row * s.data_row + page * s.data_page + group * s.data_group),
-          scale(s.scale + row * s.scale_row + page * s.scale_page + group * s.scale_group),
-          low(s.low + row * s.low_row + page * s.low_page + group * s.low_group) {}
+    bool there;
+    const char *data = nullptr, *scale = nullptr, *low = nullptr;
+    Spot(const Side &s, int64_t row, int64_t pages, int64_t page, int64_t group) {
+        const int64_t members = s.groups / s.lanes, own = group % members;
+        const char *record = reinterpret_cast<const char *>(s.table[(row * s.lanes + group / members) * pages + page]);
+        if (!(there = record != nullptr)) return;
+        data = record + s.data_at + own * s.data_group;
+        scale = record + s.scale_at + own * s.scale_group;
+        low = s.zeros ? s.zeros : record + s.low_at + own * s.low_group;
+    }
 };
 
 inline int64_t run_bytes(int bits, int channels) { return int64_t(PAGE) * channels * bits / 8; }

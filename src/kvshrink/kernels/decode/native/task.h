@@ -60,11 +60,13 @@ template <class T> struct Task {
 
     void run() {
         for (int page = first; page < last; page++) {
+            if (!any(page)) continue;
             const float *near_cos = all.how.near_cos.data(), *near_sin = all.how.near_sin.data();
             if (job.rebuild) place(page, near_cos, near_sin);
             std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
             for (int g = 0; g < job.keys.groups; g++) {
-                const Spot at(job.keys, row, page, g);
+                const Spot at(job.keys, row, job.pages, page, g);
+                if (!at.there) continue;
                 if (job.rebuild) {
                     T::load_keys(job.keys, at, room, keys.data);
                     for (int i = 0; i < group_heads; i++) rebuild(g * group_heads + i, near_cos, near_sin);
@@ -73,8 +75,25 @@ template <class T> struct Task {
                 }
             }
             soften(page);
-            for (int g = 0; g < job.values.groups; g++) add(Spot(job.values, row, page, g), g);
+            for (int g = 0; g < job.values.groups; g++) {
+                const Spot at(job.values, row, job.pages, page, g);
+                if (at.there) add(at, g);
+            }
         }
+    }
+
+    // Slots of a page that a lane's rows may read, as [begin, end): what is filled, but for the row's first ones.
+    int begin(int page) const {
+        return job.skips ? std::clamp(job.skips[row] - page * PAGE, 0, PAGE) : 0;
+    }
+    int end(int page, int lane) const {
+        const int64_t at = (int64_t(row) * job.keys.lanes + lane) * job.pages + page;
+        return !job.keys.table[at] ? 0 : job.counts ? job.counts[at] : PAGE;
+    }
+    bool any(int page) const {
+        for (int lane = 0; lane < job.keys.lanes; lane++)
+            if (end(page, lane) > begin(page)) return true;
+        return false;
     }
 
     // Scores of a group whose queries fit its latents.
@@ -238,8 +257,10 @@ template <class T> struct Task {
 
     // Scores to weights of this page; sums so far shrink where a higher score has come.
     void soften(int page) {
+        const int head_rows = all.rows / job.keys.lanes, from = begin(page);
         for (int q = 0; q < all.rows; q++) {
             float *s = scores.data + q * PAGE;
+            const int to = end(page, q / head_rows);
             v16 lo = load16(s), hi = load16(s + 16);
             if (job.softcap > 0) {
                 lo = tanh16(lo / job.softcap) * job.softcap;
@@ -253,6 +274,11 @@ template <class T> struct Task {
                     if (!seen[(t + 16) * job.visible_token]) hi[t] = NEVER;
                 }
             }
+            if (from > 0 || to < PAGE)
+                for (int t = 0; t < 16; t++) {
+                    if (t < from || t >= to) lo[t] = NEVER;
+                    if (t + 16 < from || t + 16 >= to) hi[t] = NEVER;
+                }
             const float highest = std::max(max16(lo), max16(hi));
             if (highest > top[q]) {
                 const float shrink = std::exp(top[q] - highest);  // 0 at first

@@ -1,0 +1,172 @@
+"""Stored pages as records: the bytes of one page of one lane lie together, and a table says where each record is.
+
+A lane is one row of the batch times one group of KV heads whose tokens come and go together. A record's layout is the
+same for all pages of a store: named tensors one after the other, those of wider numbers first, so that each is aligned.
+Kernels read records by their addresses; everything else gets tensors [b, p, G, ...] from them, views where the records
+lie in a row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.shapes import UInt8
+
+
+class Field(NamedTuple):
+    """One tensor of a record: its shape [G / lanes, ...] and where it begins, in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Layout(NamedTuple):
+    """How a record lies. size: its bytes, a multiple of its widest number's; lanes: of a row."""
+
+    fields: Mapping[str, Field]
+    size: int
+    lanes: int
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Tensor], lanes: int = 1) -> "Layout":
+        """Of pages [b, p, G, ...]. With one lane, axes from the third on may mean anything."""
+        fields, at, widest = {}, 0, 1
+        for name, t in sorted(stored.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+            shape = tuple(t.shape[2:])
+            shape = shape if lanes == 1 else (shape[0] // lanes, *shape[1:])
+            fields[name] = Field(t.dtype, shape, at)
+            at, widest = at + fields[name].nbytes, max(widest, t.dtype.itemsize)
+        return cls(fields, -(-at // widest) * widest, lanes)
+
+    def write(self, records: UInt8[Tensor, "b L p size"], stored: Mapping[str, Tensor]) -> None:
+        """Copy pages [b, p, G, ...] into their records."""
+        for name, field in self.fields.items():
+            t = stored[name][:, None] if self.lanes == 1 else stored[name].unflatten(2, (self.lanes, -1)).movedim(2, 1)
+            _of(field, records).copy_(t)
+
+    def read(self, records: UInt8[Tensor, "b L p size"], name: str) -> Tensor:
+        """One tensor [b, p, G, ...] of pages: a view of the records of one lane, a copy of those of several."""
+        t = _of(self.fields[name], records)
+        return t[:, 0] if self.lanes == 1 else t.movedim(1, 2).flatten(2, 3)
+
+
+class Holder(ABC):
+    """Who has the records, of all lanes."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+        """The pages from `start` to `stop`, some page in place of those that a lane does not have."""
+
+    @abstractmethod
+    def addresses(self, start: int, stop: int) -> np.ndarray:
+        """Where they are, int64 [b, L, p] on the host, in one piece; 0 for a page that a lane does not have."""
+
+    def device_addresses(self, start: int, stop: int) -> Tensor:
+        """The same where the records are."""
+        return torch.from_numpy(self.addresses(start, stop)).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Records(Mapping[str, Tensor]):
+    """Pages `start` to `stop` of all lanes. As a mapping: tensors [b, p, G, ...] by the names that begin with `prefix`.
+
+    Where a lane has no such page its address is 0, and a tensor holds some other page in its place.
+    """
+
+    holder: Holder
+    layout: Layout
+    start: int
+    stop: int
+    prefix: str = ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.layout.read(self.bytes, self.prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self.prefix) for n in self.layout.fields if n.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self.prefix}{name}" in self.layout.fields
+
+    def under(self, prefix: str) -> "Records":
+        """The tensors whose names begin so, without it."""
+        return Records(self.holder, self.layout, self.start, self.stop, self.prefix + prefix)
+
+    def field(self, name: str) -> Field:
+        return self.layout.fields[self.prefix + name]
+
+    @cached_property
+    def bytes(self) -> UInt8[Tensor, "b L p size"]:
+        return self.holder.bytes_of(self.start, self.stop)
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """Int64 [b, L, p], C-contiguous, on the host."""
+        return self.holder.addresses(self.start, self.stop)
+
+    @property
+    def device_addresses(self) -> Tensor:
+        """The same where the records are."""
+        return self.holder.device_addresses(self.start, self.stop)
+
+    @property
+    def lanes(self) -> int:
+        return self.layout.lanes
+
+    @property
+    def pages(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Single(Holder):
+    """A holder of pages given as tensors: one run of records, with a table of its own."""
+
+    records: UInt8[Tensor, "b L p size"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.records.device
+
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+        return self.records[:, :, start:stop]
+
+    def addresses(self, start: int, stop: int) -> np.ndarray:
+        b, lanes, pages, size = self.records.shape
+        table = (self.records.data_ptr() or 1) + size * np.arange(b * lanes * pages, dtype=np.int64).reshape(b, lanes, pages)
+        return np.ascontiguousarray(table[:, :, start:stop])
+
+
+def recorded(stored: Mapping[str, Tensor], lanes: int = 1) -> Records:
+    """Pages [b, p, G, ...] copied into records."""
+    layout = Layout.of(stored, lanes)
+    some = next(iter(stored.values()))
+    b, pages = some.shape[:2]
+    records = torch.zeros(b, lanes, pages, layout.size, dtype=torch.uint8, device=some.device)
+    layout.write(records, stored)
+    return Records(Single(records), layout, 0, pages)
+
+
+def _of(field: Field, records: UInt8[Tensor, "b L p size"]) -> Tensor:
+    """[b, L, p, *shape], a view."""
+    part = records[..., field.offset : field.offset + field.nbytes].view(field.dtype)
+    return part.unflatten(-1, field.shape) if field.shape else part[..., 0]

@@ -1,0 +1,290 @@
+"""The pages of a layer, lane by lane: a table of records, how many slots of each are filled, and which tokens they hold.
+
+A lane is one row of the batch times one group of KV heads that share a latent: 1 or more lanes a row, each with a
+timeline of its own. A token's column here is its number in its own row, counted from the row's first token.
+
+`Pages` is a value: a change makes another one, which shares the records. So what a step reads stays as it was while the
+step adds tokens, and a fork copies a table. Rows may hold different numbers of pages, lanes of a row too: tables are as
+wide as the longest, with zeros behind the others' ends.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.kernels.records import Holder, Layout, Records
+from kvshrink.shapes import Int, UInt8
+from kvshrink.store.pool import Places, Run, trimmed
+
+Stored = Mapping[str, Tensor]  # pages as codecs give them: every tensor is [b, p, ...]
+
+
+class Span(NamedTuple):
+    """Columns that pages cover without a gap, the same in every row and lane."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pages(Holder):
+    """Pages of `page` tokens. table: addresses, int64 [b, L, n], 0 where a lane has no such page; used: slots filled,
+    uint8 [b, L, n]; first: column of each page's first slot, int32 [b, n].
+
+    columns: of every slot, -1 if none, where a lane's tokens do not follow each other; None: they do, in each page.
+    """
+
+    page: int
+    lanes: int
+    table: np.ndarray
+    used: np.ndarray
+    first: np.ndarray
+    layout: Layout | None = None
+    runs: tuple[Run, ...] = ()
+    columns: Int[Tensor, "b L slots"] | None = None
+
+    @classmethod
+    def none(cls, page: int, lanes: int = 1, rows: int = 0) -> "Pages":
+        shape = (rows, lanes, 0)
+        return cls(page, lanes, np.zeros(shape, np.int64), np.zeros(shape, np.uint8), np.zeros((rows, 0), np.int32))
+
+    # --- what is there ---
+
+    def __len__(self) -> int:
+        """Pages of the longest lane."""
+        return self.table.shape[2]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Pages of each lane, [b, L]."""
+        return (self.table != 0).sum(2)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all lanes have as many pages."""
+        return bool((self.table != 0).all())
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every slot of every lane holds a token."""
+        return bool((self.used == self.page).all())
+
+    @cached_property
+    def span(self) -> Span | None:
+        """The columns, if all rows and lanes hold the same ones without a gap."""
+        if self.columns is not None or not len(self) or not self.full or not self.even:
+            return None
+        start = int(self.first[0, 0])
+        right = start + self.page * np.arange(len(self))
+        return Span(start, start + len(self) * self.page) if (self.first == right).all() else None
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Tokens of each lane, [b, L]."""
+        return self.used.sum(2, dtype=np.int64)
+
+    @cached_property
+    def slots(self) -> Int[Tensor, "b L slots"]:
+        """Column of every slot, -1 if it holds no token. On the host, unless `columns` are elsewhere."""
+        if self.columns is not None:
+            return self.columns
+        slot = np.arange(self.page)
+        found = np.where(slot < self.used[..., None], self.first[:, None, :, None] + slot, -1)
+        return torch.from_numpy(found.reshape(*self.table.shape[:2], -1).astype(np.int32))
+
+    def records(self, start: int = 0, stop: int | None = None) -> Records:
+        assert self.layout is not None
+        return Records(self, self.layout, start, len(self) if stop is None else stop)
+
+    def blocks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of pages, about `tokens` slots of each lane at a time."""
+        step = max(1, tokens // self.page)
+        yield from ((at, min(at + step, len(self))) for at in range(0, len(self), step))
+
+    # --- as a holder of records ---
+
+    @property
+    def device(self) -> torch.device:
+        return self.runs[0].data.device
+
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+        table = self.table[:, :, start:stop]
+        if not self.even:
+            table = np.where(table == 0, table.max(), table)  # any page in place of those that are not there
+        return self._places.gather(table)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self.runs)
+
+    def addresses(self, start: int, stop: int) -> np.ndarray:
+        return self.table if stop - start == len(self) else np.ascontiguousarray(self.table[:, :, start:stop])
+
+    def device_addresses(self, start: int, stop: int) -> Tensor:
+        return self._table_on_device[:, :, start:stop].contiguous()
+
+    @cached_property
+    def _table_on_device(self) -> Tensor:
+        return torch.from_numpy(self.table).to(self.runs[0].data.device)
+
+    # --- changes ---
+
+    def appended(
+        self,
+        parts: Iterable[Stored],
+        pages: int,
+        first: np.ndarray,
+        used: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+    ) -> "Pages":
+        """With `pages` more pages of some rows (None: all), from parts as they come, as one run.
+
+        first: column of each new page's first slot, [rows, pages]; used: slots filled, [rows, lanes, pages]; None: all.
+        """
+        count, run, layout, at = len(first), None, self.layout, 0
+        for part in parts:
+            if run is None:
+                layout = Layout.of(part, self.lanes) if layout is None else layout
+                run = Run.take(count * self.lanes * pages, layout, next(iter(part.values())).device)
+                records = run.data.view(count, self.lanes, pages, layout.size)
+            size = next(iter(part.values())).shape[1]
+            assert layout is not None
+            layout.write(records[:, :, at : at + size], part)
+            at += size
+        assert run is not None and at == pages, "the parts are not as many pages as were announced"
+        addresses = run.addresses().reshape(count, self.lanes, pages)
+        used = np.full(addresses.shape, self.page, np.uint8) if used is None else used.astype(np.uint8)
+        return replace(self, layout=layout, runs=(*self.runs, run))._placed(addresses, used, first, rows)
+
+    def _placed(self, addresses: np.ndarray, used: np.ndarray, first: np.ndarray, rows: np.ndarray | None) -> "Pages":
+        """With these entries behind those that some rows have."""
+        first = first.astype(np.int32)
+        if rows is None and (self.even or not len(self)):
+            own = self if len(self.table) else Pages.none(self.page, self.lanes, len(first))
+            return replace(
+                self,
+                table=np.concatenate([own.table, addresses], 2),
+                used=np.concatenate([own.used, used], 2),
+                first=np.concatenate([own.first, first], 1),
+            )
+        rows = np.arange(len(self.table)) if rows is None else rows
+        held = self.counts[:, 0] if self.lanes == 1 else self.counts.max(1)
+        place = held[rows][:, None] + np.arange(first.shape[1])
+        width = max(len(self), int(place.max(initial=-1)) + 1)
+        wider = self._widened(width)
+        wider.table[rows[:, None], :, place] = addresses.swapaxes(1, 2)
+        wider.used[rows[:, None], :, place] = used.swapaxes(1, 2)
+        wider.first[rows[:, None], place] = first
+        return wider
+
+    def _widened(self, width: int) -> "Pages":
+        """Arrays of its own, so wide."""
+        more = width - len(self)
+        columns = self.columns
+        if columns is not None:
+            columns = torch.nn.functional.pad(columns, (0, more * self.page), value=-1)
+        return replace(
+            self,
+            table=np.pad(self.table, ((0, 0), (0, 0), (0, more))),
+            used=np.pad(self.used, ((0, 0), (0, 0), (0, more))),
+            first=np.pad(self.first, ((0, 0), (0, more))),
+            columns=columns,
+        )
+
+    def narrowed(self) -> "Pages":
+        """Without the pages that no lane has any more, and without empty ones."""
+        table = np.where(self.used == 0, 0, self.table)
+        width = int((table != 0).sum(2).max(initial=0))
+        columns = None if self.columns is None else self.columns[..., : width * self.page].contiguous()
+        return replace(
+            self, table=table[..., :width], used=self.used[..., :width], first=self.first[:, :width], columns=columns
+        )
+
+    def cropped(self, lengths: np.ndarray) -> "Pages":
+        """Without the columns from each row's length on; nothing is encoded again."""
+        if self.columns is not None:
+            length = torch.from_numpy(lengths).to(self.columns.device)
+            columns = self.columns.masked_fill(self.columns >= length[:, None, None], -1)
+            used = (columns >= 0).unflatten(2, (-1, self.page)).sum(3).cpu().numpy().astype(np.uint8)
+            return replace(self, used=used, columns=columns).narrowed()
+        most = np.maximum(0, lengths[:, None] - self.first)[:, None]
+        return replace(self, used=np.minimum(self.used, most).astype(np.uint8)).narrowed()
+
+    def taken(self, counts: np.ndarray) -> tuple["Pages", "Pages"]:
+        """(the oldest `counts` [b] pages of each row, the others)."""
+        place = np.arange(len(self))
+        old = place < counts[:, None]
+        shift = np.minimum(place + counts[:, None], max(0, len(self) - 1))
+        past = place + counts[:, None] >= len(self)
+
+        def moved(x: np.ndarray) -> np.ndarray:
+            index, gone = (shift, past) if x.ndim == 2 else (shift[:, None], past[:, None])
+            return np.where(gone, 0, np.take_along_axis(x, np.broadcast_to(index, x.shape), -1))
+
+        assert self.columns is None
+        first = replace(self, used=np.where(old[:, None], self.used, 0).astype(np.uint8)).narrowed()
+        rest = replace(self, table=moved(self.table), used=moved(self.used), first=moved(self.first)).narrowed()
+        return first, rest
+
+    def selected(self, rows: np.ndarray) -> "Pages":
+        """These rows, in this order; the same one may come more than once."""
+        index = torch.from_numpy(rows)
+        return replace(
+            self,
+            table=self.table[rows],
+            used=self.used[rows],
+            first=self.first[rows],
+            columns=None if self.columns is None else self.columns[index.to(self.columns.device)],
+        ).narrowed()
+
+    def trimmed(self, holder: Any) -> "Pages":
+        """The same without memory that nobody needs any more."""
+        table, runs = trimmed(self.table, self.runs, holder)
+        return replace(self, table=table, runs=runs)
+
+    def to(self, device: torch.device | str, **how: Any) -> "Pages":
+        """The records elsewhere, each once."""
+        moved = [Run(run.data.to(device, **how)) for run in self.runs]
+        return self.renamed(moved, None if self.columns is None else self.columns.to(device, **how))
+
+    def renamed(self, runs: list[Run], columns: Tensor | None) -> "Pages":
+        """The same table over copies of the runs."""
+        run, index = self._places.of(np.where(self.table == 0, self.table.max(initial=0), self.table))
+        order = [self.runs.index(r) for r in self._places.runs]
+        bases = np.array([runs[i].base for i in order], np.int64)
+        steps = np.array([runs[i].step for i in order], np.int64)
+        table = np.where(self.table == 0, 0, bases[run] + index * steps[run]) if len(runs) else self.table
+        return replace(self, table=table, runs=tuple(runs), columns=columns)
+
+    # --- bytes ---
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what says where and which tokens the records are."""
+        arrays = self.table.nbytes + self.used.nbytes + self.first.nbytes
+        return arrays + (0 if self.columns is None else self.columns.nbytes)
+
+    def tensors(self) -> list[Tensor]:
+        return [run.data for run in self.runs]
+
+
+def joined(parts: list[Pages]) -> Pages:
+    """The rows of several, one below the other; no record is copied."""
+    width = max(len(p) for p in parts)
+    wide = [p._widened(width) for p in parts]
+    runs: dict[int, Run] = {id(run): run for p in parts for run in p.runs}
+    columns = [p.columns for p in wide if p.columns is not None]
+    return replace(
+        wide[0],
+        table=np.concatenate([p.table for p in wide]),
+        used=np.concatenate([p.used for p in wide]),
+        first=np.concatenate([p.first for p in wide]),
+        layout=next((p.layout for p in parts if p.layout is not None), None),
+        runs=tuple(runs.values()),
+        columns=torch.cat(columns) if columns else None,
+    )
