@@ -12,7 +12,7 @@ import torch
 from kvshrink.cache import attend as attend_module
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.step import Handle
+from kvshrink.cache.snapshot import Snapshot
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method, Tier
@@ -24,8 +24,9 @@ from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saq import SAQ
 from kvshrink.methods.quant.xquant import XQuant
+from kvshrink.store.growth import slots_for
 from tests.cache.build import assemble, bases, weights
-from tests.cache.operations import Copy, Crop, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Update
+from tests.cache.operations import Copy, Crop, Join, Op, Reload, Reorder, Repeat, Reset, Select, Setup, Split, Update
 from tests.cache.oracle import Age, Dense, Lossy, Oracle, attention
 
 HEADS, DIM, QUERIES, LAYERS = 2, 8, 4, 2
@@ -101,7 +102,7 @@ class Machine:
 
     def _update(self, op: Update) -> None:
         b, s = self.rows, op.tokens
-        before = [row.real for row in self.oracles[0].rows] if self.seen else [[]] * b
+        before = [row.real for row in self.oracles[0].rows] if self.seen else [[] for _ in range(b)]
         real = np.arange(s) >= np.minimum([*op.pads, 0][:b], s - 1)[:, None]
         if op.holes:
             real &= np.random.default_rng(self.steps).random((b, s)) > 0.3
@@ -118,17 +119,17 @@ class Machine:
             self.cache.stage(i, staged, given, self.rope, own, "model")
             keys, values = self.cache.update(k.clone(), v.clone(), i)
             oracle.extend(k.numpy(), v.numpy(), positions)
-            handle = getattr(keys, "_kvshrink", None)
-            assert (handle is not None) == (own and oracle.exact < oracle.seen)
-            if handle is None:
+            snapshot = getattr(keys, "_kvshrink", None)
+            assert (snapshot is not None) == (own and any(len(row.window) < len(row.real) for row in oracle.rows))
+            if snapshot is None:
                 _compare(keys, values, oracle.dense())
             else:
-                self.compare_attention(keys, values, handle, oracle, s, op.masked, op.additive)
+                self.compare_attention(keys, values, snapshot, oracle, s, op.masked, op.additive)
             pages = oracle.pages
             oracle.spill()
             self.tally["pages"] += oracle.pages - pages
         if self.seen > self.columns:
-            self.columns = -(-self.seen // CHUNK) * CHUNK
+            self.columns = slots_for(self.seen, CHUNK)
 
     def _crop(self, op: Crop) -> None:
         count, held = min(op.tokens, self.seen), self.oracles[0].exact
@@ -184,12 +185,46 @@ class Machine:
             self.cache = other.load(self.folder / "cache.safetensors")
         else:
             self.cache = other.load_state_dict(self.cache.state_dict())
-        for oracle in self.oracles:
-            oracle.look_for_sinks()
+        self.columns = slots_for(self.seen, CHUNK)
 
     def _reset(self, op: Reset) -> None:
         self.cache.reset()
         self.oracles, self.columns, self.rows = self.new_oracles(), 0, self.setup.rows
+
+    def _join(self, op: Join) -> None:
+        if not self.seen or self.rows + op.rows > 5:
+            return
+        other = copy.copy(self)
+        other.cache, other.oracles, other.rows, other.columns = self.new_cache(), self.new_oracles(), op.rows, 0
+        other._update(Update(op.tokens, op.pads))
+        pair = [other, self] if op.before else [self, other]
+        for one in pair:
+            self.left.append((one.cache, [o.copy() for o in one.oracles]))
+        self.cache = KVCache.join([one.cache for one in pair])
+        for first, second in zip(pair[0].oracles, pair[1].oracles, strict=True):
+            first.join(second)
+        self.oracles, self.rows = pair[0].oracles, self.rows + op.rows
+        self.columns = slots_for(self.seen, CHUNK)
+
+    def _split(self, op: Split) -> None:
+        if not self.seen:
+            return
+        rows = [i % self.rows for i in op.rows]
+        self.left.append((self.cache, [o.copy() for o in self.oracles]))
+        alone = self.cache.split()
+        assert len(alone) == self.rows
+        parts = [[oracle.alone(i) for oracle in self.oracles] for i in rows]
+        self.left += [(alone[i], [o.copy() for o in part]) for i, part in zip(rows, parts, strict=True)]
+        if any(not part[0].seen for part in parts):  # a row of which a crop has left nothing joins none
+            rows, parts = rows[:1], parts[:1]
+        if not parts[0][0].seen:
+            return
+        self.cache = alone[rows[0]] if len(rows) == 1 else KVCache.join([alone[i] for i in rows])
+        self.oracles, self.rows = parts[0], len(rows)
+        for part in parts[1:]:
+            for oracle, more in zip(self.oracles, part, strict=True):
+                oracle.join(more)
+        self.columns = slots_for(self.seen, CHUNK)
 
     # --- comparisons ---
 
@@ -202,39 +237,44 @@ class Machine:
         for i, (layer, oracle) in enumerate(zip(cache.compressed, oracles, strict=True)):
             keys, values = layer.window.view()
             assert keys.shape[2] == oracle.exact
-            handle = Handle(layer, self.rope, layer.shelves(), oracle.seen - oracle.exact)
+            snapshot = layer.snapshot(self.rope)
             if i == rebuilt:
-                _compare(*attend_module.rebuild(handle, keys, values), oracle.dense())
+                _compare(*attend_module.rebuild(snapshot, keys, values), oracle.dense())
             else:
-                self.compare_attention(keys, values, handle, oracle, min(2, oracle.seen), False, False)
+                self.compare_attention(keys, values, snapshot, oracle, min(2, oracle.seen), False, False)
 
     def compare_attention(
-        self, keys, values, handle: Handle, oracle: Oracle, s: int, masked: bool, additive: bool
+        self, keys, values, snapshot: Snapshot, oracle: Oracle, s: int, masked: bool, additive: bool
     ) -> None:
         dense = oracle.dense()
         b, seen = dense.shown.shape
         query = torch.randn(b, QUERIES, s, DIM, generator=torch.Generator().manual_seed(seen))
-        real = np.array([row.real for row in oracle.rows])
+        real = oracle.real
         mask = None
-        if masked or not real[:, handle.first :].all():  # pads that have left the window are known to the cache
+        if masked or not real[:, snapshot.first :].all():  # pads that have left the window are known to the cache
             causal = np.arange(seen) <= np.arange(seen - s, seen)[:, None]
             mask = torch.from_numpy(real[:, None, None] & causal)
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
         softcap = self.setup.softcap
-        out = attend_module.attend(query, keys, values, mask, DIM**-0.5, softcap, handle)
+        out = attend_module.attend(query, keys, values, mask, DIM**-0.5, softcap, snapshot)
         assert out.isfinite().all(), "attention is NaN or infinite somewhere, pads included"
         wanted = attention(query.numpy(), dense, DIM**-0.5, softcap)
         asked = real[:, seen - s :]  # what a pad itself attends to is nobody's business
         _close(out.numpy().swapaxes(1, 2)[asked], wanted.swapaxes(1, 2)[asked], "attention output")
 
     def check_bytes(self) -> None:
-        token, w = SHAPE.token_bytes, self.setup.window + self.method.page
-        oracle = self.oracles[0]
-        sinks = oracle.took_sinks * self.setup.sinks * (token + 4)
-        ages = [page.age for page in oracle.rows[0].pages] if oracle.seen else []
-        pages = sum(codec.page_bytes() for age in ages for codec in self.tiers[0][age].codecs or ())
-        layer = (oracle.seen > 0) * w * token + sinks + pages
-        assert self.cache.nbytes == self.rows * (LAYERS * layer + 4 * self.columns)
+        """Each record is held once, and, where no other cache may read it, no longer than it is read."""
+        oracle, cache = self.oracles[0], self.cache
+        pages = {page.record: page.age for row in oracle.rows for page in row.pages}
+        wanted = sum(codec.page_bytes() for age in pages.values() for codec in self.tiers[0][age].codecs or ())
+        for layer in cache.compressed:
+            held = layer.held()
+            stored = held.payload + held.side
+            assert stored == wanted or (self.left and stored > wanted)
+            assert held.window <= 2 * self.rows * layer.window.capacity * SHAPE.token_bytes
+            sinks = oracle.took_sinks * self.rows * self.setup.sinks * (SHAPE.token_bytes + 4)
+            assert held.sinks in (sinks, 0 if not sinks else sinks)
+        assert cache.report().table_bytes == 4 * self.rows * self.columns
 
 
 def _tiers(name: str, method: Method, groups: int) -> list[tuple[Tier, ...]]:

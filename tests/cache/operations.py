@@ -58,4 +58,19 @@ class Reset(NamedTuple):
     pass
 
 
-Op = Update | Crop | Reorder | Select | Repeat | Copy | Reload | Reset
+class Join(NamedTuple):
+    """Another cache's rows come, which holds so many tokens: behind this one's, or before them."""
+
+    tokens: int
+    pads: tuple[int, int, int] = (0, 0, 0)
+    rows: int = 1
+    before: bool = False
+
+
+class Split(NamedTuple):
+    """Each row a cache of its own. One of them goes on; or some are joined again, in this order."""
+
+    rows: list[int]
+
+
+Op = Update | Crop | Reorder | Select | Repeat | Copy | Reload | Reset | Join | Split

@@ -1,12 +1,13 @@
 """What a cache layer must show, worked out again with plain lists of tokens and the written rules.
 
-The rules: at least `window` recent tokens are exact; when more than `window + page` tokens are, the oldest leave in
-whole pages, but while sinks are still wanted, leading columns that are a pad or a sink in every row leave without a
-page; the first `sinks` real tokens of a row stay exact for ever; a crop shortens what is there, and nothing is encoded
-twice. Pages have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it
-is gone. A pad is any column that the mask hides.
+The rules: of a row of n tokens the pages before (n - window) // page, counted from its own first column, have left the
+window, and the others are exact; a page that a crop has cut short stays so, and another one takes the rest of its
+columns when they leave; the first `sinks` real tokens of a row stay exact for ever; nothing is encoded twice. Pages have
+an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it is gone. A pad is
+any column that the mask hides. Joined rows end together; each has columns of its own.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +20,7 @@ Lossy = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndar
 
 
 class Token(NamedTuple):
-    """A column of one row; a pad has position -1."""
+    """A row's own column; a pad has position -1."""
 
     column: int
     position: int
@@ -36,16 +37,17 @@ class Age(NamedTuple):
 
 @dataclass
 class Page:
-    """The tokens of a page as they come back at each age, and which age it has."""
+    """The tokens of a page as they come back at each age, which age it has, and which record it is, shared or not."""
 
     looks: list[list[Token]]
     age: int = 0
+    record: int = field(default_factory=itertools.count().__next__)
 
     def copy(self) -> "Page":
-        return Page([list(tokens) for tokens in self.looks], self.age)
+        return Page([list(tokens) for tokens in self.looks], self.age, self.record)
 
     def cut(self, length: int) -> "Page":
-        return Page([[t for t in tokens if t.column < length] for tokens in self.looks], self.age)
+        return Page([[t for t in tokens if t.column < length] for tokens in self.looks], self.age, self.record)
 
     @property
     def tokens(self) -> list[Token]:
@@ -91,60 +93,51 @@ class Oracle:
         self.window, self.sinks, self.page, self.h, self.d, self.ages = self.settings
         self.rows: list[Row] = []
         self.seen = 0
-        self.took_sinks = False  # storage for sinks is taken with the first spill
-        self.full = sinks == 0  # no row wants a sink any more; batch operations do not look again
+        self.took_sinks = False  # storage for sinks is taken with the first page
 
     def extend(self, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
         """New tokens [b, h, s, d] join the window; a position of -1 is a pad."""
         if self.seen == 0:
             self.rows = [Row() for _ in positions]
         for row, k, v, p in zip(self.rows, keys, values, positions, strict=True):
+            start = len(row.real)
             row.real += [bool(x >= 0) for x in p]
-            row.window += [Token(self.seen + i, int(p[i]), k[:, i], v[:, i]) for i in range(len(p))]
+            row.window += [Token(start + i, int(p[i]), k[:, i], v[:, i]) for i in range(len(p))]
         self.seen += positions.shape[1]
 
     def spill(self) -> None:
-        """Let whole pages leave a window that has grown beyond `window + page`."""
-        held = self.exact
-        if held <= self.window + self.page:
-            return
-        first, spare = self.seen - held, held - self.window
-        wanted, no_page = [row.wanted(self.sinks) for row in self.rows], 0
-        while not self.full and no_page < spare:
-            column = first + no_page
-            if any(row.real[column] and column not in w for row, w in zip(self.rows, wanted, strict=True)):
-                break
-            no_page += 1
-        out = no_page + (spare - no_page) // self.page * self.page
-        self.took_sinks |= self.sinks > 0
-        for row, columns in zip(self.rows, wanted, strict=True):
-            row.sinks += [t for t in row.window[:out] if t.column in columns]
-        self.look_for_sinks()
-        if self.ages and out > no_page:
-            self._encode(no_page, out)
-            for row in self.rows:
-                self._grow_old(row)
+        """Let whole pages leave."""
         for row in self.rows:
-            del row.window[:out]
+            n = len(row.real)
+            start = n - len(row.window)
+            stop = max(0, n - self.window) // self.page * self.page
+            if stop <= start:
+                continue
+            self.took_sinks |= self.sinks > 0
+            wanted = row.wanted(self.sinks)
+            out, row.window = row.window[: stop - start], row.window[stop - start :]
+            row.sinks += [t for t in out if t.column in wanted]
+            while out and self.ages:
+                count = self.page - out[0].column % self.page
+                row.pages.append(self._encode(out[:count]))
+                out = out[count:]
+                self._grow_old(row)
 
-    def look_for_sinks(self) -> None:
-        self.full = self.sinks == 0 or (self.took_sinks and all(len(row.sinks) == self.sinks for row in self.rows))
-
-    def _encode(self, start: int, end: int) -> None:
-        tokens = [row.window[start:end] for row in self.rows]
-        keys = np.stack([np.stack([t.key for t in row], 1) for row in tokens])
-        values = np.stack([np.stack([t.value for t in row], 1) for row in tokens])
-        positions = np.array([[t.position for t in row] for row in tokens], np.int32)
+    def _encode(self, tokens: list[Token]) -> Page:
+        """A page of these tokens, its other slots empty."""
+        spare = self.page - len(tokens)
+        keys, values = (np.stack(x, 1)[None] for x in ([t.key for t in tokens], [t.value for t in tokens]))
+        keys, values = (np.pad(x, ((0, 0), (0, 0), (0, spare), (0, 0))) for x in (keys, values))
+        positions = np.array([[*(t.position for t in tokens), *[-1] * spare]], np.int32)
         looks = [age.lossy(keys, values, positions) for age in self.ages]
-        for n, (row, old) in enumerate(zip(self.rows, tokens, strict=True)):
-            new = [[Token(t.column, t.position, k[n][:, i], v[n][:, i]) for i, t in enumerate(old)] for k, v in looks]
-            row.pages += [Page([x[i : i + self.page] for x in new]) for i in range(0, len(old), self.page)]
+        return Page([[Token(t.column, t.position, k[0][:, i], v[0][:, i]) for i, t in enumerate(tokens)] for k, v in looks])
 
     def _grow_old(self, row: Row) -> None:
         for number, age in enumerate(self.ages):
             same = [page for page in row.pages if page.age == number]
             for page in same[: len(same) if age.pages is None else max(0, len(same) - age.pages)]:
-                page.age += age.pages is not None
+                if age.pages is not None:
+                    page.age, page.record = page.age + 1, Page([]).record
         row.pages = [page for page in row.pages if page.age < len(self.ages)]
 
     def crop(self, count: int) -> None:
@@ -152,43 +145,60 @@ class Oracle:
         self.seen -= count
         self.rows = self.rows if self.seen else []
         for row in self.rows:
-            del row.real[self.seen :]
-            row.sinks = [t for t in row.sinks if t.column < self.seen]
-            row.window = [t for t in row.window if t.column < self.seen]
-            row.pages = [cut for page in row.pages if (cut := page.cut(self.seen)).tokens]
+            n = max(0, len(row.real) - count)
+            del row.real[n:]
+            row.sinks = [t for t in row.sinks if t.column < n]
+            row.window = [t for t in row.window if t.column < n]
+            row.pages = [cut for page in row.pages if (cut := page.cut(n)).tokens]
         self.took_sinks &= self.seen > 0
-        self.look_for_sinks()
 
     def select(self, indices: list[int]) -> None:
         self.rows = [self.rows[i].copy() for i in indices]
 
     def copy(self) -> "Oracle":
         other = Oracle(*self.settings)
-        other.rows, other.seen = [r.copy() for r in self.rows], self.seen
-        other.took_sinks, other.full = self.took_sinks, self.full
+        other.rows, other.seen, other.took_sinks = [r.copy() for r in self.rows], self.seen, self.took_sinks
+        return other
+
+    def join(self, other: "Oracle") -> None:
+        """The other one's rows below these."""
+        self.rows = [r.copy() for r in (*self.rows, *other.rows)]
+        self.seen, self.took_sinks = max(self.seen, other.seen), self.took_sinks or other.took_sinks
+
+    def alone(self, row: int) -> "Oracle":
+        """One row in its own columns."""
+        other = self.copy()
+        other.rows = [self.rows[row].copy()]
+        other.seen = len(other.rows[0].real)
         return other
 
     @property
     def exact(self) -> int:
-        """Tokens in the window."""
-        return len(self.rows[0].window) if self.rows else 0
+        """Tokens in the window of the row that has most."""
+        return max((len(row.window) for row in self.rows), default=0)
 
     @property
     def pages(self) -> int:
-        return len(self.rows[0].pages) if self.rows else 0
+        return max((len(row.pages) for row in self.rows), default=0)
 
     @property
     def recent(self) -> int:
-        """Tokens in window and pages."""
-        return self.exact + (sum(len(page.tokens) for page in self.rows[0].pages) if self.rows else 0)
+        """Tokens in the longest window and the longest pages."""
+        held = [[sum(len(p.tokens) for p in row.pages if p.age == n) for row in self.rows] for n in range(len(self.ages))]
+        return self.exact + sum(max(own, default=0) for own in held)
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which columns of the batch are tokens, [b, seen]."""
+        return np.array([[False] * (self.seen - len(row.real)) + row.real for row in self.rows])
 
     def dense(self) -> Dense:
         """What is there, column by column; zero where nothing is shown."""
         keys = np.zeros((len(self.rows), self.h, self.seen, self.d), np.float32)
         values, shown = keys.copy(), np.zeros((len(self.rows), self.seen), bool)
         for i, row in enumerate(self.rows):
-            tokens = row.shown(self.sinks)
-            columns = [t.column for t in tokens]
+            tokens, shift = row.shown(self.sinks), self.seen - len(row.real)
+            columns = [t.column + shift for t in tokens]
             assert len(set(columns)) == len(columns), "the oracle itself shows a token twice"
             if tokens:
                 keys[i][:, columns] = np.stack([t.key for t in tokens], 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvshrink.cache import attend, layer
 from kvshrink.methods._roles import Method
 from tests.cache.machine import METHODS, Machine
-from tests.cache.operations import Copy, Crop, Reload, Reorder, Repeat, Reset, Select, Setup, Update
+from tests.cache.operations import Copy, Crop, Join, Reload, Reorder, Repeat, Reset, Select, Setup, Split, Update
 
 SEQUENCES = int(os.environ.get("KVSHRINK_SEQUENCES", 1000))
 PAGE = 8  # instead of 32, so that short sequences fill many pages
@@ -34,6 +34,12 @@ STORIES = {  # window 8, pages of 8, 3 sinks: what random sequences reach seldom
     "a copy goes its own way": [Update(40), Copy(), Crop(20), Update(30), Copy(), Reset(), Update(5)],
     "crop into each age": [Update(90), Crop(20), Update(1), Crop(20), Update(30), Crop(60), Update(90), Update(1)],
     "grow old token by token": [Update(50), *[Update(1)] * 60, Reload(), *[Update(1)] * 12, Copy(), Crop(30)],
+    "a longer row comes": [Update(40), Join(90), Update(1), Update(30), Crop(20), Update(40)],
+    "a shorter row comes": [Update(70), Join(13, rows=2, before=True), *[Update(1)] * 20, Reload(file=True), Update(9)],
+    "short ones come together": [Update(5), Join(3), Update(1), Join(2, (1, 0, 0)), *[Update(3)] * 9],
+    "rows leave and come back": [Update(60, pads=(0, 9, 0)), Split([1, 0]), Update(5), Join(33), Split([2, 0, 0]), Update(9)],
+    "joined beams": [Update(50), Join(21), Repeat(), Update(1), Reorder([1, 0, 3, 3]), *[Update(1)] * 12, Copy(), Crop(30)],
+    "one row of several goes on": [Update(30), Join(70), Update(20), Split([0]), Update(30), Copy(), Update(1)],
     "saved and continued": [Update(40, pads=(3, 0, 0)), Reload(file=True), Update(1), Reload(into_used=True), Crop(9)],
 }
 
@@ -59,6 +65,8 @@ others = st.one_of(
     st.builds(Select, rows),
     st.builds(Reload, st.sampled_from([False, False, True]), flags),
     st.sampled_from([Repeat(), Copy(), Copy(), Reset()]),
+    st.builds(Join, sizes, pads, st.integers(1, 2), flags),
+    st.builds(Split, rows),
 )
 operations = st.lists(st.one_of(updates, updates, others), min_size=1, max_size=6)
 

@@ -1,6 +1,6 @@
 """The attention function and the mask function that transformers calls by the name "kvshrink".
 
-A call whose key carries a handle reads our cache; any other goes to the implementation that the model had before.
+A call whose key carries a snapshot reads our cache; any other goes to the implementation that the model had before.
 Both functions are registered together: without the mask function transformers passes no mask and left padding is
 silently ignored.
 """
@@ -17,7 +17,7 @@ from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import NAME, previous
 from kvshrink.attach.keywords import check_keywords, plain
 from kvshrink.cache.attend import attend
-from kvshrink.cache.step import Handle
+from kvshrink.cache.snapshot import Snapshot
 from kvshrink.store.modes import at_once, autocast_on, own_modes
 
 
@@ -33,16 +33,16 @@ def kvshrink_attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output [b, s, q, d]. See transformers' AttentionInterface for the contract."""
-    handle = getattr(key, "_kvshrink", None)
-    if handle is None:
+    snapshot = getattr(key, "_kvshrink", None)
+    if snapshot is None:
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
-    return _over(handle, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
+    return _over(snapshot, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
 
 
 @at_once
 @own_modes
 def _over(
-    handle: Handle,
+    snapshot: Snapshot,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -55,7 +55,7 @@ def _over(
     """Attention over our cache."""
     check_keywords(kwargs, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, mask, scale, softcap, handle).transpose(1, 2).contiguous()
+    return attend(query, key, value, mask, scale, softcap, snapshot).transpose(1, 2).contiguous()
 
 
 def register() -> None:

@@ -1,68 +1,46 @@
-"""The body of a layer: encoded pages by age. A method with one tier has one shelf of pages, and none ever moves.
+"""The body of a layer: encoded pages by age. A method with one tier has pages of one age, and none ever moves.
 
 Pages enter the youngest tier. What a tier cannot hold any more moves on, the oldest pages first, by a conversion of
 stored tensors (`Codec.demoted`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
-the ladder: its pages are dropped. Columns ascend from the oldest shelf to the youngest.
+the ladder: its pages are dropped. Columns ascend from the oldest tier to the youngest.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from kvshrink.cache.snapshot import TierView
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
-from kvshrink.store.bytes import nbytes
+from kvshrink.store.lane_state import restored, state
+from kvshrink.store.lanes import Pages, joined
 from kvshrink.store.names import under
-from kvshrink.store.pages import Block, Pages
-
-
-class Shelf(NamedTuple):
-    """Pages of one age as a step reads them: the first `limit` ones.
-
-    base: pages of the same tokens in the layer that this one follows; their tensors are beside its own in a block.
-    """
-
-    codecs: tuple[Codec, Codec]
-    pages: Pages
-    limit: int
-    base: Pages | None = None
-
-    def blocks(self, tokens: int) -> Iterator[Block]:
-        own = self.pages.blocks(tokens, self.limit)
-        return own if self.base is None else map(_beside, own, self.base.blocks(tokens, self.limit))
-
-    def runs(self) -> Iterator[Block]:
-        own = self.pages.runs(self.limit)
-        return own if self.base is None else map(_beside, own, self.base.runs(self.limit))
-
-    def stored(self, block: Block) -> tuple[Stored, Stored]:
-        """What the key codec and the value codec read of a block."""
-        keys = block.part("k.")
-        return keys, keys if self.codecs[1].joint else block.part("v.")
 
 
 @dataclass
-class _Age:
+class TierPages:
     """A tier and the pages in it."""
 
     tier: Tier
     pages: Pages
+    view: TierView | None = None  # of these pages: it keeps what it finds out, from step to step
 
-    def beyond(self) -> int:
-        """Pages that must move on."""
-        limit = self.tier.tokens
-        return 0 if limit is None else max(0, len(self.pages) - limit // self.pages.page)
+    @property
+    def limit(self) -> int | None:
+        """Pages of a row that may be of this age; None: any number."""
+        return None if self.tier.tokens is None else self.tier.tokens // self.pages.page
 
 
 class Body:
-    """All pages of a layer."""
+    """All pages of a layer, of so many lanes a row."""
 
-    def __init__(self, tiers: Sequence[Tier], page: int) -> None:
-        self.page = page
-        self.ages = [_Age(tier, Pages(page)) for tier in tiers]  # the youngest first
+    def __init__(self, tiers: Sequence[Tier], page: int, lanes: int = 1) -> None:
+        self.page, self.lanes = page, lanes
+        self.ages = [TierPages(tier, Pages.none(page, lanes)) for tier in tiers]  # the youngest first
 
     @property
     def youngest(self) -> Pages:
@@ -75,92 +53,143 @@ class Body:
 
     @property
     def room(self) -> int | None:
-        """Pages that are held at most; None: no limit."""
-        if not self.drops:
-            return None
-        return sum((age.tier.tokens or 0) // self.page for age in self.ages[:-1])
-
-    @property
-    def first(self) -> int:
-        """The first column that is held."""
-        return next(age.pages.first[0] for age in reversed(self.ages) if len(age.pages))
+        """Pages of a row that are held at most; None: no limit."""
+        return sum(age.limit or 0 for age in self.ages[:-1]) if self.drops else None
 
     @property
     def tokens(self) -> int:
-        return sum(age.pages.tokens for age in self.ages)
+        """Tokens of the row that holds most."""
+        return sum(int(age.pages.tokens.max(initial=0)) for age in self.ages)
 
     def __len__(self) -> int:
+        """Pages of the longest lane of each age."""
         return sum(len(age.pages) for age in self.ages)
 
-    def shelves(self) -> list[Shelf]:
-        """What is there now, the oldest first. It stays readable while this step appends."""
-        held = ((age.tier.codecs, age.pages) for age in reversed(self.ages))
-        return [Shelf(codecs, pages, len(pages)) for codecs, pages in held if codecs is not None and len(pages)]
+    def view(self, base: Pages | None = None) -> tuple[TierView, ...]:
+        """What is there now, the oldest first: it stays as it is. base: of the layer that this one follows."""
+        found = []
+        for age in reversed(self.ages):
+            if age.tier.codecs is not None and len(age.pages):
+                if age.view is None or age.view.pages is not age.pages or age.view.base is not base:
+                    age.view = TierView(age.tier.codecs, age.pages, base)
+                found.append(age.view)
+        return tuple(found)
 
-    def append(self, parts: Iterable[Stored], pages: int, column: int) -> None:
-        """Add `pages` whole pages that cover the columns from `column` on, from parts as they come."""
+    @property
+    def slots(self) -> int:
+        """Slots of all lanes, dead ones included."""
+        return sum(int(age.pages.counts.sum()) for age in self.ages) * self.page
+
+    # --- changes ---
+
+    def hold(self, age: TierPages, pages: Pages, trim: bool = True) -> None:
+        """Take pages in place of an age's own."""
+        for run in pages.runs[len(age.pages.runs) if pages.runs[: len(age.pages.runs)] == age.pages.runs else 0 :]:
+            run.holders.add(self)
+        age.pages = pages.trimmed(self) if trim else pages
+
+    def append(
+        self, parts: Iterable[Stored], first: np.ndarray, used: np.ndarray, rows: np.ndarray | None, batch: int
+    ) -> None:
+        """Add whole pages of some rows (None: all) from parts as they come. first [rows, p], used [rows, L, p]: the
+        column of each page's first slot and how many of its slots are filled. batch: rows in all."""
+        for age in self.ages:
+            age.pages = age.pages.for_rows(batch)
         if len(self.ages) == 1:
-            self.youngest.append(parts, pages, column)
+            self.hold(self.ages[0], self.youngest.appended(parts, first.shape[1], first, used, rows), trim=False)
             return
-        for age in self.ages:  # the shelves that this step reads stay as they are
-            age.pages = age.pages.copy()
+        at = 0
         for part in parts:
             count = next(iter(part.values())).shape[1]
-            self.youngest.append([part], count, column)
-            column += count * self.page
+            cut = slice(at, at := at + count)
+            pages = self.youngest.appended([part], count, first[:, cut], used[:, :, cut], rows)
+            self.hold(self.ages[0], pages, trim=False)
             self._grow_old()
 
     def _grow_old(self) -> None:
         for young, old in pairwise(self.ages):
-            for extent, first, used in young.pages.take(young.beyond()):
-                if old.tier.codecs is not None:
-                    old.pages.put(demoted(extent, old.tier.codecs), first, used)
+            if young.limit is None:
+                continue
+            beyond = np.maximum(0, young.pages.counts[:, 0] - young.limit)
+            if not beyond.any():
+                continue
+            leaving, staying = young.pages.taken(beyond)
+            if old.tier.codecs is not None:
+                for count in np.unique(beyond[beyond > 0]):  # joined rows may give different numbers of pages
+                    rows = np.nonzero(beyond == count)[0]
+                    every = len(rows) == len(beyond)
+                    own = leaving if every else leaving.selected(rows)
+                    parts = [demoted(dict(own.records()), old.tier.codecs)]
+                    pages = old.pages.appended(parts, len(own), own.first, own.used, None if every else rows)
+                    self.hold(old, pages, trim=False)
+            self.hold(young, staying)
 
-    def crop(self, length: int) -> None:
-        """Forget all columns from `length` on. What has grown old stays so."""
+    def crop(self, lengths: np.ndarray) -> None:
+        """Forget a row's columns from its length on. What has grown old stays so."""
         for age in self.ages:
-            age.pages.crop(length)
+            self.hold(age, age.pages.cropped(lengths))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+    def select(self, index: Tensor) -> None:
         for age in self.ages:
-            age.pages.map(change)
+            if len(age.pages):
+                self.hold(age, age.pages.selected(index.cpu().numpy()))
+
+    def to(self, device: torch.device | str, **how: bool) -> None:
+        for age in self.ages:
+            if len(age.pages):
+                self.hold(age, age.pages.to(device, **how), trim=False)
+
+    def fork(self) -> "Body":
+        """Another body of the same pages, which shares their records."""
+        other = Body([age.tier for age in self.ages], self.page, self.lanes)
+        for own, age in zip(other.ages, self.ages, strict=True):
+            other.hold(own, age.pages, trim=False)
+        return other
+
+    @classmethod
+    def joined(cls, bodies: Sequence["Body"], rows: Sequence[int]) -> "Body":
+        """The rows of all, one below the other; rows: how many each has."""
+        other = cls([age.tier for age in bodies[0].ages], bodies[0].page, bodies[0].lanes)
+        for i, age in enumerate(other.ages):
+            parts = [body.ages[i].pages.for_rows(b) for body, b in zip(bodies, rows, strict=True)]
+            other.hold(age, joined(parts), trim=False)
+        return other
+
+    # --- bytes and state ---
 
     def tensors(self) -> list[Tensor]:
-        return [t for age in self.ages for _, t in age.pages.tensors()]
+        return [t for age in self.ages for t in age.pages.tensors()]
 
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of (payload, side information)."""
-        payload: list[Tensor] = []
-        side: list[Tensor] = []
+    def metadata(self) -> int:
+        """Bytes of scales, minima and the like in all records taken."""
+        found = 0
         for age in self.ages:
             names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.side}
-            for name, t in age.pages.tensors():
-                (side if name in names else payload).append(t)
-        return nbytes(payload), nbytes(side)
+            fields = age.pages.layout.fields if age.pages.layout is not None else {}
+            own = sum(field.nbytes for name, field in fields.items() if name in names)
+            found += own * sum(len(run.data) for run in age.pages.runs)
+        return found
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(age.pages.index_bytes for age in self.ages)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """(plain values, tensors): the youngest tier by itself, as a save of one tier has it, and the older ones."""
-        values, tensors = self.youngest.state()
-        plain, found = {"pages": values}, {f"pages.{k}": t for k, t in tensors.items()}
-        for i, age in enumerate(self.ages[1:]):
-            values, tensors = age.pages.state()
-            plain |= {f"older.{i}": values}
-            found |= {f"older.{i}.{k}": t for k, t in tensors.items()}
-        return plain, found
-
-    def restore(self, values: Mapping, tensors: Mapping[str, Tensor]) -> None:
-        """From what `state` gave, among other things."""
+        """(plain values, tensors): the youngest tier as "pages", and the older ones."""
+        plain, found = {}, {}
         for i, age in enumerate(self.ages):
             name = f"older.{i - 1}" if i else "pages"
-            own = under(tensors, f"{name}.")
-            if name in values:
-                age.pages.restore(values[name], own)
+            values, tensors = state(age.pages)
+            plain[name] = values
+            found |= {f"{name}.{k}": t for k, t in tensors.items()}
+        return plain, found
 
-
-def _beside(block: Block, base: Block) -> Block:
-    """A block with the tensors of another layer's block of the same tokens, k.codes as k.base.codes."""
-    others = {f"{k[:2]}base.{k[2:]}": t for k, t in base.stored.items()}
-    return replace(block, stored={**block.stored, **others})
+    def restore(self, values: Mapping, tensors: Mapping[str, Tensor], empty: Sequence[Stored | None]) -> None:
+        """From what `state` gave, among other things. empty: one page as each tier lays it out, None where it is dropped."""
+        for i, (age, page) in enumerate(zip(self.ages, empty, strict=True)):
+            name = f"older.{i - 1}" if i else "pages"
+            pages = age.pages if page is None else restored(age.pages, values[name], under(tensors, f"{name}."), page)
+            self.hold(age, pages, trim=False)
 
 
 def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
@@ -170,3 +199,5 @@ def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
         own = under(extent, prefix)
         found |= {f"{prefix}{k}": t for k, t in codec.demoted(own).items()}
     return found
+
+

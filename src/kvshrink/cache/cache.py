@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvshrink.cache.joining import check_alike, joined_layers, layers_of_row
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.contents import check_contents
 from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
@@ -33,7 +35,7 @@ from kvshrink.store.lasting import lasting
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
-VERSION = 2  # of a saved state
+VERSION = 3  # of a saved state
 
 
 class KVCache(Cache):
@@ -65,6 +67,40 @@ class KVCache(Cache):
         for name, value in vars(self).items():
             setattr(fork, name, copy.deepcopy(value, memo))
         return fork
+
+    # --- rows that come and go ---
+
+    @classmethod
+    def join(cls, caches: Sequence["KVCache"]) -> "KVCache":
+        """One cache of all rows, of whatever lengths; nothing stored is copied, and the caches go on as they are.
+
+        Rows end together: a shorter one begins in a later column, as if it were padded on the left, and `attention_mask`
+        says where. Raises CacheError for caches that are empty or of another model or method.
+        """
+        caches = list(caches)
+        kinds = [(c.model, c.fitted, c.device, len(c.layers), c._dtype()) for c in caches]
+        check_alike(kinds, [c.get_seq_length() for c in caches])
+        for cache in caches:
+            cache.check_whole()
+        some, table = caches[0], TokenTable.joined([cache.table for cache in caches])
+        return some._with(joined_layers([cache.layers for cache in caches], table), table)
+
+    def split(self) -> list["KVCache"]:
+        """A cache for each row, in its own length; nothing stored is copied, and this cache goes on as it is."""
+        self.check_whole()
+        tables = [self.table.row(i) for i in range(self.table.rows)]
+        return [self._with(layers_of_row(self.layers, i, table), table) for i, table in enumerate(tables)]
+
+    def _with(self, layers: list[CacheLayerMixin], table: TokenTable) -> "KVCache":
+        owner = copy.copy(self.owner)
+        return self.__class__(layers, self.method, table, self.model, self.fitted, self.device, owner)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """What to pass for the tokens so far, int64 [b, columns]: 0 at pads, and before a joined row's first token."""
+        if not self.table.length:
+            return torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+        return (self.table.positions >= 0).long()
 
     # --- the model's side ---
 
@@ -110,7 +146,7 @@ class KVCache(Cache):
     def rows(self) -> int:
         """Sequences held; 0 while there are no tokens."""
         if self.table.length:
-            return self.table.positions.shape[0]
+            return self.table.rows
         return next((len(t) for layer in self.layers for t in sliding_tensors(layer).values() if t.numel()), 0)
 
     @contextmanager
@@ -159,7 +195,7 @@ class KVCache(Cache):
             index = row_indices(given, self.rows, what)
             with self._changing():
                 super().reorder_cache(index)  # type: ignore[arg-type]
-                self.table.map_rows(lambda t: t.index_select(0, index.to(t.device)))
+                self.table.select(index)
 
     def batch_repeat_interleave(self, repeats: Any) -> None:
         """Each row `repeats` times, one beside the other. Raises CacheError for less than once."""
@@ -167,8 +203,9 @@ class KVCache(Cache):
         count = repeats_of(repeats)
         if self.rows:
             with self._changing():
+                every = torch.arange(self.rows).repeat_interleave(count)
                 super().batch_repeat_interleave(count)
-                self.table.map_rows(lambda t: t.repeat_interleave(count, 0))
+                self.table.select(every)
 
     @property
     def is_initialized(self) -> bool:
@@ -186,8 +223,9 @@ class KVCache(Cache):
             if isinstance(layer, CompressedLayer):
                 drift = layer.watch.drift() if layer.watch else None
                 full = b * layer.seen * layer.shape.token_bytes
-                numbers = b * len(layer.body) * layer.body.page * 2 * layer.shape.width
-                rows.append(Row(i, name, layer.seen, layer.held(), full, drift, sum(layer.body.nbytes()), numbers))
+                numbers = layer.body.slots * 2 * layer.shape.width // layer.body.lanes
+                held = layer.held()
+                rows.append(Row(i, name, layer.seen, held, full, drift, nbytes(layer.body.tensors()), numbers))
             else:
                 size = nbytes(sliding_tensors(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
@@ -215,7 +253,7 @@ class KVCache(Cache):
             "model": None if self.owner is None else self.owner.identity.to_dict(),
             "fitted": self.fitted,
             "dtype": self._dtype(),
-            "batch": next((len(t) for k, t in out.items() if not k.endswith("watch.sums")), 0),
+            "batch": self.rows,
             "table": table,
             "layers": layers,
         }
@@ -229,9 +267,9 @@ class KVCache(Cache):
         tensors = {k: t for k, t in state.items() if k != PLAIN}
         check_kinds({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, schema.kinds)
         require(plain.pop("sha256", None) == digest(plain, tensors), "sha256 differs")
-        schema.check_contents(tensors)
+        check_contents(schema, tensors)
         with self._changing():
-            self._restore(plain, tensors)
+            self._restore(plain, tensors, schema)
             if self.owner is not None:  # what it was saved with: a model that drifts by roundings stays the same
                 self.owner.identity = Identity.from_dict(plain["model"])
         return self
@@ -264,7 +302,7 @@ class KVCache(Cache):
                     f"the saved cache has another {what} ({have!s:.8}, not {want!s:.8}). Use what it was made with."
                 )
         self._check_model(plain.get("model"))
-        return plain, Schema(self, plain)
+        return plain, Schema(self.layers, self.device, plain)
 
     def _check_model(self, saved: object) -> None:
         """Raise ArtifactError unless a saved cache is of the model as it is now."""
@@ -279,13 +317,13 @@ class KVCache(Cache):
         return str(self.compressed[0].shape.dtype) if self.compressed else ""
 
     @lasting
-    def _restore(self, plain: dict, state: Mapping[str, Tensor]) -> None:
+    def _restore(self, plain: dict, state: Mapping[str, Tensor], schema: Schema) -> None:
         copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
         for compressed in self.compressed:
             compressed.whole = False  # until all are
         self.table.restore(plain["table"], under(copies, "table."))
         for i, (layer, values) in enumerate(zip(self.layers, plain["layers"], strict=True)):
             if isinstance(layer, CompressedLayer):
-                layer.restore(values, under(copies, f"layers.{i}."))
+                layer.restore(values, under(copies, f"layers.{i}."), schema.empty[i])
             else:
                 restore_sliding(layer, values, under(copies, f"layers.{i}."))

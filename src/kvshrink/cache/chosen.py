@@ -8,29 +8,28 @@ decoding are joined for each of the two passes, and that copy reads them in full
 import torch
 from torch import Tensor
 
-from kvshrink.cache.body import Shelf
-from kvshrink.cache.view import Slice, View, visible
+from kvshrink.cache.snapshot import Block, TierView
+from kvshrink.cache.view import QueryChunk, Visibility, visible
 from kvshrink.kernels.attention import finish, fold, start
 from kvshrink.shapes import Bool, Float, Int
-from kvshrink.store.pages import Block
 
 WIDER = 8  # blocks at a time: only some channels, or some tokens, of a block are ever alive
 
 
-def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> list[tuple[Tensor, Tensor]]:
+def read_chosen(part: QueryChunk, softcap: float | None, block_tokens: int) -> list[tuple[Tensor, Tensor]]:
     """(output, log-sum-exp) over the chosen tokens of each age. A row that sees none gives 0 and -inf."""
     query, view = part
-    layer, rope, tokens = view.handle.layer, view.handle.rope, block_tokens * WIDER
-    asked = query
-    if view.handle.shelves[-1].codecs[0].site == "k_pre" and rope is not None:
-        own = layer.table.positions[:, layer.seen - 1 : layer.seen]
+    snapshot, tokens = view.snapshot, block_tokens * WIDER
+    rope, asked = snapshot.rope, query
+    if snapshot.tiers[-1].codecs[0].site == "k_pre" and rope is not None:
+        own = snapshot.positions[:, snapshot.seen - 1 : snapshot.seen]
         asked = rope.turn_back(query, own.expand(-1, query.shape[2]))
     best, counted = _best(asked, view, tokens)
     found, at = [], 0
-    for shelf in view.handle.shelves:
-        value_codec = shelf.codecs[1]
+    for tier in snapshot.tiers:
+        value_codec = tier.codecs[1]
         state = start(query, value_codec.width)
-        for block in shelf.blocks(tokens):
+        for block in tier.blocks(tokens):
             inside = (best >= at) & (best < at + block.tokens) & counted
             index, live = _front(best - at, inside)
             at += block.tokens
@@ -41,28 +40,32 @@ def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> list[t
             if seen is not None:
                 seen = seen.expand(len(index), -1, -1, -1)
                 live = live & seen.gather(3, index[:, None, None].expand(-1, *seen.shape[1:3], -1))
-            values = value_codec.pick(shelf.stored(block)[1], index)
-            state = fold(state, query, _keys(block, shelf, view, index), values, live, softcap)
+            values = value_codec.pick(tier.stored(block)[1], index)
+            state = fold(state, query, _keys(block, tier, view, index), values, live, softcap)
         out, lse = finish(state)
-        found.append((value_codec.expand(out, layer.shape.heads), lse))
+        found.append((value_codec.expand(out, snapshot.shape.heads), lse))
     return found
 
 
-def _keys(block: Block, shelf: Shelf, view: View, index: Int[Tensor, "b c"]) -> Float[Tensor, "b h c d"]:
+def _keys(block: Block, tier: TierView, view: Visibility, index: Int[Tensor, "b c"]) -> Float[Tensor, "b h c d"]:
     """Keys of some slots of a block as attention uses them."""
-    layer, rope, codec = view.handle.layer, view.handle.rope, shelf.codecs[0]
-    keys = codec.expand(codec.pick(block.part("k."), index), layer.shape.heads)
-    if codec.site != "k_pre" or rope is None:
+    snapshot, codec = view.snapshot, tier.codecs[0]
+    keys = codec.expand(codec.pick(block.part("k."), index), snapshot.shape.heads)
+    if codec.site != "k_pre" or snapshot.rope is None:
         return keys
-    columns = index + block.columns.start if isinstance(block.columns, slice) else block.columns[index]
-    return rope.turn(keys, layer.table.positions.gather(1, columns.clamp_min(0)))
+    columns = snapshot.columns(block)
+    own = index + columns.start if isinstance(columns, slice) else columns[:, 0].gather(1, index)
+    return snapshot.rope.turn(keys, snapshot.positions.gather(1, own.clamp_min(0).long()))
 
 
-def _best(query: Float[Tensor, "b h x d"], view: View, tokens: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:
+def _best(
+    query: Float[Tensor, "b h x d"], view: Visibility, tokens: int
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:
     """Slots of the body with the highest scores, and which of them a row really reads: rows may see fewer."""
-    codec, parts = view.handle.shelves[-1].codecs[0], []
-    for shelf, block in ((s, block) for s in view.handle.shelves for block in s.blocks(tokens)):
-        scores, seen = shelf.codecs[0].scores(query, block.part("k.")), visible(block, view)
+    tiers = view.snapshot.tiers
+    codec, parts = tiers[-1].codecs[0], []
+    for tier, block in ((t, block) for t in tiers for block in t.blocks(tokens)):
+        scores, seen = tier.codecs[0].scores(query, block.part("k.")), visible(block, view)
         # a mask may differ from head to head; a token that any of them sees may be chosen
         parts.append(scores if seen is None else scores.masked_fill(~seen.any(1).any(1), -torch.inf))
     every = torch.cat(parts, 1)

@@ -1,95 +1,216 @@
 """The exact part of a layer: the recent window and the sinks, in the model's own dtype."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from kvshrink.cache.snapshot import Hidden
 from kvshrink.shapes import Bool, Float, Int
+from kvshrink.store.growth import slots_for
+
+
+class Shared(NamedTuple):
+    """Exact tokens that several rows have in common, as beams have their prompt's. rows: which row of these each row
+    of the batch reads, [b]."""
+
+    keys: Float[Tensor, "a h w d"]
+    values: Float[Tensor, "a h w d"]
+    rows: Int[Tensor, " b"]
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[2]
+
+    def selected(self, index: Int[Tensor, " n"]) -> "Shared":
+        """For these rows of the batch; what none of them reads is let go."""
+        rows = self.rows[index.to(self.rows.device)]
+        used, rows = rows.unique(return_inverse=True)
+        whole = len(used) == len(self.keys)
+        return Shared(self.keys, self.values, rows) if whole else Shared(self.keys[used], self.values[used], rows)
 
 
 class Window:
-    """The last tokens, in a buffer of window + page slots that is taken once.
+    """The last tokens, in a buffer that grows to window + page slots. The exact tokens are one contiguous view for every
+    step between two pages; the step in which a page leaves takes another buffer.
 
-    It fills up, then gives whole pages away from its old end, so that at least `window` tokens stay. Slots move down
-    only then, once a page: the exact tokens are one contiguous view for every step between.
+    starts: a row's first slot, where rows differ (a batch of joined caches); None: 0 for all.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.count = 0
+        self.starts: np.ndarray | None = None
+        self.shared: Shared | None = None
+        self.own = 0  # tokens in the buffer, behind the shared ones
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.lent = False  # whether a fork reads the same buffer: it is copied before the next write
+
+    @property
+    def count(self) -> int:
+        return self.own + (self.shared.count if self.shared is not None else 0)
 
     def view(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
         assert self.keys is not None, "the window is not initialised"
         assert self.values is not None
-        return self.keys[:, :, : self.count], self.values[:, :, : self.count]
+        keys, values = self.keys[:, :, : self.own], self.values[:, :, : self.own]
+        if self.shared is None:
+            return keys, values
+        rows = self.shared.rows
+        return torch.cat([self.shared.keys[rows], keys], 2), torch.cat([self.shared.values[rows], values], 2)
 
-    def extend(self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"]) -> tuple[Tensor, Tensor]:
-        """Old and new tokens together: in place if they fit, else joined for this step only; then call `keep`."""
+    def extend(
+        self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Old and new tokens together: in place if they fit, else joined for this step only; then call `keep`.
+
+        left: whether tokens have left the window before, or will in this step.
+        """
         if self.keys is None or self.values is None:
-            b, h, _, d = keys.shape
-            self.keys = keys.new_zeros(b, h, self.capacity, d)
-            self.values = values.new_zeros(b, h, self.capacity, values.shape[3])
-        end = self.count + keys.shape[2]
-        if end > self.capacity:
+            self._take(keys, values, 0)
+        end = self.own + keys.shape[2]
+        if self.count + keys.shape[2] > self.capacity:
             if self.count == 0:
                 return keys, values
             old_keys, old_values = self.view()
             return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-        self.keys[:, :, self.count : end] = keys
-        self.values[:, :, self.count : end] = values
-        self.count = end
+        self._make_room(self.capacity if left and self.shared is None else min(self.capacity, slots_for(end)))
+        self.keys[:, :, self.own : end] = keys  # type: ignore[index]
+        self.values[:, :, self.own : end] = values  # type: ignore[index]
+        self.own = end
         return self.view()
 
-    def keep(self, keys: Float[Tensor, "b h w d"], values: Float[Tensor, "b h w d"]) -> None:
-        """Hold just these tokens. They must not be views of the window itself."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.count = keys.shape[2]
-        self.keys[:, :, : self.count] = keys
-        self.values[:, :, : self.count] = values
+    def keep(self, keys: Tensor, values: Tensor, gone: int) -> None:
+        """Let the first `gone` of these tokens [b, h, w, d] go, which are all that `extend` gave."""
+        if self.starts is not None:
+            starts = np.maximum(self.starts - gone, 0)
+            self.starts = starts if starts.any() else None
+        shared = self.shared
+        if shared is not None and gone < shared.count and self.count == keys.shape[2]:
+            self.shared = Shared(shared.keys[:, :, gone:].clone(), shared.values[:, :, gone:].clone(), shared.rows)
+            return
+        self.shared = None
+        self._take(keys, values, self.capacity)
+        self.own = keys.shape[2] - gone
+        self.keys[:, :, : self.own] = keys[:, :, gone:]  # type: ignore[index]
+        self.values[:, :, : self.own] = values[:, :, gone:]  # type: ignore[index]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _take(self, keys: Tensor, values: Tensor, slots: int) -> None:
+        (b, h, _, d), wide = keys.shape, values.shape[3]
+        self.keys, self.values, self.lent = keys.new_empty(b, h, slots, d), values.new_empty(b, h, slots, wide), False
+
+    def _make_room(self, slots: int) -> None:
+        """A buffer of at least so many slots that nobody else reads."""
+        old_keys, old_values = self.keys, self.values
+        assert old_keys is not None and old_values is not None
+        if slots > old_keys.shape[2] or self.lent:
+            self._take(old_keys, old_values, max(slots, old_keys.shape[2]))
+            self.keys[:, :, : self.own] = old_keys[:, :, : self.own]  # type: ignore[index]
+            self.values[:, :, : self.own] = old_values[:, :, : self.own]  # type: ignore[index]
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens, or all that there are."""
+        own = min(count, self.own)
+        self.own, count = self.own - own, count - own
+        if count and self.shared is not None:
+            keys, values, rows = self.shared
+            stay = max(0, keys.shape[2] - count)
+            self.shared = Shared(keys[:, :, :stay].clone(), values[:, :, :stay].clone(), rows) if stay else None
+        if self.starts is not None:
+            self.starts = np.minimum(self.starts, self.count)
+
+    def selected(self, index: Int[Tensor, " n"]) -> None:
+        """Keep these rows, in this order. What rows have in common from now on is held once."""
+        if self.keys is None or self.values is None:
+            return
+        if self.starts is not None:
+            self.starts = self.starts[index.cpu().numpy()]
+        index = index.to(self.keys.device)
+        if self.shared is None and self.own and len(index) > len(index.unique()):
+            every = torch.arange(len(self.keys), device=index.device)
+            keys, values = (x[:, :, : self.own].clone() for x in (self.keys, self.values))
+            self.shared, self.own = Shared(keys, values, every), 0
+            self._take(self.keys, self.values, 0)
+        self.shared = None if self.shared is None else self.shared.selected(index)
+        self.keys, self.values, self.lent = self.keys[index], self.values[index], False
+
+    def fork(self) -> "Window":
+        """Another window of the same tokens. Neither copies them before it writes."""
+        self.lent = True
+        other = Window(self.capacity)
+        vars(other).update(vars(self))
+        return other
+
+    @classmethod
+    def joined(cls, windows: Sequence["Window"], left: bool) -> "Window":
+        """The rows of all, ending together; what stands before a row's tokens is zero."""
+        other, views = cls(windows[0].capacity), [w.view() for w in windows]
+        count = max(w.count for w in windows)
+        parts = [[pad(x, (0, 0, count - x.shape[2], 0)) for x in view] for view in views]
+        starts = [
+            count - w.count + (np.zeros(len(keys), np.int64) if w.starts is None else w.starts)
+            for w, (keys, _) in zip(windows, views, strict=True)
+        ]
+        other.restore({"keys": torch.cat([k for k, _ in parts]), "values": torch.cat([v for _, v in parts])}, left)
+        every = np.concatenate(starts)
+        other.starts = every if every.any() else None
+        return other
+
+    def row(self, number: int, left: bool) -> "Window":
+        """The tokens of one row alone."""
+        other, start = Window(self.capacity), 0 if self.starts is None else int(self.starts[number])
+        keys, values = (x[number : number + 1, :, start:] for x in self.view())
+        other.restore({"keys": keys, "values": values}, left)
+        return other
+
+    def to(self, device: torch.device | str, **how: bool) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+            self.keys, self.values = self.keys.to(device, **how), self.values.to(device, **how)
+        if self.shared is not None:
+            self.shared = Shared(*(t.to(device, **how) for t in self.shared))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
+        """What is held."""
+        own = {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
+        return own if self.shared is None else own | {f"shared.{k}": t for k, t in self.shared._asdict().items()}
 
     def state(self) -> dict[str, Tensor]:
         """The tokens that are held, without the room for more."""
         return {} if self.keys is None else dict(zip(("keys", "values"), self.view(), strict=True))
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], left: bool) -> None:
         """From what `state` gave."""
-        self.keys = self.values = None
-        self.count = 0
-        if tensors:
-            b, h, _, d = tensors["keys"].shape
-            self.keys = tensors["keys"].new_zeros(b, h, self.capacity, d)
-            self.values = tensors["values"].new_zeros(b, h, self.capacity, tensors["values"].shape[3])
-            self.keep(tensors["keys"], tensors["values"])
+        keys, values = tensors["keys"], tensors["values"]
+        self.shared, self.own, self.starts = None, keys.shape[2], None
+        self._take(keys, values, self.capacity if left else min(self.capacity, slots_for(self.own)))
+        self.keys[:, :, : self.own], self.values[:, :, : self.own] = keys, values  # type: ignore[index]
 
 
 class Sinks:
-    """The first `size` real tokens of each row, kept when they leave the window. Rows differ if they are padded."""
+    """The first `size` real tokens of each row, kept when they leave the window. Rows differ if they are padded.
+
+    Its tensors are never changed in place: a step that reads them, or a fork, has them as they were.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.full = size == 0
+        self.hidden: Hidden | None = None  # everything up to a row's last sink is a pad or a sink
+        self.simple = False  # whether they are the first columns in every row
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.columns: Tensor | None = None  # int32 [b, size], -1 where there is none yet
+        self.columns: Tensor | None = None  # int32 [b, size], a row's own columns; -1 where there is none yet
 
     def wanted(self, real: Bool[Tensor, "b c"], first: int) -> Bool[Tensor, "b m"]:
         """Which of the columns from `first` on are sinks, given which of all columns are real tokens."""
         order = real.cumsum(1)  # 1 for a row's first real token
         return (real & (order <= self.size))[:, first:]
 
-    def capture(self, keys: Tensor, values: Tensor, first: int, wanted: Bool[Tensor, "b m"]) -> None:
-        """Take the wanted tokens of keys and values [b, h, m, d], which cover the columns from `first` on."""
+    def capture(self, keys: Tensor, values: Tensor, columns: Int[Tensor, "b m"], wanted: Bool[Tensor, "b m"]) -> None:
+        """Take the wanted tokens of keys and values [b, h, m, d], which have these columns."""
         if self.keys is None or self.values is None or self.columns is None:
             b, h, _, d = keys.shape
             self.keys, self.values = (
@@ -100,35 +221,68 @@ class Sinks:
         row, at = wanted.nonzero(as_tuple=True)
         # a row's next free slot, counted on from the sinks that it has
         slot = ((self.columns >= 0).sum(1, keepdim=True) + wanted.cumsum(1) - 1)[row, at]
+        self.keys, self.values, self.columns = self.keys.clone(), self.values.clone(), self.columns.clone()
         self.keys[row, :, slot] = keys[row, :, at]
         self.values[row, :, slot] = values[row, :, at]
-        self.columns[row, slot] = (at + first).int()
-        self.full = bool((self.columns >= 0).all())
+        self.columns[row, slot] = columns[row, at].int()
+        self._settle()
 
-    def before(self, column: int) -> Bool[Tensor, "b size"]:
-        """Which slots hold a token that sits before the column."""
-        assert self.columns is not None
-        return (self.columns >= 0) & (self.columns < column)
-
-    def last(self) -> Int[Tensor, "b 1"]:
-        """Column of each row's last sink; everything up to it is a pad or a sink."""
-        assert self.columns is not None
-        return self.columns.amax(1, keepdim=True)
-
-    def others(self, valid: Bool[Tensor, "b t"] | None, column: int, count: int) -> Bool[Tensor, "b t"] | None:
-        """Of `count` tokens from a column on, those that are no pads, and no sinks, which padding leaves in pages."""
-        if valid is None or self.columns is None or not self.size:
+    def others(self, valid: Bool[Tensor, "b t"] | None, columns: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"] | None:
+        """Of tokens at these columns, those that are no pads, and no sinks."""
+        if self.hidden is None or int(columns.min()) >= self.hidden.most:
             return valid
-        return valid & (torch.arange(column, column + count, device=valid.device) > self.last())
+        own = columns >= self.hidden.columns[:, None]
+        return own if valid is None else valid & own
 
-    def crop(self, length: int) -> None:
+    def _settle(self) -> None:
+        """What follows from the columns, worked out once for all steps until they change."""
+        assert self.columns is not None
+        hidden = self.columns.amax(1) + 1 if self.size else None
+        self.full = self.size == 0 or bool((self.columns >= 0).all())
+        self.hidden = None if hidden is None else Hidden(hidden, int(hidden.max()))
+        first = torch.arange(self.size, device=self.columns.device)
+        self.simple = bool((self.columns == first).all())
+
+    def crop(self, lengths: Int[Tensor, " b"]) -> None:
+        """Forget the columns from each row's length on."""
         if self.columns is not None and self.size:
-            self.columns = self.columns.masked_fill(self.columns >= length, -1)
-            self.full = bool((self.columns >= 0).all())
+            lengths = lengths.to(self.columns.device)
+            self.columns = self.columns.masked_fill(self.columns >= lengths[:, None], -1)
+            self._settle()
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+    def selected(self, index: Int[Tensor, " n"]) -> None:
         if self.keys is not None and self.values is not None and self.columns is not None:
-            self.keys, self.values, self.columns = change(self.keys), change(self.values), change(self.columns)
+            index = index.to(self.keys.device)
+            self.keys, self.values, self.columns = self.keys[index], self.values[index], self.columns[index]
+            self._settle()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Sinks"], rows: Sequence[int]) -> "Sinks":
+        """The rows of all, one below the other; rows: how many each has."""
+        other = cls(parts[0].size)
+        some = next((p for p in parts if p.keys is not None), None)
+        if some is None or some.keys is None or some.values is None or some.columns is None:
+            return other
+        like = (some.keys, some.values, some.columns)
+        found = []
+        for part, b in zip(parts, rows, strict=True):
+            own = part.tensors().values()
+            empty = (t.new_full((b, *t.shape[1:]), 0 if t.dtype.is_floating_point else -1) for t in like)
+            found.append(tuple(own or empty))
+        other.restore(dict(zip(("keys", "values", "columns"), map(torch.cat, zip(*found, strict=True)), strict=True)))
+        return other
+
+    def fork(self) -> "Sinks":
+        other = Sinks(self.size)
+        vars(other).update(vars(self))
+        return other
+
+    def to(self, device: torch.device | str, **how: bool) -> None:
+        if self.keys is not None and self.values is not None and self.columns is not None:
+            self.keys, self.values, self.columns = (
+                t.to(device, **how) for t in (self.keys, self.values, self.columns)
+            )
+            self._settle()
 
     def tensors(self) -> dict[str, Tensor]:
         if self.keys is None or self.values is None or self.columns is None:
@@ -138,4 +292,4 @@ class Sinks:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """From what `tensors` gave."""
         self.keys, self.values, self.columns = tensors["keys"], tensors["values"], tensors["columns"]
-        self.full = bool((self.columns >= 0).all())
+        self._settle()

@@ -3,28 +3,33 @@
 All per-sequence state of the library is in this class (and in the token table that a cache's layers share).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import copy
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvshrink.cache.body import Body, Shelf
+from kvshrink.cache.attend import rebuild
+from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
+from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spans
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import probes, worth
-from kvshrink.cache.step import Handle, Staged, appending
+from kvshrink.cache.snapshot import ExactSinks, Snapshot
+from kvshrink.cache.step import Staged, appending
 from kvshrink.errors import CacheError
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.lanes import Pages
 from kvshrink.store.lasting import lasting
 from kvshrink.store.names import under
-from kvshrink.store.pages import Pages
 from kvshrink.store.tokens import TokenTable
 
 ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
@@ -63,11 +68,6 @@ class CompressedLayer(CacheLayerMixin):
         """Of the youngest tier."""
         return self.body.youngest
 
-    def shelves(self) -> list[Shelf]:
-        """What attention reads of the body, the oldest first."""
-        found = self.body.shelves()
-        return found if self.base is None else [shelf._replace(base=self.base.pages) for shelf in found]
-
     def _clear(self) -> None:
         self.seen = 0
         self.whole = True  # False while, and after, an update that did not come to its end
@@ -85,7 +85,7 @@ class CompressedLayer(CacheLayerMixin):
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Append s tokens; return the exact ones, with a handle for the rest; or all, while nothing is encoded."""
+        """Append s tokens; return the exact ones, with a snapshot of the rest; or all, while nothing is encoded."""
         staged, self.staged = self.staged, None
         if staged is None:
             raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
@@ -95,30 +95,70 @@ class CompressedLayer(CacheLayerMixin):
         self.check_next(staged.own_attention)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._count(staged, *key_states.shape[::2])
+        new = key_states.shape[2]
+        self._count(staged, key_states.shape[0], new)
         self.whole = False
-        shelves = self.shelves()
-        keys, values = self.window.extend(key_states, value_states)
-        self.seen += key_states.shape[2]
-        first = self.seen - keys.shape[2]
-        if keys.shape[2] > self.window.capacity:
-            self._spill(keys, values, first, staged, key_states.shape[2])
+        before, self.seen = self.body.view(self._base_pages), self.seen + new
+        leaves = self._leaves
+        keys, values = self.window.extend(key_states, value_states, leaves)
+        snapshot = self._snapshot(before, keys, staged.rope)
+        if leaves:
+            self._leave(keys, values, staged, new)
         self.whole = True
-        if first == 0:
-            return (key_states, value_states) if keys.shape[2] == key_states.shape[2] else (keys, values)
-        handle = Handle(self, staged.rope, shelves, first)
+        if snapshot.first == 0 and not before and snapshot.sinks is None:
+            return (key_states, value_states) if keys.shape[2] == new else (keys, values)
         if not staged.own_attention:  # all tokens at full width: slower, equally right
-            from kvshrink.cache.attend import rebuild
-
-            return rebuild(handle, keys, values)
+            return rebuild(snapshot, keys, values)
         keys = keys.view_as(keys)
-        keys._kvshrink = handle  # type: ignore[attr-defined]
+        keys._kvshrink = snapshot  # type: ignore[attr-defined]
         return keys, values
+
+    # --- what a step reads ---
+
+    def snapshot(self, rope: Rope | None) -> Snapshot:
+        """What attention would read now, beside `window.view()`."""
+        return self._snapshot(self.body.view(self._base_pages), self.window.view()[0], rope)
+
+    def _snapshot(self, before: tuple, keys: Tensor, rope: Rope | None) -> Snapshot:
+        sinks, exact, table = self.sinks, None, self.table
+        shifts = None if table.shifts is None else torch.from_numpy(table.shifts.astype(np.int32)).to(keys.device)
+        if sinks.keys is not None and sinks.values is not None and sinks.columns is not None and sinks.size:
+            own = sinks.columns
+            columns = own if shifts is None else torch.where(own < 0, own, own + shifts[:, None])
+            exact = ExactSinks(sinks.keys, sinks.values, columns, sinks.size, sinks.simple and shifts is None)
+        starts = self.window.starts
+        return Snapshot(
+            shape=self.shape,
+            rope=rope,
+            tiers=before,
+            sinks=exact,
+            positions=table.positions_on(keys.device)[:, : self.seen],
+            padded=table.padded,
+            first=self.seen - keys.shape[2],
+            seen=self.seen,
+            starts=None if starts is None else torch.from_numpy(starts).to(keys.device),
+            shifts=shifts,
+            hidden=sinks.hidden,
+        )
+
+    def __deepcopy__(self, memo: dict) -> "CompressedLayer":
+        """A fork: what is stored is shared, and nothing is copied before one of the two writes."""
+        fork = self.__class__.__new__(self.__class__)
+        memo[id(self)] = fork
+        vars(fork).update(vars(self))
+        fork.table, fork.base = copy.deepcopy(self.table, memo), copy.deepcopy(self.base, memo)
+        fork.window, fork.sinks, fork.body = self.window.fork(), self.sinks.fork(), self.body.fork()
+        fork.watch, fork.staged = copy.deepcopy(self.watch, memo), None
+        return fork
+
+    @property
+    def _base_pages(self) -> Pages | None:
+        return None if self.base is None else self.base.pages
 
     @property
     def shrunken(self) -> bool:
         """Whether some tokens are in the window no more."""
-        return self.seen > self.window.count
+        return self.seen > self.window.count or self.window.starts is not None
 
     def check_next(self, own_attention: bool) -> None:
         """Raise CacheError if the next step cannot be given what it must read."""
@@ -138,61 +178,141 @@ class CompressedLayer(CacheLayerMixin):
                 "Call reset()."
             )
 
+    # --- what leaves the window ---
+
+    @property
+    def _leaves(self) -> bool:
+        """Whether, of so many columns, some have left the window."""
+        return self.seen >= self.method.window + self.method.page
+
     def probes(self, count: int) -> Tensor | None:
         """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
         body in this step."""
-        wanted = self.codecs is not None and any(codec.salient for codec in self.codecs)
-        return probes(count) if wanted and self.window.count + count > self.window.capacity else None
+        if self.codecs is None or not any(codec.salient for codec in self.codecs):
+            return None
+        lengths = self.table.lengths if self.table.length == self.seen else self.table.lengths - count
+        window, page = self.method.window, self.method.page
+        lengths = lengths if len(lengths) else np.zeros(1, np.int64)
+        more = left(lengths + count, window, page) > np.maximum(left(lengths, window, page), lengths - self._held(lengths))
+        return probes(count) if bool(np.any(more)) else None
 
-    def _spill(self, keys: Tensor, values: Tensor, first: int, staged: Staged, new: int) -> None:
-        """Move the oldest of these exact tokens to sinks and body, in whole pages; the window keeps the rest."""
-        spare, page = keys.shape[2] - self.method.window, self.method.page
-        wanted, skip = None, 0
-        if not self.sinks.full:
-            wanted = self.sinks.wanted(self.table.positions[:, : self.seen] >= 0, first)[:, :spare]
-            skip = self._skip(wanted, first, spare)
-        out = skip + (spare - skip) // page * page
-        if wanted is not None and out:
-            self.sinks.capture(keys, values, first, wanted[:, :out])
-        if self.codecs is not None and out > skip:
-            if (room := self.body.room) is not None:  # what would be dropped at once is not encoded
-                skip = max(skip, out - room * page)
-            real = self.table.positions[:, first : self.seen] >= 0
-            ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
-            starts = range(skip, out, ENCODE_TOKENS)
-            parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
-            cuts = ((p, first + p.start, None if ranked is None else ranked[:, :, p]) for p in parts)
-            encoded = (self._encode(keys[:, :, p], values[:, :, p], at, staged.rope, w) for p, at, w in cuts)
-            self.body.append(encoded, (out - skip) // page, first + skip)
-        self.window.keep(keys[:, :, out:], values[:, :, out:])
+    def _held(self, lengths: np.ndarray) -> np.ndarray:
+        """Exact tokens of each row."""
+        starts = self.window.starts
+        return np.minimum(lengths, self.window.count - (0 if starts is None else starts))
 
-    def _skip(self, wanted: Tensor, first: int, spare: int) -> int:
-        """Leading columns that no row needs in the body: each is a pad or a sink in every row."""
-        if not self.table.padded:
-            return max(0, min(self.sinks.size - first, spare))
-        real = self.table.positions[:, first : first + spare] >= 0
-        needed = (real & ~wanted).any(0)
-        return int(needed.int().argmax()) if bool(needed.any()) else spare
+    def _leave(self, keys: Tensor, values: Tensor, staged: Staged, new: int) -> None:
+        """Move what leaves of these exact tokens to sinks and body; the window keeps the rest."""
+        window, page = self.method.window, self.method.page
+        lengths, slots = self.table.lengths, keys.shape[2]
+        starts = self.window.starts
+        exact = np.minimum(lengths, slots - (0 if starts is None else starts))
+        positions = self.table.positions_on(keys.device)[:, self.seen - slots : self.seen]
+        ranked = None if staged.asked is None else worth(staged.asked, keys, positions >= 0, new)
+        for span in spans(lengths, exact, slots, window, page):
+            self._capture(span, keys, values)
+            if self.codecs is not None:
+                self._store(span, keys, values, positions, staged.rope, ranked)
+        stay = np.minimum(exact, lengths - left(lengths, window, page))
+        if slots <= self.window.capacity and (stay == exact).all():
+            return
+        gone = slots - int(stay.max())
+        rest = slots - gone - stay
+        self.window.starts = rest + gone if rest.any() else None
+        self.window.keep(keys, values, gone)
+
+    def _capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
+        """Keep those of the span's tokens that are sinks."""
+        if self.sinks.full:
+            return
+        shifts = np.zeros(len(keys), np.int64) if self.table.shifts is None else self.table.shifts
+        first = self.seen - keys.shape[2]  # the batch's column of slot 0
+        real = self.table.positions_on(keys.device)[:, : self.seen] >= 0
+        wanted = self.sinks.wanted(real, first).clone()
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        wanted &= (slot >= span.start) & (slot < span.stop)
+        if span.rows is not None:
+            others = np.setdiff1d(np.arange(len(keys)), span.rows)
+            wanted[torch.from_numpy(others).to(keys.device)] = False
+        columns = (slot + first) - torch.from_numpy(shifts).to(keys.device)[:, None]
+        part = slice(0, span.stop)
+        self.sinks.capture(keys[:, :, part], values[:, :, part], columns[:, part], wanted[:, part])
+
+    def _store(
+        self, span: Span, keys: Tensor, values: Tensor, positions: Tensor, rope: Rope | None, ranked: Tensor | None
+    ) -> None:
+        """Encode what leaves, some pages at a time, into the body."""
+        assert self.codecs is not None
+        if self.codecs[0].site == "k_pre" and rope is not None:
+            turned = rope
+        else:
+            turned = None
+        page, b = self.method.page, len(keys)
+        whole = paged(span, keys, values, positions, self.table.padded, page, self.body.lanes)
+        spots = _spread(span.of(positions, 1), span, page)
+        importance = None if ranked is None else _spread(span.of(ranked), span, page)
+        pages = whole.first.shape[1]
+        skip = 0 if (room := self.body.room) is None else max(0, pages - room)  # would be dropped at once
+        step = max(1, ENCODE_TOKENS // page)
+        parts = [(at, min(at + step, pages)) for at in range(skip, pages, step)]
+        encoded = (self._encode(cut(whole, *part, page), spots, importance, part[0] * page, turned) for part in parts)
+        if parts:
+            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], span.rows, b)
 
     def _encode(
-        self, keys: Tensor, values: Tensor, column: int, rope: Rope | None, ranked: Tensor | None
+        self, part: Paged, positions: Tensor, ranked: Tensor | None, at: int, rope: Rope | None
     ) -> dict[str, Tensor]:
-        """Pages of the exact tokens from a column on."""
+        """Pages of some leaving tokens, whose positions and importance are those from slot `at` on."""
         assert self.codecs is not None
-        count = keys.shape[2]
-        positions = self.table.positions[:, column : column + count]
-        if self.codecs[0].site == "k_pre" and rope is not None:
-            keys = rope.turn_back(keys, positions)
-        valid = positions >= 0 if self.table.padded else None
-        base = None if self.base is None else partial(self.base.stored, column, count // self.method.page)
-        stored = encode(self.codecs, keys, values, valid, ranked, base)
+        keys, count = part.keys, part.keys.shape[2]
+        if rope is not None:
+            keys = rope.turn_back(keys, positions[:, at : at + count])
+        base = None
+        if self.base is not None:
+            base = self._base_of(part)
+        own = None if ranked is None else ranked[:, :, at : at + count]
+        stored = encode(self.codecs, keys, part.values, part.valid, own, base)
         if self.watch is not None:
-            self.watch.add(keys, values, self.sinks.others(valid, column, count))
+            slots = np.arange(self.method.page)
+            columns = torch.from_numpy((part.first[:, :, None] + slots).reshape(len(keys), -1)).to(keys.device)
+            self.watch.add(keys, part.values, self.sinks.others(part.valid, columns))
         return stored
 
-    def stored(self, column: int, pages: int, side: str) -> dict[str, Tensor]:
-        """One side of the pages from a column on, for a layer that follows this one."""
-        return under(self.pages.part(self.pages.first.index(column), pages), side)
+    def _base_of(self, part: Paged):
+        """The pages of the same tokens in the layer that this one follows, by side."""
+        assert self.base is not None
+        pages = self.base.pages
+        start = int(np.nonzero(pages.first[0] == part.first[0, 0])[0][-1])
+        records = pages.records(start, start + part.first.shape[1])
+        return lambda side: dict(records.under(side))
+
+    # --- joined and alone ---
+
+    @classmethod
+    def joined(
+        cls, layers: Sequence["CompressedLayer"], table: TokenTable, base: "CompressedLayer | None"
+    ) -> "CompressedLayer":
+        """The rows of these layers, which are alike, under one table."""
+        some, rows = layers[0], [layer.table.rows for layer in layers]
+        other = cls(some.method, some.shape, some.tiers, table, copy.deepcopy(some.watch), base)
+        other.seen = table.length
+        other.window = Window.joined([layer.window for layer in layers], other._leaves)
+        other.sinks = Sinks.joined([layer.sinks for layer in layers], rows)
+        other.body = Body.joined([layer.body for layer in layers], rows)
+        other.dtype, other.device, other.is_initialized = some.dtype, some.device, True
+        for layer in layers:
+            if other.watch is not None and layer.watch is not None and layer is not some:
+                other.watch.sums = other.watch.sums + layer.watch.sums
+        return other
+
+    def row(self, number: int, table: TokenTable, base: "CompressedLayer | None") -> "CompressedLayer":
+        """One row alone, under a table of its own."""
+        other = copy.deepcopy(self, {id(self.table): table, id(self.base): base})
+        other.seen = table.length
+        other.window = self.window.row(number, other._leaves)
+        other.sinks.selected(torch.tensor([number]))
+        other.body.select(torch.tensor([number]))
+        return other
 
     # --- what transformers asks of a cache layer ---
 
@@ -228,9 +348,11 @@ class CompressedLayer(CacheLayerMixin):
             return
         whole, self.whole = self.whole, False
         self.seen -= count
-        self.window.count = max(0, self.window.count - count)
-        self.body.crop(self.seen)
-        self.sinks.crop(self.seen)
+        self.window.crop(count)
+        lengths = np.maximum(0, self.seen - (0 if self.table.shifts is None else self.table.shifts))
+        lengths = np.broadcast_to(lengths, (self.table.rows,)).astype(np.int64)
+        self.body.crop(lengths)
+        self.sinks.crop(torch.from_numpy(lengths))
         self.whole = whole
 
     def reset(self) -> None:
@@ -239,28 +361,35 @@ class CompressedLayer(CacheLayerMixin):
         self.staged = None
 
     @lasting
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch operation, or a move between devices, to everything held."""
+    def select(self, index: Tensor) -> None:
+        """Keep these rows, in this order; a row may come more than once."""
         whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):
-            part.map(change)
+            part.selected(index) if not isinstance(part, Body) else part.select(index)
         self.whole = whole
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+        self.select(torch.arange(self.table.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map_rows(lambda t: t[indices.to(t.device)])
+        self.select(indices)
 
     def offload(self) -> None:
-        self.map_rows(lambda t: t.to("cpu", non_blocking=True))
+        self._move("cpu")
 
     def prefetch(self) -> None:
         if self.is_initialized:
-            self.map_rows(lambda t: t.to(self.device, non_blocking=True))
+            self._move(self.device)
+
+    @lasting
+    def _move(self, device: torch.device | str) -> None:
+        whole, self.whole = self.whole, False
+        for part in (self.window, self.sinks, self.body):
+            part.to(device, non_blocking=True)
+        self.whole = whole
 
     # --- bytes and state ---
 
@@ -270,9 +399,16 @@ class CompressedLayer(CacheLayerMixin):
 
     def held(self) -> Held:
         """Bytes by purpose, from the storages that are alive."""
-        payload, side = self.body.nbytes()
-        side += self.watch.sums.nbytes if self.watch else 0
-        return Held(payload, side, nbytes(self.window.tensors().values()), nbytes(self.sinks.tensors().values()))
+        metadata = self.body.metadata()
+        payload = nbytes(self.body.tensors()) - metadata
+        metadata += self.watch.sums.nbytes if self.watch else 0
+        return Held(
+            payload,
+            metadata,
+            nbytes(self.window.tensors().values()),
+            nbytes(self.sinks.tensors().values()),
+            self.body.index_bytes,
+        )
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
@@ -281,17 +417,31 @@ class CompressedLayer(CacheLayerMixin):
         tensors |= {f"sinks.{k}": t for k, t in self.sinks.tensors().items()}
         if self.watch is not None:
             tensors["watch.sums"] = self.watch.sums
-        return {"seen": self.seen, "window": self.window.count, "watched": self.watch is not None, **values}, tensors
+        starts = None if self.window.starts is None else self.window.starts.tolist()
+        own = {"seen": self.seen, "window": self.window.count, "starts": starts, "watched": self.watch is not None}
+        return own | values, tensors
 
-    def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
+    def restore(self, values: dict, tensors: dict[str, Tensor], empty: Sequence) -> None:
+        """empty: one page as each tier lays it out."""
         self.reset()
         self.seen, self.whole = values["seen"], False
-        self.body.restore(values, tensors)
+        self.body.restore(values, tensors, empty)
         if window := under(tensors, "window."):
-            self.window.restore(window)
+            self.window.restore(window, self._leaves)
+            self.window.starts = None if values["starts"] is None else np.array(values["starts"], np.int64)
             self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
         if sinks := under(tensors, "sinks."):
             self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
         self.whole = True
+
+
+def _spread(x: Tensor, span: Span, page: int) -> Tensor:
+    """Numbers of the span's tokens, on their last axis, where `paged` puts the tokens; the last one again at gaps."""
+    begin = int(span.columns[0]) % page
+    head = min(x.shape[-1], page - begin) if begin else 0
+    if not head:
+        return x
+    fill = x[..., head - 1 : head].expand(*x.shape[:-1], page - head)
+    return torch.cat([x[..., :head], fill, x[..., head:]], -1)

@@ -10,7 +10,6 @@ from kvshrink.cache.encode import encode
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
-from kvshrink.store.deflate import Kind
 from kvshrink.store.lasting import lasting
 from kvshrink.store.names import under
 
@@ -34,11 +33,6 @@ def empty_pages(
         else:
             found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
     return found
-
-
-def kinds_of(page: Stored) -> dict[str, Kind]:
-    """{name: (dtype, shape after batch and pages)}."""
-    return {name: (t.dtype, tuple(t.shape[2:])) for name, t in page.items()}
 
 
 def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None) -> Stored:

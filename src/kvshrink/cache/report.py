@@ -81,13 +81,13 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = ["layer", "kind", "tokens", "payload", "side", "window", "sinks", "total", "full", "kept"]
+        head = ["layer", "kind", "tokens", "payload", "side", "window", "sinks", "index", "total", "full", "kept"]
         lines = [
             [str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)]
             for r in self.rows
         ]
         tokens = str(max((r.tokens for r in self.rows), default=0))
-        lines.append(["positions", "", tokens, "", "", "", "", human(self.table_bytes), "", ""])
+        lines.append(["positions", "", tokens, *[""] * 5, human(self.table_bytes), "", ""])
         total = (*_cells(self.held)[:-1], human(self.nbytes))
         lines.append(["all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)])
         if self._watched:
@@ -101,7 +101,7 @@ class Report:
 
 
 def _cells(held: Held) -> tuple[str, ...]:
-    return tuple(human(x) for x in (held.payload, held.side, held.window, held.sinks, held.total))
+    return tuple(human(x) for x in (held.payload, held.side, held.window, held.sinks, held.index, held.total))
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,8 +1,12 @@
 """Sliding-window layers, which stay transformers' own: what can be taken back, what is saved, how one is filled."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvshrink.errors import CacheError
 
@@ -43,3 +47,23 @@ def restore_sliding(layer: Any, values: dict, tensors: dict[str, Tensor]) -> Non
     if tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
         layer.keys, layer.values = tensors["keys"], tensors["values"]
+
+
+def joined_sliding(layers: Sequence[Any], length: int) -> Any:
+    """The rows of these layers, ending together, under a common length."""
+    parts = [sliding_state(layer)[1] for layer in layers]
+    tokens = max(t["keys"].shape[2] for t in parts)
+    found = {k: torch.cat([pad(t[k], (0, 0, tokens - t[k].shape[2], 0)) for t in parts]) for k in ("keys", "values")}
+    other = copy.copy(layers[0])
+    restore_sliding(other, {"seen": length}, found)
+    return other
+
+
+def sliding_row(layer: Any, number: int, length: int) -> Any:
+    """One row alone, of so many tokens."""
+    _, tensors = sliding_state(layer)
+    tokens = min(length, max(1, layer.sliding_window - 1))
+    other = copy.copy(layer)
+    own = {k: t[number : number + 1, :, t.shape[2] - tokens :].clone() for k, t in tensors.items()}
+    restore_sliding(other, {"seen": length}, own)
+    return other

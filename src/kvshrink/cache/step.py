@@ -3,20 +3,16 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvshrink.cache.body import Shelf
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.saliency import Asked
 from kvshrink.errors import CacheError
 from kvshrink.store.lasting import lasting
 from kvshrink.store.modes import at_once, autocast_on
-
-if TYPE_CHECKING:
-    from kvshrink.cache.layer import CompressedLayer
 
 
 @dataclass(frozen=True)
@@ -30,37 +26,24 @@ class Staged:
     asked: Asked | None = None  # queries that say what tokens are worth, where codecs want to know
 
 
-class Handle(NamedTuple):
-    """Rides on the key tensor that `update` returns: what attention must read besides that tensor."""
-
-    layer: "CompressedLayer"
-    rope: Rope | None
-    shelves: list[Shelf]  # of the body before this step, the oldest first
-    first: int  # column of the returned tensor's first token
-
-    @property
-    def pages(self) -> int:
-        return sum(shelf.limit for shelf in self.shelves)
-
-
 def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A layer's `update`, whatever mode the caller is in: what it stores lasts, and has the model's dtype."""
     update = lasting(update)
 
     @at_once
     @functools.wraps(update)
-    def run(layer: "CompressedLayer", keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def run(layer: Any, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         # under autocast projections come rounded, keys as their RoPE left them
         stored, given, auto = layer.shape.dtype, keys.dtype, autocast_on()
         new = (keys.to(stored), values.to(stored)) if auto else (keys, values)
         all_keys, all_values = update(layer, *new, *args, **kwargs)
-        handle = getattr(all_keys, "_kvshrink", None)
-        if auto and handle is None:  # others' attention gets both as DynamicCache gives them
+        snapshot = getattr(all_keys, "_kvshrink", None)
+        if auto and snapshot is None:  # others' attention gets both as DynamicCache gives them
             all_keys, all_values = all_keys.to(given), all_values.to(given)
         if torch.is_grad_enabled() and keys.requires_grad and all_keys is not keys:
             all_keys = _Unlearnt.apply(all_keys, keys)
-            if handle is not None:
-                all_keys._kvshrink = handle  # type: ignore[attr-defined]
+            if snapshot is not None:
+                all_keys._kvshrink = snapshot  # type: ignore[attr-defined]
         return all_keys, all_values
 
     return run

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvshrink.cache.step import Handle
+from kvshrink.cache.snapshot import Block, Snapshot
 from kvshrink.shapes import Bool, Float
-from kvshrink.store.pages import Block
 
 
 class Mask(NamedTuple):
@@ -25,12 +24,12 @@ class Mask(NamedTuple):
         return cls(seen, mask.float().masked_fill(~seen, 0.0) if bool((seen & (mask != 0)).any()) else None)
 
 
-class View:
-    """What a slice of the new tokens, `count` from the `at`th on, may see of the columns, and what biases it."""
+class Visibility:
+    """What some of the new tokens, `count` from the `at`th on, may see of the columns, and what biases it."""
 
-    def __init__(self, mask: Mask, s: int, at: int, count: int, members: int, handle: Handle) -> None:
-        seen, device = handle.layer.seen, handle.layer.table.positions.device
-        self.handle, self.members, self.count = handle, members, count
+    def __init__(self, mask: Mask, s: int, at: int, count: int, members: int, snapshot: Snapshot) -> None:
+        seen, device = snapshot.seen, snapshot.positions.device
+        self.snapshot, self.members, self.count = snapshot, members, count
         # [b or 1, 1 or q, count, columns], None: everything is seen, nothing is added
         self.rows, self.biases = (None if x is None else x[:, :, at : at + count] for x in mask)
         if self.rows is None and s > 1:
@@ -38,7 +37,7 @@ class View:
             self.rows = (torch.arange(seen, device=device) <= own[:, None])[None, None]
 
     def columns(self, columns: slice | Tensor) -> Bool[Tensor, "#b #h #x t"] | None:
-        """Visibility of these columns (a slice, or an index per slot [t] or per row [b, t]; -1 is taken as 0)."""
+        """Visibility of these columns: a slice, or an index per row and lane [b, L, t]; -1 is taken as 0."""
         return None if self.rows is None else self._at(self.rows, columns)
 
     def bias(self, columns: slice | Tensor) -> Float[Tensor, "#b #h #x t"] | None:
@@ -48,44 +47,37 @@ class View:
     def _at(self, rows: Tensor, columns: slice | Tensor) -> Tensor:
         if isinstance(columns, slice):
             seen = rows[..., columns]
-        elif columns.dim() == 1:
-            seen = rows[..., columns.clamp_min(0)]
         else:
-            index = columns.clamp_min(0).long()[:, None, None]
-            rows = rows.expand(columns.shape[0], -1, -1, -1)
-            seen = rows.gather(-1, index.expand(-1, *rows.shape[1:3], -1))
+            b, lanes, _ = columns.shape
+            heads = rows.shape[1] if rows.shape[1] > 1 else lanes
+            index = columns.clamp_min(0).long().repeat_interleave(heads // lanes, 1)[:, :, None]
+            seen = rows.expand(b, heads, -1, -1).gather(-1, index.expand(-1, -1, rows.shape[2], -1))
         b, heads, count, t = seen.shape
-        if heads == 1:
-            return seen.repeat(1, 1, self.members, 1)
+        if rows.shape[1] == 1:  # the same for all query heads of a lane
+            return self.by_head(seen.repeat(1, 1, self.members, 1))
         return seen.reshape(b, heads // self.members, self.members * count, t)
 
+    def by_head(self, lanes: Tensor) -> Tensor:
+        """[b, L, ...] as [b, h, ...]; one lane is broadcast."""
+        count = lanes.shape[1]
+        return lanes if count == 1 else lanes.repeat_interleave(self.snapshot.shape.heads // count, 1)
 
-class Slice(NamedTuple):
+
+class QueryChunk(NamedTuple):
     """Some of the new tokens: their scaled queries, all query heads of a KV head as rows, and what they may see."""
 
     query: Float[Tensor, "b h x d"]
-    view: View
+    view: Visibility
 
 
-def visible(block: Block, view: View) -> Tensor | None:
+def visible(block: Block, view: Visibility) -> Tensor | None:
     """Slots of a body block that are tokens (not pads, sinks or cut off) and that the mask shows."""
-    layer, columns = view.handle.layer, block.columns
-    seen = view.columns(columns)
-    there = None
-    if layer.table.padded:
-        positions = layer.table.positions
-        index = (
-            torch.arange(columns.start, columns.stop, device=positions.device)
-            if isinstance(columns, slice)
-            else columns
-        )
-        there = positions[:, index.clamp_min(0)] >= 0
-        if layer.sinks.size and layer.sinks.columns is not None:
-            there &= index > layer.sinks.last()
-    if not isinstance(columns, slice):
-        live = (columns >= 0)[None]
-        there = live if there is None else there & live
+    return both(view.columns(view.snapshot.columns(block)), view.snapshot.shown(block), view)
+
+
+def both(seen: Tensor | None, there: Tensor | None, view: Visibility) -> Tensor | None:
+    """What the mask shows [#b, #h, #x, t] of the slots that are there [#b, #L, t]."""
     if there is None:
         return seen
-    there = there[:, None, None]
+    there = view.by_head(there[:, :, None])
     return there if seen is None else seen & there

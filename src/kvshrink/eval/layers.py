@@ -18,7 +18,6 @@ from kvshrink.cache import KVCache
 from kvshrink.cache.attend import rebuild
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.step import Handle
 from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Tokens, checked, compressed_tokens, opened, remedy
 from kvshrink.methods._roles import Method
@@ -110,9 +109,10 @@ def _stored(
     layer: CompressedLayer = cache.layers[index]  # type: ignore[assignment]
     if layer.codecs is None:
         return None, None, None
-    end = layer.seen - layer.window.count
-    body = slice(layer.body.first, end)
-    keys, values = rebuild(Handle(layer, info.rope, layer.shelves(), end), *layer.window.view())
+    snapshot = layer.snapshot(info.rope)
+    first = min(int(tier.pages.first[0, 0]) for tier in snapshot.tiers)
+    body = slice(first if snapshot.hidden is None else max(first, snapshot.hidden.most), snapshot.first)
+    keys, values = rebuild(snapshot, *layer.window.view())
     full: Any = dense.layers[index]
     ours, exact = keys[:, :, body], full.keys[:, :, body]
     positions = layer.table.positions[:, body]

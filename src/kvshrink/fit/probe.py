@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from kvshrink.attach.families import LayerInfo, text_config
 from kvshrink.cache.lossy import through
+from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
 from kvshrink.methods._facts import Probe
@@ -64,29 +65,33 @@ class Reader:
         self, index: int, keys: Tensor, values: Tensor, key_codec: Codec | None, value_codec: Codec | None
     ) -> tuple[Tensor, Tensor]:
         out = []
-        first, end = self._body(keys.shape[2])
+        end = self._left(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
-            if codec is not None and end > first:
-                body = through(codec, rows[:, :, first:end], rope, self.method.page, first)
-                rows = torch.cat([rows[:, :, :first], body, rows[:, :, end:]], 2)
+            if codec is not None and end:
+                rows = torch.cat([self._read(codec, rows[:, :, :end], rope, 0), rows[:, :, end:]], 2)
             out.append(rows)
         return out[0], out[1]
 
     def _slide(self, cache: DynamicCache, codecs: Mapping, before: int) -> None:
         """Read the pages through the codecs that left the window since the cache had `before` tokens."""
-        first, end = self._body(before)[1], self._body(cache.get_seq_length())[1]
+        first, end = self._left(before), self._left(cache.get_seq_length())
         if end == first:
             return
         for i, pair in codecs.items():
             layer: Any = cache.layers[i]
             for rows, codec, rope in zip((layer.keys, layer.values), pair, (self.infos[i].rope, None), strict=True):
                 if codec is not None:
-                    rows[:, :, first:end] = through(codec, rows[:, :, first:end], rope, self.method.page, first)
+                    rows[:, :, first:end] = self._read(codec, rows[:, :, first:end], rope, first)
 
-    def _body(self, tokens: int) -> tuple[int, int]:
-        """The positions, from first to end, that are neither sinks nor window when the cache has `tokens` tokens."""
-        m = self.method
-        return m.sinks, m.sinks + max(0, tokens - m.sinks - m.window) // m.page * m.page
+    def _left(self, tokens: int) -> int:
+        """How many tokens have left the window of a cache of `tokens` tokens."""
+        return max(0, tokens - self.method.window) // self.method.page * self.method.page
+
+    def _read(self, codec: Codec, rows: Tensor, rope: Rope | None, first: int) -> Tensor:
+        """Rows of the positions from `first` on as they come back from their pages, sinks as they are."""
+        exact = max(0, self.method.sinks - first)
+        back = through(codec, rows, rope, self.method.page, first)
+        return torch.cat([rows[:, :, :exact], back[:, :, exact:]], 2)
 
 
 @final

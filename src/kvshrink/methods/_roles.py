@@ -18,6 +18,7 @@ from kvshrink.methods._packing.base import Stored as Stored
 from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._types import Settings, check_finite, check_types
+from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX, slots_for
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 
@@ -106,12 +107,17 @@ class Method(metaclass=Settings):
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         """Bytes a layer holds after one prefill of `tokens` unpadded tokens. The cache must hold exactly this."""
-        window = (self.window + self.page) * shape.token_bytes
-        pages = max(0, tokens - self.sinks - self.window) // self.page if tokens > self.window + self.page else 0
-        if tokens <= self.window + self.page:
-            return batch * window
+        room = self.window + self.page
+        if tokens < room:
+            return batch * min(room, slots_for(tokens)) * shape.token_bytes
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
-        return batch * (window + sinks + self.body_bytes(shape, fitted, pages))
+        pages = (tokens - self.window) // self.page
+        index = self.pages_held(pages) * (PAGE_INDEX + LANE_INDEX)
+        return batch * (room * shape.token_bytes + sinks + self.body_bytes(shape, fitted, pages) + index)
+
+    def pages_held(self, pages: int) -> int:
+        """Pages of the body of one sequence, of so many that left the window."""
+        return pages
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         """Bytes of the body of one sequence, after so many pages left the window."""

@@ -20,15 +20,14 @@ class Held:
     side: int = 0  # scales, minima, indices of the body
     window: int = 0  # recent tokens, exact
     sinks: int = 0  # first tokens, exact, and their columns
+    index: int = 0  # where the body's records are and which tokens they hold
 
     @property
     def total(self) -> int:
-        return self.payload + self.side + self.window + self.sinks
+        return sum(vars(self).values())
 
     def __add__(self, other: "Held") -> "Held":
-        return Held(
-            self.payload + other.payload, self.side + other.side, self.window + other.window, self.sinks + other.sinks
-        )
+        return Held(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def human(count: float) -> str:

@@ -53,6 +53,10 @@ class Pages(Holder):
         shape = (rows, lanes, 0)
         return cls(page, lanes, np.zeros(shape, np.int64), np.zeros(shape, np.uint8), np.zeros((rows, 0), np.int32))
 
+    def for_rows(self, rows: int) -> "Pages":
+        """The same; where there are no pages, those of so many rows."""
+        return self if len(self) and len(self.table) == rows else Pages.none(self.page, self.lanes, rows)
+
     # --- what is there ---
 
     def __len__(self) -> int:
@@ -267,7 +271,8 @@ class Pages(Holder):
     def index_bytes(self) -> int:
         """Bytes of what says where and which tokens the records are."""
         arrays = self.table.nbytes + self.used.nbytes + self.first.nbytes
-        return arrays + (0 if self.columns is None else self.columns.nbytes)
+        kept = [vars(self).get(name) for name in ("slots", "_table_on_device")]  # once they have been asked for
+        return arrays + sum(t.nbytes for t in {id(t): t for t in (self.columns, *kept) if t is not None}.values())
 
     def tensors(self) -> list[Tensor]:
         return [run.data for run in self.runs]
@@ -276,7 +281,13 @@ class Pages(Holder):
 def joined(parts: list[Pages]) -> Pages:
     """The rows of several, one below the other; no record is copied."""
     width = max(len(p) for p in parts)
-    wide = [p._widened(width) for p in parts]
+    ragged = next((p.columns for p in parts if p.columns is not None), None)
+    wide = []
+    for part in parts:
+        own = part._widened(width)
+        if ragged is not None and own.columns is None:
+            own = replace(own, columns=own.slots.to(ragged.device))
+        wide.append(own)
     runs: dict[int, Run] = {id(run): run for p in parts for run in p.runs}
     columns = [p.columns for p in wide if p.columns is not None]
     return replace(

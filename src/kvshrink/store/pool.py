@@ -72,7 +72,7 @@ class Places:
             at[n], total = total - low, total + high - low
         joined = torch.cat(parts)
         order = index + at[run]
-        if (order == np.arange(len(joined))).all():
+        if np.array_equal(order, np.arange(len(joined))):
             return joined.view(*table.shape, -1)
         return joined[torch.from_numpy(order).to(joined.device)].view(*table.shape, -1)
 

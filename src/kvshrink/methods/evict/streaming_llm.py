@@ -30,6 +30,9 @@ class StreamingLLM(Method):
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:
         return None
 
+    def pages_held(self, pages: int) -> int:
+        return 0
+
     @classmethod
     def within(cls, held_bytes: float, shape: LayerShape, sinks: int = 4) -> "StreamingLLM":
         """The largest window whose buffer, sinks included, takes at most `held_bytes` in a layer of this shape.

@@ -48,5 +48,8 @@ class AccLLM(Quantiser):
     def ladder(self, side: Side, space: Space, learnt: Fitted) -> Ladder:
         return ((self.packing(side, space, learnt), self.recent), (None, None))
 
+    def pages_held(self, pages: int) -> int:
+        return min(pages, self.recent // self.page)
+
 
 METHOD = AccLLM

@@ -1,0 +1,87 @@
+"""Which tokens leave the window, and when: a function of a row's length alone, whatever the chunks it came in.
+
+Pages are counted from a row's first column. Of a row of n tokens the pages before (n - window) // page have left; a page
+that a crop has cut short is followed by another one for the rest of its columns, so that pages stay on their grid.
+Joined rows are of different lengths: those whose tokens leave in the same slots of the window go together.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.shapes import Bool, Float
+
+
+class Span(NamedTuple):
+    """Slots of the exact tokens that leave in one step. rows: whose, None: all; columns: of the first one, per row."""
+
+    rows: np.ndarray | None
+    start: int
+    stop: int
+    columns: np.ndarray
+
+    def of(self, tensor: Tensor, axis: int = 2) -> Tensor:
+        """These slots of these rows."""
+        part = tensor.narrow(axis, self.start, self.stop - self.start)
+        return part if self.rows is None else part[torch.from_numpy(self.rows).to(tensor.device)]
+
+
+class Paged(NamedTuple):
+    """What leaves, as whole pages. valid: None: all are real tokens; first, used: of each page, as `Body.append` has it."""
+
+    keys: Float[Tensor, "b h t d"]
+    values: Float[Tensor, "b h t d"]
+    valid: Bool[Tensor, "b t"] | None
+    first: np.ndarray
+    used: np.ndarray
+
+
+def left(length: int | np.ndarray, window: int, page: int) -> int | np.ndarray:
+    """How many of a row's columns have left the window."""
+    return np.maximum(0, length - window) // page * page if isinstance(length, np.ndarray) else max(
+        0, length - window
+    ) // page * page
+
+
+def spans(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page: int) -> Iterator[Span]:
+    """Rows of so many columns, of which the last `exact` are in the last of so many slots."""
+    gone = np.maximum(0, left(lengths, window, page) - (lengths - exact))
+    start = slots - exact
+    keys = np.stack([start, gone, (lengths - exact) % page], 1)
+    for key in np.unique(keys[gone > 0], axis=0):
+        rows = np.nonzero((keys == key).all(1))[0]
+        columns = (lengths - exact)[rows]
+        every = len(rows) == len(lengths)
+        yield Span(None if every else rows, int(key[0]), int(key[0] + key[1]), columns)
+
+
+def paged(span: Span, keys: Tensor, values: Tensor, positions: Tensor, padded: bool, page: int, lanes: int) -> Paged:
+    """The span's tokens in whole pages; positions of the same slots, -1 at pads."""
+    keys, values = span.of(keys), span.of(values)
+    valid = span.of(positions, 1) >= 0 if padded else None
+    count, begin = span.stop - span.start, int(span.columns[0]) % page
+    head = min(count, page - begin) if begin else 0  # tokens of a page that was cut short
+    if head:
+        fill = page - head
+        keys, values = (torch.cat([x[:, :, :head], x.new_zeros(*x.shape[:2], fill, x.shape[3]), x[:, :, head:]], 2) for x in (keys, values))
+        real = torch.ones(len(keys), count, dtype=torch.bool, device=keys.device) if valid is None else valid
+        valid = torch.cat([real[:, :head], real.new_zeros(len(keys), fill), real[:, head:]], 1)
+    pages = keys.shape[2] // page
+    starts = np.concatenate([[0], head + page * np.arange(pages - 1)]) if head else page * np.arange(pages)
+    first = span.columns[:, None] + starts
+    used = np.full((len(keys), lanes, pages), page, np.uint8)
+    if head:
+        used[:, :, 0] = head
+    return Paged(keys, values, valid, first.astype(np.int32), used)
+
+
+def cut(whole: Paged, start: int, stop: int, page: int) -> Paged:
+    """The pages from `start` to `stop`."""
+    part = slice(start * page, stop * page)
+    valid = None if whole.valid is None else whole.valid[:, part]
+    return Paged(
+        whole.keys[:, :, part], whole.values[:, :, part], valid, whole.first[:, start:stop], whole.used[:, :, start:stop]
+    )

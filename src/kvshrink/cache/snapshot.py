@@ -1,0 +1,207 @@
+"""What attention reads of a layer in one step: a value that stays as it is while the step adds tokens.
+
+It knows no layer, so that attention can be tested, and a batch be put together, without one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.cache.rope import Rope
+from kvshrink.kernels.decode import Choice, Live, fused
+from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.records import Records
+from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._roles import Codec, Stored
+from kvshrink.shapes import Bool, Float, Int, UInt8
+from kvshrink.store.lanes import Pages, Span
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some consecutive pages of all lanes. stored: their tensors, by "k." and "v."."""
+
+    pages: Pages
+    start: int
+    stop: int
+    stored: Stored
+
+    def part(self, prefix: str) -> Stored:
+        """The tensors whose names begin so, without it."""
+        if isinstance(self.stored, Records):
+            return self.stored.under(prefix)
+        return {k.removeprefix(prefix): t for k, t in self.stored.items() if k.startswith(prefix)}
+
+    @property
+    def tokens(self) -> int:
+        """Slots of a lane, dead ones included."""
+        return (self.stop - self.start) * self.pages.page
+
+    @property
+    def span(self) -> Span | None:
+        """The columns, if they are the same in all lanes and without a gap."""
+        whole = self.pages.span
+        return whole and Span(*(whole.start + at * self.pages.page for at in (self.start, self.stop)))
+
+    def slots(self, device: torch.device) -> Int[Tensor, "b L t"]:
+        """A row's own column of each slot, -1 if it holds no token."""
+        page = self.pages.page
+        return self.pages.slots[:, :, self.start * page : self.stop * page].to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class TierView:
+    """Pages of one age as a step reads them.
+
+    base: pages of the same tokens in the layer that this one follows; their tensors are beside its own in a block.
+    """
+
+    codecs: tuple[Codec, Codec]
+    pages: Pages
+    base: Pages | None = None
+
+    def block(self, start: int, stop: int) -> Block:
+        stored: Stored = self.pages.records(start, stop)
+        if self.base is not None:
+            beside = self.base.records(start, stop)
+            stored = {**stored, **{f"{k[:2]}base.{k[2:]}": beside[k] for k in beside}}
+        return Block(self.pages, start, stop, stored)
+
+    def blocks(self, tokens: int) -> Iterator[Block]:
+        return (self.block(*part) for part in self.pages.blocks(tokens))
+
+    def stored(self, block: Block) -> tuple[Stored, Stored]:
+        """What the key codec and the value codec read of a block."""
+        keys = block.part("k.")
+        return keys, keys if self.codecs[1].joint else block.part("v.")
+
+    @cached_property
+    def packed(self) -> tuple[Packed | None, Packed | None]:
+        """All pages as fused kernels read them."""
+        if self.base is not None:
+            return None, None
+        keys, values = self.stored(self.block(0, len(self.pages)))
+        return self.codecs[0].packed(keys), self.codecs[1].packed(values)
+
+    @cached_property
+    def kernel(self) -> Choice:
+        """The fused kernel for these pages, or why there is none."""
+        if self.base is not None:
+            return Choice(None, "stored as what it adds to another layer")
+        return fused(self.pages.device, *self.packed)
+
+    @cached_property
+    def counts(self) -> UInt8[Tensor, "b L p"] | None:
+        """Slots filled of each page; None: all of all."""
+        pages = self.pages
+        return None if pages.full and pages.even else torch.from_numpy(pages.used).to(pages.device)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether a row's slots are its columns from the first page's on, so that leading ones can be counted off."""
+        pages = self.pages
+        right = pages.first[:, :1] + pages.page * np.arange(len(pages))
+        return bool(((pages.first == right) | (pages.table[:, 0] == 0)).all())
+
+    def skips(self, hidden: "Hidden") -> Int[Tensor, " b"] | None:
+        """Leading slots of each row that are not read."""
+        begin = self.pages.first[:, 0]
+        if not begin.any():
+            return hidden.columns
+        if begin.min() >= hidden.most:
+            return None
+        return (hidden.columns - torch.from_numpy(begin).to(hidden.columns.device)).clamp_min(0)
+
+
+class Hidden(NamedTuple):
+    """Leading columns of each row that its body does not show, since each is a pad or a sink. most: of any row."""
+
+    columns: Int[Tensor, " b"]
+    most: int
+
+
+class ExactSinks(NamedTuple):
+    """First tokens of each row, in columns of the batch; -1 where there is none."""
+
+    keys: Float[Tensor, "b h n d"]
+    values: Float[Tensor, "b h n d"]
+    columns: Int[Tensor, "b n"]
+    size: int
+    simple: bool  # whether they are the first columns in every row
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Rides on the key tensor that `update` returns: what attention must read besides that tensor.
+
+    first:  column of the returned tensor's first token; seen: columns in all.
+    starts: of rows that differ, the returned tensor's first slot that is a row's own; None: 0.
+    shifts: of joined rows, the column of each one's first token, [b]; None: 0.
+    hidden: leading columns of each row that its body does not show; None: none.
+    """
+
+    shape: LayerShape
+    rope: Rope | None
+    tiers: tuple[TierView, ...]  # of the body before this step, the oldest first
+    sinks: ExactSinks | None
+    positions: Int[Tensor, "b seen"]
+    padded: bool
+    first: int
+    seen: int
+    starts: Int[Tensor, " b"] | None = None
+    shifts: Int[Tensor, " b"] | None = None
+    hidden: Hidden | None = None
+
+    @property
+    def pages(self) -> int:
+        return sum(len(tier.pages) for tier in self.tiers)
+
+    @property
+    def page(self) -> int:
+        return self.tiers[0].pages.page if self.tiers else 1
+
+    def columns(self, block: Block) -> slice | Int[Tensor, "b L t"]:
+        """Columns of a block's slots: a slice where they are the same everywhere, else -1 for a slot without a token."""
+        span = block.span
+        if span is not None and self.shifts is None:
+            return slice(*span)
+        own = block.slots(self.positions.device)
+        return own if self.shifts is None else torch.where(own < 0, own, own + self.shifts[:, None, None])
+
+    def positions_of(self, columns: slice | Int[Tensor, "b L t"]) -> Int[Tensor, "b t"]:
+        """Positions of columns that all lanes of a row have in common."""
+        if isinstance(columns, slice):
+            return self.positions[:, columns]
+        return self.positions.gather(1, columns[:, 0].clamp_min(0).long())
+
+    def live(self, tier: TierView) -> tuple[Live, Bool[Tensor, "#b #L t"] | None]:
+        """Which slots of a tier are read: as kernels count them off, and by slot where they cannot."""
+        if tier.pages.columns is not None:  # chosen tokens, no pad or sink among them
+            return Live(tier.counts), None
+        if self.padded or (self.hidden is not None and not tier.plain):
+            return Live(tier.counts), self.shown(tier.block(0, len(tier.pages)))
+        return Live(tier.counts, None if self.hidden is None else tier.skips(self.hidden)), None
+
+    def shown(self, block: Block) -> Bool[Tensor, "#b #L t"] | None:
+        """Slots of a block that are tokens, and no pads or sinks; None: all."""
+        columns, span = self.columns(block), block.span
+        parts = [] if isinstance(columns, slice) else [columns >= 0]
+        if self.padded:
+            parts.append(self._real(columns))
+        if self.hidden is not None and (span is None or span.start < self.hidden.most):
+            device = self.positions.device
+            own = block.slots(device) if span is None else torch.arange(*span, device=device)
+            parts.append(own >= self.hidden.columns[:, None, None])
+        return reduce(torch.logical_and, parts) if parts else None
+
+    def _real(self, columns: slice | Int[Tensor, "b L t"]) -> Bool[Tensor, "b #L t"]:
+        """Which columns are no pads."""
+        if isinstance(columns, slice):
+            return (self.positions[:, columns] >= 0)[:, None]
+        index = columns.clamp_min(0).long().flatten(1)
+        return self.positions.gather(1, index).view(columns.shape) >= 0
