@@ -22,7 +22,7 @@ from kvshrink.eval.budget import at_kept
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.outcomes import Log
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
 
 KEPT = (0.0625, 0.04)

@@ -38,7 +38,7 @@ from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.stats import bootstrap
 from kvshrink.eval.teacher import compared
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
 from kvshrink.store.bytes import nbytes
 

@@ -14,7 +14,7 @@ from kvshrink.cache import layer as layer_file
 from kvshrink.cache.saliency import probes, worth
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._packing import Packing, Raw, Salient
-from kvshrink.methods.quant._quantiser import Quantiser, Space
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods.quant.edgeqat import EdgeQAT
 from kvshrink.methods.quant.mikv import MiKV
 from kvshrink.methods.quant.zipcache import ZipCache

@@ -10,8 +10,8 @@ import kvshrink
 from kvshrink import CSKV, RTN, methods
 from kvshrink.cache.drift import Drift, DriftWatch, Reference
 from kvshrink.errors import CacheError, SettingError
+from kvshrink.methods._codecs.basis import principal
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import principal
 
 SHAPE = {
     "hidden_size": 32,

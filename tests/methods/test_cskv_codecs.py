@@ -9,7 +9,7 @@ from kvshrink import CSKV, methods
 from kvshrink.attach.fitted import moved
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.methods.quant.saw_int4 import SAWInt4
 
 SHAPE = LayerShape(4, 20, torch.float32)

@@ -8,7 +8,7 @@ from kvshrink.kernels.normal.reference import levels
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook
 from kvshrink.methods._packing.sparse import Sparse
-from kvshrink.methods.quant._quantiser import SIDES, Site, Space
+from kvshrink.methods._quantiser import SIDES, Site, Space
 from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.methods.quant.kvquant import KVQuant
 

@@ -8,9 +8,9 @@ import torch
 from kvshrink import CSKV
 from kvshrink.errors import SettingError
 from kvshrink.kernels.pack import unpack
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Raw
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant.mikv import MiKV
 
 SHAPE = LayerShape(2, 20, torch.float32)

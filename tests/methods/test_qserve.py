@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.quant._quantiser import Change, Site
+from kvshrink.methods._quantiser import Change, Site
 from kvshrink.methods.quant.qserve import STEPS, QServe, largest
 
 SHAPE = LayerShape(2, 16, torch.float32)

@@ -10,8 +10,8 @@ from kvshrink.cache import attend as attend_module
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from tests.cache.build import feed, make
 from tests.scenarios.families import FAMILIES

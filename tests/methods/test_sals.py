@@ -13,9 +13,9 @@ from kvshrink.cache.rope import Rope
 from kvshrink.cache.step import Handle
 from kvshrink.cache.view import Mask, View
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import packing
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.sals import SALS
 from tests.cache.build import feed, make

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._quantiser import SIDES, Site, Space
+from kvshrink.methods._quantiser import SIDES, Site, Space
 from kvshrink.methods.quant.skvq import BITS, CLIPS, SKVQ, ordered
 
 SHAPE = LayerShape(4, 80, torch.float32)  # 320 channels: groups of 128, 128 and 64

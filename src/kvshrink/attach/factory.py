@@ -19,12 +19,12 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.digest import digest
 from kvshrink.store.modes import own_modes
 from kvshrink.store.tokens import TokenTable

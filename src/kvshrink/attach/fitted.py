@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.lasting import lasting
 from kvshrink.store.reason import line
 

@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._roles import Codec, Stored
-from kvshrink.methods.lowrank._basis import BasisCodec
 
 
 @final

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from kvshrink.errors import DataError
 from kvshrink.fit.curve import curve
 from kvshrink.fit.soft import Soft
+from kvshrink.methods._codecs.basis import leading
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import leading
 from kvshrink.methods.lowrank.cskv import CSKV
 
 HELD = 0.1  # share of the rows that is never trained on

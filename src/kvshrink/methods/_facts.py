@@ -1,19 +1,14 @@
 """What a method may learn from: a layer's shape, its statistics on the calibration text, and a probe of the model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float
-
-if TYPE_CHECKING:
-    from kvshrink.methods._roles import Codec
 
 
 @dataclass(frozen=True)

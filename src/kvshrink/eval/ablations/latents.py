@@ -15,9 +15,9 @@ from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, 
 from kvshrink.eval.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Float
 
 OFFICIAL, UNCLAMPED, OURS = "official formula", "the same, zero not clamped", "ours"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import EvalError
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Affine
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float
 

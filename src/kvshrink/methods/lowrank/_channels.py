@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape
-from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import BITS, require
-from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Bool, Float, Int
 
 GROUP = 32  # channels of a head that share a value's scale, as in KIVI (arXiv 2402.02750)

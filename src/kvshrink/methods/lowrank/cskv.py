@@ -20,11 +20,8 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
-from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
-from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._roles import Fitted, Method, Tier
-from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import (
+from kvshrink.methods import _latents as latents
+from kvshrink.methods._codecs.basis import (
     BasisCodec,
     leading,
     metrics_of,
@@ -32,9 +29,12 @@ from kvshrink.methods.lowrank._basis import (
     principal,
     weighted_svd,
 )
+from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
+from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._quantiser import SIDES, Ladder, Quantiser, Side, Space, aged, held
+from kvshrink.methods._roles import Fitted, Method, Tier
+from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
-from kvshrink.methods.quant import _latents as latents
-from kvshrink.methods.quant._quantiser import SIDES, Ladder, Quantiser, Side, Space, aged, held
 
 ALPHA = 0.5  # ASVD's exponent on mean |x|
 

@@ -17,11 +17,11 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import by_threshold
 
 SIDES = ("key", "value")

@@ -24,12 +24,12 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods.lowrank._ranks import in_proportion
 
 SIDES = ("key", "value")

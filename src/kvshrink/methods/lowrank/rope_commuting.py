@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.basis import BasisCodec, principal, second_moment
 from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._packing import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits
-from kvshrink.methods.lowrank._basis import BasisCodec, principal, second_moment
 from kvshrink.shapes import Float
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import check_topk, reads_part, require
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float, Int
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.basis import BasisCodec, metrics_of, spectrum
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import require
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank._basis import BasisCodec, metrics_of, spectrum
 
 SIDES = ("key", "value")
 GROUP = 16  # channels that share a width and a gain

@@ -2,8 +2,8 @@
 
 from kvshrink.methods._packing import Packing, Salient
 from kvshrink.methods._packing.salient import STEP, counted
+from kvshrink.methods._quantiser import Space, axes
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Space, axes
 
 
 def classes(space: Space, high: int | None, low: int | None, share: float, axis: str) -> Packing:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._facts import LayerFacts
-from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Float
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack.reference import WIDTHS
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Side, Space, axes
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import check_topk, one_of, reads_part, require
-from kvshrink.methods.quant._headwise import HeadwiseCodec
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 from kvshrink.shapes import Bool, Float, Int
 
 CENTROIDS = 256

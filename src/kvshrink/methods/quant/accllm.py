@@ -15,9 +15,9 @@ from typing import ClassVar, final
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Ladder, Quantiser, Side, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
-from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space, axes
 
 
 @final

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 
 BITS = (3, 4, 8)
 

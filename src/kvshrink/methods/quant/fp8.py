@@ -10,8 +10,8 @@ from typing import final
 
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._packing.float8 import Float8
+from kvshrink.methods._quantiser import Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 
 @final

@@ -21,9 +21,9 @@ from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.parts import Parts
 from kvshrink.methods._packing.residual import Residual
 from kvshrink.methods._packing.sparse import sparse
+from kvshrink.methods._quantiser import Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 BITS = (2, 3, 4)
 GROUP = 64

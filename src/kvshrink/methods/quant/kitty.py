@@ -13,9 +13,9 @@ from typing import ClassVar, final
 
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.by_channel import ByChannel
+from kvshrink.methods._quantiser import Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 HIGH, LOW = 4, 2
 

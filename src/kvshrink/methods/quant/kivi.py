@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Side, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
 BITS, GROUPS = (2, 4), (32, 64, 128)
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._packing.sparse import Sparse, sparse
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.shapes import Float
 

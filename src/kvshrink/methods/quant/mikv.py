@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
 from kvshrink.methods.quant._classes import check_order, check_share, classes, shares
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float
 
 LEAST = 1e-4  # of the largest maximum of a head: a channel that is hardly used must not be blown up

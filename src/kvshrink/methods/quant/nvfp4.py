@@ -14,10 +14,10 @@ from typing import final
 import torch
 
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space
 
 GROUP = 16
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float
 
 BITS = (2, 3, 4, 8)

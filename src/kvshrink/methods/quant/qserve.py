@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
 from kvshrink.shapes import Float
 
 BITS = (2, 3, 4, 8)

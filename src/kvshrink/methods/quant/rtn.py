@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, final
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Side, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
 
 
 @final

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from kvshrink.methods._packing import Packing, Planes
+from kvshrink.methods._quantiser import Ladder, Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space
 
 STEPS = (8, 4, 2)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space, axes
 
 BITS = (2, 3, 4, 8)
 

@@ -24,10 +24,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine, Codebook, Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float, Int
 
 BITS = (1.5, 2, 3, 4)

@@ -18,10 +18,10 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from kvshrink.kernels.normal.reference import levels
+from kvshrink.methods._codecs.basis import orthonormal
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Change, Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import orthonormal
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space
 from kvshrink.shapes import Float
 
 BITS = (1, 2, 3, 4, 8)

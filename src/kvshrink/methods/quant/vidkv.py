@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kvshrink.methods._packing import Affine, Codebook, Packing
 from kvshrink.methods._packing.by_channel import ByChannel, Turned
+from kvshrink.methods._quantiser import Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 from kvshrink.shapes import Float
 
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._quantiser import SIDES, Change, Quantiser, Side, Space
 from kvshrink.methods._roles import Codec, Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._input import InputCodec, recovery, residual
-from kvshrink.methods.quant._quantiser import SIDES, Change, Quantiser, Side, Space
 
 BITS = (2, 3, 4, 8)
 FLOOR = 2**-8  # of the largest singular value

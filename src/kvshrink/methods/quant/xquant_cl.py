@@ -17,11 +17,11 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.quant._input import InputCodec
 from kvshrink.methods.quant.xquant import BITS, XQuant
 from kvshrink.shapes import Bool, Float

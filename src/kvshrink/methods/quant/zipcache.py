@@ -18,10 +18,10 @@ from typing import ClassVar, final
 
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing, Separable
+from kvshrink.methods._quantiser import Quantiser, Side, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
 from kvshrink.methods.quant._classes import check_order, check_share, classes, shares
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 
 BITS = (8, 4, 3, 2, 1)
 

@@ -1,16 +1,16 @@
 """Quantisers on the latents of a basis: what they learn there, and their change of basis folded into it."""
 
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from kvshrink import methods
 from kvshrink.errors import SettingError
 from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Ladder, Quantiser, Side, Site, Space, of_side
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Site, Space, of_side
 
 Basis = tuple[Tensor, Tensor, Tensor]  # down [G, a, r], up [G, r, a], mean [G, a]; up @ down = 1
 
@@ -18,12 +18,13 @@ Basis = tuple[Tensor, Tensor, Tensor]  # down [G, a, r], up [G, r, a], mean [G, 
 @lru_cache(typed=True)  # 2.0 is not 2, also when 2 was asked for before
 def quantiser(name: str, bits: int | float | None) -> Quantiser:
     """The quantiser called `name` at these bits, else with its defaults. Raises SettingError if there is none."""
-    methods = import_module("kvshrink.methods")  # which finds all method files, the caller's among them
     found = methods.get(name)
     if not issubclass(found, Quantiser) or not found.of_latents:
         known = ", ".join(n for n in methods.names() if issubclass(c := methods.get(n), Quantiser) and c.of_latents)
         raise SettingError(f"codec={name!r} does not store latents. Use one of {known}.")
-    return methods.build(name, {} if bits is None else {"bits": bits})
+    built = methods.build(name, {} if bits is None else {"bits": bits})
+    assert isinstance(built, Quantiser)
+    return built
 
 
 def learn(method: Quantiser, side: Side, fitted: Fitted, facts: LayerFacts, page: int) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._facts import LayerFacts, Moments
-from kvshrink.methods._packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
 from kvshrink.shapes import Float

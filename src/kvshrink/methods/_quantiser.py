@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Codec, Fitted, Method, Tier
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._headwise import HeadwiseCodec
 from kvshrink.shapes import Float
 from kvshrink.store.names import under
 
