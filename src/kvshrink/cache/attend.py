@@ -193,7 +193,7 @@ def _keys(block: Block, shelf: Shelf, handle: Handle) -> Float[Tensor, "b h t d"
     if shelf.codecs[0].site != "k_pre" or handle.rope is None:
         return keys
     columns = block.columns if isinstance(block.columns, slice) else block.columns.clamp_min(0)
-    return handle.rope.turn(keys, layer.table.positions[:, columns])
+    return handle.rope.apply(keys, layer.table.positions[:, columns])
 
 
 def _block_tokens(handle: Handle) -> int:

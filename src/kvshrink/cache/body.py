@@ -1,7 +1,7 @@
 """The body of a layer: encoded pages by age. A method with one tier has one shelf of pages, and none ever moves.
 
 Pages enter the youngest tier. What a tier cannot hold any more moves on, the oldest pages first, by a conversion of
-stored tensors (`Codec.demoted`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
+stored tensors (`Codec.truncate`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
 the ladder: its pages are dropped. Columns ascend from the oldest shelf to the youngest.
 """
 
@@ -129,11 +129,11 @@ class Body:
         return [t for age in self.ages for _, t in age.pages.tensors()]
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes of (payload, side information)."""
+        """Bytes of (payload, metadata)."""
         payload: list[Tensor] = []
         side: list[Tensor] = []
         for age in self.ages:
-            names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.side}
+            names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.metadata}
             for name, t in age.pages.tensors():
                 (side if name in names else payload).append(t)
         return nbytes(payload), nbytes(side)
@@ -168,5 +168,5 @@ def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
     found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):
         own = under(extent, prefix)
-        found |= {f"{prefix}{k}": t for k, t in codec.demoted(own).items()}
+        found |= {f"{prefix}{k}": t for k, t in codec.truncate(own).items()}
     return found

@@ -24,7 +24,7 @@ def read_chosen(part: Slice, softcap: float | None, block_tokens: int) -> list[t
     asked = query
     if view.handle.shelves[-1].codecs[0].site == "k_pre" and rope is not None:
         own = layer.table.positions[:, layer.seen - 1 : layer.seen]
-        asked = rope.turn_back(query, own.expand(-1, query.shape[2]))
+        asked = rope.undo(query, own.expand(-1, query.shape[2]))
     best, counted = _best(asked, view, tokens)
     found, at = [], 0
     for shelf in view.handle.shelves:
@@ -55,7 +55,7 @@ def _keys(block: Block, shelf: Shelf, view: View, index: Int[Tensor, "b c"]) -> 
     if codec.site != "k_pre" or rope is None:
         return keys
     columns = index + block.columns.start if isinstance(block.columns, slice) else block.columns[index]
-    return rope.turn(keys, layer.table.positions.gather(1, columns.clamp_min(0)))
+    return rope.apply(keys, layer.table.positions.gather(1, columns.clamp_min(0)))
 
 
 def _best(query: Float[Tensor, "b h x d"], view: View, tokens: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"]]:

@@ -14,15 +14,15 @@ from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import probes, worth
+from kvshrink.cache.saliency import importance, probes
 from kvshrink.cache.step import Handle, Staged, appending
 from kvshrink.errors import CacheError
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.names import under
 from kvshrink.store.pages import Pages
 from kvshrink.store.tokens import TokenTable
@@ -141,7 +141,7 @@ class CompressedLayer(CacheLayerMixin):
     def probes(self, count: int) -> Tensor | None:
         """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
         body in this step."""
-        wanted = self.codecs is not None and any(codec.salient for codec in self.codecs)
+        wanted = self.codecs is not None and any(codec.needs_importance for codec in self.codecs)
         return probes(count) if wanted and self.window.count + count > self.window.capacity else None
 
     def _spill(self, keys: Tensor, values: Tensor, first: int, staged: Staged, new: int) -> None:
@@ -158,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
             if (room := self.body.room) is not None:  # what would be dropped at once is not encoded
                 skip = max(skip, out - room * page)
             real = self.table.positions[:, first : self.seen] >= 0
-            ranked = None if staged.asked is None else worth(staged.asked, keys, real, new)
+            ranked = None if staged.probe_queries is None else importance(staged.probe_queries, keys, real, new)
             starts = range(skip, out, ENCODE_TOKENS)
             parts = (slice(start, min(start + ENCODE_TOKENS, out)) for start in starts)
             cuts = ((p, first + p.start, None if ranked is None else ranked[:, :, p]) for p in parts)
@@ -182,7 +182,7 @@ class CompressedLayer(CacheLayerMixin):
         count = keys.shape[2]
         positions = self.table.positions[:, column : column + count]
         if self.codecs[0].site == "k_pre" and rope is not None:
-            keys = rope.turn_back(keys, positions)
+            keys = rope.undo(keys, positions)
         valid = positions >= 0 if self.table.padded else None
         base = None if self.base is None else partial(self.base.stored, column, count // self.method.page)
         stored = encode(self.codecs, keys, values, valid, ranked, base)
@@ -216,7 +216,7 @@ class CompressedLayer(CacheLayerMixin):
                 "and dropped what came before. Use a larger window."
             )
 
-    @lasting
+    @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative count). A page that is cut stays short; nothing is encoded again."""
         count = abs(tokens_to_remove)
@@ -238,7 +238,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.staged = None
 
-    @lasting
+    @outside_inference_mode
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation, or a move between devices, to everything held."""
         whole, self.whole = self.whole, False

@@ -162,9 +162,9 @@ class Schema:
             for n, tier in enumerate(layer.tiers):
                 name = f"older.{n - 1}." if n else "pages."
                 stored = under(own, name)
-                for side, codec in zip("kv", tier.codecs or (), strict=False):
+                for kv, codec in zip("kv", tier.codecs or (), strict=False):
                     for extent in {k.split(".", 1)[0] for k in stored}:
-                        start = f"{extent}.{side}."
+                        start = f"{extent}.{kv}."
                         part = under(stored, start)
                         require(not part or codec.sound(part), f"layers.{i}.{name}{start[:-1]}")
 

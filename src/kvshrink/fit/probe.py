@@ -17,11 +17,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from kvshrink.attach.families import LayerInfo, text_config
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
-from kvshrink.methods._facts import Probe
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
@@ -33,8 +33,8 @@ SEED = 0
 class Reader:
     """A model that prefills exactly and then reads some of what it prefilled through codecs.
 
-    chunk: tokens that are read at a time, while pages leave the window as they do in use: only so is a window worth
-           what it is. None: all in one forward, which says what a loss far behind costs.
+    chunk: tokens that are read at a time, while pages leave the window as they do in use: only so does a window count
+           as it does there. None: all in one forward, which says what a loss far behind costs.
     """
 
     def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method, chunk: int | None = None) -> None:
@@ -67,7 +67,7 @@ class Reader:
         first, end = self._body(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
             if codec is not None and end > first:
-                body = through(codec, rows[:, :, first:end], rope, self.method.page, first)
+                body = round_trip(codec, rows[:, :, first:end], rope, self.method.page, first)
                 rows = torch.cat([rows[:, :, :first], body, rows[:, :, end:]], 2)
             out.append(rows)
         return out[0], out[1]
@@ -81,7 +81,7 @@ class Reader:
             layer: Any = cache.layers[i]
             for rows, codec, rope in zip((layer.keys, layer.values), pair, (self.infos[i].rope, None), strict=True):
                 if codec is not None:
-                    rows[:, :, first:end] = through(codec, rows[:, :, first:end], rope, self.method.page, first)
+                    rows[:, :, first:end] = round_trip(codec, rows[:, :, first:end], rope, self.method.page, first)
 
     def _body(self, tokens: int) -> tuple[int, int]:
         """The positions, from first to end, that are neither sinks nor window when the cache has `tokens` tokens."""
@@ -108,12 +108,12 @@ class Recall(Probe):
     ) -> None:
         self.reader = Reader(model, infos, method, chunk)
         made = recall_rows(rows, row_length(model, rows), method)
-        self.made, self.asked = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
+        self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
         for row in self.made[:, None]:
-            self.caches.append(self.reader.prefill(row[:, : -self.asked]))
-            self.tails.append(row[:, -self.asked :])
+            self.caches.append(self.reader.prefill(row[:, : -self.tail]))
+            self.tails.append(row[:, -self.tail :])
             self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
@@ -147,7 +147,7 @@ class Recall(Probe):
         """Of the loss of the repetition, read from the whole text before it."""
         if self.information is None:
             infos = {i: info for i, info in enumerate(self.reader.infos) if info.compressed}
-            self.information = squared_gradients(self.reader.model, infos, self.made, self.asked)
+            self.information = squared_gradients(self.reader.model, infos, self.made, self.tail)
         return self.information
 
 
@@ -168,9 +168,9 @@ def recall_rows(
     """
     first, stream = rows[:, :1].flatten()[:1], rows.flatten()
     length = min(length, len(stream))
-    asked = length // REPEATED
-    context = length - asked - 1
-    room = context - asked - method.window - method.page
+    tail = length // REPEATED
+    context = length - tail - 1
+    room = context - tail - method.window - method.page
     if room <= method.sinks:
         least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
@@ -180,7 +180,7 @@ def recall_rows(
         at = round(i * (len(stream) - context) / max(1, count - 1))
         passage = at + draw.randrange(method.sinks, room + 1)
         if plain and i % 2:
-            at = min(at, len(stream) - context - asked)
+            at = min(at, len(stream) - context - tail)
             passage = at + context
-        made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + asked]]))
+        made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + tail]]))
     return torch.stack(made)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvshrink import methods
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods._packing import Packing
-from kvshrink.methods._quantiser import Ladder, Quantiser, Side, Site, Space, of_side
+from kvshrink.methods._quantiser import Ladder, Quantiser, SideStats, Space, prefixed
 from kvshrink.methods._roles import Fitted
+from kvshrink.methods._stats import KV, CalibrationStats
 
 Basis = tuple[Tensor, Tensor, Tensor]  # down [G, a, r], up [G, r, a], mean [G, a]; up @ down = 1
 
@@ -27,33 +27,33 @@ def quantiser(name: str, bits: int | float | None) -> Quantiser:
     return built
 
 
-def learn(method: Quantiser, side: Side, fitted: Fitted, facts: LayerFacts, page: int) -> dict[str, Tensor]:
+def learn(method: Quantiser, kv: KV, fitted: Fitted, stats: CalibrationStats, page: int) -> dict[str, Tensor]:
     """What the quantiser learns from the latents of a fitted basis."""
-    down, up, mean = basis_of(fitted, side)
-    site = Site.of(facts, side, "k_pre").through(down, up, mean)
-    found = method.learn(side, site, Space(up.shape[0], up.shape[1], page, facts.shape.dtype, False))
-    return {f"{side}_codec_{k}": t.contiguous() for k, t in found.items()}
+    down, up, mean = basis_of(fitted, kv)
+    side_stats = SideStats.of(stats, kv, "k_pre").projected(down, up, mean)
+    found = method.learn(kv, side_stats, Space(up.shape[0], up.shape[1], page, stats.shape.dtype, False))
+    return {f"{kv}_codec_{k}": t.contiguous() for k, t in found.items()}
 
 
-def packing(method: Quantiser, side: Side, space: Space, fitted: Fitted) -> Packing:
-    return method.packing(side, space, of_side(fitted, f"{side}_codec"))
+def packing(method: Quantiser, kv: KV, space: Space, fitted: Fitted) -> Packing:
+    return method.packing(kv, space, prefixed(fitted, f"{kv}_codec"))
 
 
-def ladder(method: Quantiser, side: Side, space: Space, fitted: Fitted) -> Ladder:
-    return method.ladder(side, space, of_side(fitted, f"{side}_codec"))
+def ladder(method: Quantiser, kv: KV, space: Space, fitted: Fitted) -> Ladder:
+    return method.ladder(kv, space, prefixed(fitted, f"{kv}_codec"))
 
 
-def changed(method: Quantiser, side: Side, basis: Basis, fitted: Fitted, dtype: torch.dtype, page: int) -> Basis:
-    """The basis with the quantiser's change folded in."""
+def transformed(method: Quantiser, kv: KV, basis: Basis, fitted: Fitted, dtype: torch.dtype, page: int) -> Basis:
+    """The basis with the quantiser's transform folded in."""
     down, up, mean = basis
     space = Space(up.shape[0], up.shape[1], page, dtype, False)
-    change = method.change(side, space, of_side(fitted, f"{side}_codec"))
-    if change is None:
+    transform = method.transform(kv, space, prefixed(fitted, f"{kv}_codec"))
+    if transform is None:
         return basis
-    change = change.to(down.device)
-    return down @ change.down, change.up @ up, mean + (change.mean[:, None] @ up)[:, 0]
+    transform = transform.to(down.device)
+    return down @ transform.down, transform.up @ up, mean + (transform.mean[:, None] @ up)[:, 0]
 
 
-def basis_of(fitted: Fitted, side: Side) -> Basis:
-    up = fitted[f"{side}_up"]
-    return fitted.get(f"{side}_down", up.transpose(1, 2)), up, fitted[f"{side}_mean"]
+def basis_of(fitted: Fitted, kv: KV) -> Basis:
+    up = fitted[f"{kv}_up"]
+    return fitted.get(f"{kv}_down", up.transpose(1, 2)), up, fitted[f"{kv}_mean"]

@@ -17,17 +17,20 @@ class Held:
     """Bytes one layer holds, by what they are for."""
 
     payload: int = 0  # latents or codes of the body
-    side: int = 0  # scales, minima, indices of the body
+    metadata: int = 0  # scales, minima, indices of the body
     window: int = 0  # recent tokens, exact
     sinks: int = 0  # first tokens, exact, and their columns
 
     @property
     def total(self) -> int:
-        return self.payload + self.side + self.window + self.sinks
+        return self.payload + self.metadata + self.window + self.sinks
 
     def __add__(self, other: "Held") -> "Held":
         return Held(
-            self.payload + other.payload, self.side + other.side, self.window + other.window, self.sinks + other.sinks
+            self.payload + other.payload,
+            self.metadata + other.metadata,
+            self.window + other.window,
+            self.sinks + other.sinks,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.shapes import Bool, Int
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 
 BYTES_PER_TOKEN = 4  # an int32 position
 CHUNK = 256  # columns taken at a time; the table is small enough to be copied when it grows
@@ -36,7 +36,7 @@ class TokenTable:
         pads = self.positions < 0
         return pads if bool(pads.any()) else None
 
-    @lasting
+    @outside_inference_mode
     def append(self, positions: Int[Tensor, "b s"], real: Bool[Tensor, "b s"] | None) -> None:
         """Add s columns. `real` is False at pads; None means that no column is one."""
         if real is not None:
@@ -58,7 +58,7 @@ class TokenTable:
         if self.length == 0:
             self.reset()
 
-    @lasting
+    @outside_inference_mode
     def map_rows(self, change) -> None:
         """Apply a batch operation such as index_select to the rows."""
         if self._positions is not None:

@@ -73,7 +73,7 @@ def _errors(codec: Any, rows: Float[Tensor, "b h t d"], page: int) -> dict:
     quantised = {
         OFFICIAL: by_group(latent, packing, lambda x: fake_quantise(x, bits)),
         UNCLAMPED: by_group(latent, packing, lambda x: fake_quantise(x, bits, clamped=False)),
-        OURS: packing.fake(latent),
+        OURS: packing.fake_quantize(latent),
     }
     heads = rows.shape[1]
     return {
