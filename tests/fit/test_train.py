@@ -172,7 +172,7 @@ def test_rows_held_out_are_never_trained_on(model, name, monkeypatch):
         if name == "kl":
             other = bool((self.rows[row][:, 1:] >= 30).all())
         elif name == "rows":
-            other = torch.allclose(self.sides[0][row], known[0], atol=1e-5)
+            other = torch.allclose(self.rows[0][row], known[0], atol=1e-5)
         else:
             keys = key_value(self.module, self.rows[row]["hidden_states"])[0]
             other = keys.shape == known.shape and torch.allclose(keys, known, atol=1e-5)

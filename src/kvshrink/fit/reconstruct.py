@@ -26,7 +26,7 @@ class RowLoss(Loss):
     def __call__(self, codecs: Codecs, row: int) -> Tensor:
         (pair,) = codecs.values()
         errors = []
-        for codec, every in zip(pair, self.rows, strict=True):
-            rows = every[row : row + 1].float()
+        for codec, all_rows in zip(pair, self.rows, strict=True):
+            rows = all_rows[row : row + 1].float()
             errors.append((codec.decode(codec.encode(rows, None), rows.shape[1]) - rows).square().mean())
         return torch.stack(errors).sum()
