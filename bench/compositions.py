@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from plot_quantisers import front_picture, table
-from quantisers import LENGTH, TASKS, Side, full_side, measure, ours, summary
+from quantisers import LENGTH, TASKS, Contender, full_contender, measure, ours, summary
 from tqdm import tqdm
 
 from kvshrink import CSKV, Spectral, methods, reference_model
@@ -22,7 +22,7 @@ from kvshrink.eval.budget import at_kept
 from kvshrink.eval.entries import Entry
 from kvshrink.eval.fitting import fitted
 from kvshrink.eval.outcomes import Log
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
 
 KEPT = (0.0625, 0.04)
@@ -80,11 +80,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = reference_model()
     entries = fitted(plan(model), model, tokenizer, calibration.texts(None), args.work / "artifacts")
-    sides: list[Side] = [ours(model, e.label, f"{e.target:g}", e.method) for e in tqdm(entries, desc="sides")]
+    contenders: list[Contender] = [
+        ours(model, e.label, f"{e.target:g}", e.method) for e in tqdm(entries, desc="contenders")
+    ]
     few = Log(args.work / "few.jsonl")
-    screened = summary(sides, few, measure(model, tokenizer, sides, few, *FEW))
+    screened = summary(contenders, few, measure(model, tokenizer, contenders, few, *FEW))
     chosen = set(best(screened, entries))
-    finals = [full_side(), *(s for s in sides if s.label in chosen)]
+    finals = [full_contender(), *(s for s in contenders if s.label in chosen)]
     many = Log(args.work / "many.jsonl")
     rows = summary(finals, many, measure(model, tokenizer, finals, many, *MANY))
     settings = {e.label: e.setting for e in entries}

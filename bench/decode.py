@@ -5,10 +5,10 @@
     make bench-gpu                                           # on a machine with a GPU
 
 A step is what a layer does for one new token: the cache's `update` and the attention over everything cached, or with
---attention-only the attention alone (on a GPU as one CUDA graph). Each side's output is checked first against float32
-attention over the same cache at full width (SALS as it reads all tokens); a wrong side ends the run without a time. On
-a CPU only the ratios are results. Each point is written to --out as soon as it is there, and at the end the picture;
-run again to go on.
+--attention-only the attention alone (on a GPU as one CUDA graph). Each contender is checked first, against
+float32 attention over the same cache at full width (SALS as it reads all tokens); a wrong contender ends the run
+without a time. On a CPU only the ratios are results. Each point is written to --out as soon as it is there, and at the
+end the picture; run again to go on.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import sides
+import contenders
 import torch
 from layer import MODELS, Layer
 from plot_decode import draw
@@ -34,7 +34,7 @@ from kvshrink.methods.quant.rtn import RTN
 from kvshrink.store import files
 
 BASE = "DynamicCache + sdpa"
-WRONG = 2e-2  # relative error of an output from which a side is wrong
+WRONG = 2e-2  # relative error of an output from which a contender is wrong
 METHODS: dict[str, Method] = {
     "CSKV 0.2 int4 auto": CSKV(keep=0.2, bits=4, group_heads="auto"),
     "CSKV 0.2 auto": CSKV(keep=0.2, group_heads="auto"),
@@ -89,12 +89,12 @@ def measure(
     layer: Layer, methods: dict[str, Method], peers: list[str], rounds: int, attention_only: bool, read: float
 ) -> list[dict]:
     """Rows of one point; read: bytes per second. Raises SystemExit on a wrong output, without a time."""
-    found = [sides.growing(layer), *sides.in_place(layer), *(sides.quantized(layer, p) for p in peers)]
-    found += [sides.shrunken(layer, name, method) for name, method in methods.items()]
-    errors = {side.name: side.error() for side in found}
+    found = [contenders.growing(layer), *contenders.in_place(layer), *(contenders.quantized(layer, p) for p in peers)]
+    found += [contenders.shrunken(layer, name, method) for name, method in methods.items()]
+    errors = {contender.name: contender.error() for contender in found}
     if wrong := {name: round(e, 4) for name, e in errors.items() if not e < WRONG}:
         raise SystemExit(f"wrong attention output, no times: {wrong}")
-    steps = {side.name: side.attend if attention_only else side.step for side in found}
+    steps = {contender.name: contender.attend if attention_only else contender.step for contender in found}
     graphs: dict[str, bool] = {}
     if attention_only and layer.device.type == "cuda":
         for name, step in steps.items():
@@ -103,23 +103,23 @@ def measure(
     dense = min((s.name for s in found if s.name.startswith("full")), key=lambda n: statistics.median(times[n]))
     full = found[0].held()
     rows = []
-    for side in found:
-        floor = side.held() / read
+    for contender in found:
+        floor = contender.held() / read
         rows.append(
             {
-                "side": side.name,
-                **against(times, side.name, BASE),
-                "over_best_dense": against(times, side.name, dense),
-                "kept": round(side.held() / full, 4),
-                "over_byte_floor": round(statistics.median(times[side.name]) / floor, 2),
-                "error": round(errors[side.name], 5),
+                "contender": contender.name,
+                **against(times, contender.name, BASE),
+                "over_best_dense": against(times, contender.name, dense),
+                "kept": round(contender.held() / full, 4),
+                "over_byte_floor": round(statistics.median(times[contender.name]) / floor, 2),
+                "error": round(errors[contender.name], 5),
             }
         )
         if layer.device.type == "cuda":
-            rows[-1]["microseconds"] = round(1e6 * statistics.median(times[side.name]), 1)
-            rows[-1]["graph"] = graphs.get(side.name, False)
+            rows[-1]["microseconds"] = round(1e6 * statistics.median(times[contender.name]), 1)
+            rows[-1]["graph"] = graphs.get(contender.name, False)
     for row in rows:
-        row["best_dense"] = row["side"] == dense
+        row["best_dense"] = row["contender"] == dense
     return rows
 
 
@@ -133,17 +133,17 @@ def slopes(found: list[dict]) -> list[dict]:
         for row in point["rows"]:
             # in readings of a full token's bytes, which are the same in all points of a run
             reads = row["over_byte_floor"] * row["kept"] * point["tokens"] * point["batch"]
-            times.setdefault(row["side"], []).append((point["tokens"], reads))
+            times.setdefault(row["contender"], []).append((point["tokens"], reads))
     grown = {
         name: statistics.linear_regression(*zip(*grows, strict=True)).slope
         for name, grows in times.items()
         if len(grows) == len(found) > 2
     }
     dense = min((name for name in grown if name.startswith("full")), key=lambda n: grown[n], default=None)
-    kept = {row["side"]: row["kept"] for row in found[-1]["rows"]}
+    kept = {row["contender"]: row["kept"] for row in found[-1]["rows"]}
     return [
         {
-            "side": n,
+            "contender": n,
             "over_base": round(g / grown[BASE], 4),
             "over": dense,
             "over_dense": round(g / grown[dense], 4),
@@ -159,7 +159,7 @@ def show(point: dict) -> None:
     for row in point["rows"]:
         dense = row["over_best_dense"]["ratio"]
         print(
-            f"  {row['side']:34s} {row['ratio']:8.4f}x of {BASE} {dense:8.3f}x of the best dense "
+            f"  {row['contender']:34s} {row['ratio']:8.4f}x of {BASE} {dense:8.3f}x of the best dense "
             f"{100 * row['kept']:6.1f} % of bytes {row['over_byte_floor']:7.1f}x their reading"
         )
 
@@ -195,7 +195,7 @@ def main() -> None:
         before = json.loads(args.out.read_text())
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record |= {name: before[name] for name in ("bytes_per_second", "points")}
-    done = {(p["tokens"], p["batch"]): {r["side"] for r in p["rows"]} for p in record["points"]}
+    done = {(p["tokens"], p["batch"]): {r["contender"] for r in p["rows"]} for p in record["points"]}
     with torch.inference_mode():
         for tokens, batch, methods in points(args.sweep, args.tokens, args.batch):
             peers = args.peers if (tokens, batch) == (args.tokens, args.batch) else []

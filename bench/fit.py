@@ -20,7 +20,7 @@ from kvshrink.fit.data import token_rows
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import MomentStream, residual
-from kvshrink.methods._facts import Moments
+from kvshrink.methods._stats import Moments
 from kvshrink.store import files
 
 KEEPS = (0.5, 0.2)
@@ -57,12 +57,12 @@ def held_out(model, rows: torch.Tensor) -> dict[int, list[tuple[Moments, Moments
 def errors(tensors: dict, rows: list[tuple[Moments, Moments]], seed: int) -> dict:
     """Mean held-out error of keys and values with its 95 % interval over rows."""
     out = {}
-    for n, side in enumerate(("key", "value")):
-        up = tensors[f"{side}_up"]
-        down = tensors.get(f"{side}_down", up.transpose(1, 2))
-        values = [residual(pair[n], down, up, tensors[f"{side}_mean"]) for pair in rows]
+    for n, kv in enumerate(("key", "value")):
+        up = tensors[f"{kv}_up"]
+        down = tensors.get(f"{kv}_down", up.transpose(1, 2))
+        values = [residual(pair[n], down, up, tensors[f"{kv}_mean"]) for pair in rows]
         low, high = bootstrap(values, seed)
-        out[side] = {"mean": round(sum(values) / len(values), 5), "low": round(low, 5), "high": round(high, 5)}
+        out[kv] = {"mean": round(sum(values) / len(values), 5), "low": round(low, 5), "high": round(high, 5)}
     return out
 
 
@@ -84,7 +84,7 @@ def main() -> None:
             seconds[name, keep] = time.perf_counter() - start
             for i, tensors in artifact.layers.items():
                 record = artifact.provenance["layers"][str(i)]
-                known = {side: round(record[f"{side}_error"], 5) for side in ("key", "value")}
+                known = {kv: round(record[f"{kv}_error"], 5) for kv in ("key", "value")}
                 row = {"keep": keep, "fit": name, "layer": i, "calibration": known}
                 rows.append({**row, "held_out": errors(tensors, unseen[i], seed=i)})
             print(keep, name, [(r["calibration"], r["held_out"]) for r in rows[-len(artifact.layers) :]], flush=True)

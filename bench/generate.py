@@ -4,9 +4,9 @@
 
 A model of 4 layers with Llama-3.1-8B's attention shape and random weights. Every cache is filled with the same random
 keys and values through its own `update`, as a one-shot prefill would (see kvshrink.eval.prefill: methods' prefills are
-the model's own). Then `model.generate` is timed from its first new token to its last. A side whose next logits with the
-fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that nothing
-differs). Run again to go on where it stopped.
+the model's own). Then `model.generate` is timed from its first new token to its last. A contender whose next logits
+with the fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that
+nothing differs). Run again to go on where it stopped.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Stopwatch(BaseStreamer):
         pass
 
 
-class Side:
+class Contender:
     """A model and its cache; `seconds` generates some tokens more and gives the time of one."""
 
     def __init__(self, model: LlamaForCausalLM, cache: object, tokens: int) -> None:
@@ -93,41 +93,41 @@ def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype) -> list[di
     plain, attached = (random_model(dtype, torch.device("cpu")) for _ in range(2))
     attachment = attach(attached)
     found = {
-        BASE: Side(plain, dense(plain, tokens), tokens),
-        "DynamicCache, attached": Side(attached, dense(plain, tokens), tokens),
+        BASE: Contender(plain, dense(plain, tokens), tokens),
+        "DynamicCache, attached": Contender(attached, dense(plain, tokens), tokens),
     }
     for name, method in METHODS.items():
         cache = make_cache(attached, artifact(attached, method))
         fill(cache, found[BASE].cache, attachment)
-        found[name] = Side(attached, cache, tokens)
-    differences = {name: side.difference() for name, side in found.items()}
+        found[name] = Contender(attached, cache, tokens)
+    differences = {name: contender.difference() for name, contender in found.items()}
     if wrong := {name: round(d, 4) for name, d in differences.items() if not d < WRONG}:
         raise SystemExit(f"wrong logits, no times: {wrong}")
     times: dict[str, list[float]] = {name: [] for name in found}
     for round_ in range(rounds + 1):
-        for name, side in found.items():
-            seconds = side.seconds(count)
+        for name, contender in found.items():
+            seconds = contender.seconds(count)
             if round_:
                 times[name].append(seconds)
     full = sum(t.nbytes for layer in dense(plain, tokens).layers for t in (layer.keys, layer.values))
     return [
         {
-            "side": name,
+            "contender": name,
             "faster": round(1 / (row := against(times, name, BASE))["ratio"], 3),
             **row,
-            "kept": round(side.cache.nbytes / full, 4) if name in METHODS else 1.0,
+            "kept": round(contender.cache.nbytes / full, 4) if name in METHODS else 1.0,
             "difference": round(differences[name], 5),
         }
-        for name, side in found.items()
+        for name, contender in found.items()
     ]
 
 
 def draw(record: dict, path: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    names = [r["side"] for r in record["points"][0]["rows"]]
+    names = [r["contender"] for r in record["points"][0]["rows"]]
     for n, name in enumerate(names):
-        y = [next(r["faster"] for r in p["rows"] if r["side"] == name) for p in record["points"]]
+        y = [next(r["faster"] for r in p["rows"] if r["contender"] == name) for p in record["points"]]
         axis.plot(
             [p["tokens"] for p in record["points"]], y, marker="o", ms=4, label=name, color="k" if not n else None
         )
@@ -172,7 +172,7 @@ def main() -> None:
         files.write_json(args.out, record)
         print(f"\n{tokens} tokens")
         for row in rows:
-            print(f"  {row['side']:34s} {row['faster']:8.2f}x as fast {100 * row['kept']:6.1f} % of bytes")
+            print(f"  {row['contender']:34s} {row['faster']:8.2f}x as fast {100 * row['kept']:6.1f} % of bytes")
     draw(record, args.out.with_suffix(".png"))
 
 

@@ -2,11 +2,11 @@
 
     python bench/group_heads.py --out docs/results/group_heads.json
 
-The bundled reference model has 2 KV heads of 64 channels. Ranks are chosen to divide by them, so that both sides hold
-the same bytes and differ in the key basis alone. KL and perplexity over the last 128 tokens of held-out text, 32 a
+The bundled reference model has 2 KV heads of 64 channels. Ranks are chosen to divide by them, so that both contenders
+hold the same bytes and differ in the key basis alone. KL and perplexity over the last 128 tokens of held-out text, 32 a
 forward; KL over question and answer of retrieval prompts, and the answers (context compressed before the question);
-errors of each layer by itself. Differences are paired, on the same documents and questions. float32, 4,096 tokens.
-Run again to resume. A made layer of 8 heads stands beside it (synthetic_heads.py).
+errors of each layer by itself. Differences are paired, on the same documents and questions. float32, 4,096 tokens. Run
+again to resume. A made layer of 8 heads stands beside it (synthetic_heads.py).
 """
 
 import argparse

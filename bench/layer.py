@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Moments
 
 MODELS = {"llama-3.1-8b": (32, 8, 128, 5e5), "llama-2-7b": (32, 32, 128, 1e4)}  # q heads, KV heads, head dim, theta
 
@@ -49,7 +49,7 @@ def fitted(method: Method, shape: LayerShape) -> dict[str, Tensor]:
 
 
 @cache
-def _facts(heads: int, d: int) -> LayerFacts:
+def _facts(heads: int, d: int) -> CalibrationStats:
     n, hidden = heads * d, 64
     g = torch.Generator().manual_seed(1)
 
@@ -59,7 +59,7 @@ def _facts(heads: int, d: int) -> LayerFacts:
         return Moments(1, torch.randn(n, generator=g) * 0.1, directions * variances @ directions.T)
 
     half = torch.arange(d // 2)
-    return LayerFacts(
+    return CalibrationStats(
         LayerShape(heads, d, torch.float32),
         moments(),
         moments(),

@@ -1,4 +1,4 @@
-"""What the metric of the closed form is worth: KL at equal ranks, so at equal bytes, with plain and weighted errors.
+"""What the metric of the closed form changes: KL at equal ranks, so at equal bytes, with plain and weighted errors.
 
     python bench/metrics.py --out docs/results/metrics.json
 

@@ -9,7 +9,7 @@ def draw(points: list[dict], path: Path) -> None:
     """Points of one batch, by context."""
     plt = pyplot()
     figure, (time, held, roof) = plt.subplots(1, 3, figsize=(16, 5.6), layout="constrained")
-    names = list(dict.fromkeys(r["side"] for p in points for r in p["rows"]))
+    names = list(dict.fromkeys(r["contender"] for p in points for r in p["rows"]))
     everywhere = [n for n in names if all(_row(p, n) is not None for p in points)]
     for name in everywhere:
         rows = [_row(p, name) for p in points]
@@ -20,7 +20,7 @@ def draw(points: list[dict], path: Path) -> None:
         held.plot(x, kept, style, marker="o", ms=4)
     longest = max(points, key=lambda p: len(p["rows"]))
     rows = sorted(longest["rows"], key=lambda r: -r["ratio"])
-    roof.barh([r["side"] for r in rows], [r["over_byte_floor"] for r in rows], color="0.6")
+    roof.barh([r["contender"] for r in rows], [r["over_byte_floor"] for r in rows], color="0.6")
     roof.axvline(1, color="k", lw=1)
     roof.set_title(f"{longest['tokens']} tokens: time of a step / time to read the bytes held", fontsize=10)
     roof.tick_params(labelsize=8)
@@ -37,4 +37,4 @@ def draw(points: list[dict], path: Path) -> None:
 
 
 def _row(point: dict, name: str) -> dict | None:
-    return next((r for r in point["rows"] if r["side"] == name), None)
+    return next((r for r in point["rows"] if r["contender"] == name), None)

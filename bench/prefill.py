@@ -85,21 +85,21 @@ def main() -> None:
     attach(model)
     ids = torch.randint(1, 512, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     makes = {name: partial(make_cache, model, artifact(model, METHODS[name])) for name in SHOWN}
-    sides = {BASE: (plain, DynamicCache)} | {name: (model, make) for name, make in makes.items()}
+    contenders = {BASE: (plain, DynamicCache)} | {name: (model, make) for name, make in makes.items()}
     rows = []
     with torch.inference_mode():
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        shares: dict[str, list[float]] = {name: [] for name in sides}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        shares: dict[str, list[float]] = {name: [] for name in contenders}
         for round_ in range(args.rounds + 1):
-            for name, (its, make) in sides.items():
+            for name, (its, make) in contenders.items():
                 whole, inside = prefill(its, ids, make)
                 if round_:
                     seconds[name].append(whole)
                     shares[name].append(inside / whole)
         without = peak(lambda: model(ids, use_cache=False, logits_to_keep=1), ids.device)
-        for name in sides:
+        for name in contenders:
             added = statistics.median(shares[name]) - statistics.median(shares[BASE])
-            row = {"side": name, "added": round(added, 4), **against(seconds, name, BASE)}
+            row = {"contender": name, "added": round(added, 4), **against(seconds, name, BASE)}
             if name in makes:
                 row["above_held"] = round(memory(model, ids, makes[name], without), 3)
             rows.append(row)

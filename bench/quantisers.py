@@ -1,14 +1,14 @@
-"""What a stored bit buys: every quantiser beside transformers' QuantizedCache, on retrieval and on held-out text.
+"""Accuracy at equal memory: every quantiser beside transformers' QuantizedCache, on retrieval and on held-out text.
 
     bench/peers/make.sh quanto hqq
     bench/peers/quanto-hqq/venv/bin/python bench/quantisers.py     # writes docs/results/quantisers.json, .md and .png
 
-The bundled reference model, contexts of 4,096 tokens, which every side is given after the same exact prefill. A prompt
-is read by all sides in turn before the next one. Bits are of a stored number, scales and indices included, from the
-tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything (window,
-sinks, positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context, beyond a
-multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the last 128
-tokens of book text, 32 a forward. Run again to go on where it stopped.
+The bundled reference model, contexts of 4,096 tokens, which every contender is given after the same exact prefill. A
+prompt is read by all contenders in turn before the next one. Bits are of a stored number, scales and indices included,
+from the tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything
+(window, sinks, positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context,
+beyond a multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the
+last 128 tokens of book text, 32 a forward. Run again to go on where it stopped.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.prompt import encode
 from kvshrink.eval.stats import bootstrap
 from kvshrink.eval.teacher import compared
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
 from kvshrink.store.bytes import nbytes
 
@@ -53,7 +53,7 @@ OTHERS = {"kivi": [{"group": 64}, {"group": 128}, {"bits": 4, "group": 64}]}
 
 
 @dataclass
-class Side:
+class Contender:
     """A way to hold the cache. fill: a cache from an exact prefill; bits: of a stored number, of such a cache."""
 
     label: str
@@ -63,7 +63,7 @@ class Side:
     held: Callable[[Any], tuple[float, int]]
 
 
-def ours(model: Any, label: str, group: str, method: Any) -> Side:
+def ours(model: Any, label: str, group: str, method: Any) -> Contender:
     attachment = attach(model)
 
     def filled(dense: DynamicCache) -> Any:
@@ -74,10 +74,10 @@ def ours(model: Any, label: str, group: str, method: Any) -> Side:
     def held(cache: Any) -> tuple[float, int]:
         return cache.report().bits or 0.0, cache.nbytes
 
-    return Side(label, group, digest_of(method), filled, held)
+    return Contender(label, group, digest_of(method), filled, held)
 
 
-def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Side:
+def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Contender:
     """transformers' own, with its default residual of 128 tokens, which a prefill leaves empty."""
     kind = {"quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}[backend]
     label = f"QuantizedCache {backend} int{bits} axis {axis} group {size}"
@@ -104,11 +104,11 @@ def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Side:
             rest += nbytes([layer.keys, layer.values])
         return 8 * quantised / numbers, quantised + rest
 
-    return Side(label, "peer", label, filled, held)
+    return Contender(label, "peer", label, filled, held)
 
 
-def full_side() -> Side:
-    return Side(FULL, FULL, FULL, copy.deepcopy, lambda cache: (16.0, _plain(cache)))
+def full_contender() -> Contender:
+    return Contender(FULL, FULL, FULL, copy.deepcopy, lambda cache: (16.0, _plain(cache)))
 
 
 def _plain(cache: Any) -> int:
@@ -140,7 +140,7 @@ def plan() -> list[Entry]:
     return out
 
 
-def peers(model: Any) -> list[Side]:
+def peers(model: Any) -> list[Contender]:
     found = [("quanto", b, a, g) for b in (4, 2) for a in (0, -1) for g in (64, 32)]
     # hqq packs 3 bits along axis 1 so that it cannot read them again
     found += [("hqq", b, a, g) for b in (4, 3, 2, 1) for a in (0, 1) for g in (64, 32) if (b, a) != (3, 1)]
@@ -168,8 +168,8 @@ def divergence(model: Any, ids: list[int], first: int, cache: Any, dense: Dynami
     return found
 
 
-def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int, documents: int) -> set[str]:
-    """Every side's answers and divergences into the log, a prompt at a time, all sides in turn. Gives their keys."""
+def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, cases: int, documents: int) -> set[str]:
+    """Answers and divergences of all contenders into the log, a prompt at a time, in turn. Gives their keys."""
     identity = model_key(model)
     samples, skipped = gather(choices(TASKS), [LENGTH], cases, 0, tokenizer, True)
     assert not skipped, skipped
@@ -180,23 +180,23 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
             prompts.append((task.title, n, context + question, sample))
     wanted: set[str] = set()
     for title, n, ids, sample in tqdm(prompts, desc="prompts"):
-        keys = {side.label: key_of(identity, side.identity, title, ids) for side in sides}
+        keys = {contender.label: key_of(identity, contender.identity, title, ids) for contender in contenders}
         wanted |= set(keys.values())
-        todo = [side for side in sides if keys[side.label] not in log.rows]
+        todo = [contender for contender in contenders if keys[contender.label] not in log.rows]
         if not todo:
             continue
         context = len(ids) - SCORED if sample is None else len(encode(sample, tokenizer)[0])
         context = context // MULTIPLE * MULTIPLE
         dense = prefill(model, torch.tensor([ids[:context]]), asked=True)
-        for side in todo:
-            cache = side.fill(dense)
-            bits, held = side.held(cache)
-            row = {"key": keys[side.label], "side": side.label, "task": title, "case": n, "bits": bits}
+        for contender in todo:
+            cache = contender.fill(dense)
+            bits, held = contender.held(cache)
+            row = {"key": keys[contender.label], "contender": contender.label, "task": title, "case": n, "bits": bits}
             row["kept"] = held / _plain(dense)
             if sample is None:
                 scored, chunk = ids, CHUNK
             else:
-                row["output"] = answer(model, tokenizer, ids, side.fill(dense), sample.max_new_tokens)
+                row["output"] = answer(model, tokenizer, ids, contender.fill(dense), sample.max_new_tokens)
                 row["score"] = metrics.score(sample, row["output"])
                 scored = ids + tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
                 chunk = len(scored)
@@ -206,33 +206,35 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
 
 
 @torch.inference_mode()
-def later(model: Any, tokenizer: Any, sides: list[Side], log: Log) -> dict[str, float]:
-    """Share of bytes that each side holds when some tokens more were read: the peers' residuals have grown by then."""
+def later(model: Any, tokenizer: Any, contenders: list[Contender], log: Log) -> dict[str, float]:
+    """Share of bytes that each holds when some tokens more were read: the peers' residuals have grown by then."""
     ids = held_out(tokenizer, LENGTH, 1, 0)[0]
     context = (LENGTH - LATER) // MULTIPLE * MULTIPLE
-    keys = {side.label: key_of("later", side.identity, LATER) for side in sides}
-    todo = [side for side in sides if keys[side.label] not in log.rows]
+    keys = {contender.label: key_of("later", contender.identity, LATER) for contender in contenders}
+    todo = [contender for contender in contenders if keys[contender.label] not in log.rows]
     if todo:
         dense = prefill(model, ids[:, :context], asked=True)
-        for side in tqdm(todo, desc="bytes"):
-            cache = side.fill(dense)
+        for contender in tqdm(todo, desc="bytes"):
+            cache = contender.fill(dense)
             model(input_ids=ids[:, context : context + LATER], past_key_values=cache)
             full = _plain(dense) * (context + LATER) // context
-            log.add({"key": keys[side.label], "side": side.label, "later": side.held(cache)[1] / full})
-    return {side.label: log.rows[keys[side.label]]["later"] for side in sides}
+            log.add(
+                {"key": keys[contender.label], "contender": contender.label, "later": contender.held(cache)[1] / full}
+            )
+    return {contender.label: log.rows[keys[contender.label]]["later"] for contender in contenders}
 
 
-def summary(sides: list[Side], log: Log, keys: set[str]) -> list[dict]:
-    by_side: dict[str, list[dict]] = {}
+def summary(contenders: list[Contender], log: Log, keys: set[str]) -> list[dict]:
+    by_contender: dict[str, list[dict]] = {}
     for key in sorted(keys):  # a log may hold what other fits gave
-        by_side.setdefault(log.rows[key]["side"], []).append(log.rows[key])
+        by_contender.setdefault(log.rows[key]["contender"], []).append(log.rows[key])
     out = []
-    for side in sides:
-        rows = by_side[side.label]
+    for contender in contenders:
+        rows = by_contender[contender.label]
         text, asked = ([r for r in rows if (r["task"] == "book") == book] for book in (True, False))
         hits = [r["score"] for r in sorted(asked, key=lambda r: (r["task"], r["case"]))]
         low, high = bootstrap(hits, 0)
-        found = {"label": side.label, "group": side.group, "answers": len(hits)}
+        found = {"label": contender.label, "group": contender.group, "answers": len(hits)}
         numbers = {
             "bits": float(np.mean([r["bits"] for r in rows])),
             "kept": float(np.mean([r["kept"] for r in rows])),
@@ -258,9 +260,9 @@ def main() -> None:
     model, tokenizer = reference_model()
     log = Log(args.work / "outcomes.jsonl")
     ready = fitted(plan(), model, tokenizer, calibration.texts(None), args.work / "artifacts")
-    sides = [full_side(), *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
-    keys = measure(model, tokenizer, sides, log, args.cases, args.documents)
-    grown, rows = later(model, tokenizer, sides, log), summary(sides, log, keys)
+    contenders = [full_contender(), *peers(model), *(ours(model, e.label, e.series, e.method) for e in ready)]
+    keys = measure(model, tokenizer, contenders, log, args.cases, args.documents)
+    grown, rows = later(model, tokenizer, contenders, log), summary(contenders, log, keys)
     for row in rows:
         row["kept_later"] = round(grown[row["label"]], 5)
     found = {

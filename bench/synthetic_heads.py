@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvshrink import CSKV
 from kvshrink.fit.statistics import MomentStream
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 
 HEADS, DIM, HIDDEN = 8, 128, 1024
 SHARED = (0.0, 0.5, 0.9)
@@ -24,13 +24,13 @@ def rows(bits_of: tuple[int | None, ...], keeps: tuple[float, ...]) -> list[dict
     """|x - x'| / |x| of stored keys, and of attention outputs with exact values, at equal ranks and bytes."""
     out = []
     for shared in SHARED:
-        facts, keys, queries, values = made(shared)
+        stats, keys, queries, values = made(shared)
         exact = attended(queries, keys, values)
         for keep in keeps:
             for bits in bits_of:
                 for size in (1, 2, 4, 8):
                     method = CSKV(keep=keep, bits=bits, group_heads=size)
-                    codec = method.codecs(facts.shape, method.fit_layer(facts))[0]
+                    codec = method.codecs(stats.shape, method.fit_layer(stats))[0]
                     ours = codec.decode(codec.encode(keys, None), HEADS)
                     out.append(
                         {
@@ -46,7 +46,7 @@ def rows(bits_of: tuple[int | None, ...], keeps: tuple[float, ...]) -> list[dict
     return out
 
 
-def made(shared: float) -> tuple[LayerFacts, Tensor, Tensor, Tensor]:
+def made(shared: float) -> tuple[CalibrationStats, Tensor, Tensor, Tensor]:
     """(statistics, stored keys, queries, stored values [1, h, t, d])."""
     g = torch.Generator().manual_seed(SEED)
     scale = (1 / torch.arange(1, HIDDEN + 1)).sqrt()
@@ -64,11 +64,11 @@ def made(shared: float) -> tuple[LayerFacts, Tensor, Tensor, Tensor]:
         moments.append(stream.moments())
     shape = LayerShape(HEADS, DIM, torch.float32)
     energy, gram = torch.ones(HEADS, DIM), torch.eye(DIM).repeat(HEADS, 1, 1)
-    facts = LayerFacts(shape, *moments, inputs[:FITTED].abs().mean(0), key, value, energy, gram)
+    stats = CalibrationStats(shape, *moments, inputs[:FITTED].abs().mean(0), key, value, energy, gram)
     stored, asked = inputs[FITTED:-ASKED], inputs[-ASKED:]
     heads = [(x @ w.T)[None].unflatten(-1, (HEADS, DIM)).transpose(1, 2) for x, w in ((stored, key), (stored, value))]
     queries = 2 * (asked @ query.T)[None].unflatten(-1, (HEADS, DIM)).transpose(1, 2)
-    return facts, heads[0], queries, heads[1]
+    return stats, heads[0], queries, heads[1]
 
 
 def attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

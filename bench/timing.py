@@ -1,4 +1,4 @@
-"""Times of several sides, taken in turn in one process, and what they were taken on."""
+"""Times of several contenders, taken in turn in one process, and what they were taken on."""
 
 import hashlib
 import platform

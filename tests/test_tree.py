@@ -40,6 +40,60 @@ def test_imports_only_go_down():
     assert checked > 100
 
 
+# circles of files in cache/, to be taken apart; must become empty
+KNOWN = {f"cache/{name}.py" for name in ("step", "layer", "attend", "chosen", "view", "cache", "state")}
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Also not for types alone, or inside a function."""
+    modules = {_module(p): p for p in SOURCES}
+    edges = {name: _files(path, modules) for name, path in modules.items()}
+    circles, done = [], set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            circles.append([str(modules[n].relative_to(ROOT)) for n in above[above.index(name) :]])
+        elif name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+    assert not (new := [c for c in circles if not set(c) <= KNOWN]), f"circles of imports: {new}"
+    assert {f for c in circles for f in c} == KNOWN, "take out of KNOWN what is in no circle any more"
+
+
+def _module(path: Path) -> str:
+    parts = ("kvshrink", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _files(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules that a file names in imports: a package is its __init__.py, unless a file inside is named."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            inside = {f"{node.module}.{a.name}" for a in node.names}
+            found |= {name if name in modules else str(node.module) for name in inside}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found & modules.keys()
+
+
+def test_families_of_methods_do_not_import_each_other():
+    """What two of them share stands below them; a method that composes another one finds it by name."""
+    families = {p.name for p in (ROOT / "methods").iterdir() if p.is_dir() and p.name[0] != "_"} - {"__pycache__"}
+    assert {"evict", "lowrank", "quant"} <= families
+    modules = {_module(p): p for p in SOURCES}
+    for path in (ROOT / "methods").rglob("*.py"):
+        here = path.relative_to(ROOT / "methods").parts[0]
+        if here not in ("artifact.py", "__init__.py"):  # which stand above the families
+            named = {m.split(".")[2] for m in _files(path, modules) if m.startswith("kvshrink.methods.")}
+            assert not (wrong := named & families - {here}), f"{path.name} imports from {wrong}"
+
+
 def test_the_map_in_the_docstring_lists_every_package():
     packages = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     for name in packages:

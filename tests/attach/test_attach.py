@@ -472,7 +472,7 @@ def test_queries_and_output_weight_are_those_of_the_module(name, monkeypatch):
     for info in attachment.layers:
         query, out, hidden, output = seen[info.module.layer_idx]
         ours = families.queries(info.module, hidden)
-        ours = ours if info.rope is None else info.rope.turn(ours, torch.arange(12)[None])
+        ours = ours if info.rope is None else info.rope.apply(ours, torch.arange(12)[None])
         torch.testing.assert_close(ours, query, atol=1e-4, rtol=1e-4)
         if info.module.o_proj.bias is None:
             made = torch.einsum("bsqd,xqd->bsx", out, families.output_weight(info.module))

@@ -1,4 +1,4 @@
-"""A method that asks what tokens are worth, on models: its queries, its choice, and that nobody else pays for them."""
+"""A method that ranks tokens, on models: its queries, its choice, and that nobody else pays for them."""
 
 from dataclasses import dataclass
 from typing import final
@@ -11,10 +11,10 @@ import kvshrink
 from kvshrink import CSKV, RTN
 from kvshrink.attach import attention, stage
 from kvshrink.cache import layer as layer_file
-from kvshrink.cache.saliency import probes, worth
+from kvshrink.cache.saliency import importance, probes
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._packing import Packing, Raw, Salient
-from kvshrink.methods.quant._quantiser import Quantiser, Space
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods.quant.edgeqat import EdgeQAT
 from kvshrink.methods.quant.mikv import MiKV
 from kvshrink.methods.quant.zipcache import ZipCache
@@ -33,11 +33,11 @@ def test_queries_are_those_that_the_model_s_attention_uses(name, monkeypatch):
 
     def noted(given, keys, real, new):
         asked.append(given)
-        return worth(given, keys, real, new)
+        return importance(given, keys, real, new)
 
     cache, real_dense = kvshrink.make_cache(model, EdgeQAT(window=8)), attention._dense
     monkeypatch.setattr(attention, "_dense", dense)
-    monkeypatch.setattr(layer_file, "worth", noted)
+    monkeypatch.setattr(layer_file, "importance", noted)
     feed(model, tokens(2, 100), cache)
     sliding = {i for i, layer in enumerate(cache.layers) if not isinstance(layer, layer_file.CompressedLayer)}
     used = [u for i, u in enumerate(used) if i not in sliding]
@@ -92,8 +92,8 @@ def test_a_planted_token_has_more_bits_than_its_page(pads, sinks):
     feed(model, ids, cache, mask=mask)
     layer = cache.layers[0]
     first = layer.pages.first[0]
-    for side in "kv":
-        chosen = masks(layer, side).flatten(2)
+    for kv in "kv":
+        chosen = masks(layer, kv).flatten(2)
         assert chosen.shape == (2, 2, 64)
         assert chosen[:, :, at - first].all()
         assert chosen.sum() == 2 * 2 * 2 * 8
@@ -130,7 +130,7 @@ def test_crop_reorder_and_a_file_leave_pages_as_they_are(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [MiKV(window=8), CSKV(keep=0.5, codec="zipcache", window=8)])
-def test_a_fitted_method_is_told_what_tokens_are_worth(method):
+def test_a_fitted_method_is_told_the_importance_of_tokens(method):
     """Untold, it would give the first tokens of each page more bits."""
     model = subject("llama")
     fitted = kvshrink.fit(model, method, tokens(4, 128, seed=99), batch=4, progress=False)
@@ -138,8 +138,8 @@ def test_a_fitted_method_is_told_what_tokens_are_worth(method):
     out = generate(model, tokens(2, 100), cache, max_new_tokens=60)
     assert out.shape == (2, 160)
     for layer in cache.layers:
-        for side in "kv":
-            chosen = masks(layer, side)
+        for kv in "kv":
+            chosen = masks(layer, kv)
             count = int(chosen[0, 0, 0].sum())
             assert (chosen.sum(-1) == count).all()
             assert chosen.shape[2] == 4, "two pages of the prompt, two of tokens that came one by one"
@@ -149,11 +149,11 @@ def test_a_fitted_method_is_told_what_tokens_are_worth(method):
 @final
 @dataclass(frozen=True)
 class Sorted(Quantiser):
-    """Loses nothing, but puts tokens in the order of what they are worth."""
+    """Loses nothing, but puts tokens in the order of their importance."""
 
     window: int = 8
 
-    def packing(self, side: str, space: Space, learnt: dict) -> Packing:
+    def packing(self, kv: str, space: Space, learnt: dict) -> Packing:
         parts = (Raw(1, space.width, tokens, space.dtype) for tokens in (8, 24))
         return Salient(space.groups, space.width, *parts)
 
@@ -171,7 +171,7 @@ def test_tokens_in_order_of_worth_are_read_as_if_nothing_had_moved(family, scena
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
 
-def masks(layer, side: str) -> torch.Tensor:
+def masks(layer, kv: str) -> torch.Tensor:
     """Which tokens of the body have more bits, bool [b, G, p, page]."""
-    stored = [extent[f"{side}.mask"] for extent in layer.pages.extents]
+    stored = [extent[f"{kv}.mask"] for extent in layer.pages.extents]
     return unpack(torch.cat(stored, 1).transpose(1, 2), 1).bool()

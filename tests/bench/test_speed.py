@@ -33,7 +33,7 @@ def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatc
     monkeypatch.setattr(module, "SOME", ("RTN int4",))
     script("decode", "--tokens", "512", "--rounds", "2", "--dtype", "float32", "--out", str(out))
     (point,) = json.loads(out.read_text())["points"]
-    rows = {r["side"]: r for r in point["rows"]}
+    rows = {r["contender"]: r for r in point["rows"]}
     assert rows["DynamicCache + sdpa"]["ratio"] == 1
     assert rows["CSKV 0.2 int4 auto"]["kept"] < rows["RTN int4"]["kept"] < 1
     assert sum(r["best_dense"] for r in point["rows"]) == 1
@@ -46,9 +46,9 @@ def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatc
 
 
 def test_decode_gives_no_time_for_a_wrong_output(script, tmp_path, monkeypatch):
-    sides, out = __import__("sides"), tmp_path / "decode.json"
-    real = sides.kvshrink_attention
-    monkeypatch.setattr(sides, "kvshrink_attention", lambda *a: (real(*a)[0] * 1.05, None))
+    contenders, out = __import__("contenders"), tmp_path / "decode.json"
+    real = contenders.kvshrink_attention
+    monkeypatch.setattr(contenders, "kvshrink_attention", lambda *a: (real(*a)[0] * 1.05, None))
     with pytest.raises(SystemExit, match="wrong attention output, no times"):
         script("decode", "--tokens", "256", "--rounds", "1", "--dtype", "float32", "--out", str(out))
     assert not out.exists()
@@ -70,7 +70,7 @@ def test_generate_and_prefill_write_their_rows(script, tmp_path, monkeypatch):
         script(name, "--tokens", "300", "--rounds", "1", *more, "--dtype", "float32", "--out", str(out))
         found = json.loads(out.read_text())
         rows = found["points"][0]["rows"] if name == "generate" else found["rows"]
-        assert [r["side"] for r in rows][-1] == "CSKV 0.2 int4 auto"
+        assert [r["contender"] for r in rows][-1] == "CSKV 0.2 int4 auto"
         assert all(r["ratio"] > 0 for r in rows)
     assert rows[-1]["above_held"] <= 1
     assert 0 < rows[-1]["added"] < 1

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Fitted, Method, Tier
+from kvshrink.methods._stats import LayerShape
 from kvshrink.store.tokens import TokenTable
 
 

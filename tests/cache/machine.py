@@ -14,8 +14,8 @@ from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.snapshot import Snapshot
 from kvshrink.errors import CacheError
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method, Tier
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
@@ -269,7 +269,7 @@ class Machine:
         wanted = sum(codec.page_bytes() for age in pages.values() for codec in self.tiers[0][age].codecs or ())
         for layer in cache.compressed:
             held = layer.held()
-            stored = held.payload + held.side
+            stored = held.payload + held.metadata
             assert stored == wanted or (self.left and stored > wanted)
             assert held.window <= 2 * self.rows * layer.window.capacity * SHAPE.token_bytes
             sinks = oracle.took_sinks * self.rows * self.setup.sinks * (SHAPE.token_bytes + 4)
@@ -308,23 +308,23 @@ def _lossy(method: Method, pairs: list, rope: Rope | None) -> Lossy:
     """Through the codecs, which have tests of their own; a lossless method gives back what it got."""
     if getattr(method, "bits", 4) is None:
         return lambda keys, values, positions: (keys, values)
-    turned = rope if pairs[0][0].site == "k_pre" else None
+    own = rope if pairs[0][0].site == "k_pre" else None
 
-    def side(number: int, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def kv(number: int, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         stored = pairs[0][number].encode(rows, valid)
         for pair in pairs[1:]:
-            stored = pair[number].demoted(stored)
+            stored = pair[number].truncate(stored)
         return pairs[-1][number].decode(stored, HEADS)
 
     def through(keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k, v, p = torch.from_numpy(keys), torch.from_numpy(values), torch.from_numpy(positions)
-        k = k if turned is None else turned.turn_back(k, p)
+        k = k if own is None else own.undo(k, p)
         if pairs[0][0].joint:
             stored = pairs[0][0].encode(torch.cat([k, v], 1), p >= 0)
             k, v = (codec.decode(stored, HEADS) for codec in pairs[0])
         else:
-            k, v = side(0, k, p >= 0), side(1, v, p >= 0)
-        return (k if turned is None else turned.turn(k, p)).numpy(), v.numpy()
+            k, v = kv(0, k, p >= 0), kv(1, v, p >= 0)
+        return (k if own is None else own.apply(k, p)).numpy(), v.numpy()
 
     return through
 

@@ -130,7 +130,9 @@ class Oracle:
         keys, values = (np.pad(x, ((0, 0), (0, 0), (0, spare), (0, 0))) for x in (keys, values))
         positions = np.array([[*(t.position for t in tokens), *[-1] * spare]], np.int32)
         looks = [age.lossy(keys, values, positions) for age in self.ages]
-        return Page([[Token(t.column, t.position, k[0][:, i], v[0][:, i]) for i, t in enumerate(tokens)] for k, v in looks])
+        return Page(
+            [[Token(t.column, t.position, k[0][:, i], v[0][:, i]) for i, t in enumerate(tokens)] for k, v in looks]
+        )
 
     def _grow_old(self, row: Row) -> None:
         for number, age in enumerate(self.ages):
@@ -184,7 +186,9 @@ class Oracle:
     @property
     def recent(self) -> int:
         """Tokens in the longest window and the longest pages."""
-        held = [[sum(len(p.tokens) for p in row.pages if p.age == n) for row in self.rows] for n in range(len(self.ages))]
+        held = [
+            [sum(len(p.tokens) for p in row.pages if p.age == n) for row in self.rows] for n in range(len(self.ages))
+        ]
         return self.exact + sum(max(own, default=0) for own in held)
 
     @property

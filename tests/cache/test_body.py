@@ -8,8 +8,8 @@ import torch
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.step import Handle
 from kvshrink.errors import CacheError
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Tier
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saq import SAQ

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
 from kvshrink.methods.quant.rtn import RTN
@@ -133,16 +133,16 @@ def test_spectral_bits_at_32k_tokens(layer, capsys):
     groups = shape.width // 16
     widths = torch.tensor([8, 4, 3, 2, 1, *[0] * 11]).repeat_interleave(groups // 16).to(torch.uint8)
     fitted = {}
-    for side in ("key", "value"):
+    for kv in ("key", "value"):
         noise = torch.randn(shape.width, shape.width, generator=torch.Generator().manual_seed(1))
-        fitted |= {f"{side}_up": torch.linalg.qr(noise).Q[None], f"{side}_mean": torch.zeros(1, shape.width)}
-        fitted |= {f"{side}_variance": torch.ones(shape.width), f"{side}_widths": widths}
+        fitted |= {f"{kv}_up": torch.linalg.qr(noise).Q[None], f"{kv}_mean": torch.zeros(1, shape.width)}
+        fitted |= {f"{kv}_variance": torch.ones(shape.width), f"{kv}_widths": widths}
     cache = make(method, shape, [fitted])
     basis = live() - before
     feed(cache, [rows[0]], [rows[1]], ROPE)
     report = cache.report()
     page = 2 * (groups // 16) * sum(32 * 16 * bits // 8 + 2 for bits in (8, 4, 3, 2, 1))
-    assert report.held.payload + report.held.side == (32768 - 36) // 32 * page
+    assert report.held.payload + report.held.metadata == (32768 - 36) // 32 * page
     assert live() - before - basis == pytest.approx(cache.nbytes, rel=0.02)
     ((keys, values),) = feed(cache, [rows[0, :, :, :1]], [rows[1, :, :, :1]], ROPE)
     query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM).bfloat16()

@@ -8,7 +8,7 @@ import torch
 
 from kvshrink.cache.attend import attend
 from kvshrink.errors import ArtifactError, CacheError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.quant.rtn import RTN
 from tests.cache.build import bases, feed, make

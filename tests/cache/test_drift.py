@@ -10,8 +10,8 @@ import kvshrink
 from kvshrink import CSKV, RTN, methods
 from kvshrink.cache.drift import Drift, DriftWatch, Reference
 from kvshrink.errors import CacheError, SettingError
-from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import principal
+from kvshrink.methods._codecs.basis import principal
+from kvshrink.methods._stats import LayerShape
 
 SHAPE = {
     "hidden_size": 32,
@@ -75,7 +75,7 @@ def test_channels_that_change_places_or_sizes_show(change):
     shape, method = LayerShape(2, 8, torch.float32), CSKV(keep=0.5)
     rows = torch.randn(640, 16) @ torch.diag(2.0 ** -torch.arange(16)) @ torch.randn(16, 16) + 1
     mean, up = rows.mean(0), principal(rows.T.cov(correction=0), 1, 8)[1].float()
-    fitted = {f"{side}_{name}": t for side in ("key", "value") for name, t in (("up", up), ("mean", mean[None]))}
+    fitted = {f"{kv}_{name}": t for kv in ("key", "value") for name, t in (("up", up), ("mean", mean[None]))}
     codecs = method.codecs(shape, fitted)
     own = [((rows - _there(c, rows)).square().sum() / (rows - mean).square().sum()).item() for c in codecs]
     pair = [Reference(c.smooth, mean, e) for c, e in zip(codecs, own, strict=True)]
@@ -115,15 +115,15 @@ def test_sums_are_those_of_the_tokens_in_the_body(model, artifact, rows):
         read(model, cache, ids[:, at : at + 1], attention_mask=mask[:, : at + 1])
     hook.remove()
     layer, fitted = cache.layers[0], artifact.layers[0]
-    for n, side in enumerate(("key", "value")):
+    for n, kv in enumerate(("key", "value")):
         x = torch.cat([pair[n] for pair in seen], 2).transpose(1, 2).flatten(2).double()
         last = max(layer.pages.first) + 32
         body = torch.cat([x[0, 4:last], x[1, 37 + 4 : last]])
-        up, mean = fitted[f"{side}_up"][0].double(), fitted[f"{side}_mean"][0].double()
+        up, mean = fitted[f"{kv}_up"][0].double(), fitted[f"{kv}_mean"][0].double()
         back = (body - mean) @ up.T @ up + mean
-        wanted = [(body - back).square().sum(), (body - fitted[f"{side}_centre"].double()).square().sum()]
+        wanted = [(body - back).square().sum(), (body - fitted[f"{kv}_centre"].double()).square().sum()]
         torch.testing.assert_close(layer.watch.sums[n], torch.stack(wanted), rtol=1e-4, atol=0)
-        ratio = wanted[0] / wanted[1] / artifact.provenance["layers"]["0"][f"{side}_error"]
+        ratio = wanted[0] / wanted[1] / artifact.provenance["layers"]["0"][f"{kv}_error"]
         assert layer.watch.drift()[n] == pytest.approx(float(ratio), rel=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_watching_changes_no_token_and_no_page(model, artifact, rows):
     for a, b in zip(plain.layers, watched.layers, strict=True):
         assert all(torch.equal(s, t) for (_, s), (_, t) in zip(a.pages.tensors(), b.pages.tensors(), strict=True))
     more = watched.report().nbytes - plain.report().nbytes
-    assert more == len(watched.layers) * 4 * 8, "two float64 sums a side and layer, whatever the length"
+    assert more == len(watched.layers) * 4 * 8, "two float64 sums a layer for keys and for values, whatever the length"
 
 
 def test_without_watch_nothing_is_said(model, artifact, rows):

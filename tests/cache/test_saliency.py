@@ -1,4 +1,4 @@
-"""What tokens are worth, against a softmax in loops; which queries ask; and which tokens of latents are chosen."""
+"""Importance of tokens, against a softmax in loops; which queries ask; and which tokens of latents are chosen."""
 
 import math
 
@@ -8,9 +8,9 @@ import torch
 from kvshrink import CSKV
 from kvshrink.cache import layer as layer_file
 from kvshrink.cache import saliency
-from kvshrink.cache.saliency import Asked, probes, worth
+from kvshrink.cache.saliency import ProbeQueries, importance, probes
 from kvshrink.kernels.pack import unpack
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from tests.cache.build import bases, make
 
 H, MEMBERS, D = 2, 3, 4  # KV heads, query heads of each, channels
@@ -51,15 +51,15 @@ def test_worth_is_that_of_a_softmax_in_loops(softcap, alive, monkeypatch):
     for junk in (0.0, math.nan, math.inf):
         dirty = keys.masked_fill(~real[:, None, :, None], junk)
         asking = queries.masked_fill(~real[:, None, 8 + rows, None], junk)
-        got = worth(Asked(rows, asking, softcap), dirty, real, 22)
+        got = importance(ProbeQueries(rows, asking, softcap), dirty, real, 22)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert want[2].any()
 
 
 def test_a_token_is_not_worth_less_for_being_seen_by_more_queries_that_do_not_ask():
     """The official code divides by all 10 - j queries behind token j; two of them ask. Equal keys share attention."""
-    asked = Asked(torch.tensor([2, 9]), torch.randn(1, 1, 2, D), None)
-    got = worth(asked, torch.zeros(1, 1, 10, D), torch.ones(1, 10, dtype=torch.bool), 10)[0, 0]
+    probe_queries = ProbeQueries(torch.tensor([2, 9]), torch.randn(1, 1, 2, D), None)
+    got = importance(probe_queries, torch.zeros(1, 1, 10, D), torch.ones(1, 10, dtype=torch.bool), 10)[0, 0]
     torch.testing.assert_close(got, torch.tensor([(1 / 3 + 1 / 10) / 2] * 3 + [1 / 10] * 7))
 
 
@@ -67,8 +67,8 @@ def test_scores_alive_are_bounded(monkeypatch):
     sizes, real = [], saliency._attention
     monkeypatch.setattr(saliency, "SCORE_ELEMENTS", 5000)
     monkeypatch.setattr(saliency, "_attention", lambda *a: sizes.append((out := real(*a)).numel()) or out)
-    asked = Asked(torch.arange(100, 200), torch.randn(2, H * MEMBERS, 100, D), None)
-    worth(asked, torch.randn(2, H, 200, D), torch.ones(2, 200, dtype=torch.bool), 200)
+    probe_queries = ProbeQueries(torch.arange(100, 200), torch.randn(2, H * MEMBERS, 100, D), None)
+    importance(probe_queries, torch.randn(2, H, 200, D), torch.ones(2, 200, dtype=torch.bool), 200)
     assert max(sizes) <= 5000
     assert sum(sizes) == 2 * H * MEMBERS * 100 * 200
 
@@ -87,23 +87,23 @@ def test_probes_are_the_last_tokens_and_as_many_random_ones(count):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_latents_of_several_heads_take_the_mean_of_what_their_tokens_are_worth(groups, monkeypatch):
+def test_latents_of_several_heads_take_the_mean_of_their_importance(groups, monkeypatch):
     """CSKV's keys have `groups` bases, its values one: each chooses by the heads that it stores. Encoded by parts."""
     monkeypatch.setattr(layer_file, "ENCODE_TOKENS", 32)
     shape = LayerShape(4, 8, torch.float32)
     method = CSKV(keep=0.5, codec="edgeqat", window=8, sinks=0, group_heads=4 // groups)
     cache = make(method, shape, [bases(shape, 16 // groups, 16, groups)])
     keys, values = torch.randn(2, 2, 4, 100, 8)
-    asked = Asked(probes(100), torch.randn(2, 8, len(probes(100)), 8), None)
-    cache.stage(0, torch.arange(100, dtype=torch.int32)[None], None, None, True, "model", asked)
+    probe_queries = ProbeQueries(probes(100), torch.randn(2, 8, len(probes(100)), 8), None)
+    cache.stage(0, torch.arange(100, dtype=torch.int32)[None], None, None, True, "model", probe_queries)
     cache.update(keys, values, 0)
-    each = worth(asked, keys, torch.ones(2, 100, dtype=torch.bool), 100)[:, :, :64]
-    for side, g in (("k", groups), ("v", 1)):
+    each = importance(probe_queries, keys, torch.ones(2, 100, dtype=torch.bool), 100)[:, :, :64]
+    for kv, g in (("k", groups), ("v", 1)):
         mean = each.unflatten(1, (g, -1)).mean(2).unflatten(2, (2, 32))
-        assert torch.equal(masks(cache.layers[0], side), mean >= mean.topk(16, -1).values[..., -1:])
+        assert torch.equal(masks(cache.layers[0], kv), mean >= mean.topk(16, -1).values[..., -1:])
 
 
-def masks(layer, side: str) -> torch.Tensor:
+def masks(layer, kv: str) -> torch.Tensor:
     """Which tokens of the body have more bits, bool [b, G, p, page]."""
-    stored = [extent[f"{side}.mask"] for extent in layer.pages.extents]
+    stored = [extent[f"{kv}.mask"] for extent in layer.pages.extents]
     return unpack(torch.cat(stored, 1).transpose(1, 2), 1).bool()

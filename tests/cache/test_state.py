@@ -9,7 +9,7 @@ import kvshrink
 from kvshrink.cache import state as states
 from kvshrink.errors import ArtifactError
 from kvshrink.methods import build
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saq import SAQ
 from kvshrink.store.digest import digest

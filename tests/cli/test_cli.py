@@ -7,8 +7,8 @@ import pytest
 
 from kvshrink import data, methods
 from kvshrink.eval.runner import Runner
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store.digest import sealed
 from tests.probes import small_probe
 

@@ -11,7 +11,7 @@ from kvshrink.cache import attend
 from kvshrink.errors import EvalError
 from kvshrink.eval.layers import layer_errors
 from kvshrink.eval.memory import decode_peak
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 
@@ -75,9 +75,9 @@ def test_errors_of_keys_and_values_by_hand(model, ids, artifact):
     module, fitted = model.model.layers[2].self_attn, artifact.layers[2]
     body = slice(4, 4 + (PREFIX - 1 - 36) // 32 * 32)  # after the sinks, whole pages before the window
     (row,) = [r for r in layer_errors(model, artifact, ids[:TOKENS], PREFIX) if r.layer == 2]
-    for side, found in (("key", row.key_error), ("value", row.value_error)):
-        exact = getattr(module, f"{side[0]}_proj")(hidden)[0, body].detach()
-        up = fitted[f"{side}_up"][0]
+    for kv, found in (("key", row.key_error), ("value", row.value_error)):
+        exact = getattr(module, f"{kv[0]}_proj")(hidden)[0, body].detach()
+        up = fitted[f"{kv}_up"][0]
         assert found == pytest.approx(float((exact - exact @ up.T @ up).norm() / exact.norm()), abs=1e-4)
     assert row.key_rope_error == pytest.approx(row.key_error, abs=1e-5), "a rotation keeps lengths"
 

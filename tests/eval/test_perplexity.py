@@ -13,7 +13,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
 from kvshrink.eval.simulated import simulate
 from kvshrink.eval.teacher import compare, follow
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 from tests.scenarios.families import FAMILIES
@@ -244,8 +244,8 @@ def test_simulated_keys_before_rope_are_turned_back_and_on(model, ids):
 
     hooks = []
     for i, layer in enumerate(model.model.layers):
-        for module, side in ((layer.self_attn.k_proj, "key"), (layer.self_attn.v_proj, "value")):
-            hooks.append(module.register_forward_hook(project(fitted[i][f"{side}_up"], fitted[i][f"{side}_mean"])))
+        for module, kv in ((layer.self_attn.k_proj, "key"), (layer.self_attn.v_proj, "value")):
+            hooks.append(module.register_forward_hook(project(fitted[i][f"{kv}_up"], fitted[i][f"{kv}_mean"])))
     try:
         with torch.inference_mode():
             logits = model(torch.tensor([ids[:TOKENS]]), use_cache=False).logits[0, PREFIX - 1 : -1]

@@ -35,29 +35,29 @@ def model(request):
     return net.double().eval()
 
 
-def loss_of(model, row: torch.Tensor, asked: int) -> float:
+def loss_of(model, row: torch.Tensor, tail: int) -> float:
     with torch.no_grad():
-        found = model(input_ids=row[None]).logits[0, -asked - 1 : -1].log_softmax(-1)
-    return -float(found.gather(-1, row[-asked:, None]).mean())
+        found = model(input_ids=row[None]).logits[0, -tail - 1 : -1].log_softmax(-1)
+    return -float(found.gather(-1, row[-tail:, None]).mean())
 
 
 def test_squared_gradients_are_those_of_finite_differences(model):
-    rows, asked = torch.randint(0, 23, (2, 24)), 6
+    rows, tail = torch.randint(0, 23, (2, 24)), 6
     infos = dict(enumerate(layers_of(model)))
-    got = squared_gradients(model, infos, rows, asked)
+    got = squared_gradients(model, infos, rows, tail)
     assert got.keys() == {0, 1}
     for layer in infos:
-        for side, (weight, channels) in enumerate(key_value_parts(infos[layer].module)):
+        for kv, (weight, channels) in enumerate(key_value_parts(infos[layer].module)):
             part, wanted = weight.data[channels], 0.0
             for at in [(i, j) for i in range(part.shape[0]) for j in range(part.shape[1])]:
                 for row in rows:
                     value, ends = float(part[at]), []
                     for step in (5e-4, -5e-4):
                         part[at] = value + step
-                        ends.append(loss_of(model, row, asked))
+                        ends.append(loss_of(model, row, tail))
                     part[at] = value
                     wanted += ((ends[0] - ends[1]) / 1e-3) ** 2
-            assert got[layer][side] == pytest.approx(wanted, rel=1e-3)  # norms and the loss are in float32
+            assert got[layer][kv] == pytest.approx(wanted, rel=1e-3)  # norms and the loss are in float32
             assert wanted > 0
 
 
@@ -78,9 +78,9 @@ def test_the_probe_asks_for_its_repeated_passage_once(model, monkeypatch):
     told = {0: (1.0, 2.0)}
     monkeypatch.setattr(sys.modules[Recall.__module__], "squared_gradients", lambda *a: calls.append(a) or told)
     assert probe.fisher() is probe.fisher()
-    ((_, infos, made, asked),) = calls
+    ((_, infos, made, tail),) = calls
     assert infos.keys() == {0, 1}
-    assert (made[:, -asked:] == torch.cat([t for t in probe.tails])).all()
+    assert (made[:, -tail:] == torch.cat([t for t in probe.tails])).all()
 
 
 def test_weights_without_a_gradient_and_losses_without_one_are_refused(model):

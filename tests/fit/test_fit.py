@@ -20,10 +20,10 @@ from kvshrink.attach.families import attention_modules, key_value
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit import fit_all
+from kvshrink.fit.collector import StatsCollector
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.fit.statistics import EnergyStream, MomentStream, output_gram, residual, residuals
-from kvshrink.fit.watch import LayerWatch
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods.lowrank.palu import Palu
 
@@ -110,8 +110,8 @@ def test_closed_form_is_a_bound_on_the_calibration_text(model, rows):
         best = group[0].provenance["layers"]
         for other in group[1:]:
             for i, record in other.provenance["layers"].items():
-                for side in ("key_error", "value_error"):
-                    assert best[i][side] <= record[side] * (1 + 1e-6), (keep, other.method, i, side)
+                for kv in ("key_error", "value_error"):
+                    assert best[i][kv] <= record[kv] * (1 + 1e-6), (keep, other.method, i, kv)
         untrained, trained = group[1], group[-1]
         for i, record in trained.provenance["layers"].items():
             assert record["training"]["loss"][1] < record["training"]["loss"][0]
@@ -294,7 +294,7 @@ def test_fitting_works_under_inference_mode(model, rows):
 def test_what_is_watched_is_the_input_also_without_an_input_norm(rows):
     """Olmo2's attention reads the hidden states themselves, which the layer's output then overwrites."""
     net = Olmo2ForCausalLM(Olmo2Config(**SHAPE)).eval()
-    runner, seen = LayerRunner(InMemory(net), rows, 2), LayerWatch(len(rows), False)
+    runner, seen = LayerRunner(InMemory(net), rows, 2), StatsCollector(len(rows), False)
     before = runner.hidden.clone()
     runner.run(0, net.get_decoder().layers[0], seen)
     assert torch.equal(torch.cat([x["hidden_states"] for x in seen.inputs]), before)

@@ -10,8 +10,8 @@ from kvshrink import CSKV, RTN, Artifact, Spectral, fit, make_cache
 from kvshrink.attach.families import layers_of
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.probe import REPEATED, ROWS, Reader, Recall, recall_rows
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec
+from kvshrink.methods._stats import LayerShape
 
 SHAPE = {
     "hidden_size": 32,
@@ -54,7 +54,7 @@ class Blank(Codec):
     """A codec that loses everything."""
 
     site = "v"
-    side = frozenset()
+    metadata = frozenset()
     width = 16
 
     def encode(self, rows, valid):
@@ -72,14 +72,14 @@ class Blank(Codec):
 
 def test_a_row_repeats_a_passage_that_lies_before_the_window(rows):
     made = recall_rows(rows, 512, METHOD)
-    asked, stream = 512 // REPEATED, rows.flatten()
+    tail, stream = 512 // REPEATED, rows.flatten()
     assert made.shape == (ROWS, 512)
     for row in made.tolist():
-        context, tail = row[:-asked], row[-asked:]
-        places = [i for i in range(len(context) - asked + 1) if context[i : i + asked] == tail]
+        context, passage = row[:-tail], row[-tail:]
+        places = [i for i in range(len(context) - tail + 1) if context[i : i + tail] == passage]
         assert places, "the repetition must be in the context"
         assert min(places) >= METHOD.sinks
-        assert max(places) + asked <= len(context) - METHOD.window
+        assert max(places) + tail <= len(context) - METHOD.window
         assert context[0] == int(rows[0, 0])
         text = "".join(map(chr, context[1:]))
         assert text in "".join(map(chr, stream.tolist()))

@@ -4,19 +4,19 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kvshrink.fit import watch
-from kvshrink.fit.facts import gather
-from kvshrink.fit.watch import Sampler
+from kvshrink.fit import collector
+from kvshrink.fit.collector import Sampler
+from kvshrink.fit.gather import gather
 
 
 def test_a_sample_is_every_nth_token_however_long_the_text(monkeypatch):
-    monkeypatch.setattr(watch, "SAMPLED", 10)
+    monkeypatch.setattr(collector, "SAMPLED", 10)
     sampler, seen = Sampler(), []
     for call in range(7):
         rows = torch.arange(2 * 5.0).view(2, 1, 5, 1) + 10 * call
         sampler.add(rows, rows, rows)
         seen += rows.flatten().tolist()
-    kept = sampler.done(None).keys.flatten().tolist()
+    kept = sampler.done(None).keys_pre_rope.flatten().tolist()
     assert kept == seen[:: sampler.step]
     assert 5 <= len(kept) <= 10
 
@@ -34,11 +34,11 @@ def net():
 def test_the_rows_are_those_that_attention_reads(net, batch):
     """Keys after RoPE as the model's own cache has them."""
     rows = torch.randint(3, 60, (3, 40), generator=torch.Generator().manual_seed(0))
-    facts = gather(net, rows, batch, False, sample=True)
+    stats = gather(net, rows, batch, False, sample=True)
     cache = net(rows, use_cache=True).past_key_values
-    for i, fact in facts.items():
+    for i, fact in stats.items():
         sample, layer = fact.sample, cache.layers[i]
-        for mine, theirs in ((sample.turned, layer.keys), (sample.values, layer.values)):
+        for mine, theirs in ((sample.keys_post_rope, layer.keys), (sample.values, layer.values)):
             torch.testing.assert_close(mine, theirs.transpose(1, 2).flatten(0, 1).float(), rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(sample.keys, sample.turned)
-        assert sample.queries.shape == (120, net.config.num_attention_heads, net.config.head_dim)
+        assert not torch.allclose(sample.keys_pre_rope, sample.keys_post_rope)
+        assert sample.queries_post_rope.shape == (120, net.config.num_attention_heads, net.config.head_dim)

@@ -80,8 +80,8 @@ def test_the_gradient_is_that_of_finite_differences(model, rows, seen, name):
     method, fitted = CSKV(keep=0.25), fit(model, rows, init="random").layers
     tensors = {i: dict(fitted[i]) for i in layers}  # away from the optimum, where the gradient would be 0
     for i in layers:
-        for side in ("key", "value"):
-            tensors[i][f"{side}_down"] = 0.8 * tensors[i][f"{side}_up"].transpose(1, 2).contiguous()
+        for kv in ("key", "value"):
+            tensors[i][f"{kv}_down"] = 0.8 * tensors[i][f"{kv}_up"].transpose(1, 2).contiguous()
 
     def value(tensors) -> torch.Tensor:
         shape = shape_of(layers_of(model)[0].module)
@@ -172,7 +172,7 @@ def test_rows_held_out_are_never_trained_on(model, name, monkeypatch):
         if name == "kl":
             other = bool((self.rows[row][:, 1:] >= 30).all())
         elif name == "rows":
-            other = torch.allclose(self.sides[0][row], known[0], atol=1e-5)
+            other = torch.allclose(self.rows[0][row], known[0], atol=1e-5)
         else:
             keys = key_value(self.module, self.rows[row]["hidden_states"])[0]
             other = keys.shape == known.shape and torch.allclose(keys, known, atol=1e-5)

@@ -35,13 +35,13 @@ def test_agrees_with_transformers(case):
     module, rotary, rope, keys, positions = case
     cos, sin = rotary(keys, positions)
     _, wanted = module.apply_rotary_pos_emb(keys, keys, cos, sin)
-    torch.testing.assert_close(rope.turn(keys, positions.int()), wanted, atol=2e-6, rtol=0)
+    torch.testing.assert_close(rope.apply(keys, positions.int()), wanted, atol=2e-6, rtol=0)
 
 
 def test_inverse_undoes_what_transformers_did(case):
     module, rotary, rope, keys, positions = case
     _, turned = module.apply_rotary_pos_emb(keys, keys, *rotary(keys, positions))
-    torch.testing.assert_close(rope.turn_back(turned, positions.int()), keys, atol=2e-6, rtol=0)
+    torch.testing.assert_close(rope.undo(turned, positions.int()), keys, atol=2e-6, rtol=0)
 
 
 def test_yarn_scales_and_the_inverse_takes_it_away():
@@ -49,9 +49,9 @@ def test_yarn_scales_and_the_inverse_takes_it_away():
     assert rotary.attention_scaling > 1.1
     rope = Rope(rotary.inv_freq, float(rotary.attention_scaling), False)
     keys, positions = torch.randn(1, 2, 5, 16), torch.arange(5, dtype=torch.int32)[None]
-    turned = rope.turn(keys, positions)
+    turned = rope.apply(keys, positions)
     torch.testing.assert_close(turned.norm(), keys.norm() * rotary.attention_scaling)
-    torch.testing.assert_close(rope.turn_back(turned, positions), keys, atol=2e-6, rtol=0)
+    torch.testing.assert_close(rope.undo(turned, positions), keys, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -71,7 +71,7 @@ def test_turns_add_up_and_scores_depend_on_the_distance_alone():
     rope = Rope(torch.tensor([1.0, 0.1, 0.01]), 1.0, False)
 
     def at(x: torch.Tensor, position: int) -> torch.Tensor:
-        return rope.turn(x, torch.full((1, 1), position, dtype=torch.int32))
+        return rope.apply(x, torch.full((1, 1), position, dtype=torch.int32))
 
     q, k = torch.randn(2, 1, 1, 1, 6)
     torch.testing.assert_close(at(at(k, 3), 4), at(k, 7))
@@ -83,22 +83,22 @@ def test_small_dtypes_turn_in_float32_and_stay_as_they_are(dtype):
     rope = Rope(torch.tensor([1.0, 0.1]), 1.0, True)
     x, positions = torch.randn(1, 1, 4, 6).to(dtype), torch.arange(4, dtype=torch.int32)[None]
     before = x.clone()
-    out = rope.turn(x, positions)
+    out = rope.apply(x, positions)
     assert out.dtype == torch.float32
-    assert torch.equal(out, rope.turn(x.float(), positions))
+    assert torch.equal(out, rope.apply(x.float(), positions))
     assert torch.equal(x, before)
 
 
 def test_a_gradient_passes_as_through_a_rotation(case):
     """The values are those without one, and the gradient is turned back, times the scaling squared."""
     _, _, rope, keys, positions = case
-    wanted = rope.turn(keys, positions.int())
+    wanted = rope.apply(keys, positions.int())
     given = keys.clone().requires_grad_()
-    found = rope.turn(given, positions.int())
+    found = rope.apply(given, positions.int())
     torch.testing.assert_close(found.detach(), wanted, atol=1e-6, rtol=0)
     weight = torch.randn_like(found)
     (found * weight).sum().backward()
     turned = 2 * len(rope.inv_freq)
-    back = rope.turn_back(weight, positions.int())
+    back = rope.undo(weight, positions.int())
     back[..., :turned] *= rope.scaling**2
     torch.testing.assert_close(given.grad, back, atol=1e-5, rtol=0)

@@ -5,15 +5,15 @@ import torch
 
 from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import MomentStream
-from kvshrink.methods._facts import LayerFacts, LayerShape, Sample
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Sample
 
 
 @pytest.fixture
-def facts_of():
-    """A function from a layer's shape (and perhaps key and value rows [tokens, n], and the channels that RoPE turns
-    together, all of a head's halves by default) to its LayerFacts."""
+def stats_of():
+    """A function from a layer's shape (and perhaps key and value rows [tokens, n], and the channels that RoPE rotates
+    together, all of a head's halves by default) to its CalibrationStats."""
 
-    def make(shape: LayerShape, keys=None, values=None, hidden: int = 12, pairs="half") -> LayerFacts:
+    def make(shape: LayerShape, keys=None, values=None, hidden: int = 12, pairs="half") -> CalibrationStats:
         g = torch.Generator().manual_seed(7)
         n = shape.width
         mixing = torch.randn(n, n, generator=g)  # channels that vary together, as a model's do
@@ -30,7 +30,7 @@ def facts_of():
         output = torch.randn(shape.heads, 2 * hidden, shape.head_dim, generator=g).double()
         gram = output.transpose(1, 2) @ output
         half = torch.arange(shape.head_dim // 2)
-        return LayerFacts(
+        return CalibrationStats(
             shape,
             *moments,
             torch.rand(hidden, generator=g),
@@ -46,12 +46,12 @@ def facts_of():
 
 
 def sample(shape: LayerShape, keys: torch.Tensor, values: torch.Tensor, g: torch.Generator) -> Sample:
-    """The rows, keys turned by a RoPE of halves, and two query heads for each KV head."""
+    """The rows, keys with a RoPE of halves, and two query heads for each KV head."""
     d = shape.head_dim
     count = min(len(keys), len(values))
     heads = [x[:count].unflatten(1, (shape.heads, d)).float() for x in (keys, values)]
     rope = Rope(1e4 ** (-torch.arange(0, d - 1, 2).float() / d), 1.0, False)
-    turned = rope.turn(heads[0].transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
+    rotated = rope.apply(heads[0].transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
     queries = torch.randn(count, 2 * shape.heads, d, generator=g)
-    back = rope.turn_back(queries.transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
-    return Sample(heads[0], turned, heads[1], queries, back)
+    back = rope.undo(queries.transpose(0, 1)[None], torch.arange(count)[None])[0].transpose(0, 1)
+    return Sample(heads[0], rotated, heads[1], queries, back)

@@ -5,7 +5,7 @@ import torch
 
 from kvshrink.cache.attend import attend
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.accllm import AccLLM
 from kvshrink.methods.quant.rtn import RTN
 from tests.cache.build import feed, make

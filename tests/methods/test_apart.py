@@ -14,7 +14,7 @@ from kvshrink.eval.simulated import simulate
 from kvshrink.fit import probe as probes
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.probe import Recall
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.judge import Judge
@@ -74,7 +74,7 @@ def recall(model, rows):
 
 @pytest.fixture(scope="module")
 def judge(recall):
-    return Judge(recall, recall.asked)
+    return Judge(recall, recall.tail)
 
 
 @pytest.mark.parametrize("i", range(len(ALL)), ids=lambda i: f"{ALL[i][0]}-{i}")
@@ -85,9 +85,9 @@ def test_a_method_is_its_codecs_or_says_that_it_is_more(model, ready, recall, ju
     tiers = [method.tiers(shape, fitted) for fitted in artifact.layers.values()]
     codecs = [codec for tier in tiers for codec in tier[0].codecs or ()]
     more = any(len(tier) > 1 or tier[0].codecs is None for tier in tiers) or any(
-        codec.salient or codec.joint or (codec.reads(1000) or 1000) < 1000 for codec in codecs
+        codec.needs_importance or codec.joint or (codec.reads(1000) or 1000) < 1000 for codec in codecs
     )
-    assert bool(artifact.apart) == (more or any(map(method.follows, artifact.layers.values())))
+    assert bool(artifact.apart) == (more or any(map(method.stores_delta, artifact.layers.values())))
     assert artifact.apart is None or method.apart({}), "what may be is said before a fit"
     ids = recall.made[:1, :100]
     if artifact.apart:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.block_float import BlockFloat
 
 SHAPE = LayerShape(2, 64, torch.float32)
@@ -41,14 +41,14 @@ def test_steps_are_powers_of_two_and_no_number_is_farther_off_than_half_a_step(b
                 assert torch.equal(back[at] / step, (back[at] / step).round())
 
 
-def test_sorted_channels_lose_less(facts_of):
+def test_sorted_channels_lose_less(stats_of):
     keys = torch.randn(320, 128)
     keys[:, torch.arange(5, 128, 16)] *= 30  # one large channel in every block of 16
-    facts = facts_of(SHAPE, keys, pairs=None)
+    stats = stats_of(SHAPE, keys, pairs=None)
     method = BlockFloat(group=16)
-    fitted = method.fit_layer(facts)
-    assert (facts.sample.turned.square().mean(0).gather(1, fitted["key_order"]).diff(dim=1) <= 0).all()
-    rows = facts.sample.turned[:64].transpose(0, 1)[None]
+    fitted = method.fit_layer(stats)
+    assert (stats.sample.keys_post_rope.square().mean(0).gather(1, fitted["key_order"]).diff(dim=1) <= 0).all()
+    rows = stats.sample.keys_post_rope[:64].transpose(0, 1)[None]
     small = (rows.abs().amax(2, keepdim=True) < 10).expand_as(rows)
 
     def error(codec) -> float:

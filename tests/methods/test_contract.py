@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from kvshrink.store.pages import _pages
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvshrink import methods
@@ -18,10 +19,9 @@ from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.kernels import native
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Codebook
+from kvshrink.methods._stats import LayerShape
 from kvshrink.store.bytes import nbytes
-from kvshrink.store.pages import _pages
 from tests.cache.build import feed, make
 
 SHAPES = [(1, 16), (2, 8), (4, 20)]  # KV heads, head dim; not only powers of two
@@ -58,9 +58,9 @@ def shape(request):
 
 
 @pytest.fixture
-def fit(facts_of):
+def fit(stats_of):
     """A function from method and shape to fitted tensors."""
-    return lambda method, shape: method.fit_layer(facts_of(shape)) if method.needs_fit else {}
+    return lambda method, shape: method.fit_layer(stats_of(shape)) if method.needs_fit else {}
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_promised_page_bytes_are_the_bytes_held(codecs, shape, pages, rows_of):
         stored = codec.encode(rows_of(shape, pages), None)
         assert sum(t.nbytes for t in stored.values()) == nbytes(stored.values()) == 2 * pages * codec.page_bytes()
         assert all(t.shape[:2] == (2, pages) for t in stored.values())
-        assert codec.side <= set(stored) | {"scale", "low"}
+        assert codec.metadata <= set(stored) | {"scale", "low"}
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -216,12 +216,12 @@ def test_values_that_are_not_finite_are_refused(codecs, shape, rows_of, page):
 
 
 def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape, rows_of, page):
-    """A constant group has scale 0 and must not divide by it. Tokens of most worth may come back as another number."""
+    """A constant group has scale 0 and must not divide by it. Important tokens may come back as another number."""
     for codec in codecs:
         row = rows_of(shape, 1, b=1)[:, :, :1]
         back = codec.decode(codec.encode(row.expand(-1, -1, page, -1), None), shape.heads)
         # a product of matrices may differ in its last digit from row to row
-        kinds = [back[:, :, :1], back[:, :, -1:]] if codec.salient else [back[:, :, :1]]
+        kinds = [back[:, :, :1], back[:, :, -1:]] if codec.needs_importance else [back[:, :, :1]]
         assert torch.stack([(back - kind).abs().amax(3) for kind in kinds]).amin(0).max() < 1e-5
         latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, page, -1), None)))
         centre = codec.expand(latent, shape.heads)
@@ -242,10 +242,10 @@ def half_a_step(codec) -> float:
     return float(table.diff().max() / 2 * codec.up.abs().max())
 
 
-def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, facts_of):
+def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, stats_of):
     """What is in the body never changes: whatever extents it lies in, what is still held of a page is the same bits."""
     shape = LayerShape(2, 8, torch.float32)
-    cache = make(method, shape, [method.fit_layer(facts_of(shape)) if method.needs_fit else {}])
+    cache = make(method, shape, [method.fit_layer(stats_of(shape)) if method.needs_fit else {}])
     layer = cache.layers[0]
 
     def append(tokens: int) -> None:
@@ -318,13 +318,13 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reference", ["0", "1"])
-def test_no_tensor_of_a_decode_step_is_as_large_as_all_keys(method, facts_of, monkeypatch, reference):
+def test_no_tensor_of_a_decode_step_is_as_large_as_all_keys(method, stats_of, monkeypatch, reference):
     """Neither the body's keys nor its values are alive at full length: not even their codes, one in each byte.
 
     A page is the least that is read at a time, and scores of all query heads are.
     """
     shape = LayerShape(4, 16, torch.float32)
-    cache = make(method, shape, [method.fit_layer(facts_of(shape)) if method.needs_fit else {}])
+    cache = make(method, shape, [method.fit_layer(stats_of(shape)) if method.needs_fit else {}])
     monkeypatch.setattr(attend, "BLOCK_ELEMENTS", method.page * shape.width)
     monkeypatch.setenv("KVSHRINK_REFERENCE", reference)
     tokens = method.window + method.sinks + 64 * method.page

@@ -37,7 +37,7 @@ def test_every_wrapping_keeps_the_rules_of_packings(packing):
     stored = packing.store(x, None)
     assert size(stored) == 2 * 3 * packing.page_bytes()
     assert all(t.shape[:2] == (2, 3) for t in stored.values())
-    torch.testing.assert_close(packing.fake(x), packing.load(stored), atol=1e-6, rtol=0)
+    torch.testing.assert_close(packing.fake_quantize(x), packing.load(stored), atol=1e-6, rtol=0)
     parts = [packing.load(packing.store(part, None)) for part in x.split(PAGE, 2)]
     torch.testing.assert_close(torch.cat(parts, 2), packing.load(stored), atol=1e-4, rtol=0)
     pad = ~valid[:, None, :, None]
@@ -170,7 +170,7 @@ def test_an_error_of_exactly_the_rank_is_recovered_to_float16():
     packing = Residual(one_level, 2)
     back = packing.load(packing.store(x, None))
     assert (back - x).norm() < 1e-3 * x.norm()
-    assert (Residual(one_level, 1).fake(x) - x).norm() > 2e-3 * x.norm(), "both components must matter"
+    assert (Residual(one_level, 1).fake_quantize(x) - x).norm() > 2e-3 * x.norm(), "both components must matter"
 
 
 def test_pads_give_no_error():

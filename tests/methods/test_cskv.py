@@ -6,7 +6,7 @@ import torch
 
 from kvshrink import methods
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 
 LLAMA2 = LayerShape(32, 128, torch.bfloat16)
@@ -47,7 +47,7 @@ def test_ranks_never_exceed_the_share_kept(keep, share):
 
 
 def test_bits_by_hand():
-    # 204 channels each side; keys: a 32-bit scale pair per channel and page of 32; values: 4 pairs per token
+    # 204 channels each; keys: a 32-bit scale pair per channel and page of 32; values: 4 pairs per token
     assert CSKV(keep=0.2).bits_per_token(LLAMA31, {}) == 2 * 204 * 16
     assert CSKV(keep=0.2, bits=4).bits_per_token(LLAMA31, {}) == 2 * 204 * 4 + 204 * 32 / 32 + 4 * 32
     assert CSKV(keep=0.2, bits=3).bits_per_token(LLAMA31, {}) == 2 * 204 * 3 + 204 * 32 / 32 + 4 * 32
@@ -55,9 +55,9 @@ def test_bits_by_hand():
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 4}, {"group_heads": 2}, {"key_share": 0.3, "bits": 3}], ids=str)
 @pytest.mark.parametrize("init", ["pca", "asvd", "svd", "random"])
-def test_promise_before_fit_is_the_promise_after(settings, init, facts_of):
+def test_promise_before_fit_is_the_promise_after(settings, init, stats_of):
     method = CSKV(keep=0.5, init=init, **settings)
-    fitted = method.fit_layer(facts_of(SMALL))
+    fitted = method.fit_layer(stats_of(SMALL))
     assert method.bits_per_token(SMALL, {}) == method.bits_per_token(SMALL, fitted)
 
 
@@ -72,100 +72,100 @@ def test_paper():
 # --- closed forms ---
 
 
-def through(method: CSKV, facts, rows: torch.Tensor, side: int) -> torch.Tensor:
+def through(method: CSKV, stats, rows: torch.Tensor, kv: int) -> torch.Tensor:
     """Rows [t, n] encoded and decoded."""
-    shape = facts.shape
-    codec = method.codecs(shape, method.fit_layer(facts))[side]
+    shape = stats.shape
+    codec = method.codecs(shape, method.fit_layer(stats))[kv]
     heads = rows.unflatten(1, (shape.heads, -1)).transpose(0, 1)[None]
     return codec.decode(codec.encode(heads, None), shape.heads)[0].transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_pca_reaches_the_error_of_the_truncated_svd(facts_of, side):
+@pytest.mark.parametrize("kv", [0, 1])
+def test_pca_reaches_the_error_of_the_truncated_svd(stats_of, kv):
     """Golden source: Eckart-Young, the best rank-r error is the tail of the singular values of the centred rows."""
     rows = torch.randn(320, 32) @ torch.randn(32, 32) + 5
-    facts = facts_of(SMALL, keys=rows, values=rows)
+    stats = stats_of(SMALL, keys=rows, values=rows)
     method = CSKV(keep=0.3)
     best = torch.linalg.svdvals((rows - rows.mean(0)).double())[9:].norm()
     assert method.ranks(SMALL) == (9, 9)
-    got = (through(method, facts, rows, side) - rows).double().norm()
+    got = (through(method, stats, rows, kv) - rows).double().norm()
     torch.testing.assert_close(got, best, rtol=1e-5, atol=0)
 
 
-def test_group_heads_fits_each_group_by_itself(facts_of):
+def test_group_heads_fits_each_group_by_itself(stats_of):
     rows = torch.randn(320, 32) @ torch.randn(32, 32) + 5
     method = CSKV(keep=0.5, group_heads=2)
-    got = (through(method, facts_of(SMALL, keys=rows), rows, 0) - rows).double()
+    got = (through(method, stats_of(SMALL, keys=rows), rows, 0) - rows).double()
     for block in (slice(0, 16), slice(16, 32)):
         part = rows[:, block].double()
         best = torch.linalg.svdvals(part - part.mean(0))[8:].norm()
         torch.testing.assert_close(got[:, block].norm(), best, rtol=1e-5, atol=0)
 
 
-def test_heads_of_other_groups_do_not_mix(facts_of):
-    facts, rows = facts_of(SMALL), torch.randn(32, 32)
+def test_heads_of_other_groups_do_not_mix(stats_of):
+    stats, rows = stats_of(SMALL), torch.randn(32, 32)
     method, changed = CSKV(keep=0.5, group_heads=1), rows.clone()
     changed[:, :8] += 3  # the first head alone
-    difference = through(method, facts, changed, 0) - through(method, facts, rows, 0)
+    difference = through(method, stats, changed, 0) - through(method, stats, rows, 0)
     assert difference[:, :8].abs().max() > 0.1
     assert difference[:, 8:].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("init", ["asvd", "svd"])
-@pytest.mark.parametrize("side", [0, 1])
-def test_asvd_is_the_papers_factorisation(facts_of, init, side):
+@pytest.mark.parametrize("kv", [0, 1])
+def test_asvd_is_the_papers_factorisation(stats_of, init, kv):
     """W = A B with A = diag(1/c) U S^.5 and B = S^.5 V^T of diag(c) W, applied to the layer input x."""
-    facts = facts_of(SMALL)
+    stats = stats_of(SMALL)
     method = CSKV(keep=0.25, init=init)
-    fitted, rank = method.fit_layer(facts), method.ranks(SMALL)[side]
-    weight = (facts.key_weight, facts.value_weight)[side].double().T  # x @ weight is the key or value
-    c = (facts.input_scale.double() + 1e-6).sqrt() if init == "asvd" else torch.ones(12, dtype=torch.float64)
+    fitted, rank = method.fit_layer(stats), method.ranks(SMALL)[kv]
+    weight = (stats.key_weight, stats.value_weight)[kv].double().T  # x @ weight is the key or value
+    c = (stats.input_scale.double() + 1e-6).sqrt() if init == "asvd" else torch.ones(12, dtype=torch.float64)
     u, s, v = torch.linalg.svd(c[:, None] * weight, full_matrices=False)
     a, b = u[:, :rank] * s[:rank].sqrt() / c[:, None], s[:rank].sqrt()[:, None] * v[:rank]
     x = torch.randn(40, 12, dtype=torch.float64)
-    down, up = (fitted[f"{('key', 'value')[side]}_{part}"][0].double() for part in ("down", "up"))
+    down, up = (fitted[f"{('key', 'value')[kv]}_{part}"][0].double() for part in ("down", "up"))
     latent = x @ weight @ down
     torch.testing.assert_close(latent.abs(), (x @ a).abs(), atol=1e-4, rtol=1e-4)  # a component's sign is free
     torch.testing.assert_close(latent @ up, x @ a @ b, atol=1e-4, rtol=1e-4)
 
 
-def test_asvd_needs_no_mean_and_pca_needs_no_down(facts_of):
-    asvd, pca = (CSKV(keep=0.5, init=init).fit_layer(facts_of(SMALL)) for init in ("asvd", "pca"))
+def test_asvd_needs_no_mean_and_pca_needs_no_down(stats_of):
+    asvd, pca = (CSKV(keep=0.5, init=init).fit_layer(stats_of(SMALL)) for init in ("asvd", "pca"))
     assert not asvd["key_mean"].any()
     assert pca["key_mean"].any()
     assert "key_down" not in pca, "an orthonormal basis is stored once"
 
 
 @pytest.mark.parametrize("init", ["pca", "random"])
-def test_bases_are_orthonormal(facts_of, init):
-    fitted = CSKV(keep=0.5, init=init, group_heads=2).fit_layer(facts_of(SMALL))
+def test_bases_are_orthonormal(stats_of, init):
+    fitted = CSKV(keep=0.5, init=init, group_heads=2).fit_layer(stats_of(SMALL))
     for up in (fitted["key_up"], fitted["value_up"]):
         eye = torch.eye(up.shape[1]).expand(len(up), -1, -1)
         torch.testing.assert_close(up @ up.transpose(1, 2), eye, atol=1e-5, rtol=0)
 
 
-def test_pca_beats_the_other_starts(facts_of):
+def test_pca_beats_the_other_starts(stats_of):
     rows = torch.randn(320, 32) @ torch.randn(32, 32) + 5
-    facts = facts_of(SMALL, keys=rows)
+    stats = stats_of(SMALL, keys=rows)
     inits = ("pca", "svd", "random")
-    error = {i: float((through(CSKV(keep=0.3, init=i), facts, rows, 0) - rows).norm()) for i in inits}
+    error = {i: float((through(CSKV(keep=0.3, init=i), stats, rows, 0) - rows).norm()) for i in inits}
     assert error["pca"] < min(error["svd"], error["random"])
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.006), (4, 0.1), (3, 0.2), (2, 0.45)])
-def test_bits_cost_what_they_should(facts_of, bits, most):
+def test_bits_cost_what_they_should(stats_of, bits, most):
     rows = torch.randn(320, 32) @ torch.randn(32, 32)
-    facts = facts_of(SMALL, keys=rows, values=rows)
-    for side in (0, 1):
-        plain = through(CSKV(keep=0.5), facts, rows, side)
-        error = float((through(CSKV(keep=0.5, bits=bits), facts, rows, side) - plain).norm() / plain.norm())
+    stats = stats_of(SMALL, keys=rows, values=rows)
+    for kv in (0, 1):
+        plain = through(CSKV(keep=0.5), stats, rows, kv)
+        error = float((through(CSKV(keep=0.5, bits=bits), stats, rows, kv) - plain).norm() / plain.norm())
         assert most / 10 < error < most
 
 
-def test_values_stay_latent_until_after_the_weighted_sum(facts_of):
+def test_values_stay_latent_until_after_the_weighted_sum(stats_of):
     """expand(weights @ latent) = weights @ decode, for weights that sum to one: the mean comes back once."""
-    facts = facts_of(SMALL)
-    for codec in CSKV(keep=0.5, group_heads=2).codecs(SMALL, CSKV(keep=0.5, group_heads=2).fit_layer(facts)):
+    stats = stats_of(SMALL)
+    for codec in CSKV(keep=0.5, group_heads=2).codecs(SMALL, CSKV(keep=0.5, group_heads=2).fit_layer(stats)):
         stored = codec.encode(torch.randn(2, 4, 64, 8), None)
         latent = codec.unpack(stored)
         weights = torch.rand(2, 4, 3, 64).softmax(-1)
@@ -173,16 +173,16 @@ def test_values_stay_latent_until_after_the_weighted_sum(facts_of):
         torch.testing.assert_close(late, weights @ codec.decode(stored, 4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_a_metric_gives_the_least_error_in_that_metric(facts_of, side):
+@pytest.mark.parametrize("kv", [0, 1])
+def test_a_metric_gives_the_least_error_in_that_metric(stats_of, kv):
     """Golden source: Eckart-Young on the rows times the metric's Cholesky factor, another root than ours."""
     rows = torch.randn(320, 32) @ torch.randn(32, 32) + 5
-    facts = facts_of(SMALL, keys=rows, values=rows)
+    stats = stats_of(SMALL, keys=rows, values=rows)
     weighted = CSKV(keep=0.3, key_metric="query", value_metric="output")
-    metric = torch.diag(facts.query_energy.flatten()) if side == 0 else torch.block_diag(*facts.output_gram)
+    metric = torch.diag(stats.query_energy.flatten()) if kv == 0 else torch.block_diag(*stats.output_gram)
     factor = torch.linalg.cholesky(metric)
     best = torch.linalg.svdvals((rows - rows.mean(0)).double() @ factor)[9:].norm()
-    error = {m: ((through(m, facts, rows, side) - rows).double() @ factor).norm() for m in (weighted, CSKV(keep=0.3))}
+    error = {m: ((through(m, stats, rows, kv) - rows).double() @ factor).norm() for m in (weighted, CSKV(keep=0.3))}
     torch.testing.assert_close(error[weighted], best, rtol=1e-3, atol=0)  # the ridge costs a little
     assert error[CSKV(keep=0.3)] > 1.01 * best
 

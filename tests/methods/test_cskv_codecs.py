@@ -8,8 +8,8 @@ import torch
 from kvshrink import CSKV, methods
 from kvshrink.attach.fitted import moved
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.quant._quantiser import Quantiser
+from kvshrink.methods._quantiser import Quantiser
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.saw_int4 import SAWInt4
 
 SHAPE = LayerShape(4, 20, torch.float32)
@@ -33,14 +33,14 @@ def offered(name: str) -> list:
 
 @pytest.mark.parametrize(("name", "bits"), [(n, b) for n in QUANTISERS for b in offered(n)])
 @pytest.mark.parametrize("group_heads", [None, 1])
-def test_latents_are_stored_in_the_bytes_promised_and_come_back(name, bits, group_heads, facts_of):
+def test_latents_are_stored_in_the_bytes_promised_and_come_back(name, bits, group_heads, stats_of):
     method = CSKV(keep=0.7, bits=bits, codec=name, group_heads=group_heads)
-    facts = facts_of(SHAPE)
-    fitted, plain = method.fit_layer(facts), CSKV(keep=0.7, group_heads=group_heads)
-    rows = facts.sample.keys[:64].transpose(0, 1)[None], facts.sample.values[:64].transpose(0, 1)[None]
+    stats = stats_of(SHAPE)
+    fitted, plain = method.fit_layer(stats), CSKV(keep=0.7, group_heads=group_heads)
+    rows = stats.sample.keys_pre_rope[:64].transpose(0, 1)[None], stats.sample.values[:64].transpose(0, 1)[None]
     promised = 0
     for codec, exact, x in zip(
-        method.codecs(SHAPE, fitted), plain.codecs(SHAPE, plain.fit_layer(facts)), rows, strict=True
+        method.codecs(SHAPE, fitted), plain.codecs(SHAPE, plain.fit_layer(stats)), rows, strict=True
     ):
         stored = codec.encode(x, None)
         assert sum(t.nbytes for t in stored.values()) == 2 * codec.page_bytes()
@@ -61,10 +61,10 @@ def test_a_codec_that_is_none_is_refused():
         CSKV(codec="kivi", bits=5)
 
 
-def test_a_basis_follows_the_model_to_its_device(facts_of):
+def test_a_basis_follows_the_model_to_its_device(stats_of):
     """A rotation that no fit has made is made on the CPU."""
     for method in (SAWInt4(), CSKV(keep=0.5, bits=4, codec="turboquant")):
-        fitted = method.fit_layer(facts_of(SHAPE)) if method.needs_fit else {}
+        fitted = method.fit_layer(stats_of(SHAPE)) if method.needs_fit else {}
         for tier in method.tiers(SHAPE, fitted):
             for codec in moved(tier, torch.device("meta")).codecs:
                 assert {t.device.type for t in (codec.up, codec.down, codec.mean)} == {"meta"}

@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.edgeqat import EdgeQAT
 
 SHAPE = LayerShape(2, 16, torch.float32)
 
 
 def test_the_half_of_lowest_attention_has_four_bits_and_the_other_eight():
-    rows, worth = torch.randn(2, 2, 96, 16) * 3 + 1, torch.rand(2, 2, 96)
-    half = worth.unflatten(2, (3, 32)).median(-1, keepdim=True).values  # the lower of the two in the middle
-    bits = torch.where(worth.unflatten(2, (3, 32)) > half, 8, 4).flatten(2)[..., None]
+    rows, importance = torch.randn(2, 2, 96, 16) * 3 + 1, torch.rand(2, 2, 96)
+    half = importance.unflatten(2, (3, 32)).median(-1, keepdim=True).values  # the lower of the two in the middle
+    bits = torch.where(importance.unflatten(2, (3, 32)) > half, 8, 4).flatten(2)[..., None]
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     scale, low = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
     want = ((rows - low) / scale).round().clamp_min(0).minimum(2**bits - 1) * scale + low
     for codec in EdgeQAT().codecs(SHAPE, {}):
-        torch.testing.assert_close(codec.decode(codec.encode_by_worth(rows, None, worth), 2), want)
+        torch.testing.assert_close(codec.decode(codec.encode_by_importance(rows, None, importance), 2), want)
 
 
 def test_bits_by_hand():
@@ -29,7 +29,7 @@ def test_bits_by_hand():
 
 
 def test_as_many_bits_for_the_least_of_tokens_are_refused():
-    with pytest.raises(SettingError, match=r"^high=4 with low=4 is not possible\. Give tokens of most worth"):
+    with pytest.raises(SettingError, match=r"^high=4 with low=4 is not possible\. Give important tokens"):
         EdgeQAT(high=4)
     with pytest.raises(SettingError, match=r"^share=0 is not possible"):
         EdgeQAT(share=0)

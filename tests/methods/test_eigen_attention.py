@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank._ranks import by_threshold
 from kvshrink.methods.lowrank.eigen_attention import EigenAttention
 
@@ -17,9 +17,9 @@ SHAPE = LayerShape(4, 8, torch.float32)
 def rows_of(seed: int, decay: float = 0.3) -> torch.Tensor:
     """Rows [tokens, n] whose heads have directions of falling energy, and a mean."""
     g = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(4, 8, 8, generator=g)).Q
+    matrix = torch.linalg.qr(torch.randn(4, 8, 8, generator=g)).Q
     spread = torch.exp(-decay * torch.arange(8.0))
-    heads = torch.randn(4, 320, 8, generator=g) * spread @ turn + 0.5
+    heads = torch.randn(4, 320, 8, generator=g) * spread @ matrix + 0.5
     return heads.transpose(0, 1).flatten(1)
 
 
@@ -28,43 +28,43 @@ def heads_of(rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def three(facts_of):
-    """(rows of keys and values of three layers, their facts): spectra that fall at different speeds."""
+def three(stats_of):
+    """(rows of keys and values of three layers, their stats): spectra that fall at different speeds."""
     rows = [(rows_of(i, 0.1 + 0.3 * i), rows_of(10 + i, 0.7 - 0.3 * i)) for i in range(3)]
-    return rows, [facts_of(SHAPE, keys=k, values=v) for k, v in rows]
+    return rows, [stats_of(SHAPE, keys=k, values=v) for k, v in rows]
 
 
-def finished(method: EigenAttention, facts: list):
-    layers = {i: method.fit_layer(f) for i, f in enumerate(facts)}
-    return method.finish(layers, {i: f.shape for i, f in enumerate(facts)}, None)
+def finished(method: EigenAttention, stats: list):
+    layers = {i: method.fit_layer(f) for i, f in enumerate(stats)}
+    return method.finish(layers, {i: f.shape for i, f in enumerate(stats)}, None)
 
 
 def test_it_is_the_svd_of_the_uncentred_rows(three):
     """Golden source: torch.linalg.svd of all heads' keys in one matrix, and of each head's values."""
-    rows, facts = three
+    rows, stats = three
     method = EigenAttention(keep=0.5)
-    tensors, record = finished(method, facts)
+    tensors, record = finished(method, stats)
     for i, (keys, values) in enumerate(rows):
-        for codec, x, side in zip(method.codecs(SHAPE, tensors[i]), (keys, values), ("key", "value"), strict=True):
-            rank, heads = record["ranks"][f"{i} {side}"], heads_of(x)[0].double()
-            stacked = heads.flatten(0, 1)[None].expand(4, -1, -1) if side == "key" else heads
+        for codec, x, kv in zip(method.codecs(SHAPE, tensors[i]), (keys, values), ("key", "value"), strict=True):
+            rank, heads = record["ranks"][f"{i} {kv}"], heads_of(x)[0].double()
+            stacked = heads.flatten(0, 1)[None].expand(4, -1, -1) if kv == "key" else heads
             top = torch.linalg.svd(stacked, full_matrices=False).Vh[:, :rank]
             got = codec.decode(codec.encode(heads_of(x), None), 4)[0].double()
             torch.testing.assert_close(got, heads @ top.transpose(1, 2) @ top, rtol=1e-4, atol=1e-4)
             error = (got - heads).square().sum() / (x - x.mean(0)).double().square().sum()
-            assert record["layers"][i][f"{side}_error"] == pytest.approx(float(error), rel=1e-3)
+            assert record["layers"][i][f"{kv}_error"] == pytest.approx(float(error), rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("keep", [0.2, 0.45, 0.5, 0.8, 1.0])
 def test_every_rank_is_the_least_that_keeps_the_threshold_and_all_fit_the_budget(three, keep, bits):
-    rows, facts = three
+    rows, stats = three
     method = EigenAttention(keep=keep, bits=bits)
-    tensors, record = finished(method, facts)
+    tensors, record = finished(method, stats)
     for i, pair in enumerate(rows):
-        for x, side in zip(pair, ("key", "value"), strict=True):
-            heads, rank = heads_of(x)[0].double(), record["ranks"][f"{i} {side}"]
-            matrices = [heads.flatten(0, 1)] if side == "key" else list(heads)
+        for x, kv in zip(pair, ("key", "value"), strict=True):
+            heads, rank = heads_of(x)[0].double(), record["ranks"][f"{i} {kv}"]
+            matrices = [heads.flatten(0, 1)] if kv == "key" else list(heads)
             energies = [torch.linalg.svdvals(m).square() for m in matrices]
             kept = [min(float(e[:r].sum() / e.sum()) for e in energies) for r in (rank - 1, rank)]
             assert kept[1] >= record["threshold"] - 1e-6
@@ -81,8 +81,8 @@ def test_no_higher_threshold_fits():
     """Brute force over all thresholds."""
     draw = random.Random(0)
     for _ in range(100):
-        sides = draw.randrange(1, 5)
-        energies = [[draw.random() + 0.01 for _ in range(draw.randrange(1, 6))] for _ in range(sides)]
+        operands = draw.randrange(1, 5)
+        energies = [[draw.random() + 0.01 for _ in range(draw.randrange(1, 6))] for _ in range(operands)]
         kept = [[0.0, *itertools.accumulate(x / sum(e) for x in e)] for e in energies]
         costs = [[each * r for r in range(len(k))] for k, each in ((k, draw.randrange(1, 4)) for k in kept)]
         budget = draw.randrange(sum(c[1] for c in costs), sum(c[-1] for c in costs) + 1)
@@ -94,15 +94,15 @@ def test_no_higher_threshold_fits():
             return sum(c[r] for c, r in zip(costs, found, strict=True))
 
         found = by_threshold(kept, costs, budget)
-        # above the top of a side that rounding left below 1 there is nothing to ask for
+        # above the top of an operand that rounding left below 1 there is nothing to ask for
         asked = sorted(x for k in kept for x in k[1:] if x <= min(k[-1] for k in kept))
         best = max((t for t in asked if cost(ranks(t)) <= budget), default=None)
         assert cost(found) <= budget
-        assert found == (ranks(best) if best is not None else [1] * sides)
+        assert found == (ranks(best) if best is not None else [1] * operands)
 
 
-def test_the_keys_of_all_heads_have_one_basis_held_once(facts_of):
-    fitted = EigenAttention().fit_layer(facts_of(SHAPE))
+def test_the_keys_of_all_heads_have_one_basis_held_once(stats_of):
+    fitted = EigenAttention().fit_layer(stats_of(SHAPE))
     assert fitted["key_basis"].shape == (1, 8, 8)
     assert fitted["value_basis"].shape == (4, 8, 8)
     key, _ = EigenAttention().codecs(SHAPE, fitted)

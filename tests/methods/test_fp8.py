@@ -1,6 +1,6 @@
 import torch
 
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.fp8 import FP8
 
 SHAPE = LayerShape(2, 32, torch.float32)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.gear import GEAR
 
 SHAPE = LayerShape(2, 64, torch.float32)
@@ -46,9 +46,9 @@ def test_every_part_takes_from_the_error(base, bits):
         for rank in (0, 3)
         for share in (0.0, 0.04)
     }
-    for side in (0, 1):
-        assert found[3, 0.04][side] < found[0, 0.04][side] < 0.5 * found[0, 0.0][side]
-        assert found[3, 0.0][side] < found[0, 0.0][side]
+    for kv in (0, 1):
+        assert found[3, 0.04][kv] < found[0, 0.04][kv] < 0.5 * found[0, 0.0][kv]
+        assert found[3, 0.0][kv] < found[0, 0.0][kv]
 
 
 def test_a_higher_rank_never_loses_more():

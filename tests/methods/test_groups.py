@@ -7,7 +7,7 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import Ceilings
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank import cskv
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis, hidden
 from kvshrink.methods.lowrank.cskv import CSKV

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.kitty import Kitty
 from tests.methods.affine_oracle import rounded
 

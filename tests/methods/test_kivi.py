@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.kivi import KIVI
 from tests.cache.build import feed, make
 

@@ -6,14 +6,14 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing.mixed import group_bytes
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank import _bits, kvtc
 from kvshrink.methods.lowrank.kvtc import KVTC, allocate
 from tests.cache.build import feed, make
 
 LLAMA31 = LayerShape(8, 128, torch.bfloat16)
-SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 components a side: 5 groups
+SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 components each: 5 groups
 WIDTHS = (2, 3, 4, 8)
 ERROR = {w: expected_error(w) for w in (0, *WIDTHS)}
 
@@ -62,10 +62,10 @@ def test_a_budget_of_many_steps_is_held_and_nearly_best(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [0.05, 0.1, 0.25])
-def test_the_budget_is_held_and_used(facts_of, kept):
+def test_the_budget_is_held_and_used(stats_of, kept):
     method = KVTC(kept=kept)
     budget = kept * SMALL.token_bytes * 32
-    pair = method.codecs(SMALL, method.fit_layer(facts_of(SMALL)))
+    pair = method.codecs(SMALL, method.fit_layer(stats_of(SMALL)))
     spent = [c.page_bytes() for c in pair]
     assert budget - 2 * group_bytes(16, 2, 32) < sum(spent) <= budget
     assert spent[0] <= budget / 2
@@ -75,20 +75,20 @@ def test_the_promise_before_a_fit():
     assert KVTC(kept=0.125).bits_per_token(LLAMA31, {}) == 0.125 * 2 * 1024 * 16
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("kv", [0, 1])
 @pytest.mark.parametrize("kept", [0.1, 0.25])
-def test_the_error_is_that_of_the_best_choice(facts_of, side, kept):
+def test_the_error_is_that_of_the_best_choice(stats_of, kv, kept):
     """Normal rows: error = sum over groups of eigenvalues x Lloyd-Max error, at the best widths of all 3125 choices."""
     rows = torch.randn(4000, 80) @ torch.diag(torch.logspace(1, -1, 80)) @ torch.linalg.qr(torch.randn(80, 80)).Q + 3
     method = KVTC(kept=kept)
-    facts = facts_of(SMALL, keys=rows, values=rows)
-    fitted = method.fit_layer(facts)
-    codec = method.codecs(SMALL, fitted)[side]
+    stats = stats_of(SMALL, keys=rows, values=rows)
+    fitted = method.fit_layer(stats)
+    codec = method.codecs(SMALL, fitted)[kv]
     values = torch.linalg.eigvalsh(torch.cov(rows.T.double(), correction=0)).flip(0)
     energies = [float(part.sum()) for part in values.split(16)]
     whole = kept * SMALL.token_bytes * 32
     # what the keys leave over goes to the values
-    budget = whole / 2 if side == 0 else whole - method.codecs(SMALL, fitted)[0].page_bytes()
+    budget = whole / 2 if kv == 0 else whole - method.codecs(SMALL, fitted)[0].page_bytes()
     every = [c for c in itertools.product((0, *WIDTHS), repeat=5) if _bits.cost_of(c, (16,) * 5, 32) <= budget]
     best = min(sum(e * ERROR[w] for e, w in zip(energies, c, strict=True)) for c in every)
     heads = rows[:3200].unflatten(1, (4, 20)).transpose(0, 1)[None]
@@ -97,17 +97,17 @@ def test_the_error_is_that_of_the_best_choice(facts_of, side, kept):
     assert got == pytest.approx(best, rel=0.08)
 
 
-def test_components_without_bits_are_not_kept(facts_of):
-    fitted = KVTC(kept=0.05).fit_layer(facts_of(SMALL))
-    for side in ("key", "value"):
-        assert (fitted[f"{side}_widths"] > 0).all()
-        assert fitted[f"{side}_up"].shape[1] == 16 * len(fitted[f"{side}_widths"]) < 80
+def test_components_without_bits_are_not_kept(stats_of):
+    fitted = KVTC(kept=0.05).fit_layer(stats_of(SMALL))
+    for kv in ("key", "value"):
+        assert (fitted[f"{kv}_widths"] > 0).all()
+        assert fitted[f"{kv}_up"].shape[1] == 16 * len(fitted[f"{kv}_widths"]) < 80
 
 
-def test_the_transfer_form_is_smaller_and_the_same(facts_of, tmp_path):
+def test_the_transfer_form_is_smaller_and_the_same(stats_of, tmp_path):
     """Lloyd-Max codes are not all as likely: a 4-bit code has an entropy of 3.8 bits, and DEFLATE finds some of it."""
     method = KVTC(kept=0.25, widths=(4,))
-    fitted = method.fit_layer(facts_of(SMALL))
+    fitted = method.fit_layer(stats_of(SMALL))
     cache = make(method, SMALL, [fitted])
     keys, values = (torch.randn(2, 4, 4000, 20) * 3).bfloat16()[:, None]
     feed(cache, [keys], [values])
@@ -137,13 +137,13 @@ def test_settings_that_are_refused(settings, message):
         KVTC(**settings)
 
 
-def test_a_budget_without_a_group_names_one_that_is_enough(facts_of):
+def test_a_budget_without_a_group_names_one_that_is_enough(stats_of):
     with pytest.raises(
         SettingError, match=r"^kept=0\.02 leaves the keys no group of components\. Use .* or more\.$"
     ) as e:
-        KVTC(kept=0.02).fit_layer(facts_of(SMALL))
+        KVTC(kept=0.02).fit_layer(stats_of(SMALL))
     named = float(re.search(r"Use ([\d.]+) or more", str(e.value)).group(1))
-    fitted = KVTC(kept=named).fit_layer(facts_of(SMALL))
+    fitted = KVTC(kept=named).fit_layer(stats_of(SMALL))
     assert fitted["key_widths"].tolist() == fitted["value_widths"].tolist() == [2]
     with pytest.raises(SettingError):
-        KVTC(kept=named * 0.99).fit_layer(facts_of(SMALL))
+        KVTC(kept=named * 0.99).fit_layer(stats_of(SMALL))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.leank import LeanK
 from tests.cache.build import feed, make
 
@@ -15,7 +15,7 @@ PAIRS = (torch.arange(4), torch.arange(4, 8))
 
 
 @pytest.fixture
-def three(facts_of):
+def three(stats_of):
     """Facts of three layers, the keys of each `scale` times as large as those of the one before."""
 
     def build(scale: float) -> dict:
@@ -23,24 +23,24 @@ def three(facts_of):
         for i in range(3):
             rows = torch.randn(300, 8) * torch.rand(8) * scale**i + 1
             energy = torch.rand(1, 4).double().repeat(1, 2) + 0.1
-            made[i] = dataclasses.replace(facts_of(SMALL, keys=rows), pairs=PAIRS, query_energy=energy)
+            made[i] = dataclasses.replace(stats_of(SMALL, keys=rows), pairs=PAIRS, query_energy=energy)
         return made
 
     return build
 
 
-def finished(method: LeanK, facts: dict) -> tuple[dict, dict]:
-    return method.finish({i: method.fit_layer(f) for i, f in facts.items()}, dict.fromkeys(facts, SMALL), None)
+def finished(method: LeanK, stats: dict) -> tuple[dict, dict]:
+    return method.finish({i: method.fit_layer(f) for i, f in stats.items()}, dict.fromkeys(stats, SMALL), None)
 
 
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
 def test_no_other_mask_of_the_same_size_loses_less(three, keep, fill):
     """Against every set of as many of the 12 pairs of three layers, by the error of the scores written out again."""
-    facts = three(1.5)
-    done, record = finished(LeanK(keep=keep, fill=fill), facts)
+    stats = three(1.5)
+    done, record = finished(LeanK(keep=keep, fill=fill), stats)
     lost = {}
-    for i, f in facts.items():
+    for i, f in stats.items():
         energy = f.key.covariance.diagonal() + (f.key.mean**2 if fill == "zero" else 0)
         for p in range(4):
             lost[i, p] = float((energy[p] + energy[p + 4]) * f.query_energy[0, p])
@@ -81,15 +81,15 @@ def test_a_layer_may_be_left_without_any_key(three, bits):
     assert torch.equal(back, done[0]["key_fill"].expand(2, 1, 64, 8))
 
 
-def test_heads_compete(facts_of):
+def test_heads_compete(stats_of):
     """A head whose queries are ten times as large keeps its channels at the cost of the other."""
     shape = LayerShape(2, 8, torch.float32)
-    facts = facts_of(shape, keys=torch.randn(400, 16))
+    stats = stats_of(shape, keys=torch.randn(400, 16))
     energy = torch.tensor([[1.0], [10.0]]).expand(2, 8).double()
-    facts = dataclasses.replace(facts, pairs=PAIRS, query_energy=energy)
+    stats = dataclasses.replace(stats, pairs=PAIRS, query_energy=energy)
     method = LeanK(keep=0.5)
-    assert method.fit_layer(facts)["key_kept"].tolist() == list(range(8, 16))
-    done, _ = method.finish({0: method.fit_layer(facts)}, {0: shape}, None)
+    assert method.fit_layer(stats)["key_kept"].tolist() == list(range(8, 16))
+    done, _ = method.finish({0: method.fit_layer(stats)}, {0: shape}, None)
     assert done[0]["key_kept"].tolist() == list(range(8, 16))
     assert set(done[0]) == {"key_kept", "key_fill"}, "what no cache reads is not kept"
 

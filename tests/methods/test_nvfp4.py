@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.nvfp4 import NVFP4
 
 SHAPE = LayerShape(2, 32, torch.float32)

@@ -5,7 +5,7 @@ import torch
 
 from kvshrink.kernels.pack import pack_trits, trit_bytes, unpack_trits
 from kvshrink.methods._packing import Affine, Codebook, Raw
-from kvshrink.methods._packing.by_channel import ByChannel, Turned
+from kvshrink.methods._packing.by_channel import ByChannel, Rotated
 from kvshrink.methods._packing.float8 import Float8
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods.quant.vidkv import fourier
@@ -16,15 +16,15 @@ PACKINGS = {
     "mixed": Mixed((16, 4), (3, 2), 32),
     "float8": Float8(2, 20, 32),
     "by channel": ByChannel(Affine(2, 8, 32, 4, "channel"), Affine(2, 12, 32, 2, "channel"), "size"),
-    "turned": Turned(Affine(2, 20, 32, 3, "token", 8), fourier(20)),
+    "rotated": Rotated(Affine(2, 20, 32, 3, "token", 8), fourier(20)),
 }
 PACKINGS |= {f"affine {b} {a}": Affine(2, 20, 32, b, a, 8, 0.9) for b in (1, 2, 3, 4, 8) for a in ("channel", "token")}
 PACKINGS["affine float8"] = Affine(2, 20, 32, 3, "token", 8, 0.9, "float8")
 for scale in ("absmax", "rms", "mean", "range", "one"):
-    for sides in ("float16", "float8", "nested") + (("power",) if scale == "absmax" else ()):
+    for stored_as in ("float16", "float8", "nested") + (("power",) if scale == "absmax" else ()):
         for axis in ("channel", "token", "page"):
             size = 10 if scale in ("rms", "mean") else 8  # a ragged last group is for what looks at its ends alone
-            PACKINGS[f"{scale} {sides} {axis}"] = Codebook(2, 20, 32, SIXTEEN, axis, size, scale, sides)
+            PACKINGS[f"{scale} {stored_as} {axis}"] = Codebook(2, 20, 32, SIXTEEN, axis, size, scale, stored_as)
 PACKINGS["trits"] = Codebook(2, 20, 32, THREE, "token", 5, "mean")
 
 
@@ -40,19 +40,19 @@ def rows(packing) -> torch.Tensor:
 
 def test_the_fake_value_is_the_stored_one_bit_for_bit(packing):
     x = rows(packing)
-    assert torch.equal(packing.fake(x), packing.load(packing.store(x, None)))
+    assert torch.equal(packing.fake_quantize(x), packing.load(packing.store(x, None)))
 
 
 def test_gradients_pass_straight_through(packing):
     x = rows(packing).requires_grad_()
-    packing.fake(x).square().sum().backward()
-    torch.testing.assert_close(x.grad, 2 * packing.fake(x).detach())
+    packing.fake_quantize(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * packing.fake_quantize(x).detach())
 
 
 def test_bytes_are_those_promised_and_side_information_is_named(packing):
     stored = packing.store(rows(packing), None)
     assert sum(t.nbytes for t in stored.values()) == 2 * 3 * packing.page_bytes()
-    assert packing.side <= set(stored)
+    assert packing.metadata <= set(stored)
 
 
 def test_leading_channels_and_picked_tokens_are_those_of_the_whole(packing):

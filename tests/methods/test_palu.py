@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape, Probe
+from kvshrink.methods._stats import LayerShape, Probe
 from kvshrink.methods.lowrank._ranks import in_proportion
 from kvshrink.methods.lowrank.palu import Palu
 
@@ -31,10 +31,10 @@ class Told(Probe):
         return self.given
 
 
-def finished(method: Palu, facts, fisher=None):
-    """(tensors of the layers, record) of layers that all have these facts."""
-    layers = {i: method.fit_layer(facts) for i in fisher or {0: None}}
-    return method.finish(layers, dict.fromkeys(layers, facts.shape), Told(fisher) if fisher else None)
+def finished(method: Palu, stats, fisher=None):
+    """(tensors of the layers, record) of layers that all have these stats."""
+    layers = {i: method.fit_layer(stats) for i in fisher or {0: None}}
+    return method.finish(layers, dict.fromkeys(layers, stats.shape), Told(fisher) if fisher else None)
 
 
 # --- factors ---
@@ -42,15 +42,15 @@ def finished(method: Palu, facts, fisher=None):
 
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("side", [0, 1])
-def test_it_is_the_whitened_weight_svd_of_each_group_of_heads(facts_of, side, bits, hadamard):
+@pytest.mark.parametrize("kv", [0, 1])
+def test_it_is_the_whitened_weight_svd_of_each_group_of_heads(stats_of, kv, bits, hadamard):
     """The paper's algorithm on the layer input x: Cholesky of x^T x, SVD of L^T W, L^-T U_r S_r V_r^T."""
     x = torch.randn(320, 40, dtype=torch.float64) @ torch.randn(40, 40, dtype=torch.float64) + 2  # not centred
     weight = torch.randn(40, 32, dtype=torch.float64)
     rows = (x @ weight).float()
     method = Palu(keep=0.5, group_heads=2, ranks="uniform", bits=bits, hadamard=hadamard)
-    tensors, _ = finished(method, facts_of(SHAPE, keys=rows, values=rows))
-    codec = method.codecs(SHAPE, tensors[0])[side]
+    tensors, _ = finished(method, stats_of(SHAPE, keys=rows, values=rows))
+    codec = method.codecs(SHAPE, tensors[0])[kv]
     heads = rows.unflatten(1, (4, -1)).transpose(0, 1)[None]
     got = codec.expand(codec.project(heads), 4)[0].transpose(0, 1).flatten(1)
     factor = torch.linalg.cholesky(x.T @ x)
@@ -60,24 +60,24 @@ def test_it_is_the_whitened_weight_svd_of_each_group_of_heads(facts_of, side, bi
         torch.testing.assert_close(got[:, group].double(), want, rtol=1e-3, atol=1e-3)
 
 
-def test_the_latent_has_half_of_the_spectrum(facts_of):
+def test_the_latent_has_half_of_the_spectrum(stats_of):
     """A = L^-T U S^1/2: the latent's energies are the singular values of (X W) up to one factor, not their squares."""
     rows = torch.randn(320, 32) @ torch.randn(32, 32)
     method = Palu(keep=1.0, ranks="uniform")
-    codec = method.codecs(SHAPE, finished(method, facts_of(SHAPE, keys=rows))[0][0])[0]
+    codec = method.codecs(SHAPE, finished(method, stats_of(SHAPE, keys=rows))[0][0])[0]
     latent = codec.project(rows.unflatten(1, (4, -1)).transpose(0, 1)[None])[0, 0]
     ratio = latent.square().sum(0).double() / torch.linalg.svdvals(rows.double())
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
 
 
-def test_hadamard_changes_no_score_and_spreads_what_is_stored(facts_of):
+def test_hadamard_changes_no_score_and_spreads_what_is_stored(stats_of):
     rows = torch.randn(320, 32) * torch.logspace(1, -2, 32)  # a few channels have it all
-    facts = facts_of(SHAPE, keys=rows)
+    stats = stats_of(SHAPE, keys=rows)
     queries, heads = torch.randn(4, 5, 8), rows.unflatten(1, (4, -1)).transpose(0, 1)[None]
     scores, errors = {}, {}
     for hadamard in (False, True):
         method = Palu(keep=0.5, bits=2, ranks="uniform", hadamard=hadamard)
-        codec = method.codecs(SHAPE, finished(method, facts)[0][0])[0]
+        codec = method.codecs(SHAPE, finished(method, stats)[0][0])[0]
         exact = codec.expand(codec.project(heads), 4)[0]
         scores[hadamard] = queries @ exact.transpose(1, 2)
         errors[hadamard] = float((codec.decode(codec.encode(heads, None), 4)[0] - exact).square().sum())
@@ -85,16 +85,16 @@ def test_hadamard_changes_no_score_and_spreads_what_is_stored(facts_of):
     assert errors[True] < errors[False]
 
 
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_recorded_error_is_the_error_of_the_rows(facts_of, side):
+@pytest.mark.parametrize("kv", ["key", "value"])
+def test_recorded_error_is_the_error_of_the_rows(stats_of, kv):
     rows = torch.randn(320, 32) @ torch.randn(32, 32) + 1
     method = Palu(keep=0.25, group_heads=2, ranks="uniform")
-    tensors, record = finished(method, facts_of(SHAPE, keys=rows, values=rows))
-    codec = method.codecs(SHAPE, tensors[0])[("key", "value").index(side)]
+    tensors, record = finished(method, stats_of(SHAPE, keys=rows, values=rows))
+    codec = method.codecs(SHAPE, tensors[0])[("key", "value").index(kv)]
     heads = rows.unflatten(1, (4, -1)).transpose(0, 1)[None]
     lost = (codec.expand(codec.project(heads), 4) - heads).square().sum()
     want = float(lost / (rows - rows.mean(0)).square().sum())
-    assert record["layers"][0][f"{side}_error"] == pytest.approx(want, rel=1e-3)
+    assert record["layers"][0][f"{kv}_error"] == pytest.approx(want, rel=1e-3)
 
 
 # --- ranks ---
@@ -123,10 +123,10 @@ def test_shares_sum_to_the_budget_and_keep_their_bounds_and_order():
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("keep", [0.1, 0.37, 0.5, 0.9, 1.0])
-def test_all_layers_together_take_the_bytes_that_were_promised(facts_of, keep, bits):
+def test_all_layers_together_take_the_bytes_that_were_promised(stats_of, keep, bits):
     fisher = {0: (1.0, 5.0), 1: (0.3, 90.0), 2: (2.0, 4.0)}
     method = Palu(keep=keep, group_heads=2, bits=bits)
-    tensors, record = finished(method, facts_of(SHAPE), fisher)
+    tensors, record = finished(method, stats_of(SHAPE), fisher)
     held = sum(method.bits_per_token(SHAPE, t) for t in tensors.values())
     assert held == pytest.approx(3 * method.bits_per_token(SHAPE, {}), abs=1e-9)
     ranks = record["ranks"]
@@ -146,9 +146,9 @@ def test_ranks_of_a_wide_group_are_multiples_of_32_and_of_a_narrow_one_of_less()
 
 
 @pytest.mark.parametrize(("heads", "group"), [(8, 4), (6, 3), (2, 2), (1, 1), (5, 1)])
-def test_groups_divide_the_heads(heads, group, facts_of):
+def test_groups_divide_the_heads(heads, group, stats_of):
     shape = LayerShape(heads, 8, torch.float32)
-    basis = Palu(ranks="uniform").fit_layer(facts_of(shape))["key_basis"]
+    basis = Palu(ranks="uniform").fit_layer(stats_of(shape))["key_basis"]
     assert basis.shape == (heads // group, 8 * group, 8 * group)
 
 
@@ -209,7 +209,7 @@ def test_settings_that_are_refused(settings, message):
         method.check()
 
 
-def test_a_keep_below_one_step_is_refused_with_the_least(facts_of):
+def test_a_keep_below_one_step_is_refused_with_the_least(stats_of):
     shape = LayerShape(4, 128, torch.float32)
     with pytest.raises(SettingError, match=r"^keep=0\.06 of 512 channels in steps of 32 .* at least 32/512\.$"):
         Palu(keep=0.06).bits_per_token(shape, {})

@@ -20,7 +20,7 @@ def codes_of(rows: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor,
 def test_a_demoted_page_is_the_8_bit_code_shifted(axis, along, bits):
     rows = torch.randn(2, 3, 32, 20) * 4 + 3
     young, old = (Planes(3, 20, 32, b, axis, 20) for b in (8, bits))
-    stored = old.demoted(young.store(rows, None))
+    stored = old.truncate(young.store(rows, None))
     codes, scale, low = codes_of(rows, along)
     spare = 8 - bits
     members = torch.arange(2**spare).float()  # what the dropped bits may have been
@@ -33,7 +33,7 @@ def test_a_demoted_page_is_the_8_bit_code_shifted(axis, along, bits):
 def test_two_steps_down_equal_one():
     rows = torch.randn(1, 2, 64, 8)
     eight, four, two = (Planes(2, 8, 32, b, "channel") for b in (8, 4, 2))
-    slow, fast = two.demoted(four.demoted(eight.store(rows, None))), two.demoted(eight.store(rows, None))
+    slow, fast = two.truncate(four.truncate(eight.store(rows, None))), two.truncate(eight.store(rows, None))
     assert slow.keys() == fast.keys()
     assert all(torch.equal(slow[k], fast[k]) for k in fast)
 
@@ -53,7 +53,7 @@ def test_the_error_is_at_most_half_a_step_of_what_is_left():
     step = stored["scale"].float().max()
     for bits, worst in ((8, 0.5), (4, 8.1), (2, 32.1)):
         old = replace(eight, bits=bits)
-        error = (old.load(old.demoted(stored)) - rows).abs().max()
+        error = (old.load(old.truncate(stored)) - rows).abs().max()
         assert worst / 2 < error / step < worst, bits
 
 
@@ -62,4 +62,4 @@ def test_a_constant_group_comes_back_at_every_age():
     eight = Planes(1, 8, 32, 8, "channel")
     for bits in (8, 4, 2):
         old = replace(eight, bits=bits)
-        assert torch.equal(old.load(old.demoted(eight.store(rows, None))), rows)
+        assert torch.equal(old.load(old.truncate(eight.store(rows, None))), rows)

@@ -10,8 +10,8 @@ from kvshrink.cache import attend as attend_module
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from tests.cache.build import feed, make
 from tests.scenarios.families import FAMILIES
@@ -41,18 +41,18 @@ def by_head(rows: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(1, (SHAPE.heads, -1)).transpose(0, 1)[None].contiguous()
 
 
-def turned(keys: torch.Tensor, rope: Rope | None, first: int = 0) -> torch.Tensor:
+def rotated(keys: torch.Tensor, rope: Rope | None, first: int = 0) -> torch.Tensor:
     positions = torch.arange(first, first + keys.shape[2])[None]
-    return keys if rope is None else rope.turn(keys, positions)
+    return keys if rope is None else rope.apply(keys, positions)
 
 
 def pairs(rope: Rope | None):
     return None if rope is None else rope.pairs()
 
 
-def key_codec(keep: float, facts) -> BasisCodec:
+def key_codec(keep: float, stats) -> BasisCodec:
     method = RopeCommuting(keep=keep)
-    return method.codecs(SHAPE, method.fit_layer(facts))[0]
+    return method.codecs(SHAPE, method.fit_layer(stats))[0]
 
 
 def component_gains(rows: torch.Tensor, rope: Rope | None) -> list[float]:
@@ -70,24 +70,24 @@ def component_gains(rows: torch.Tensor, rope: Rope | None) -> list[float]:
 
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.9])
-def test_the_error_is_the_energy_of_the_dropped_components(facts_of, rows, rope, keep):
+def test_the_error_is_the_energy_of_the_dropped_components(stats_of, rows, rope, keep):
     """And it is the same after RoPE as before, at whatever position (YaRN's factor of 1.3 scales it)."""
-    codec = key_codec(keep, facts_of(SHAPE, keys=rows, pairs=pairs(rope)))
+    codec = key_codec(keep, stats_of(SHAPE, keys=rows, pairs=pairs(rope)))
     gains, kept = component_gains(rows, rope), int(keep * 32) // 2
-    keys = turned(by_head(rows), rope, 1000)
+    keys = rotated(by_head(rows), rope, 1000)
     lost = (codec.decode(codec.encode(keys, None), 4) - keys).double()
     if rope is not None and rope.scaling != 1.0:
-        lost = rope.turn_back(lost.float(), torch.arange(1000, 1320)[None])
+        lost = rope.undo(lost.float(), torch.arange(1000, 1320)[None])
     torch.testing.assert_close(float(lost.square().sum()), sum(gains[kept:]), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ["half", "interleaved"])
-def test_encoding_commutes_with_rope(facts_of, rows, name):
-    """The latent of a turned key is the latent, turned: one complex number per component, by its own frequency."""
+def test_encoding_commutes_with_rope(stats_of, rows, name):
+    """The latent of a rotated key is the latent, rotated: one complex number per component, by its own frequency."""
     rope = ROPES[name]
-    codec = key_codec(0.5, facts_of(SHAPE, keys=rows, pairs=rope.pairs()))
+    codec = key_codec(0.5, stats_of(SHAPE, keys=rows, pairs=rope.pairs()))
     keys = by_head(rows)
-    plain, moved = (codec.unpack(codec.encode(k, None))[0, 0] for k in (keys, turned(keys, rope, 7)))
+    plain, moved = (codec.unpack(codec.encode(k, None))[0, 0] for k in (keys, rotated(keys, rope, 7)))
     complex_ = [torch.complex(z[:, 0::2], z[:, 1::2]) for z in (plain, moved)]
     weight = codec.up[0].unflatten(-1, (4, 8)).abs().sum(1)[0::2]  # [component, channel]
     frequency = weight[:, rope.pairs()[0]].add(weight[:, rope.pairs()[1]]).argmax(1)
@@ -95,8 +95,8 @@ def test_encoding_commutes_with_rope(facts_of, rows, name):
     torch.testing.assert_close(complex_[1], complex_[0] * torch.polar(torch.ones_like(angle), angle), atol=1e-3, rtol=0)
 
 
-def test_a_component_stays_within_one_frequency(facts_of, rope, rows):
-    codec = key_codec(1.0, facts_of(SHAPE, keys=rows, pairs=pairs(rope)))
+def test_a_component_stays_within_one_frequency(stats_of, rope, rows):
+    codec = key_codec(1.0, stats_of(SHAPE, keys=rows, pairs=pairs(rope)))
     up = codec.up[0]
     torch.testing.assert_close(up @ up.T, torch.eye(32), atol=1e-5, rtol=0)
     weight = up.unflatten(-1, (4, 8)).abs().sum(1)  # [row, channel]
@@ -108,20 +108,20 @@ def test_a_component_stays_within_one_frequency(facts_of, rope, rows):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_absorbed_queries_score_as_rebuilt_keys_do(facts_of, rows, rope, bits):
+def test_absorbed_queries_score_as_rebuilt_keys_do(stats_of, rows, rope, bits):
     method = RopeCommuting(keep=0.5, bits=bits)
-    codec, value_codec = method.codecs(SHAPE, method.fit_layer(facts_of(SHAPE, keys=rows, pairs=pairs(rope))))
-    stored, query = codec.encode(turned(by_head(rows), rope), None), torch.randn(1, 4, 6, 8)
+    codec, value_codec = method.codecs(SHAPE, method.fit_layer(stats_of(SHAPE, keys=rows, pairs=pairs(rope))))
+    stored, query = codec.encode(rotated(by_head(rows), rope), None), torch.randn(1, 4, 6, 8)
     scores = codec.absorb(query) @ codec.unpack(stored).transpose(2, 3)
     torch.testing.assert_close(scores, query @ codec.decode(stored, 4).transpose(2, 3), atol=1e-3, rtol=1e-4)
     assert value_codec.absorb(query) is None
 
 
 @pytest.mark.parametrize("s", [1, 3])
-def test_attention_is_exact_at_full_rank_and_rebuilds_no_key(facts_of, rows, rope, s, monkeypatch):
+def test_attention_is_exact_at_full_rank_and_rebuilds_no_key(stats_of, rows, rope, s, monkeypatch):
     method = RopeCommuting(keep=1.0, window=8)
-    cache = make(method, SHAPE, [method.fit_layer(facts_of(SHAPE, keys=rows, pairs=pairs(rope)))])
-    keys, values, query = turned(by_head(rows), rope), torch.randn(1, 4, 320, 8), torch.randn(1, 8, s, 8)
+    cache = make(method, SHAPE, [method.fit_layer(stats_of(SHAPE, keys=rows, pairs=pairs(rope)))])
+    keys, values, query = rotated(by_head(rows), rope), torch.randn(1, 4, 320, 8), torch.randn(1, 8, s, 8)
     feed(cache, [keys[:, :, :-s]], [values[:, :, :-s]], rope)
     [(window, recent)] = feed(cache, [keys[:, :, -s:]], [values[:, :, -s:]], rope)
     handle = window._kvshrink
@@ -141,9 +141,9 @@ def test_attention_is_exact_at_full_rank_and_rebuilds_no_key(facts_of, rows, rop
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-def test_a_layer_without_rope_has_the_plain_optimum(facts_of, rows):
+def test_a_layer_without_rope_has_the_plain_optimum(stats_of, rows):
     """Eckart-Young on the uncentred rows."""
-    codec = key_codec(0.5, facts_of(SHAPE, keys=rows, pairs=None))
+    codec = key_codec(0.5, stats_of(SHAPE, keys=rows, pairs=None))
     lost = codec.decode(codec.encode(by_head(rows), None), 4) - by_head(rows)
     best = torch.linalg.svdvals(rows.double())[16:].norm()
     torch.testing.assert_close(lost.double().norm(), best, rtol=1e-4, atol=0)

@@ -3,7 +3,7 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.affine import dequantize, quantize
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.rtn import RTN
 
 SHAPE = LayerShape(2, 40, torch.bfloat16)  # 40 channels: the second group of 32 has 8

@@ -13,9 +13,9 @@ from kvshrink.cache.rope import Rope
 from kvshrink.cache.step import Handle
 from kvshrink.cache.view import Mask, View
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import packing
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.sals import SALS
 from tests.cache.build import feed, make
@@ -27,8 +27,8 @@ SCALING = 0.3
 
 
 @pytest.fixture
-def fitted(facts_of):
-    return CSKV(keep=0.75).fit_layer(facts_of(SHAPE))
+def fitted(stats_of):
+    return CSKV(keep=0.75).fit_layer(stats_of(SHAPE))
 
 
 def filled(method, fitted, tokens: int, real: Tensor | None = None, seed: int = 0) -> KVCache:
@@ -62,10 +62,10 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, shown: Tensor) -> Tensor:
 
 
 def by_the_rule(method: SALS, fitted, query: Tensor, keys: Tensor, body: Tensor) -> Tensor:
-    """Which columns of the body [b, columns] are chosen: queries and keys turned back, projected, summed over heads."""
+    """Which columns of the body [b, columns] are chosen: queries and keys before RoPE, projected, summed over heads."""
     positions = torch.arange(keys.shape[2])[None].expand(len(keys), -1)
-    plain = ROPE.turn_back(keys, positions).double() - fitted["key_mean"].double().view(1, 2, 1, 8)
-    asked = ROPE.turn_back(query, positions[:, -1:]).double().unflatten(1, (2, -1)).sum(2)  # [b, h, s, d]
+    plain = ROPE.undo(keys, positions).double() - fitted["key_mean"].double().view(1, 2, 1, 8)
+    asked = ROPE.undo(query, positions[:, -1:]).double().unflatten(1, (2, -1)).sum(2)  # [b, h, s, d]
     leading = fitted["key_up"][0, : int(method.score_rank * fitted["key_up"].shape[1])].double()
     latent = plain.transpose(1, 2).flatten(2) @ leading.T
     scores = (latent @ (asked.transpose(1, 2).flatten(2) @ leading.T).transpose(1, 2))[..., 0]
@@ -163,7 +163,7 @@ def test_a_needle_is_read(fitted):
         keys[:, :, place] = 20 * direction[:, 0]
         positions = torch.arange(tokens)[None]
         cache = make(method, SHAPE, [fitted | {"key_mean": torch.zeros(1, 16)}])
-        feed(cache, [ROPE.turn(keys, positions)], [values], ROPE)
+        feed(cache, [ROPE.apply(keys, positions)], [values], ROPE)
         query = direction[None].expand(-1, -1, 2, -1) * 20  # [b, h, x, d]
         layer = cache.layers[0]
         best, _ = chosen._best(
@@ -216,9 +216,9 @@ def test_only_chosen_keys_are_rebuilt(fitted, monkeypatch):
     assert 11 <= sum(n for site, n in rebuilt if site == "k_pre") <= 22  # rows choose by themselves, a block is shared
 
 
-def test_scores_are_query_times_key_before_rope(facts_of):
+def test_scores_are_query_times_key_before_rope(stats_of):
     method = SALS(keep=0.75, score_rank=1.0)
-    codec = method.codecs(SHAPE, method.fit_layer(facts_of(SHAPE)))[0]
+    codec = method.codecs(SHAPE, method.fit_layer(stats_of(SHAPE)))[0]
     stored, query = codec.encode(torch.randn(2, 2, 64, 8), None), torch.randn(2, 2, 3, 8)
     want = (query @ codec.decode(stored, 2).transpose(2, 3)).sum((1, 2))
     got = codec.scores(query, stored)

@@ -7,7 +7,7 @@ import torch
 
 from kvshrink import CSKV
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.saq import SAQ
 from tests.cache.build import feed, make
 
@@ -59,12 +59,12 @@ def test_a_page_that_grew_old_is_what_its_first_codes_say():
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_latents_grow_old_too(facts_of):
+def test_latents_grow_old_too(stats_of):
     shape = LayerShape(4, 20, torch.float32)
     method = CSKV(keep=0.7, codec="saq", window=32, sinks=0)
-    fitted = method.fit_layer(facts_of(shape))
+    fitted = method.fit_layer(stats_of(shape))
     cache = make(method, shape, [fitted])
-    rows = facts_of(shape).sample.keys.transpose(0, 1)[None].repeat(1, 1, 10, 1)[:, :, : 32 * 60]
+    rows = stats_of(shape).sample.keys_pre_rope.transpose(0, 1)[None].repeat(1, 1, 10, 1)[:, :, : 32 * 60]
     feed(cache, [rows], [rows.clone()])
     assert body(cache) == [256, 1024, 32 * 59 - 1280]
     assert cache.layers[0].held().total == method.layer_bytes(shape, fitted, rows.shape[2])

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.saw_int4 import SAWInt4
 from tests.methods.affine_oracle import hadamard, rounded
@@ -14,9 +14,9 @@ SHAPE = LayerShape(2, 64, torch.float32)
 @pytest.mark.parametrize(("bits", "group", "block"), [(4, 128, 128), (3, 32, 16), (2, 16, 64)])
 def test_rows_come_back_as_the_formula_says(bits, group, block):
     rows = torch.randn(1, 2, 64, 64)
-    turn = np.kron(np.eye(64 // min(block, 64)), hadamard(min(block, 64)))
-    turned = (rows.double().numpy() @ turn).astype(np.float32)
-    want = rounded(turned.reshape(*turned.shape[:3], -1, min(group, 64)), bits).reshape(turned.shape) @ turn.T
+    matrix = np.kron(np.eye(64 // min(block, 64)), hadamard(min(block, 64)))
+    rotated = (rows.double().numpy() @ matrix).astype(np.float32)
+    want = rounded(rotated.reshape(*rotated.shape[:3], -1, min(group, 64)), bits).reshape(rotated.shape) @ matrix.T
     for codec in SAWInt4(bits=bits, group=group, block=block).codecs(SHAPE, {}):
         back = codec.decode(codec.encode(rows, None), 2).numpy()
         # a number on the border of two codes may fall to either

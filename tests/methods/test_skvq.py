@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvshrink.methods._facts import LayerShape
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._quantiser import SIDES, Site, Space
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._quantiser import SideStats, Space
+from kvshrink.methods._stats import KVS, LayerShape
 from kvshrink.methods.quant.skvq import BITS, CLIPS, SKVQ, ordered
 
 SHAPE = LayerShape(4, 80, torch.float32)  # 320 channels: groups of 128, 128 and 64
@@ -21,12 +21,12 @@ def mixed(tokens: int, seed: int = 3) -> torch.Tensor:
     return rows.unflatten(1, (4, 80))
 
 
-def site(rows: torch.Tensor) -> Site:
-    return Site(rows, torch.eye(rows.shape[2]).expand(rows.shape[1], -1, -1), torch.ones(rows.shape[:2]), None)
+def side_stats(rows: torch.Tensor) -> SideStats:
+    return SideStats(rows, torch.eye(rows.shape[2]).expand(rows.shape[1], -1, -1), torch.ones(rows.shape[:2]), None)
 
 
 def fit(method: SKVQ, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{side}_{k}": t for side in SIDES for k, t in method.learn(side, site(rows), SPACE).items()}
+    return {f"{kv}_{k}": t for kv in KVS for k, t in method.learn(kv, side_stats(rows), SPACE).items()}
 
 
 def test_the_order_is_a_permutation_and_puts_like_ranges_together():
@@ -61,7 +61,7 @@ def test_scores_and_outputs_are_the_same_before_anything_is_rounded():
 def test_like_ranges_together_lose_less():
     rows = mixed(320)
     learnt, x = fit(SKVQ(), rows), rows.transpose(0, 1)[None]
-    plain = {**learnt, **{f"{side}_order": torch.arange(320)[None].int() for side in SIDES}}
+    plain = {**learnt, **{f"{kv}_order": torch.arange(320)[None].int() for kv in KVS}}
     size = rows.square().mean(0)[None].transpose(0, 1)[None]  # of each channel: all count alike
     for with_order, without in zip(SKVQ().codecs(SHAPE, learnt), SKVQ().codecs(SHAPE, plain), strict=True):
         a, b = (
@@ -72,18 +72,18 @@ def test_like_ranges_together_lose_less():
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("side", SIDES)
-def test_the_clip_is_the_best_of_those_tried(side, bits):
+@pytest.mark.parametrize("kv", KVS)
+def test_the_clip_is_the_best_of_those_tried(kv, bits):
     """By trying all of them through the codec, on rows with long tails, where the range is worth drawing in."""
     rows = torch.randn(128, 4, 80) ** 3
     metric = torch.rand(4, 80) + 0.1
-    here = Site(rows, torch.diag_embed(metric), torch.ones(rows.shape[:2]), None)
+    here = SideStats(rows, torch.diag_embed(metric), torch.ones(rows.shape[:2]), None)
     method = SKVQ(bits=bits)
-    learnt = method.learn(side, here, SPACE)
+    learnt = method.learn(kv, here, SPACE)
     x, cost = rows.transpose(0, 1)[None], {}
     for clip in CLIPS:
-        tried = {f"{s}_{k}": t for s in SIDES for k, t in (learnt | {"clip": torch.tensor(clip)}).items()}
-        codec = method.codecs(SHAPE, tried)[SIDES.index(side)]
+        tried = {f"{s}_{k}": t for s in KVS for k, t in (learnt | {"clip": torch.tensor(clip)}).items()}
+        codec = method.codecs(SHAPE, tried)[KVS.index(kv)]
         cost[clip] = float(((codec.decode(codec.encode(x, None), 4) - x).square() * metric[None, :, None]).sum())
     assert float(learnt["clip"]) == pytest.approx(min(cost, key=cost.__getitem__))
     assert min(cost, key=cost.__getitem__) != 1.0
@@ -99,7 +99,7 @@ def test_groups_of_one_sign_keep_scale_and_minimum_apart(bits, mean):
         x = rows.transpose(0, 1)[None]
         back = codec.decode(codec.encode(x, None), 4)
         assert (back - x).abs().mean() < abs(mean) / 16
-        assert codec.packing.side < set(codec.encode(x, None))
+        assert codec.packing.metadata < set(codec.encode(x, None))
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
@@ -122,8 +122,8 @@ def test_three_levels_are_the_minimum_the_middle_and_the_maximum():
     shape = LayerShape(1, 128, torch.float32)
     rows = torch.linspace(-1, 1, 128).expand(64, 1, 128)
     method = SKVQ(bits=1.5)
-    here = Site(rows, torch.eye(128)[None], torch.ones(rows.shape[:2]), None)
+    here = SideStats(rows, torch.eye(128)[None], torch.ones(rows.shape[:2]), None)
     found = method.learn("value", here, Space(1, 128, 32, torch.float32, True)) | {"clip": torch.tensor(1.0)}
-    _, value = method.codecs(shape, {f"{side}_{k}": t for side in SIDES for k, t in found.items()})
+    _, value = method.codecs(shape, {f"{kv}_{k}": t for kv in KVS for k, t in found.items()})
     back = value.decode(value.encode(rows.transpose(0, 1)[None], None), 1)
     torch.testing.assert_close(back.unique(), torch.tensor([-1.0, 0.0, 1.0]), atol=1e-6, rtol=0)

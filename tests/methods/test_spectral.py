@@ -7,14 +7,14 @@ import torch
 from kvshrink import methods
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._facts import LayerShape, Probe
 from kvshrink.methods._packing import mixed
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._rotate import rotation
+from kvshrink.methods._stats import KVS, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank.spectral import Spectral
 
-SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 channels a side: 5 groups
+SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 channels each: 5 groups
 ODD = LayerShape(3, 12, torch.bfloat16)  # 36: two groups and one of 4
 WIDTHS = (1, 2, 3, 4, 8)
 
@@ -60,13 +60,13 @@ class Told(Probe):
     def kl(self, codecs) -> float:
         self.asked += 1
         ((layer, pair),) = codecs.items()
-        side = "key" if pair[0] is not None else "value"
-        variance = self.layers[layer][f"{side}_variance"].double()
+        kv = "key" if pair[0] is not None else "value"
+        variance = self.layers[layer][f"{kv}_variance"].double()
         codec = pair[0] or pair[1]
         bits = list(codec.packing.bits) + [0] * (len(variance) // 16 - len(codec.packing.bits))
         energies = [float(part.sum()) for part in variance.split(16)]
         error = sum(e * expected_error(b) for e, b in zip(energies, bits, strict=True)) / sum(energies)
-        return error * (1.0 if (layer, side) == (self.dear, "key") else 0.001)
+        return error * (1.0 if (layer, kv) == (self.dear, "key") else 0.001)
 
     def fisher(self):
         raise AssertionError("spectral bits ask for no gradients")
@@ -78,13 +78,13 @@ class Told(Probe):
 
 
 @pytest.fixture
-def three(facts_of):
+def three(stats_of):
     """Three layers as fit_layer leaves them, whose variances fall by layer."""
-    return lambda method: {i: method.fit_layer(facts_of(SMALL)) for i in range(3)}
+    return lambda method: {i: method.fit_layer(stats_of(SMALL)) for i in range(3)}
 
 
 def held(method: Spectral, layers: dict, shapes: dict) -> list[float]:
-    """Bytes a page of each side."""
+    """Bytes a page of keys and of values."""
     return [c.page_bytes() for i in layers for c in method.codecs(shapes[i], layers[i])]
 
 
@@ -118,11 +118,11 @@ def test_what_is_fitted_holds_only_directions_with_bits(three):
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
     done, _ = method.finish(layers, shapes, Told(method, layers, 1))
     for i in done:
-        for side in ("key", "value"):
-            widths, up = done[i][f"{side}_widths"], done[i][f"{side}_up"]
+        for kv in ("key", "value"):
+            widths, up = done[i][f"{kv}_widths"], done[i][f"{kv}_up"]
             assert (widths > 0).all()
             assert up.shape == (1, 16 * len(widths), 80)
-        before = method.codecs(SMALL, {**layers[i], **{f"{s}_widths": _wide(layers, done, i, s) for s in KV}})
+        before = method.codecs(SMALL, {**layers[i], **{f"{s}_widths": _wide(layers, done, i, s) for s in KVS}})
         rows = torch.randn(1, 4, 32, 20)
         for ours, theirs in zip(method.codecs(SMALL, done[i]), before, strict=True):
             torch.testing.assert_close(
@@ -130,13 +130,10 @@ def test_what_is_fitted_holds_only_directions_with_bits(three):
             )
 
 
-KV = ("key", "value")
-
-
-def _wide(layers, done, i, side):
+def _wide(layers, done, i, kv):
     """The widths of all groups; those with bits come first, since directions are in order."""
     widths = torch.zeros(5, dtype=torch.uint8)
-    widths[: len(done[i][f"{side}_widths"])] = done[i][f"{side}_widths"]
+    widths[: len(done[i][f"{kv}_widths"])] = done[i][f"{kv}_widths"]
     return widths
 
 
@@ -161,18 +158,18 @@ def test_a_budget_below_one_group_is_refused(three):
 
 
 @pytest.mark.parametrize("shape", [SMALL, ODD], ids=["80", "36"])
-def test_error_is_what_the_widths_promise(facts_of, shape):
+def test_error_is_what_the_widths_promise(stats_of, shape):
     """Golden source: the eigenvalues of the covariance and Max's errors. Rows are normal, as the quantiser expects."""
     n = shape.width
     mixing = torch.randn(n, n, generator=torch.Generator().manual_seed(5)) * torch.linspace(3, 0.01, n)
     rows = torch.randn(32 * 200, n, generator=torch.Generator().manual_seed(6)) @ mixing.T + 2
-    facts = facts_of(shape, keys=rows, values=rows)
+    stats = stats_of(shape, keys=rows, values=rows)
     values = torch.linalg.eigvalsh(rows.double().T.cov(correction=0)).flip(0)
     for rotate in (True, False):
         method = Spectral(kept=0.15, allocation="energy", rotate=rotate)
-        fitted = method.fit_layer(facts)
-        for codec, side in zip(method.codecs(shape, fitted), KV, strict=True):
-            widths = fitted[f"{side}_widths"].tolist()
+        fitted = method.fit_layer(stats)
+        for codec, kv in zip(method.codecs(shape, fitted), KVS, strict=True):
+            widths = fitted[f"{kv}_widths"].tolist()
             sizes = [16] * (n // 16) + ([n % 16] if n % 16 else [])
             parts = values.split(sizes)
             wanted = sum(float(p.sum()) * expected_error(w) for p, w in zip(parts, widths, strict=True))
@@ -209,9 +206,9 @@ def test_the_gain_follows_louder_text():
         packing.store(x * 1e6, None)
 
 
-def test_nothing_kept_reads_as_the_mean(facts_of):
+def test_nothing_kept_reads_as_the_mean(stats_of):
     method = Spectral(kept=0.1, allocation="energy")
-    fitted = method.fit_layer(facts_of(SMALL))
+    fitted = method.fit_layer(stats_of(SMALL))
     fitted["key_widths"] = torch.zeros(5, dtype=torch.uint8)
     codec = method.codecs(SMALL, fitted)[0]
     stored = codec.encode(torch.randn(2, 4, 64, 20), None)
@@ -222,7 +219,7 @@ def test_nothing_kept_reads_as_the_mean(facts_of):
 
 def test_straight_through_is_what_is_stored_and_has_a_gradient():
     packing, x = Mixed((16, 16), (4, 2), 32), torch.randn(1, 1, 64, 32, requires_grad=True)
-    fake = packing.fake(x)
+    fake = packing.fake_quantize(x)
     torch.testing.assert_close(fake, packing.load(packing.store(x.detach(), None)))
     fake.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
@@ -230,23 +227,23 @@ def test_straight_through_is_what_is_stored_and_has_a_gradient():
 
 @pytest.mark.parametrize("size", [1, 2, 16, 48, 80, 36])
 def test_rotation_is_orthogonal_and_always_the_same(size):
-    turn = rotation(size)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(size))
-    assert turn is rotation(size)
+    matrix = rotation(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size))
+    assert matrix is rotation(size)
     if size >= 16:
-        assert float(turn.abs().amax()) <= 0.5, "no channel stays by itself"
+        assert float(matrix.abs().amax()) <= 0.5, "no channel stays by itself"
 
 
-def test_rotation_spreads_an_outlier(facts_of):
+def test_rotation_spreads_an_outlier(stats_of):
     """Channels of one width, one of them with rare huge values: unrotated, its outliers saturate."""
     g = torch.Generator().manual_seed(2)
     x = torch.randn(1, 1, 6400, 16, generator=g)
     spikes = (torch.rand(6400, generator=g) < 0.02) * 7.0
     x[..., 0] = (x[..., 0] * 0.1 + spikes * torch.randn(6400, generator=g).sign()) / 0.995
-    packing, turn = Mixed((16,), (3,), 32), rotation(16)
+    packing, matrix = Mixed((16,), (3,), 32), rotation(16)
     plain = (packing.load(packing.store(x, None)) - x).square().mean()
-    turned = (packing.load(packing.store(x @ turn, None)) @ turn.T - x).square().mean()
-    assert float(turned) < 0.9 * float(plain)
+    rotated = (packing.load(packing.store(x @ matrix, None)) @ matrix.T - x).square().mean()
+    assert float(rotated) < 0.9 * float(plain)
 
 
 # --- settings ---

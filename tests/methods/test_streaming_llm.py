@@ -3,7 +3,7 @@ import torch
 
 from kvshrink.cache.attend import attend
 from kvshrink.errors import CacheError, SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import feed, make
 

@@ -9,13 +9,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import kvshrink
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank import _channels
 from kvshrink.methods.lowrank.think import ThinK
 
 LLAMA31 = LayerShape(8, 128, torch.bfloat16)
 SMALL = LayerShape(2, 8, torch.float32)
-# half a head apart, neighbours, and two channels of a head that are not turned
+# half a head apart, neighbours, and two channels of a head that are not rotated
 ROPES = [
     pytest.param(Rope(torch.tensor([1.3, 0.4, 0.07, 0.01]), 1.0, False), id="halves"),
     pytest.param(Rope(torch.tensor([1.3, 0.4, 0.07, 0.01]), 1.0, True), id="interleaved"),
@@ -37,8 +37,8 @@ def tied(energy: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 @pytest.fixture
-def facts(facts_of, rope):
-    made = facts_of(SMALL)
+def stats(stats_of, rope):
+    made = stats_of(SMALL)
     return dataclasses.replace(made, pairs=rope.pairs(), query_energy=tied(made.query_energy, rope))
 
 
@@ -60,10 +60,10 @@ def test_bits_by_hand(settings, bits):
     assert ThinK(**settings).bits_per_token(LLAMA31, {}) == bits
 
 
-def test_a_pruned_channel_is_not_there(facts):
+def test_a_pruned_channel_is_not_there(stats):
     """The page holds the channels kept and nothing of the others."""
     method = ThinK(keep=0.5)
-    codec, _ = method.codecs(SMALL, method.fit_layer(facts))
+    codec, _ = method.codecs(SMALL, method.fit_layer(stats))
     rows = torch.randn(3, 2, 64, 8)
     stored = codec.encode(rows, None)
     assert sum(t.nbytes for t in stored.values()) == rows.nbytes / 2
@@ -79,38 +79,38 @@ def test_a_pruned_channel_is_not_there(facts):
 
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_channels_come_back_exactly_and_the_others_as_the_fill(facts, fill, dtype):
+def test_kept_channels_come_back_exactly_and_the_others_as_the_fill(stats, fill, dtype):
     method, shape = ThinK(keep=0.5, fill=fill), dataclasses.replace(SMALL, dtype=dtype)
-    fitted = method.fit_layer(facts)
+    fitted = method.fit_layer(stats)
     codec, values = method.codecs(shape, fitted)
     rows = torch.randn(2, 2, 96, 8).to(dtype)
     back = codec.decode(codec.encode(rows, None), 2)
     for head in range(2):
         kept = [c - head * 8 for c in fitted["key_kept"].tolist() if c // 8 == head]
         assert len(kept) == 4
-        mean = facts.key.mean[head * 8 :].float()
+        mean = stats.key.mean[head * 8 :].float()
         for c in range(8):
             want = rows[:, head, :, c].float() if c in kept else (mean[c] if fill == "mean" else torch.tensor(0.0))
             assert torch.equal(back[:, head, :, c], want.expand(2, 96))
     assert torch.equal(values.decode(values.encode(rows, None), 2), rows.float())
 
 
-def test_pruning_commutes_with_rope(facts, rope):
-    """The pair rule: prune and turn, or turn and prune, give the same key."""
+def test_pruning_commutes_with_rope(stats, rope):
+    """The pair rule: prune and rotate, or rotate and prune, give the same key."""
     method = ThinK(keep=0.5, fill="zero")
-    codec, _ = method.codecs(SMALL, method.fit_layer(facts))
+    codec, _ = method.codecs(SMALL, method.fit_layer(stats))
     rows, positions = torch.randn(1, 2, 64, 8), torch.arange(100, 164)[None]
 
     def pruned(x):
         return codec.decode(codec.encode(x, None), 2)
 
-    torch.testing.assert_close(rope.turn(pruned(rows), positions), pruned(rope.turn(rows, positions)))
+    torch.testing.assert_close(rope.apply(pruned(rows), positions), pruned(rope.apply(rows, positions)))
     assert (pruned(rows) == 0).sum() == rows.numel() / 2
 
 
-def test_only_a_mean_needs_keys_before_rope(facts):
+def test_only_a_mean_needs_keys_before_rope(stats):
     sites = {
-        fill: ThinK(fill=fill).codecs(SMALL, ThinK(fill=fill).fit_layer(facts))[0].site for fill in ("mean", "zero")
+        fill: ThinK(fill=fill).codecs(SMALL, ThinK(fill=fill).fit_layer(stats))[0].site for fill in ("mean", "zero")
     }
     assert sites == {"mean": "k_pre", "zero": "k_post"}
 
@@ -118,22 +118,22 @@ def test_only_a_mean_needs_keys_before_rope(facts):
 # --- which channels ---
 
 
-def test_the_choice_is_the_papers(facts_of, rope):
-    """Golden source: |q_c| |k_c| of turned queries and keys (the paper's score), summed over a RoPE pair's squares."""
+def test_the_choice_is_the_papers(stats_of, rope):
+    """Golden source: |q_c| |k_c| of rotated queries and keys (the paper's score), summed over a RoPE pair's squares."""
     scale = torch.rand(2, 2, 1, 8) * 2 + 0.1
     queries, keys = torch.randn(2, 2, 6000, 8) * scale
     positions = torch.randint(0, 5000, (1, 6000))
-    turned_q, turned_k = (rope.turn(x[None], positions)[0] for x in (queries, keys))
+    turned_q, turned_k = (rope.apply(x[None], positions)[0] for x in (queries, keys))
     score = (turned_q.norm(dim=1) * turned_k.norm(dim=1)).square()
-    facts = dataclasses.replace(
-        facts_of(SMALL, keys=keys.transpose(0, 1).flatten(1)),
+    stats = dataclasses.replace(
+        stats_of(SMALL, keys=keys.transpose(0, 1).flatten(1)),
         query_energy=tied(queries.square().mean(1).double(), rope),
         pairs=rope.pairs(),
     )
     partner = {int(a): int(b) for a, b in zip(*rope.pairs(), strict=True)}
     groups = [(a, b) for a, b in partner.items()] + [(c,) for c in range(2 * len(partner), 8)]
     for keep in (0.25, 0.5, 0.75):
-        kept = ThinK(keep=keep, fill="zero").fit_layer(facts)["key_kept"].tolist()
+        kept = ThinK(keep=keep, fill="zero").fit_layer(stats)["key_kept"].tolist()
         for head in range(2):
             mine = {c - 8 * head for c in kept if c // 8 == head}
             assert len(mine) == 8 * keep
@@ -145,34 +145,34 @@ def test_the_choice_is_the_papers(facts_of, rope):
 
 
 @pytest.mark.parametrize("fill", ["mean", "zero"])
-def test_worth_is_the_error_that_is_measured(facts_of, fill):
+def test_worth_is_the_error_that_is_measured(stats_of, fill):
     """q and k of independent channels: the mean squared error of q . k without some channels, from samples."""
     rows = torch.randn(40_000, 16) * torch.rand(16) + torch.rand(16) * 2
     queries = torch.randn(40_000, 16) * torch.rand(16)
     energy = queries.square().mean(0).view(2, 8).double()
-    facts = dataclasses.replace(facts_of(SMALL, keys=rows), query_energy=energy, pairs=None)
-    worth = _channels.worth(facts, fill)
+    stats = dataclasses.replace(stats_of(SMALL, keys=rows), query_energy=energy, pairs=None)
+    importance = _channels.importance(stats, fill)
     lost = rows - (rows.mean(0) if fill == "mean" else 0)
     for gone in ([3], [0, 9, 12], list(range(16))):
         if fill == "zero" and len(gone) > 1:
             continue  # means of several channels add up, which a sum of their worths leaves out
         measured = (queries[:, gone] * lost[:, gone]).sum(1).square().mean()
-        torch.testing.assert_close(worth[gone].sum(), measured.double(), rtol=0.05, atol=0)
+        torch.testing.assert_close(importance[gone].sum(), measured.double(), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("scores", ["calibrated", "magnitude"])
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
-def test_no_other_set_of_pairs_is_worth_more(facts_of, keep, scores):
+def test_no_other_set_of_pairs_is_worth_more(stats_of, keep, scores):
     rope = Rope(torch.tensor([1.3, 0.4, 0.07, 0.01]), 1.0, False)
-    made = facts_of(SMALL)
-    facts = dataclasses.replace(made, pairs=rope.pairs(), query_energy=tied(made.query_energy, rope))
-    kept = ThinK(keep=keep, scores=scores).fit_layer(facts)["key_kept"].tolist()
-    variance = facts.key.covariance.diagonal().view(2, 8)
-    worth = variance * (facts.query_energy if scores == "calibrated" else 1)
+    made = stats_of(SMALL)
+    stats = dataclasses.replace(made, pairs=rope.pairs(), query_energy=tied(made.query_energy, rope))
+    kept = ThinK(keep=keep, scores=scores).fit_layer(stats)["key_kept"].tolist()
+    variance = stats.key.covariance.diagonal().view(2, 8)
+    importance = variance * (stats.query_energy if scores == "calibrated" else 1)
     for head in range(2):
-        pairs = [float(worth[head, p] + worth[head, p + 4]) for p in range(4)]
+        pairs = [float(importance[head, p] + importance[head, p + 4]) for p in range(4)]
         if scores == "calibrated":  # the query energy is the pair's, so it stands before the sum
-            assert facts.query_energy[head, 0] == facts.query_energy[head, 4]
+            assert stats.query_energy[head, 0] == stats.query_energy[head, 4]
         best = max(itertools.combinations(range(4), int(4 * keep)), key=lambda c: sum(pairs[p] for p in c))
         assert {c - 8 * head for c in kept if c // 8 == head} == {*best, *(p + 4 for p in best)}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.turboquant import TurboQuant
 
 SHAPE = LayerShape(2, 128, torch.float32)

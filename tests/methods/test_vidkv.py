@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.vidkv import VidKV, fourier
 from tests.methods.affine_oracle import rounded
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvshrink.cache.attend import attend, rebuild
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Raw
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.xquant import XQuant
 from tests.cache.build import feed, make
 
@@ -19,8 +19,8 @@ ROPE = Rope(1e4 ** (-torch.arange(0, 16, 2).float() / 16), 1.0, False)
 
 
 @pytest.fixture
-def layer_of(facts_of):
-    """A function from hidden size to (facts, inputs [300, hidden]) of a layer whose keys and values are products."""
+def layer_of(stats_of):
+    """A function from hidden size to (stats, inputs [300, hidden]) of a layer whose keys and values are products."""
 
     def make_layer(hidden: int, bias: bool = False, norm: bool = False, dtype=torch.float32):
         g = torch.Generator().manual_seed(3)
@@ -30,9 +30,9 @@ def layer_of(facts_of):
         rows = [(x @ w.T + c).to(dtype).float() for w, c in zip(weights, biases, strict=True)]
         if norm:
             rows[0] = torch.nn.functional.normalize(rows[0].unflatten(1, (4, 16)), dim=-1).flatten(1)
-        facts = facts_of(SHAPE, *rows, hidden=hidden)
+        stats = stats_of(SHAPE, *rows, hidden=hidden)
         own = {"key_bias": biases[0], "value_bias": biases[1]} if bias else {}
-        return dataclasses.replace(facts, key_weight=weights[0], value_weight=weights[1], **own), x
+        return dataclasses.replace(stats, key_weight=weights[0], value_weight=weights[1], **own), x
 
     return make_layer
 
@@ -45,11 +45,11 @@ def split(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_latents_are_the_input_in_the_projection_s_own_basis(layer_of, bias):
     """By another route: U of torch's SVD of W^T and the input itself, up to the sign of each component."""
-    facts, x = layer_of(96, bias)
+    stats, x = layer_of(96, bias)
     for codec, weight, rows in zip(
-        XQuant(mode="auto").codecs(SHAPE, XQuant().fit_layer(facts)),
-        (facts.key_weight, facts.value_weight),
-        (facts.sample.keys, facts.sample.values),
+        XQuant(mode="auto").codecs(SHAPE, XQuant().fit_layer(stats)),
+        (stats.key_weight, stats.value_weight),
+        (stats.sample.keys_pre_rope, stats.sample.values),
         strict=True,
     ):
         wanted = x[:288].double() @ torch.linalg.svd(weight.T.double(), full_matrices=False).U
@@ -61,26 +61,26 @@ def test_latents_are_the_input_in_the_projection_s_own_basis(layer_of, bias):
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_input_comes_back_from_keys_and_values(layer_of, dtype, most, bias):
-    facts, x = layer_of(64, bias, dtype=dtype)
-    fitted = XQuant(mode="input").fit_layer(facts)
+    stats, x = layer_of(64, bias, dtype=dtype)
+    fitted = XQuant(mode="input").fit_layer(stats)
     assert set(fitted) == {"down", "key_weight", "value_weight", "mean"}
-    rows = torch.cat([facts.sample.keys.flatten(1), facts.sample.values.flatten(1)], 1)
+    rows = torch.cat([stats.sample.keys_pre_rope.flatten(1), stats.sample.values.flatten(1)], 1)
     found = (rows - fitted["mean"]) @ fitted["down"]
     error = float((found - x).norm() / x.norm())
     assert most / 20 < error < most
 
 
 def test_one_input_gives_keys_and_values(layer_of):
-    """Beside its own arithmetic: the input's 4-bit codes per token, times the weights, keys turned by RoPE."""
-    facts, x = layer_of(64, bias=True)
+    """Beside its own arithmetic: the input's 4-bit codes per token, times the weights, keys with RoPE."""
+    stats, x = layer_of(64, bias=True)
     method = XQuant(window=32, sinks=0, group=64)
-    fitted = method.fit_layer(facts)
+    fitted = method.fit_layer(stats)
     cache, positions = make(method, SHAPE, [fitted]), torch.arange(300)[None]
     rows = [
         r.unflatten(1, (4, 16)).transpose(0, 1)[None]
-        for r in (facts.sample.keys.flatten(1), facts.sample.values.flatten(1))
+        for r in (stats.sample.keys_pre_rope.flatten(1), stats.sample.values.flatten(1))
     ]
-    feed(cache, [ROPE.turn(rows[0], positions)], [rows[1]], ROPE)
+    feed(cache, [ROPE.apply(rows[0], positions)], [rows[1]], ROPE)
     layer = cache.layers[0]
     new = torch.randn(2, 1, 4, 1, 16)
     keys, values = feed(cache, [new[0]], [new[1]], ROPE)[0]
@@ -90,11 +90,11 @@ def test_one_input_gives_keys_and_values(layer_of):
     rounded = ((x - low) / step).round().clamp(0, 15) * step + low
     end = keys._kvshrink.first
     assert end == 256
-    weights, biases = (facts.key_weight, facts.value_weight), (facts.key_bias, facts.value_bias)
+    weights, biases = (stats.key_weight, stats.value_weight), (stats.key_bias, stats.value_bias)
     wanted = [
         (rounded @ w.T + c).unflatten(1, (4, 16)).transpose(0, 1)[None] for w, c in zip(weights, biases, strict=True)
     ]
-    wanted[0] = ROPE.turn(wanted[0], positions)
+    wanted[0] = ROPE.apply(wanted[0], positions)
     for a, b in zip(got, wanted, strict=True):
         same = (a[:, :, :end] - b[:, :, :end]).abs().amax((0, 1, 3)) < 1e-3
         assert same.float().mean() > 0.9, "but for numbers between two codes"
@@ -106,13 +106,15 @@ def test_one_input_gives_keys_and_values(layer_of):
 
 def test_a_cache_of_inputs_is_read_alike_by_all_ways(layer_of, monkeypatch):
     """Pads, a cut page, a save: attention by the fused kernel, block by block, and over rebuilt keys."""
-    facts, _ = layer_of(64)
+    stats, _ = layer_of(64)
     method = XQuant(bits=8)
-    fitted = method.fit_layer(facts)
+    fitted = method.fit_layer(stats)
     cache, other = make(method, SHAPE, [fitted]), make(method, SHAPE, [fitted])
     real = torch.ones(2, 241, dtype=torch.bool)
     real[0, :37] = False
-    rows = [split(r.flatten(1))[:, :, :240].repeat(2, 1, 1, 1) for r in (facts.sample.keys, facts.sample.values)]
+    rows = [
+        split(r.flatten(1))[:, :, :240].repeat(2, 1, 1, 1) for r in (stats.sample.keys_pre_rope, stats.sample.values)
+    ]
     feed(cache, [rows[0]], [rows[1]], ROPE, real[:, :240])
     cache.crop(-70)
     other.load_state_dict(cache.state_dict())
@@ -130,26 +132,26 @@ def test_a_cache_of_inputs_is_read_alike_by_all_ways(layer_of, monkeypatch):
 
 
 def test_a_norm_on_keys_leaves_no_input(layer_of):
-    facts, _ = layer_of(64, norm=True)
-    assert "key_basis" in XQuant().fit_layer(facts)
+    stats, _ = layer_of(64, norm=True)
+    assert "key_basis" in XQuant().fit_layer(stats)
     with pytest.raises(SettingError, match="a norm on keys"):
-        XQuant(mode="input").fit_layer(facts)
+        XQuant(mode="input").fit_layer(stats)
     with pytest.raises(SettingError, match="64 channels made of 96"):
         XQuant(mode="input").fit_layer(layer_of(96)[0])
-    for codec in XQuant().codecs(SHAPE, XQuant().fit_layer(facts)):
-        rows = split(facts.sample.keys.flatten(1))
+    for codec in XQuant().codecs(SHAPE, XQuant().fit_layer(stats)):
+        rows = split(stats.sample.keys_pre_rope.flatten(1))
         torch.testing.assert_close(codec.smooth(rows), rows, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_small_in_a_flat_projection_is_blown_up(layer_of):
     """Two equal rows of W: a singular value of 0, in whose direction 16-bit keys hold their rounding alone."""
-    facts, _ = layer_of(96, dtype=torch.bfloat16)
-    weight = facts.key_weight.clone()
+    stats, _ = layer_of(96, dtype=torch.bfloat16)
+    weight = stats.key_weight.clone()
     weight[5] = weight[4]
     key, _ = XQuant(mode="latent").codecs(
-        SHAPE, XQuant(mode="latent").fit_layer(dataclasses.replace(facts, key_weight=weight))
+        SHAPE, XQuant(mode="latent").fit_layer(dataclasses.replace(stats, key_weight=weight))
     )
-    rows = split(facts.sample.keys.flatten(1))
+    rows = split(stats.sample.keys_pre_rope.flatten(1))
     rows[:, 0, :, 5] = rows[:, 0, :, 4] * 1.004
     latent = key.project(rows)
     assert latent[..., -1].abs().mean() < latent.abs().mean() * 2
@@ -161,4 +163,4 @@ def test_one_side_of_an_input_is_refused(layer_of):
     method = XQuant()
     key, _ = method.codecs(SHAPE, method.fit_layer(layer_of(64)[0]))
     with pytest.raises(SettingError, match="stored as one"):
-        through(key, torch.randn(1, 4, 32, 16), None, 32)
+        round_trip(key, torch.randn(1, 4, 32, 16), None, 32)

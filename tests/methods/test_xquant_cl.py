@@ -10,7 +10,7 @@ from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.xquant import XQuant
 from kvshrink.methods.quant.xquant_cl import XQuantCL
 from kvshrink.store.tokens import TokenTable
@@ -22,8 +22,8 @@ TOKENS = 300
 
 
 @pytest.fixture
-def layers_of(facts_of):
-    """A function from hidden size to (facts, inputs [300, hidden]) of two layers, whose inputs are alike."""
+def layers_of(stats_of):
+    """A function from hidden size to (stats, inputs [300, hidden]) of two layers, whose inputs are alike."""
 
     def make_layers(hidden: int):
         g = torch.Generator().manual_seed(5)
@@ -31,8 +31,8 @@ def layers_of(facts_of):
         found = []
         for _ in range(2):
             weights = torch.randn(2, 64, hidden, generator=g) / hidden**0.5
-            facts = facts_of(SHAPE, *(x @ w.T for w in weights), hidden=hidden)
-            found.append((dataclasses.replace(facts, key_weight=weights[0], value_weight=weights[1]), x))
+            stats = stats_of(SHAPE, *(x @ w.T for w in weights), hidden=hidden)
+            found.append((dataclasses.replace(stats, key_weight=weights[0], value_weight=weights[1]), x))
             x = x + 0.1 * torch.randn(TOKENS, hidden, generator=g)
         return found
 
@@ -44,7 +44,7 @@ def fitted(method: XQuantCL, layers) -> dict:
         {i: method.fit_layer(f) for i, (f, _) in enumerate(layers)}, {0: SHAPE, 1: SHAPE}, None
     )
     assert record == {"pairs": [[0, 1]]}
-    assert [method.follows(found[i]) for i in (0, 1)] == [False, True]
+    assert [method.stores_delta(found[i]) for i in (0, 1)] == [False, True]
     assert not any(name.endswith("rows") for tensors in found.values() for name in tensors)
     return found
 
@@ -59,7 +59,9 @@ def cache_of(method: XQuantCL, found: dict) -> KVCache:
 def rows(layers, at: slice, b: int = 1) -> tuple[list, list]:
     """Keys after RoPE and values of both layers."""
     positions = torch.arange(TOKENS)[None, at]
-    keys = [ROPE.turn(f.sample.keys[at].transpose(0, 1)[None], positions).repeat(b, 1, 1, 1) for f, _ in layers]
+    keys = [
+        ROPE.apply(f.sample.keys_pre_rope[at].transpose(0, 1)[None], positions).repeat(b, 1, 1, 1) for f, _ in layers
+    ]
     return keys, [f.sample.values[at].transpose(0, 1)[None].repeat(b, 1, 1, 1) for f, _ in layers]
 
 
@@ -78,9 +80,9 @@ def test_a_second_input_is_its_difference_from_the_first_rounded_one(layers_of):
     keys, values = feed(cache, *rows(layers, slice(0, 1)), ROPE)[1]
     handle = keys._kvshrink
     got = rebuild(handle, keys, values)[1][0, :, : handle.first].transpose(0, 1).flatten(1)
-    (_, one), (facts, two) = layers
+    (_, one), (stats, two) = layers
     first = coded(one, 4)
-    wanted = (first + coded(two - first, 2)) @ facts.value_weight.T
+    wanted = (first + coded(two - first, 2)) @ stats.value_weight.T
     same = (got - wanted[: handle.first]).abs().amax(1) < 1e-3
     assert same.float().mean() > 0.9, "but for numbers between two codes"
 
@@ -155,4 +157,4 @@ def test_layers_that_are_not_alike_are_no_pair(layers_of):
     inputs, latents = method.fit_layer(layers_of(64)[0][0]), method.fit_layer(layers_of(96)[0][0])
     found, record = method.finish({0: inputs, 1: latents, 2: inputs}, dict.fromkeys(range(3), SHAPE), None)
     assert record == {"pairs": []}
-    assert not any(method.follows(tensors) for tensors in found.values())
+    assert not any(method.stores_delta(tensors) for tensors in found.values())

@@ -5,7 +5,7 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.pack import unpack
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.zipcache import ZipCache
 
 SHAPE = LayerShape(2, 16, torch.float32)
@@ -20,11 +20,11 @@ def codes(group: torch.Tensor, bits: int) -> torch.Tensor:
 
 def test_a_page_by_the_paper_s_formulas():
     """Keys: a channel's numbers of one class. Values: over c = sqrt(max |v|) of the page, a token's channels."""
-    rows, worth = torch.randn(2, 2, 2 * PAGE, 16) * torch.rand(16).mul(4).exp() + 1, torch.rand(2, 2, 2 * PAGE)
-    best = worth.unflatten(2, (2, PAGE)).argsort(-1, descending=True)
-    for codec, side in zip(ZipCache().codecs(SHAPE, {}), ("key", "value"), strict=True):
-        assert codec.salient
-        stored = codec.encode_by_worth(rows, None, worth)
+    rows, importance = torch.randn(2, 2, 2 * PAGE, 16) * torch.rand(16).mul(4).exp() + 1, torch.rand(2, 2, 2 * PAGE)
+    best = importance.unflatten(2, (2, PAGE)).argsort(-1, descending=True)
+    for codec, kv in zip(ZipCache().codecs(SHAPE, {}), ("key", "value"), strict=True):
+        assert codec.needs_importance
+        stored = codec.encode_by_importance(rows, None, importance)
         got = codec.decode(stored, 2).unflatten(2, (2, PAGE))
         chosen = unpack(stored["mask"].transpose(1, 2), 1).bool()
         for i, h, p in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).tolist():
@@ -33,7 +33,7 @@ def test_a_page_by_the_paper_s_formulas():
             assert sorted(high.tolist()) == chosen[i, h, p].nonzero().flatten().tolist()
             c = page.abs().amax(0).sqrt().half().float()
             for at, bits in ((high, 4), (low, 2)):
-                if side == "key":
+                if kv == "key":
                     want = torch.stack([codes(channel, bits) for channel in page[at].T]).T
                 else:
                     want = torch.stack([codes(token, bits) for token in page[at] / c]) * c
@@ -50,15 +50,15 @@ def test_a_page_s_bytes_by_hand():
     assert ZipCache().bits_per_token(shape, {}) == 8 * (key + value) * 8 / 128
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_more_of_the_tokens_at_high_bits_lose_less(side):
+@pytest.mark.parametrize("kv", [0, 1])
+def test_more_of_the_tokens_at_high_bits_lose_less(kv):
     rows, errors = torch.randn(1, 2, 4 * PAGE, 16) * torch.rand(16), []
     shares = ZipCache().dial_values(SHAPE, 4096)
     assert len(shares) == 15
     bits = [ZipCache(share=share).bits_per_token(SHAPE, {}) for share in shares]
     assert bits == sorted(set(bits)), "the fewest bytes first"
     for share in shares[:: len(shares) // 3]:
-        codec = ZipCache(share=share).codecs(SHAPE, {})[side]
+        codec = ZipCache(share=share).codecs(SHAPE, {})[kv]
         errors.append(float((codec.decode(codec.encode(rows, None), 2) - rows).square().mean()))
     assert errors == sorted(errors, reverse=True)
 
@@ -76,7 +76,7 @@ def test_values_with_outlier_channels_come_back_better_than_without_separation()
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"high": 2}, r"high=2 with low=2 is not possible\. Give tokens of most worth more bits\."),
+        ({"high": 2}, r"high=2 with low=2 is not possible\. Give important tokens more bits\."),
         ({"low": 5}, r"low=5 is not possible\. Use one of 8, 4, 3, 2, 1\."),
         ({"share": 1.0}, r"share=1\.0 is not possible\. Use a share of tokens above 0 and below 1\."),
     ],

@@ -44,7 +44,7 @@ def bench_of(net: LlamaForCausalLM) -> Bench:
         patch.setattr(benches, "WIDEST", RTN(window=32))
         bench = Bench(net, rows, Room.of(net, 1024), Log(None), progress=False)
         assert bench.cached.step == 32
-        assert bench.judge.asked > 100
+        assert bench.judge.tail > 100
     return bench
 
 
@@ -68,7 +68,7 @@ def test_growing_old_costs_something(bench):
 def test_what_tokens_are_worth_is_asked_for(bench):
     method = ZipCache(window=8, high=8, low=1, share=0.25)
     layers = {i: method.codecs(shape, {}) for i, shape in bench.shapes.items()}
-    by_place = bench.judge.seen_by(method).kl(layers)  # the first tokens of each page count as those of most worth
+    by_place = bench.judge.seen_by(method).kl(layers)  # the first tokens of each page count as the most important
     assert bench.point(method).kl == bench.cached.kl(method)
     assert bench.point(method).kl != pytest.approx(by_place, rel=0.01)
 

@@ -22,7 +22,7 @@ from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods import get
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank import spectral
 from kvshrink.plan import bench as benches
 from kvshrink.plan import file as plans
@@ -324,8 +324,8 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama):
         for row, exact in zip(made[:, None], judge.wanted, strict=True):
             cache = make_cache(model, method)
             with torch.no_grad():
-                model(row[:, : -judge.asked], past_key_values=cache, logits_to_keep=1)
-                parts = [model(p, past_key_values=cache).logits[0] for p in row[:, -judge.asked :].split(32, 1)]
+                model(row[:, : -judge.tail], past_key_values=cache, logits_to_keep=1)
+                parts = [model(p, past_key_values=cache).logits[0] for p in row[:, -judge.tail :].split(32, 1)]
             logs = torch.cat(parts).float().log_softmax(-1)
             total += float((exact.exp() * (exact - logs)).sum(-1).mean()) / len(made)
         assert got == pytest.approx(total, rel=0.02)

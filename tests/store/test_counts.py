@@ -15,9 +15,9 @@ def test_storages_are_counted_once_and_whole():
 
 
 def test_held_adds_up():
-    one = Held(payload=1, side=20, window=300, sinks=4000)
+    one = Held(payload=1, metadata=20, window=300, sinks=4000)
     assert one.total == 4321
-    assert one + Held(side=5) == Held(payload=1, side=25, window=300, sinks=4000)
+    assert one + Held(metadata=5) == Held(payload=1, metadata=25, window=300, sinks=4000)
     assert sum([one, one], Held()).total == 2 * 4321
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvshrink.errors import ArtifactError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.store import files
 from kvshrink.store.deflate import KEY, deflated, inflated

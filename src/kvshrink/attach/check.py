@@ -86,7 +86,7 @@ class _Check:
         positions = torch.tensor([[0, 5, 11]], device=hidden.device)
         self._run(NAME, hidden, positions, probe)
         keys, rope = key_value(self.module, hidden)[0].float(), self.twin.info.rope
-        ours = keys if rope is None else rope.turn(keys, positions)
+        ours = keys if rope is None else rope.apply(keys, positions)
         if probe.key is None or probe.key.shape != ours.shape:
             raise UnsupportedModelError(
                 f"{self.type}: layer {self.module.layer_idx} does not give its keys to a cache as expected."

@@ -19,12 +19,12 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.store.digest import digest
 from kvshrink.store.modes import own_modes
 from kvshrink.store.tokens import TokenTable
@@ -64,8 +64,8 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
             layers.append(sliding)
         else:
             watched = _watch(artifact, i, ladders[i][0].codecs) if watch else None
-            follows = artifact.method.follows(artifact.layers.get(i, {}))
-            base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if follows else None
+            delta = artifact.method.stores_delta(artifact.layers.get(i, {}))
+            base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if delta else None
             layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
     fitted_by = digest_of(artifact)
@@ -103,8 +103,8 @@ def _like(attachment: Attachment, layer: int) -> torch.device:
 def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:
     """What a layer's calibration rows were like, to compare with. Raises SettingError if it is not known."""
     references, fitted = [], artifact.layers.get(layer, {})
-    for side, codec in zip(("key", "value"), codecs or (), strict=False):
-        errors, centre = fitted.get(f"{side}_errors"), fitted.get(f"{side}_centre")
+    for kv, codec in zip(("key", "value"), codecs or (), strict=False):
+        errors, centre = fitted.get(f"{kv}_errors"), fitted.get(f"{kv}_centre")
         if not isinstance(codec, BasisCodec) or codec.site == "k_post" or errors is None or centre is None:
             continue
         if not isinstance(codec.packing, Mixed):  # where rounding is fitted too, the basis does not say what is lost

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import KVShrinkError, UnsupportedModelError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from kvshrink.shapes import Float
 
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._roles import Fitted, Method, Stored
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.reason import line
 
 Place = tuple[LayerShape, torch.device]  # of a layer
@@ -22,7 +22,7 @@ Ladders = dict[tuple, dict[int, tuple[Tier, ...]]]  # by page and places
 LADDERS: "WeakKeyDictionary[Method | Artifact, Ladders]" = WeakKeyDictionary()
 
 
-@lasting
+@outside_inference_mode
 def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[Tier, ...]]:
     """{layer: tiers}, with tensors on the model's devices: made once per method or artifact, shared by all its caches.
 
@@ -36,9 +36,9 @@ def fitting(artifact: Artifact, places: Mapping[int, Place]) -> dict[int, tuple[
         page: Stored | None = None
         for i, (shape, device) in places.items():
             with _refusing(artifact, i):
-                found[i], follows = _tiers(artifact, artifact.layers.get(i, {}), shape, device)
+                found[i], delta = _tiers(artifact, artifact.layers.get(i, {}), shape, device)
                 if artifact.layers:
-                    page = try_out(found[i], shape, artifact.method.page, device, page if follows else None)
+                    page = try_out(found[i], shape, artifact.method.page, device, page if delta else None)
         made[key] = found
     return made[key]
 
@@ -49,10 +49,10 @@ def _tiers(
     """(tiers, whether the layer follows the one before)."""
     learnt = _Read({k: t.to(device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)})
     tiers = tuple(moved(tier, device) for tier in artifact.method.tiers(shape, learnt))
-    follows = artifact.method.follows(learnt)
+    delta = artifact.method.stores_delta(learnt)
     if unread := sorted(set(learnt) - learnt.read):
         raise ArtifactError(f"the artifact has a tensor {unread[0]:.60} that its method does not know. Fit again.")
-    return tiers, follows
+    return tiers, delta
 
 
 class _Read(Mapping[str, Tensor]):

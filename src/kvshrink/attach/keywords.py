@@ -10,7 +10,7 @@ from kvshrink.errors import CacheError
 
 HARMLESS = {
     "sliding_window",  # the mask holds it
-    "position_ids",  # keys and queries are turned already
+    "position_ids",  # keys and queries have RoPE applied already
     "cache_position",
     "use_cache",
     "return_dict",

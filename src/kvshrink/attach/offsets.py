@@ -1,7 +1,7 @@
 """Keys with a large constant part, as the key biases of Qwen2 give them: told of where a codec loses what varies in it.
 
-A codec that scales whole tokens, or turns their channels into one another, has steps as wide as the constant. One that
-scales each channel by itself, or that takes a fitted mean away, has not. Which it is is tried, on a page or two.
+A codec that scales whole tokens, or rotates their channels into one another, has steps as wide as the constant. One
+that scales each channel by itself, or that takes a fitted mean away, has not. Which it is is tried, on a page or two.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvshrink.attach.families import LayerInfo, key_value_biases, key_value_weights
 from kvshrink.attach.hook import Attachment
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Codec
 from kvshrink.methods._tier import Tier
@@ -36,7 +36,7 @@ def warn_of_offsets(
         i
         for i, tiers in ladders.items()
         if tiers[0].codecs is not None
-        and not artifact.method.follows(artifact.layers.get(i, {}))
+        and not artifact.method.stores_delta(artifact.layers.get(i, {}))
         and _loses(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
     ]
     if lost:
@@ -68,5 +68,5 @@ def _loses(info: LayerInfo, codec: Codec, page: int) -> bool:
 
 def _error(keys: Tensor, varying: Tensor, info: LayerInfo, codec: Codec, page: int) -> float:
     if info.rope is not None:
-        keys = info.rope.turn(keys, torch.arange(keys.shape[2], device=keys.device)[None])
-    return float((through(codec, keys, info.rope, page) - keys).norm() / varying.norm())
+        keys = info.rope.apply(keys, torch.arange(keys.shape[2], device=keys.device)[None])
+    return float((round_trip(codec, keys, info.rope, page) - keys).norm() / varying.norm())

@@ -16,7 +16,7 @@ from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import Asked
+from kvshrink.cache.saliency import ProbeQueries
 from kvshrink.errors import CacheError
 from kvshrink.store.modes import at_once, own_modes
 
@@ -41,7 +41,7 @@ class Stage:
         seen = cache.layers[self.index].get_seq_length()
         positions = positions_of(module, kwargs.get("position_ids"))
         own = is_ours(module)
-        layer, asked = cache.layers[self.index], None
+        layer, probe_queries = cache.layers[self.index], None
         if own and isinstance(layer, CompressedLayer) and layer.shrunken:
             # refused here, where this layer does not hold the new tokens yet
             check_keywords(extra(module, kwargs), type(module).__name__)
@@ -51,18 +51,18 @@ class Stage:
         if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
-            asked = asked_of(module, hidden, positions, rope, rows.to(hidden.device))
-        cache.stage(self.index, positions, real, rope, own, self.model, asked)
+            probe_queries = probe_queries_of(module, hidden, positions, rope, rows.to(hidden.device))
+        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries)
 
 
 @torch.no_grad()
-def asked_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> Asked:
+def probe_queries_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> ProbeQueries:
     """Queries of some of the new tokens, as the module's attention uses them; the others are not projected."""
     found = queries(module, hidden[:, rows])
     if rope is not None:
-        found = rope.turn(found, positions[:, rows].expand(len(found), -1))
+        found = rope.apply(found, positions[:, rows].expand(len(found), -1))
     scale = getattr(module, "scaling", module.head_dim**-0.5)
-    return Asked(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
+    return ProbeQueries(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The body of a layer: encoded pages by age. A method with one tier has pages of one age, and none ever moves.
 
 Pages enter the youngest tier. What a tier cannot hold any more moves on, the oldest pages first, by a conversion of
-stored tensors (`Codec.demoted`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
+stored tensors (`Codec.truncate`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
 the ladder: its pages are dropped. Columns ascend from the oldest tier to the youngest.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -164,7 +164,7 @@ class Body:
         """Bytes of scales, minima and the like in all records taken."""
         found = 0
         for age in self.ages:
-            names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.side}
+            names = {f"{s}.{n}" for s, c in zip("kv", age.tier.codecs or (), strict=False) for n in c.metadata}
             fields = age.pages.layout.fields if age.pages.layout is not None else {}
             own = sum(field.nbytes for name, field in fields.items() if name in names)
             found += own * sum(len(run.data) for run in age.pages.runs)
@@ -197,7 +197,5 @@ def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
     found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):
         own = under(extent, prefix)
-        found |= {f"{prefix}{k}": t for k, t in codec.demoted(own).items()}
+        found |= {f"{prefix}{k}": t for k, t in codec.truncate(own).items()}
     return found
-
-

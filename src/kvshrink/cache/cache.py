@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvshrink.cache.contents import check_contents
 from kvshrink.cache.joining import check_alike, joined_layers, layers_of_row
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.contents import check_contents
 from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows import crop_count, repeats_of, row_indices
-from kvshrink.cache.saliency import Asked
+from kvshrink.cache.saliency import ProbeQueries
 from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, sliding_tensors
 from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged
@@ -31,7 +31,7 @@ from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.deflate import claimed, deflated, inflated
 from kvshrink.store.digest import digest
 from kvshrink.store.files import DESCRIPTION
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
@@ -59,7 +59,7 @@ class KVCache(Cache):
         self.fitted = fitted  # digest of the method's settings and tensors
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
-    @lasting
+    @outside_inference_mode
     def __deepcopy__(self, memo: dict) -> "KVCache":
         """A fork: sequences are copied, settings and fitted tensors are shared."""
         fork = self.__class__.__new__(self.__class__)
@@ -112,19 +112,19 @@ class KVCache(Cache):
         rope: Rope | None,
         own_attention: bool,
         model: str,
-        asked: Asked | None = None,
+        probe_queries: ProbeQueries | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
 
-        positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; asked: for a layer whose
-        `probes` named some of the s tokens.
+        positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; probe_queries: for a
+        layer whose `probes` named some of the s tokens.
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
         if model != self.model:
             raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
-        layer.staged = Staged(positions, real, rope, own_attention, asked)
+        layer.staged = Staged(positions, real, rope, own_attention, probe_queries)
 
     def check_whole(self) -> None:
         """Raise CacheError if an interrupt left the layers with different tokens or rows."""
@@ -316,7 +316,7 @@ class KVCache(Cache):
     def _dtype(self) -> str:
         return str(self.compressed[0].shape.dtype) if self.compressed else ""
 
-    @lasting
+    @outside_inference_mode
     def _restore(self, plain: dict, state: Mapping[str, Tensor], schema: Schema) -> None:
         copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
         for compressed in self.compressed:

@@ -23,7 +23,7 @@ def read_chosen(part: QueryChunk, softcap: float | None, block_tokens: int) -> l
     rope, asked = snapshot.rope, query
     if snapshot.tiers[-1].codecs[0].site == "k_pre" and rope is not None:
         own = snapshot.positions[:, snapshot.seen - 1 : snapshot.seen]
-        asked = rope.turn_back(query, own.expand(-1, query.shape[2]))
+        asked = rope.undo(query, own.expand(-1, query.shape[2]))
     best, counted = _best(asked, view, tokens)
     found, at = [], 0
     for tier in snapshot.tiers:
@@ -55,7 +55,7 @@ def _keys(block: Block, tier: TierView, view: Visibility, index: Int[Tensor, "b 
         return keys
     columns = snapshot.columns(block)
     own = index + columns.start if isinstance(columns, slice) else columns[:, 0].gather(1, index)
-    return snapshot.rope.turn(keys, snapshot.positions.gather(1, own.clamp_min(0).long()))
+    return snapshot.rope.apply(keys, snapshot.positions.gather(1, own.clamp_min(0).long()))
 
 
 def _best(

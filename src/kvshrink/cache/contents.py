@@ -94,4 +94,3 @@ class Contents:
             needed.append(real[0].numpy() & ~wanted)
         require(columns is None or bool((columns.cpu().numpy() == right).all()), f"{self.name}.sinks.columns")
         return needed
-

@@ -4,9 +4,9 @@
     drift = error / (the same on the calibration text)
 
 for keys before RoPE and for values of a layer: x' is x projected on the basis and back, without rounding (rounding
-follows the text by itself, a basis does not), m is the mean of the calibration text. Two sums a side are kept, no
-number per token; pads, sinks and the window are not in them, tokens cropped later are. An input that is louder as a
-whole around m has the same error, and so no drift.
+follows the text by itself, a basis does not), m is the mean of the calibration text. Two sums each for keys and values
+are kept, no number per token; pads, sinks and the window are not in them, tokens cropped later are. An input that is
+larger as a whole around m has the same error, and so no drift.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LIMIT = 2.0  # drift above which a report says so
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One side of one layer as the calibration text was."""
+    """Keys or values of one layer as the calibration text was."""
 
     smooth: Callable[[Tensor], Tensor]  # rows [b, h, t, d] as the basis gives them back, without rounding
     centre: Float[Tensor, " n"]

@@ -1,4 +1,4 @@
-"""Exact tokens as stored pages: each side through its codec, in the way that the layer asks for."""
+"""Exact tokens as stored pages: keys and values each through their codec, in the way that the layer asks for."""
 
 from collections.abc import Callable
 
@@ -14,23 +14,23 @@ def encode(
     keys: Float[Tensor, "b h t d"],
     values: Float[Tensor, "b h t d"],
     valid: Bool[Tensor, "b t"] | None,
-    worth: Float[Tensor, "b h t"] | None,
+    importance: Float[Tensor, "b h t"] | None,
     base: Callable[[str], Stored] | None,
 ) -> dict[str, Tensor]:
-    """Tensors of both sides under "k." and "v."; joint codecs store both under "k.".
+    """Tensors of keys and values under "k." and "v."; joint codecs store both under "k.".
 
-    worth: what tokens are worth, where codecs ask. base: pages of a side in the layer that this one follows.
+    importance: of tokens, where codecs need it. base: keys or values in the layer that this one is a delta of.
     """
     key_codec, value_codec = codecs
     rows = torch.cat([keys, values], 1) if key_codec.joint else keys
-    sides = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
+    parts = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
     stored: dict[str, Tensor] = {}
-    for side, codec, x in sides:
+    for prefix, codec, x in parts:
         if base is not None:
-            own = codec.encode_after(base(side), x, valid)
-        elif worth is not None:
-            own = codec.encode_by_worth(x, valid, worth)
+            own = codec.encode_delta(base(prefix), x, valid)
+        elif importance is not None:
+            own = codec.encode_by_importance(x, valid, importance)
         else:
             own = codec.encode(x, valid)
-        stored |= {f"{side}{k}": t for k, t in own.items()}
+        stored |= {f"{prefix}{k}": t for k, t in own.items()}
     return stored

@@ -279,9 +279,7 @@ class Sinks:
 
     def to(self, device: torch.device | str, **how: bool) -> None:
         if self.keys is not None and self.values is not None and self.columns is not None:
-            self.keys, self.values, self.columns = (
-                t.to(device, **how) for t in (self.keys, self.values, self.columns)
-            )
+            self.keys, self.values, self.columns = (t.to(device, **how) for t in (self.keys, self.values, self.columns))
             self._settle()
 
     def tensors(self) -> dict[str, Tensor]:

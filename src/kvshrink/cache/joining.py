@@ -9,6 +9,7 @@ from kvshrink.cache.sliding import joined_sliding, sliding_row
 from kvshrink.errors import CacheError
 from kvshrink.store.tokens import TokenTable
 
+
 def check_alike(kinds: Sequence[tuple], lengths: Sequence[int]) -> None:
     """Raise CacheError unless caches of these (attachment, method's digest, layers) and lengths can be one batch."""
     if not kinds:

@@ -18,17 +18,17 @@ from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
 from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spans
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import probes, worth
+from kvshrink.cache.saliency import importance, probes
 from kvshrink.cache.snapshot import ExactSinks, Snapshot
 from kvshrink.cache.step import Staged, appending
 from kvshrink.errors import CacheError
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.lanes import Pages
-from kvshrink.store.lasting import lasting
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
@@ -188,12 +188,14 @@ class CompressedLayer(CacheLayerMixin):
     def probes(self, count: int) -> Tensor | None:
         """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
         body in this step."""
-        if self.codecs is None or not any(codec.salient for codec in self.codecs):
+        if self.codecs is None or not any(codec.needs_importance for codec in self.codecs):
             return None
         lengths = self.table.lengths if self.table.length == self.seen else self.table.lengths - count
         window, page = self.method.window, self.method.page
         lengths = lengths if len(lengths) else np.zeros(1, np.int64)
-        more = left(lengths + count, window, page) > np.maximum(left(lengths, window, page), lengths - self._held(lengths))
+        more = left(lengths + count, window, page) > np.maximum(
+            left(lengths, window, page), lengths - self._held(lengths)
+        )
         return probes(count) if bool(np.any(more)) else None
 
     def _held(self, lengths: np.ndarray) -> np.ndarray:
@@ -208,7 +210,7 @@ class CompressedLayer(CacheLayerMixin):
         starts = self.window.starts
         exact = np.minimum(lengths, slots - (0 if starts is None else starts))
         positions = self.table.positions_on(keys.device)[:, self.seen - slots : self.seen]
-        ranked = None if staged.asked is None else worth(staged.asked, keys, positions >= 0, new)
+        ranked = None if staged.probe_queries is None else importance(staged.probe_queries, keys, positions >= 0, new)
         for span in spans(lengths, exact, slots, window, page):
             self._capture(span, keys, values)
             if self.codecs is not None:
@@ -266,7 +268,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self.codecs is not None
         keys, count = part.keys, part.keys.shape[2]
         if rope is not None:
-            keys = rope.turn_back(keys, positions[:, at : at + count])
+            keys = rope.undo(keys, positions[:, at : at + count])
         base = None
         if self.base is not None:
             base = self._base_of(part)
@@ -336,7 +338,7 @@ class CompressedLayer(CacheLayerMixin):
                 "and dropped what came before. Use a larger window."
             )
 
-    @lasting
+    @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a negative count). A page that is cut stays short; nothing is encoded again."""
         count = abs(tokens_to_remove)
@@ -360,7 +362,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.staged = None
 
-    @lasting
+    @outside_inference_mode
     def select(self, index: Tensor) -> None:
         """Keep these rows, in this order; a row may come more than once."""
         whole, self.whole = self.whole, False
@@ -384,7 +386,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.is_initialized:
             self._move(self.device)
 
-    @lasting
+    @outside_inference_mode
     def _move(self, device: torch.device | str) -> None:
         whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):

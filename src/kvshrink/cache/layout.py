@@ -7,14 +7,14 @@ from torch import Tensor
 
 from kvshrink.cache.body import demoted
 from kvshrink.cache.encode import encode
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Stored
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.names import under
 
 
-@lasting
+@outside_inference_mode
 def empty_pages(
     tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None = None
 ) -> list[dict[str, Tensor]]:
@@ -67,4 +67,4 @@ def _read(codec: Codec, stored: Stored, shape: LayerShape, page: int) -> None:
 
 
 def _side_of(stored: Stored) -> Callable[[str], Stored]:
-    return lambda side: under(stored, side)
+    return lambda kv: under(stored, kv)

@@ -41,9 +41,11 @@ class Paged(NamedTuple):
 
 def left(length: int | np.ndarray, window: int, page: int) -> int | np.ndarray:
     """How many of a row's columns have left the window."""
-    return np.maximum(0, length - window) // page * page if isinstance(length, np.ndarray) else max(
-        0, length - window
-    ) // page * page
+    return (
+        np.maximum(0, length - window) // page * page
+        if isinstance(length, np.ndarray)
+        else max(0, length - window) // page * page
+    )
 
 
 def spans(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page: int) -> Iterator[Span]:
@@ -66,7 +68,10 @@ def paged(span: Span, keys: Tensor, values: Tensor, positions: Tensor, padded: b
     head = min(count, page - begin) if begin else 0  # tokens of a page that was cut short
     if head:
         fill = page - head
-        keys, values = (torch.cat([x[:, :, :head], x.new_zeros(*x.shape[:2], fill, x.shape[3]), x[:, :, head:]], 2) for x in (keys, values))
+        keys, values = (
+            torch.cat([x[:, :, :head], x.new_zeros(*x.shape[:2], fill, x.shape[3]), x[:, :, head:]], 2)
+            for x in (keys, values)
+        )
         real = torch.ones(len(keys), count, dtype=torch.bool, device=keys.device) if valid is None else valid
         valid = torch.cat([real[:, :head], real.new_zeros(len(keys), fill), real[:, head:]], 1)
     pages = keys.shape[2] // page
@@ -83,5 +88,9 @@ def cut(whole: Paged, start: int, stop: int, page: int) -> Paged:
     part = slice(start * page, stop * page)
     valid = None if whole.valid is None else whole.valid[:, part]
     return Paged(
-        whole.keys[:, :, part], whole.values[:, :, part], valid, whole.first[:, start:stop], whole.used[:, :, start:stop]
+        whole.keys[:, :, part],
+        whole.values[:, :, part],
+        valid,
+        whole.first[:, start:stop],
+        whole.used[:, :, start:stop],
     )

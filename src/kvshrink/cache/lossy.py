@@ -1,6 +1,6 @@
 """What a codec makes of rows, without a cache: for fitting and for simulated scores.
 
-There are no queries here, so all tokens are worth the same to a codec that would know.
+There are no queries here, so all tokens count as equally important.
 """
 
 import torch
@@ -12,7 +12,7 @@ from kvshrink.methods._roles import Codec
 from kvshrink.shapes import Float
 
 
-def through(
+def round_trip(
     codec: Codec, rows: Float[Tensor, "b h t d"], rope: Rope | None, page: int, first: int = 0
 ) -> Float[Tensor, "b h t d"]:
     """Rows of the positions from `first` on, encoded in whole pages and decoded. Keys are as attention uses them.
@@ -20,15 +20,15 @@ def through(
     Raises SettingError for a codec that needs keys and values at once.
     """
     if codec.joint:
-        raise SettingError("keys and values are stored as one, and no side by itself. Measure with a cache instead.")
+        raise SettingError("keys and values are stored as one, and neither by itself. Measure with a cache instead.")
     b, h, t, _ = rows.shape
-    turned = rope if codec.site == "k_pre" else None
+    rope = rope if codec.site == "k_pre" else None
     positions = torch.arange(first, first + t, device=rows.device)[None].expand(b, -1)
-    out = rows if turned is None else turned.turn_back(rows, positions)
+    out = rows if rope is None else rope.undo(rows, positions)
     spare = -t % page
     valid = None
     if spare:
         out = torch.nn.functional.pad(out, (0, 0, 0, spare))
         valid = (torch.arange(t + spare, device=rows.device) < t)[None].expand(b, -1)
     out = codec.decode(codec.encode(out, valid), h)[:, :, :t]
-    return (out if turned is None else turned.turn(out, positions)).to(rows.dtype)
+    return (out if rope is None else rope.apply(out, positions)).to(rows.dtype)

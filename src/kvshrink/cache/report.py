@@ -38,7 +38,7 @@ class Report:
 
     @property
     def bits(self) -> float | None:
-        """Bits of a stored number, side information included, window and sinks not. None: nothing is stored."""
+        """Bits of a stored number, metadata included, window and sinks not. None: nothing is stored."""
         numbers = sum(r.numbers for r in self.rows)
         return 8 * sum(r.body for r in self.rows) / numbers if numbers else None
 
@@ -81,7 +81,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = ["layer", "kind", "tokens", "payload", "side", "window", "sinks", "index", "total", "full", "kept"]
+        head = ["layer", "kind", "tokens", "payload", "metadata", "window", "sinks", "index", "total", "full", "kept"]
         lines = [
             [str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)]
             for r in self.rows
@@ -101,7 +101,7 @@ class Report:
 
 
 def _cells(held: Held) -> tuple[str, ...]:
-    return tuple(human(x) for x in (held.payload, held.side, held.window, held.sinks, held.index, held.total))
+    return tuple(human(x) for x in (held.payload, held.metadata, held.window, held.sinks, held.index, held.total))
 
 
 def _share(part: int, whole: int) -> str:

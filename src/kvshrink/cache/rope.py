@@ -1,4 +1,4 @@
-"""The rotation of one layer's keys: frequencies and layout, enough to turn a key to any position and back."""
+"""The rotation of one layer's keys: frequencies and layout, enough to apply RoPE at any position and undo it."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Rope:
         return self
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Channels that are turned together: (first, second) of each pair, by frequency."""
+        """Channels that are rotated together: (first, second) of each pair, by frequency."""
         f = torch.arange(len(self.inv_freq))
         return (2 * f, 2 * f + 1) if self.interleaved else (f, f + len(f))
 
@@ -32,10 +32,10 @@ class Rope:
             return angles.cos(), angles.sin()
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
-    def turn(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
+    def apply(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
         """Keys as attention uses them, from keys before RoPE."""
         return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=False)
 
-    def turn_back(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
+    def undo(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
         """Keys before RoPE, from keys as attention uses them."""
         return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=True)

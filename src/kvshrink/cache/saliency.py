@@ -1,9 +1,9 @@
-"""What tokens are worth, by the attention that some queries pay them: ZipCache's normalised saliency, arXiv 2405.14256.
+"""Importance of tokens, by the attention that some queries pay them: ZipCache's normalised saliency, arXiv 2405.14256.
 
-A step's probes are the last 5 % of its queries and a random 5 %; a single new token is its own probe. A token's worth
-is the attention it gets, summed over probes and the query heads of its KV head, divided by the number of probes that
-see it: an early token is seen by more queries than a late one and must not win by that. The official code divides by
-the number of all queries behind the token, though it sums over probes alone.
+A step's probes are the last 5 % of its queries and a random 5 %; a single new token is its own probe. A token's
+importance is the attention it gets, summed over probes and the query heads of its KV head, divided by the number of
+probes that see it: an early token is seen by more queries than a late one and must not win by that. The official code
+divides by the number of all queries behind the token, though it sums over probes alone.
 
 Attention is over the exact tokens at hand, which are a prompt's own in its prefill.
 """
@@ -20,7 +20,7 @@ SEED = 0
 SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
 
 
-class Asked(NamedTuple):
+class ProbeQueries(NamedTuple):
     """Queries of a step's probes, as attention uses them.
 
     rows:    which of the s new tokens they are, in order.
@@ -39,11 +39,13 @@ def probes(count: int) -> Int[Tensor, " x"]:
     return torch.cat([rest, torch.arange(count - each, count)]).sort().values
 
 
-def worth(asked: Asked, keys: Float[Tensor, "b h t d"], real: Bool[Tensor, "b t"], new: int) -> Float[Tensor, "b h t"]:
-    """What the exact tokens are worth, of which the last `new` are those of this step. Pads are worth nothing."""
+def importance(
+    probe_queries: ProbeQueries, keys: Float[Tensor, "b h t d"], real: Bool[Tensor, "b t"], new: int
+) -> Float[Tensor, "b h t"]:
+    """Of the exact tokens, of which the last `new` are those of this step. Pads have none."""
     b, h, t, _ = keys.shape
-    queries = asked.queries.float().unflatten(1, (h, -1))  # [b, h, m, x, d]
-    own = asked.rows + (t - new)
+    queries = probe_queries.queries.float().unflatten(1, (h, -1))  # [b, h, m, x, d]
+    own = probe_queries.rows + (t - new)
     size = max(1, SCORE_ELEMENTS // (b * queries.shape[2] * t))
     total, count = keys.new_zeros(b, h, t, dtype=torch.float32), keys.new_zeros(b, t, dtype=torch.float32)
     for at in range(0, len(own), size):
@@ -52,7 +54,7 @@ def worth(asked: Asked, keys: Float[Tensor, "b h t d"], real: Bool[Tensor, "b t"
         count += seen.sum(1)
         for head in range(h):  # so that no float32 copy of all keys is made
             part = queries[:, head, :, at : at + size]
-            total[:, head] += _attention(part, keys[:, head].float(), seen, asked.softcap).sum((1, 2))
+            total[:, head] += _attention(part, keys[:, head].float(), seen, probe_queries.softcap).sum((1, 2))
     return total / count.clamp_min(1)[:, None]
 
 

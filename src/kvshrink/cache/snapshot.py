@@ -16,8 +16,8 @@ from kvshrink.cache.rope import Rope
 from kvshrink.kernels.decode import Choice, Live, fused
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.records import Records
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Stored
+from kvshrink.methods._stats import LayerShape
 from kvshrink.shapes import Bool, Float, Int, UInt8
 from kvshrink.store.lanes import Pages, Span
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import Asked
+from kvshrink.cache.saliency import ProbeQueries
 from kvshrink.errors import CacheError
-from kvshrink.store.lasting import lasting
+from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.modes import at_once, autocast_on
 
 
@@ -23,12 +23,12 @@ class Staged:
     real: Tensor | None  # bool [b, s], False at pads; None if there are none
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
-    asked: Asked | None = None  # queries that say what tokens are worth, where codecs want to know
+    probe_queries: ProbeQueries | None = None  # by which tokens are ranked, where codecs need their importance
 
 
 def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A layer's `update`, whatever mode the caller is in: what it stores lasts, and has the model's dtype."""
-    update = lasting(update)
+    update = outside_inference_mode(update)
 
     @at_once
     @functools.wraps(update)

@@ -27,8 +27,8 @@ from kvshrink.eval import plots
 from kvshrink.fit.source import OnDisk
 from kvshrink.identity import difference
 from kvshrink.methods import name_of
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.bytes import human
 

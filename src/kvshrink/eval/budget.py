@@ -17,8 +17,8 @@ from kvshrink.attach.factory import shapes
 from kvshrink.attach.families import text_config
 from kvshrink.errors import SettingError
 from kvshrink.methods import name_of
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 
 TOLERANCE = 0.05  # a target counts as reached within 5 % of it

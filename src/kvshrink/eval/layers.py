@@ -121,7 +121,7 @@ def _stored(
 
 
 def _turned_back(keys: Tensor, rope: Rope | None, positions: Tensor) -> Tensor:
-    return keys if rope is None else rope.turn_back(keys, positions)
+    return keys if rope is None else rope.undo(keys, positions)
 
 
 def relative(exact: Tensor, ours: Tensor) -> float:

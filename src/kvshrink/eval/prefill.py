@@ -1,8 +1,8 @@
 """One exact prefill for all caches of a comparison.
 
 Every method's prefill is the model's own exact attention, so it runs once; each cache is then given the same keys and
-values through its own `update`, as the model would give them, and the queries of some tokens, for methods that ask what
-tokens are worth.
+values through its own `update`, as the model would give them, and the queries of some tokens, for methods that rank
+tokens by importance.
 """
 
 import copy
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from kvshrink.attach.families import layers_of
 from kvshrink.attach.hook import Attachment
-from kvshrink.attach.stage import asked_of
+from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.saliency import probes
@@ -47,15 +47,15 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = F
 
 
 def asks(method: Any) -> bool:
-    """Whether a method or artifact wants to know what tokens are worth."""
-    return bool(getattr(getattr(method, "method", method), "asks", False))
+    """Whether a method or artifact ranks tokens by importance."""
+    return bool(getattr(getattr(method, "method", method), "needs_importance", False))
 
 
 def _listen(found: dict[int, Any], index: int, rope: Any, module: Any, args: tuple, kwargs: dict) -> None:
     """Pre-hook of an attention module: the queries of its probes."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     positions = kwargs["position_ids"].to(torch.int32)
-    found[index] = asked_of(module, hidden, positions, rope, probes(hidden.shape[1]).to(hidden.device))
+    found[index] = probe_queries_of(module, hidden, positions, rope, probes(hidden.shape[1]).to(hidden.device))
 
 
 def _own(tensor: Any) -> Any:

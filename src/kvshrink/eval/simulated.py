@@ -18,7 +18,7 @@ from kvshrink.attach import attach
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.errors import EvalError
 from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, empty
 from kvshrink.methods._roles import Method
@@ -40,8 +40,8 @@ class Simulated(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         codecs = self.codecs[layer_idx]
         if codecs is not None:
-            key_states = through(codecs[0], key_states, self.ropes[layer_idx], self.page)
-            value_states = through(codecs[1], value_states, None, self.page)
+            key_states = round_trip(codecs[0], key_states, self.ropes[layer_idx], self.page)
+            value_states = round_trip(codecs[1], value_states, None, self.page)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 

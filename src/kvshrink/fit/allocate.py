@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._stats import CalibrationStats
 from kvshrink.methods.lowrank.cskv import CSKV
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 def choose_share(
-    method: CSKV, facts: LayerFacts, module: nn.Module, rope: Rope | None, inputs: list[dict]
+    method: CSKV, stats: CalibrationStats, module: nn.Module, rope: Rope | None, inputs: list[dict]
 ) -> tuple[float, dict[float, float]]:
     """(best share, relative squared error of the attention output per share).
 
@@ -23,13 +23,13 @@ def choose_share(
     errors = {}
     for share in SHARES:
         try:
-            fitted = method.fit_layer(facts, share)
+            fitted = method.fit_layer(stats, share)
         except SettingError:
-            continue  # too few channels for one side at this share
-        codecs = method.codecs(facts.shape, fitted)
+            continue  # too few channels for keys or values at this share
+        codecs = method.codecs(stats.shape, fitted)
         errors[share] = sum(_output_error(module, rope, codecs, kwargs) for kwargs in inputs) / len(inputs)
     if not errors:
-        method.ranks(facts.shape)  # says what is wrong
+        method.ranks(stats.shape)  # says what is wrong
     return min(errors, key=lambda s: errors[s]), errors
 
 
@@ -41,8 +41,8 @@ class Lossy:
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         half = key.shape[2] // 2 // self.page * self.page
-        k = through(self.codecs[0], key[:, :, :half], self.rope, self.page)
-        v = through(self.codecs[1], value[:, :, :half], None, self.page)
+        k = round_trip(self.codecs[0], key[:, :, :half], self.rope, self.page)
+        v = round_trip(self.codecs[1], value[:, :, :half], None, self.page)
         return torch.cat([k, key[:, :, half:]], 2), torch.cat([v, value[:, :, half:]], 2)
 
 

@@ -38,10 +38,10 @@ class PredictionLoss(Loss):
 
     def __call__(self, codecs: Codecs, row: int) -> Tensor:
         ids = self.rows[row]
-        asked = ids.shape[1] // REPEATED
+        tail = ids.shape[1] // REPEATED
         with torch.no_grad():
-            exact = self.reader.prefill(ids[:, :-asked])
-            wanted = self.reader.predict(exact, {}, ids[:, -asked:])
+            exact = self.reader.prefill(ids[:, :-tail])
+            wanted = self.reader.predict(exact, {}, ids[:, -tail:])
         with frozen(self.reader.model):
-            found = self.reader.predict(exact, codecs, ids[:, -asked:])
+            found = self.reader.predict(exact, codecs, ids[:, -tail:])
         return (wanted.exp() * (wanted - found)).sum(-1).mean()

@@ -16,9 +16,9 @@ from kvshrink.shapes import Int
 
 
 def squared_gradients(
-    model: nn.Module, infos: Mapping[int, LayerInfo], rows: Int[Tensor, "rows length"], asked: int
+    model: nn.Module, infos: Mapping[int, LayerInfo], rows: Int[Tensor, "rows length"], tail: int
 ) -> dict[int, tuple[float, float]]:
-    """{layer: (key, value)}: squares of the gradient of the mean loss of a row's last `asked` tokens, summed over the
+    """{layer: (key, value)}: squares of the gradient of the mean loss of a row's last `tail` tokens, summed over the
     weights of each projection and over the rows.
 
     Raises DataError if a gradient is not finite or the weights are no floats.
@@ -30,12 +30,12 @@ def squared_gradients(
     totals = {i: [0.0, 0.0] for i in parts}
     with _only(model, weights), torch.enable_grad():
         for row in rows[:, None]:
-            logits = model(input_ids=row, use_cache=False, logits_to_keep=asked + 1).logits[0, :-1]
-            loss = nn.functional.cross_entropy(logits.float(), row[0, -asked:])
+            logits = model(input_ids=row, use_cache=False, logits_to_keep=tail + 1).logits[0, :-1]
+            loss = nn.functional.cross_entropy(logits.float(), row[0, -tail:])
             gradient = dict(zip(map(id, weights), torch.autograd.grad(loss, weights), strict=True))
             for i, pair in parts.items():
-                for side, (weight, channels) in enumerate(pair):
-                    totals[i][side] += float(gradient[id(weight)][channels].float().square().sum())
+                for kv, (weight, channels) in enumerate(pair):
+                    totals[i][kv] += float(gradient[id(weight)][channels].float().square().sum())
             del logits, loss, gradient
     if not all(torch.tensor(pair).isfinite().all() for pair in totals.values()):
         raise DataError("the loss has a gradient that is NaN or infinite on the calibration text. Check the weights.")

@@ -17,6 +17,7 @@ from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_share
+from kvshrink.fit.collector import StatsCollector
 from kvshrink.fit.data import rows_hash, rows_of
 from kvshrink.fit.distil import PredictionLoss
 from kvshrink.fit.layerwise import LayerRunner
@@ -27,10 +28,9 @@ from kvshrink.fit.resume import Checkpoint
 from kvshrink.fit.source import InMemory, OnDisk
 from kvshrink.fit.statistics import describe
 from kvshrink.fit.train import Loss, train
-from kvshrink.fit.watch import LayerWatch
 from kvshrink.methods import name_of
-from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Moments
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -39,7 +39,6 @@ from kvshrink.store.reason import line
 
 TRACKERS = ("tensorboard", "trackio")
 ROW = 1024  # tokens of a calibration row
-SIDES = ("key", "value")
 PROBES = 4  # batches on which key_share="auto" compares attention outputs
 
 
@@ -240,12 +239,12 @@ class _Job:
         """All layers trained jointly; their errors on the calibration text are entered anew."""
         device = next(self.source.model.parameters()).device
         layers = {i: {k: t.to(device) for k, t in fitted.items()} for i, fitted in layers.items()}
-        moments = {(i, s): fitted.pop(f"{s}_covariance") for i, fitted in layers.items() for s in SIDES}
+        moments = {(i, s): fitted.pop(f"{s}_covariance") for i, fitted in layers.items() for s in KVS}
         loss = PredictionLoss(self.source.model, self.infos, self.rows, method)
         trained, record = train(method, layers, shapes, loss, "predictions", self.progress, self.log_with)
-        for (i, side), covariance in moments.items():
-            centre = trained[i][f"{side}_centre"].double()
-            records[i] |= describe(trained[i], side, Moments(self.rows.numel(), centre, covariance))
+        for (i, kv), covariance in moments.items():
+            centre = trained[i][f"{kv}_centre"].double()
+            records[i] |= describe(trained[i], kv, Moments(self.rows.numel(), centre, covariance))
         return {i: {k: t.cpu() for k, t in fitted.items()} for i, fitted in trained.items()}, record
 
     def _probe(self, method: Method) -> Recall | None:
@@ -261,37 +260,37 @@ class _Job:
         cskvs = [m for m in self.methods if isinstance(m, CSKV)]
         whole = any(_trains(m, "output") for m in cskvs)
         probes = len(self.rows) if whole else PROBES if any(m.key_share == "auto" for m in cskvs) else 0
-        seen = LayerWatch(probes, any(_trains(m, "rows") for m in cskvs), any(m.samples for m in self.methods))
+        seen = StatsCollector(probes, any(_trains(m, "rows") for m in cskvs), any(m.samples for m in self.methods))
         runner.run(index, layer, seen)
-        facts = seen.facts(self.infos[index])
-        return [self._fit_one(method, index, facts, seen) for method in self.methods]
+        stats = seen.stats(self.infos[index])
+        return [self._fit_one(method, index, stats, seen) for method in self.methods]
 
     def _fit_one(
-        self, method: Method, index: int, facts: LayerFacts, seen: LayerWatch
+        self, method: Method, index: int, stats: CalibrationStats, seen: StatsCollector
     ) -> tuple[dict[str, Tensor], dict]:
         started = time.perf_counter()
         record: dict = {}
         info = self.infos[index]
         if isinstance(method, CSKV) and method.key_share == "auto":
-            share, errors = choose_share(method, facts, info.module, info.rope, seen.inputs[:PROBES])
-            fitted = method.fit_layer(facts, share)
+            share, errors = choose_share(method, stats, info.module, info.rope, seen.inputs[:PROBES])
+            fitted = method.fit_layer(stats, share)
             record |= {"key_share": share, "share_errors": {str(k): v for k, v in errors.items()}}
         else:
-            fitted = method.fit_layer(facts)
+            fitted = method.fit_layer(stats)
         if isinstance(method, CSKV) and method.steps and method.loss != "kl":
-            shapes, label = {index: facts.shape}, f"layer {index}"
+            shapes, label = {index: stats.shape}, f"layer {index}"
             loss = self._loss(method, info, seen)
             trained, training = train(method, {index: fitted}, shapes, loss, label, self.progress, self.log_with)
             fitted, record["training"] = trained[index], training
-        for side, moments in zip(SIDES, (facts.key, facts.value), strict=True):
-            record |= describe(fitted, side, moments)
+        for kv, moments in zip(KVS, (stats.key, stats.value), strict=True):
+            record |= describe(fitted, kv, moments)
             if _trains(method, "kl"):
-                fitted[f"{side}_covariance"] = moments.covariance  # until all layers are trained
-            fitted[f"{side}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
+                fitted[f"{kv}_covariance"] = moments.covariance  # until all layers are trained
+            fitted[f"{kv}_spectrum"] = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp_min(0).sqrt().float()
         record["seconds"] = round(time.perf_counter() - started, 3)
         return {k: t.cpu() for k, t in fitted.items()}, record
 
-    def _loss(self, method: CSKV, info: LayerInfo, seen: LayerWatch) -> Loss:
+    def _loss(self, method: CSKV, info: LayerInfo, seen: StatsCollector) -> Loss:
         if method.loss == "output":
             return OutputLoss(info, seen.inputs, method.page)
         return RowLoss(torch.cat(seen.keys), torch.cat(seen.values), method.page)

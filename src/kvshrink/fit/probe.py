@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from kvshrink.attach.families import LayerInfo, text_config
-from kvshrink.cache.lossy import through
+from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
-from kvshrink.methods._facts import Probe
 from kvshrink.methods._roles import Codec, Method
+from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
@@ -34,8 +34,8 @@ SEED = 0
 class Reader:
     """A model that prefills exactly and then reads some of what it prefilled through codecs.
 
-    chunk: tokens that are read at a time, while pages leave the window as they do in use: only so is a window worth
-           what it is. None: all in one forward, which says what a loss far behind costs.
+    chunk: tokens that are read at a time, while pages leave the window as they do in use: only so does a window count
+           as it does there. None: all in one forward, which says what a loss far behind costs.
     """
 
     def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method, chunk: int | None = None) -> None:
@@ -90,7 +90,7 @@ class Reader:
     def _read(self, codec: Codec, rows: Tensor, rope: Rope | None, first: int) -> Tensor:
         """Rows of the positions from `first` on as they come back from their pages, sinks as they are."""
         exact = max(0, self.method.sinks - first)
-        back = through(codec, rows, rope, self.method.page, first)
+        back = round_trip(codec, rows, rope, self.method.page, first)
         return torch.cat([rows[:, :, :exact], back[:, :, exact:]], 2)
 
 
@@ -113,12 +113,12 @@ class Recall(Probe):
     ) -> None:
         self.reader = Reader(model, infos, method, chunk)
         made = recall_rows(rows, row_length(model, rows), method)
-        self.made, self.asked = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
+        self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
         for row in self.made[:, None]:
-            self.caches.append(self.reader.prefill(row[:, : -self.asked]))
-            self.tails.append(row[:, -self.asked :])
+            self.caches.append(self.reader.prefill(row[:, : -self.tail]))
+            self.tails.append(row[:, -self.tail :])
             self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
@@ -152,7 +152,7 @@ class Recall(Probe):
         """Of the loss of the repetition, read from the whole text before it."""
         if self.information is None:
             infos = {i: info for i, info in enumerate(self.reader.infos) if info.compressed}
-            self.information = squared_gradients(self.reader.model, infos, self.made, self.asked)
+            self.information = squared_gradients(self.reader.model, infos, self.made, self.tail)
         return self.information
 
 
@@ -173,9 +173,9 @@ def recall_rows(
     """
     first, stream = rows[:, :1].flatten()[:1], rows.flatten()
     length = min(length, len(stream))
-    asked = length // REPEATED
-    context = length - asked - 1
-    room = context - asked - method.window - method.page
+    tail = length // REPEATED
+    context = length - tail - 1
+    room = context - tail - method.window - method.page
     if room <= method.sinks:
         least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
@@ -185,7 +185,7 @@ def recall_rows(
         at = round(i * (len(stream) - context) / max(1, count - 1))
         passage = at + draw.randrange(method.sinks, room + 1)
         if plain and i % 2:
-            at = min(at, len(stream) - context - asked)
+            at = min(at, len(stream) - context - tail)
             passage = at + context
-        made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + asked]]))
+        made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + tail]]))
     return torch.stack(made)

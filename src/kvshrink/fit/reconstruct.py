@@ -20,13 +20,13 @@ class RowLoss(Loss):
 
     def __init__(self, keys: Float[Tensor, "rows h t d"], values: Float[Tensor, "rows h t d"], page: int) -> None:
         usable = keys.shape[2] // page * page
-        self.sides = (keys[:, :, :usable], values[:, :, :usable])
+        self.rows = (keys[:, :, :usable], values[:, :, :usable])
         self.trained, self.held = split(len(keys))
 
     def __call__(self, codecs: Codecs, row: int) -> Tensor:
         (pair,) = codecs.values()
         errors = []
-        for codec, side in zip(pair, self.sides, strict=True):
-            rows = side[row : row + 1].float()
+        for codec, all_rows in zip(pair, self.rows, strict=True):
+            rows = all_rows[row : row + 1].float()
             errors.append((codec.decode(codec.encode(rows, None), rows.shape[1]) - rows).square().mean())
         return torch.stack(errors).sum()

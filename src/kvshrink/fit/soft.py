@@ -7,15 +7,15 @@ from typing import final
 
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._roles import Codec, Stored
-from kvshrink.methods.lowrank._basis import BasisCodec
 
 
 @final
 class Soft(Codec):
     """A `BasisCodec` that stores latents [b, G, t, r] instead of pages."""
 
-    side = frozenset()
+    metadata = frozenset()
 
     def __init__(self, codec: BasisCodec, rounds: bool) -> None:
         self.codec, self.rounds = codec, rounds
@@ -23,7 +23,7 @@ class Soft(Codec):
 
     def encode(self, rows: Tensor, valid: Tensor | None) -> Stored:
         latent = self.codec.project(rows)
-        return {"latent": self.codec.packing.fake(latent) if self.rounds else latent}
+        return {"latent": self.codec.packing.fake_quantize(latent) if self.rounds else latent}
 
     def unpack(self, stored: Stored) -> Tensor:
         return stored["latent"]

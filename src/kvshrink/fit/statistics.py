@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
-from kvshrink.methods._facts import Moments
+from kvshrink.methods._stats import Moments
 from kvshrink.shapes import Float
 
 
@@ -113,15 +113,15 @@ def residuals(
     return total.clamp_min(0) / moments.covariance.trace()
 
 
-def describe(fitted: dict[str, Tensor], side: str, moments: Moments) -> dict[str, float]:
+def describe(fitted: dict[str, Tensor], kv: str, moments: Moments) -> dict[str, float]:
     """Adds to a basis what the calibration rows were like: their mean, and the error by number of components.
 
     Returns the error of all components for the record, or nothing for a method without a basis.
     """
-    up = fitted.get(f"{side}_up")
+    up = fitted.get(f"{kv}_up")
     if up is None:
         return {}
-    down = fitted.get(f"{side}_down", up.transpose(1, 2))
-    errors = residuals(moments, down, up, fitted[f"{side}_mean"])
-    fitted[f"{side}_errors"], fitted[f"{side}_centre"] = errors.float(), moments.mean.float()
-    return {f"{side}_error": float(errors[-1])}
+    down = fitted.get(f"{kv}_down", up.transpose(1, 2))
+    errors = residuals(moments, down, up, fitted[f"{kv}_mean"])
+    fitted[f"{kv}_errors"], fitted[f"{kv}_centre"] = errors.float(), moments.mean.float()
+    return {f"{kv}_error": float(errors[-1])}

@@ -19,15 +19,14 @@ from tqdm import tqdm
 from kvshrink.errors import DataError
 from kvshrink.fit.curve import curve
 from kvshrink.fit.soft import Soft
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._codecs.basis import leading
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import leading
+from kvshrink.methods._stats import KVS, LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 
 HELD = 0.1  # share of the rows that is never trained on
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the rank, for matryoshka
 SEED = 0
-SIDES = ("key", "value")
 
 Codecs = Mapping[int, tuple[Soft, Soft]]  # key codec and value codec per layer
 Basis = dict[int, dict[str, Tensor]]  # tensors per layer
@@ -76,9 +75,9 @@ def train(
 
 def _parameters(fitted: Fitted) -> dict[str, nn.Parameter]:
     """What is trained: every basis with its own decoder, also where they start as one orthonormal matrix."""
-    start = {k: fitted[k] for side in SIDES for k in (f"{side}_up", f"{side}_mean")}
-    for side in SIDES:
-        start[f"{side}_down"] = fitted.get(f"{side}_down", fitted[f"{side}_up"].transpose(1, 2))
+    start = {k: fitted[k] for kv in KVS for k in (f"{kv}_up", f"{kv}_mean")}
+    for kv in KVS:
+        start[f"{kv}_down"] = fitted.get(f"{kv}_down", fitted[f"{kv}_up"].transpose(1, 2))
     return {k: nn.Parameter(t.detach().float().clone(memory_format=torch.contiguous_format)) for k, t in start.items()}
 
 
@@ -104,7 +103,7 @@ def _optimise(
     draw, losses = random.Random(SEED), []
     with tqdm(total=method.steps, desc=label, leave=False, disable=not progress) as bar, torch.enable_grad():
         for step in range(method.steps):
-            shares = [draw.choice(FRACTIONS) if method.matryoshka else 1.0 for _ in SIDES]
+            shares = [draw.choice(FRACTIONS) if method.matryoshka else 1.0 for _ in KVS]
             value = _value(method, params, shapes, loss, step % loss.trained, shares, method.qat)
             losses.append(_plain(float(value.detach())))
             if losses[-1] is None:
@@ -133,13 +132,13 @@ def _held_out(method: CSKV, layers: Mapping[int, Fitted], shapes: Mapping[int, L
 
 
 def _value(method: CSKV, layers: Mapping, shapes: Mapping, loss: Loss, row: int, shares, rounds: bool) -> Tensor:
-    """The loss with a share of each side's components; infinity where they are beyond what a quantiser takes."""
+    """The loss with shares of the components of keys and values; infinity where a quantiser cannot take them."""
     codecs = {}
     for i, fitted in layers.items():
         tensors = dict(fitted)
-        for side, share in zip(SIDES, shares, strict=True):
+        for kv, share in zip(KVS, shares, strict=True):
             if share < 1:
-                tensors |= leading(tensors, side, max(1, int(share * tensors[f"{side}_up"].shape[1])))
+                tensors |= leading(tensors, kv, max(1, int(share * tensors[f"{kv}_up"].shape[1])))
         key, value = method.codecs(shapes[i], tensors)
         codecs[i] = (Soft(key, rounds), Soft(value, rounds))
     try:

@@ -152,7 +152,9 @@ class Single(Holder):
 
     def addresses(self, start: int, stop: int) -> np.ndarray:
         b, lanes, pages, size = self.records.shape
-        table = (self.records.data_ptr() or 1) + size * np.arange(b * lanes * pages, dtype=np.int64).reshape(b, lanes, pages)
+        table = (self.records.data_ptr() or 1) + size * np.arange(b * lanes * pages, dtype=np.int64).reshape(
+            b, lanes, pages
+        )
         return np.ascontiguousarray(table[:, :, start:stop])
 
 

@@ -16,15 +16,15 @@ class Codec(ABC):
     values can stay latent until after the softmax-weighted sum.
 
     site:  "k_pre" keys before RoPE, "k_post" keys as attention uses them, "v" values.
-    side:  names of the stored tensors that are side information (scales, minima), not payload.
+    metadata: names of the stored tensors that are scales, minima and the like, not payload.
     width: channels of one group's latent, what `unpack` gives.
     joint: keys and values are stored as one: the key codec gets the rows of both, 2h heads, and the value codec reads
            what it stored.
-    Of a layer that follows another one (`Method.follows`) what is stored holds that one's tensors too, as "base.*".
+    Of a layer that is stored as a delta (`Method.stores_delta`) the pages hold that one's tensors too, as "base.*".
     """
 
     site: Literal["k_pre", "k_post", "v"]
-    side: frozenset[str]
+    metadata: frozenset[str]
     width: int
     joint: bool = False
 
@@ -32,19 +32,19 @@ class Codec(ABC):
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         """Whole pages of rows, encoded. Invalid rows (left pads) may hold anything and must not matter."""
 
-    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """`encode` of a layer that follows another one, whose pages of the same tokens are `base`."""
-        raise NotImplementedError(f"{type(self).__name__} follows none")
+    def encode_delta(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        """`encode` of what a layer adds to another one, whose pages of the same tokens are `base`."""
+        raise NotImplementedError(f"{type(self).__name__} stores no delta")
 
     @property
-    def salient(self) -> bool:
-        """Whether it wants to know what tokens are worth; only then is it worked out."""
+    def needs_importance(self) -> bool:
+        """Whether `encode_by_importance` differs from `encode`; only then is the importance of tokens computed."""
         return False
 
-    def encode_by_worth(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def encode_by_importance(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        """As `encode`, which takes all tokens to be worth the same. A codec that is not `salient` does not look."""
+        """As `encode`, which takes all tokens as equally important. Only `needs_importance` codecs look."""
         return self.encode(rows, valid)
 
     @abstractmethod
@@ -81,12 +81,12 @@ class Codec(ABC):
         return None
 
     def scores(self, query: Float[Tensor, "b h x d"], stored: Stored) -> Float[Tensor, "b t"]:
-        """What chooses the tokens that are read. Asked only of a codec whose `reads` gives a number."""
+        """What chooses the tokens that are read. Called only of a codec whose `reads` gives a number."""
         raise NotImplementedError(f"{type(self).__name__} has all tokens read")
 
-    def demoted(self, stored: Stored) -> Stored:
+    def truncate(self, stored: Stored) -> Stored:
         """Pages of the next younger tier as this codec stores them: a part of the same tensors, nothing rounded again.
-        Asked only of a codec of an older tier."""
+        Called only of a codec of an older tier."""
         raise NotImplementedError(f"{type(self).__name__} takes over no pages")
 
     def sound(self, stored: Stored) -> bool:

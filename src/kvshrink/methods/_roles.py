@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._codec import Codec as Codec
-from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._packing.base import Stored as Stored
 from kvshrink.methods._settings import EXACT, require
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._types import Settings, check_finite, check_types
 from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX, slots_for
@@ -54,7 +54,7 @@ class Method(metaclass=Settings):
         """Ages of the body's pages, the youngest first, whose codecs are `codecs`."""
         return (Tier(self.codecs(shape, fitted)),)
 
-    def follows(self, fitted: Fitted) -> bool:
+    def stores_delta(self, fitted: Fitted) -> bool:
         """Whether a layer is stored as what it adds to the compressed layer before it."""
         return False
 
@@ -65,13 +65,13 @@ class Method(metaclass=Settings):
         """
         return "drops tokens" if self.drops_tokens else None
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         """Tensors of one layer from its calibration statistics."""
         return {}
 
     @property
     def samples(self) -> bool:
-        """Whether `fit_layer` needs `facts.sample`: rows of the calibration text as they are."""
+        """Whether `fit_layer` needs `stats.sample`: rows of the calibration text as they are."""
         return False
 
     @property

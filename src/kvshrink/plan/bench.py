@@ -23,11 +23,11 @@ from kvshrink.errors import DataError
 from kvshrink.eval.budget import Room
 from kvshrink.eval.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
-from kvshrink.fit.facts import gather
+from kvshrink.fit.gather import gather
 from kvshrink.fit.probe import REPEATED, Recall
 from kvshrink.methods import build, name_of
-from kvshrink.methods._facts import LayerFacts
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import CalibrationStats
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.judge import Judge
@@ -72,11 +72,11 @@ class Bench:
         self.measured = 0
 
     @cached_property
-    def facts(self) -> dict[int, LayerFacts]:
+    def facts(self) -> dict[int, CalibrationStats]:
         return gather(self.model, self.fitted_rows, BATCH, self.progress)
 
     @cached_property
-    def sampled(self) -> dict[int, LayerFacts]:
+    def sampled(self) -> dict[int, CalibrationStats]:
         """With rows as they are, for methods that learn from them."""
         return gather(self.model, self.fitted_rows, BATCH, self.progress, sample=True)
 

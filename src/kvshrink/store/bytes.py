@@ -17,7 +17,7 @@ class Held:
     """Bytes one layer holds, by what they are for."""
 
     payload: int = 0  # latents or codes of the body
-    side: int = 0  # scales, minima, indices of the body
+    metadata: int = 0  # scales, minima, indices of the body
     window: int = 0  # recent tokens, exact
     sinks: int = 0  # first tokens, exact, and their columns
     index: int = 0  # where the body's records are and which tokens they hold

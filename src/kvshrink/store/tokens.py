@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvshrink.shapes import Bool, Int
 from kvshrink.store.growth import slots_for
-from kvshrink.store.lasting import lasting as outside_inference_mode
+from kvshrink.store.inference import outside_inference_mode
 
 BYTES_PER_TOKEN = 4  # an int32 position
 CHUNK = 256  # columns taken at a time, once there are as many; the table is small enough to be copied when it grows

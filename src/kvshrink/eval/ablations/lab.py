@@ -29,8 +29,8 @@ from kvshrink.eval.records import has_track
 from kvshrink.eval.rounds import AGNOSTIC
 from kvshrink.eval.runner import Job, Runner
 from kvshrink.eval.teacher import Track, follow
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV

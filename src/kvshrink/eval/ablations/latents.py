@@ -15,9 +15,9 @@ from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, 
 from kvshrink.eval.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Float
 
 OFFICIAL, UNCLAMPED, OURS = "official formula", "the same, zero not clamped", "ours"
@@ -73,7 +73,7 @@ def _errors(codec: Any, rows: Float[Tensor, "b h t d"], page: int) -> dict:
     quantised = {
         OFFICIAL: by_group(latent, packing, lambda x: fake_quantise(x, bits)),
         UNCLAMPED: by_group(latent, packing, lambda x: fake_quantise(x, bits, clamped=False)),
-        OURS: packing.fake(latent),
+        OURS: packing.fake_quantize(latent),
     }
     heads = rows.shape[1]
     return {

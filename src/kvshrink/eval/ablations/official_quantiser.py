@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import EvalError
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float
 
@@ -65,7 +65,7 @@ class OfficialCodec(Codec):
 
     basis: BasisCodec  # its own packing is float32
     groups: Affine  # whose groups are quantised
-    side = frozenset()
+    metadata = frozenset()
 
     @property
     def site(self):  # type: ignore[override]

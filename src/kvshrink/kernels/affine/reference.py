@@ -24,7 +24,7 @@ def quantize(
 
     clip: share of the range between minimum and maximum that the codes cover, about its middle.
     side: dtype of scale and low.
-    Raises DataError on NaN, infinity, or a range that side information cannot hold.
+    Raises DataError on NaN, infinity, or a range that metadata cannot hold.
     """
     x = x.float()
     if valid is None:

@@ -17,7 +17,7 @@ from kvshrink.methods._packing.grouping import Grouping
 from kvshrink.methods._packing.raw import Raw
 from kvshrink.shapes import Bool, Float, Int
 
-SIDES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
+DTYPES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
 
 
 @final
@@ -26,7 +26,7 @@ class Affine(Packing):
     """Latents as `bits`-bit codes; one scale per channel and page (axis "channel") or per token and `group`.
 
     clip:   share of a group's range that codes cover, about its middle; what lies outside takes the nearest end.
-    scales: how scale and low are stored. float8 (e4m3) halves the side information and ends at 448.
+    scales: how scale and low are stored. float8 (e4m3) halves the metadata and ends at 448.
     """
 
     groups: int
@@ -37,7 +37,7 @@ class Affine(Packing):
     group: int = 64
     clip: float = 1.0
     scales: Literal["float16", "float8"] = "float16"
-    side: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
+    metadata: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
 
     @property
     def grouping(self) -> Grouping:
@@ -46,7 +46,7 @@ class Affine(Packing):
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         grouping = self.grouping
         rows = grouping.split(latent)
-        codes, scale, low = quantize(rows, self.bits, grouping.real(valid, rows), self.clip, SIDES[self.scales])
+        codes, scale, low = quantize(rows, self.bits, grouping.real(valid, rows), self.clip, DTYPES[self.scales])
         flat = grouping.pages(codes).flatten(3)  # [b, p, G, page * r]
         return {"codes": pack(flat, self.bits), "scale": _kept(scale), "low": _kept(low)}
 
@@ -87,22 +87,22 @@ class Affine(Packing):
         return rows.transpose(1, 2)
 
     def page_bytes(self) -> int:
-        side = 2 * SIDES[self.scales].itemsize
-        return self.groups * (packed_bytes(self.page * self.width, self.bits) + self.grouping.groups * side)
+        metadata = 2 * DTYPES[self.scales].itemsize
+        return self.groups * (packed_bytes(self.page * self.width, self.bits) + self.grouping.groups * metadata)
 
     def _lanes(self, stored: Stored) -> Tensor:
         """[b, p, G, m, r]: as planes of m * r codes are packed, lane i holds the tokens i, i + m, i + 2m, ..."""
         return stored["codes"].unflatten(-1, (self.page * self.bits // 8, self.width))
 
 
-def _kept(side: Tensor) -> Tensor:
+def _kept(metadata: Tensor) -> Tensor:
     """One number a group. 8-bit floats are stored as bytes, which torch can index and join."""
-    side = side.squeeze(-1)
-    return side.view(torch.uint8) if side.dtype.itemsize == 1 else side
+    metadata = metadata.squeeze(-1)
+    return metadata.view(torch.uint8) if metadata.dtype.itemsize == 1 else metadata
 
 
 def _read(stored: Stored) -> Stored:
-    """The same with side information as numbers."""
+    """The same with metadata as numbers."""
     if stored["scale"].dtype != torch.uint8:
         return stored
     return {**stored, **{name: stored[name].view(torch.float8_e4m3fn).float() for name in ("scale", "low")}}

@@ -14,33 +14,33 @@ from kvshrink.shapes import Bool, Float, Int
 
 Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
 
-SIDE_BYTES = 4  # float16 scale and float16 low
+METADATA_BYTES = 4  # float16 scale and float16 low
 
 
 class Packing(ABC):
     """Rows [b, G, t, r] of whole pages <-> stored tensors [b, p, ...].
 
-    groups, width, page: G, r and tokens of a page. side: names of what is no payload.
+    groups, width, page: G, r and tokens of a page. metadata: names of what is no payload.
     """
 
     groups: int
     width: int
     page: int
-    side: ClassVar[frozenset[str]] = frozenset()
+    metadata: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         """Whole pages. Invalid rows (left pads) may hold anything. Raises DataError on what is not finite."""
 
     @property
-    def salient(self) -> bool:
-        """Whether `store_by_worth` differs from `store`."""
+    def needs_importance(self) -> bool:
+        """Whether `store_by_importance` differs from `store`."""
         return False
 
-    def store_by_worth(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def store_by_importance(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        """The same as `store`, which takes all tokens to be worth the same. Groups are of neighbouring KV heads."""
+        """The same as `store`, which takes all tokens as equally important. Groups are of neighbouring KV heads."""
         return self.store(latent, valid)
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Packing(ABC):
         """The same pages as fused kernels read them; None: they cannot."""
         return None
 
-    def demoted(self, stored: Stored) -> Stored:
+    def truncate(self, stored: Stored) -> Stored:
         """Pages of the next younger tier as this packing stores them: a part of the same tensors."""
         raise NotImplementedError(f"{type(self).__name__} takes over no pages")
 
@@ -71,7 +71,7 @@ class Packing(ABC):
         """Some tokens of each row."""
         return self.load(stored).take_along_dim(tokens[:, None, :, None].long(), 2)
 
-    def fake(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
+    def fake_quantize(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
         """What `load(store(latent))` gives, with a straight-through gradient (for quantisation-aware training)."""
         with torch.no_grad():
             rounded = self.load(self.store(latent, None))
@@ -84,8 +84,8 @@ Put = Callable[[Tensor, Tensor | None], Stored]  # rows [b, G, t, r] and which t
 class Around(Packing):
     """A packing around another one, `inner`, whose shape it has.
 
-    What tokens are worth is handed on to it. Fused kernels and older tiers do not know what a wrapper adds, so `packed`
-    and `demoted` stay as they are for any packing.
+    Importance is handed on to it. Fused kernels and older tiers do not know what a wrapper adds, so `packed`
+    and `truncate` stay as they are for any packing.
     """
 
     inner: Packing
@@ -95,16 +95,16 @@ class Around(Packing):
         """As `store`, where `put` is how `inner` stores rows."""
 
     @property
-    def salient(self) -> bool:
-        return self.inner.salient
+    def needs_importance(self) -> bool:
+        return self.inner.needs_importance
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.store_with(self.inner.store, latent, valid)
 
-    def store_by_worth(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def store_by_importance(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        return self.store_with(partial(self.inner.store_by_worth, worth=worth), latent, valid)
+        return self.store_with(partial(self.inner.store_by_importance, importance=importance), latent, valid)
 
     @property
     def groups(self) -> int:  # type: ignore[override]
@@ -119,8 +119,8 @@ class Around(Packing):
         return self.inner.page
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.metadata
 
     def sound(self, stored: Stored) -> bool:
         return self.inner.sound(stored)
@@ -139,10 +139,10 @@ def there(valid: Bool[Tensor, "b t"] | None, page: int) -> Bool[Tensor, "b p 1 p
     return None if valid is None else valid.unflatten(1, (-1, page))[:, :, None, :, None]
 
 
-def checked(side: Tensor) -> Tensor:
-    """Side information as it will be stored. Raises DataError unless all of it is finite."""
-    if not bool(side.isfinite().all()):
+def checked(metadata: Tensor) -> Tensor:
+    """Metadata as it will be stored. Raises DataError unless all of it is finite."""
+    if not bool(metadata.isfinite().all()):
         raise DataError(
-            f"keys or values are NaN, infinite or beyond {side.dtype}'s range. Check the model's activations."
+            f"keys or values are NaN, infinite or beyond {metadata.dtype}'s range. Check the model's activations."
         )
-    return side
+    return metadata

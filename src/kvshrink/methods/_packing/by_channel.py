@@ -1,4 +1,4 @@
-"""Two forms in one page: the channels of most worth in one, the others in another; and rows turned before they lie.
+"""Two forms in one page: the most important channels in one, the others in another; and rows rotated before they lie.
 
 Which channels of a page those are is one bit a channel, stored once for all tokens of the page.
 """
@@ -21,14 +21,14 @@ MASK = "mask"
 @final
 @dataclass(frozen=True, eq=False)
 class ByChannel(Packing):
-    """high takes the `high.width` channels of most worth of each page and group, low the others.
+    """high takes the `high.width` most important channels of each page and group, low the others.
 
-    worth: "range" (maximum - minimum over the page's tokens) or "size" (mean magnitude).
+    criterion: "range" (maximum - minimum over the page's tokens) or "size" (mean magnitude).
     """
 
     high: Packing
     low: Packing
-    worth: Literal["range", "size"]
+    criterion: Literal["range", "size"]
 
     @property
     def groups(self) -> int:  # type: ignore[override]
@@ -43,26 +43,26 @@ class ByChannel(Packing):
         return self.high.width + self.low.width
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        inner = {f"{form}.{name}" for form, p in (("high", self.high), ("low", self.low)) for name in p.side}
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        inner = {f"{form}.{name}" for form, p in (("high", self.high), ("low", self.low)) for name in p.metadata}
         return frozenset(inner | {MASK})
 
     @property
-    def salient(self) -> bool:
-        return self.high.salient or self.low.salient
+    def needs_importance(self) -> bool:
+        return self.high.needs_importance or self.low.needs_importance
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self._store(latent, valid, self.high.store, self.low.store)
 
-    def store_by_worth(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def store_by_importance(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        high, low = (partial(packing.store_by_worth, worth=worth) for packing in (self.high, self.low))
+        high, low = (partial(packing.store_by_importance, importance=importance) for packing in (self.high, self.low))
         return self._store(latent, valid, high, low)
 
     def _store(self, latent: Tensor, valid: Tensor | None, put_high: Put, put_low: Put) -> Stored:
         pages = paged(latent, self.page)
-        best = self._worth(pages, there(valid, self.page)).argsort(dim=-1, descending=True, stable=True)
+        best = self._ranked(pages, there(valid, self.page)).argsort(dim=-1, descending=True, stable=True)
         high, low = best.split([self.high.width, self.low.width], -1)
         mask = torch.zeros_like(best, dtype=torch.uint8).scatter_(-1, high, 1)
         stored = {MASK: pack(torch.nn.functional.pad(mask, (0, -self.width % 8)), 1)}
@@ -86,8 +86,8 @@ class ByChannel(Packing):
         mask = packed_bytes(self.width + -self.width % 8, 1)
         return self.high.page_bytes() + self.low.page_bytes() + self.groups * mask
 
-    def _worth(self, pages: Tensor, real: Tensor | None) -> Float[Tensor, "b p G r"]:
-        if self.worth == "size":
+    def _ranked(self, pages: Tensor, real: Tensor | None) -> Float[Tensor, "b p G r"]:
+        if self.criterion == "size":
             return (pages if real is None else pages.masked_fill(~real, 0.0)).abs().sum(3)
         if real is None:
             return pages.amax(3) - pages.amin(3)
@@ -106,7 +106,7 @@ def _of(stored: Stored, form: str) -> Stored:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Turned(Around):
+class Rotated(Around):
     """Rows times an orthogonal matrix, in the form `inner`: for parts of rows, which no change of basis reaches."""
 
     inner: Packing

@@ -9,8 +9,8 @@ scale says what a group's scale is taken from:
 "mean"    the mean magnitude becomes 1
 "range"   minimum and maximum become -1 and 1 (and there is a centre)
 "one"     nothing is stored: numbers come in as multiples of levels
-sides says how it is stored: float16, float8 (e4m3, clipped at 448), power (an 8-bit exponent, rounded up), or nested
-(e4m3, times one float32 a page and group of heads).
+stored_as says how it is stored: float16, float8 (e4m3, clipped at 448), power (an 8-bit exponent, rounded up), or
+nested (e4m3, times one float32 a page and group of heads).
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from kvshrink.methods._settings import require
 from kvshrink.shapes import Bool, Float
 
 Scale = Literal["absmax", "rms", "mean", "range", "one"]
-Sides = Literal["float16", "float8", "power", "nested"]
+StoredAs = Literal["float16", "float8", "power", "nested"]
 
 FUSED = (1, 2, 3, 4)  # bits of codes that fused kernels read
 E4M3 = 448.0  # the largest number of 8-bit floats with 3 bits of mantissa
@@ -51,14 +51,14 @@ class Codebook(Packing):
     axis: Axis = "token"
     group: int = 64
     scale: Scale = "absmax"
-    sides: Sides = "float16"
+    stored_as: StoredAs = "float16"
     clip: float = 1.0
     read: Float[Tensor, " levels"] | None = None
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
         names = {"one": [], "range": ["scale", "centre"]}.get(self.scale, ["scale"])
-        return frozenset(names + [f"{name}_top" for name in names if self.sides == "nested"])
+        return frozenset(names + [f"{name}_top" for name in names if self.stored_as == "nested"])
 
     def __post_init__(self) -> None:
         ragged = self.axis == "token" and self.width % min(self.group, self.width)
@@ -77,9 +77,9 @@ class Codebook(Packing):
         grouping = self.grouping
         rows = grouping.split(latent)
         real = grouping.real(valid, rows)
-        scale, centre = self._sides(rows, real)
-        side = {**_stored(scale, "scale", self.sides), **_stored(centre, "centre", self.sides)}
-        step, middle = _read(side, "scale", self.sides), _read(side, "centre", self.sides)
+        scale, centre = self._scale_and_centre(rows, real)
+        metadata = {**_stored(scale, "scale", self.stored_as), **_stored(centre, "centre", self.stored_as)}
+        step, middle = _read(metadata, "scale", self.stored_as), _read(metadata, "centre", self.stored_as)
         if middle is not None:
             rows = rows - middle[..., None]
         if step is not None:
@@ -90,15 +90,15 @@ class Codebook(Packing):
             checked(rows)
         flat = grouping.pages(nearest(rows, self.levels)).flatten(3)
         codes = pack(flat, self.bits) if self.bits else pack_trits(flat)
-        return {"codes": codes, **side}
+        return {"codes": codes, **metadata}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         count = self.page * self.width
         codes = unpack(stored["codes"], self.bits) if self.bits else unpack_trits(stored["codes"], count)
         pages = self._table.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))
         for name, change in (("scale", torch.mul), ("centre", torch.add)):
-            if (side := _read(stored, name, self.sides)) is not None:
-                pages = change(pages, self.grouping.spread(side))
+            if (metadata := _read(stored, name, self.stored_as)) is not None:
+                pages = change(pages, self.grouping.spread(metadata))
         return pages.transpose(1, 2).flatten(2, 3)
 
     def sound(self, stored: Stored) -> bool:
@@ -110,7 +110,12 @@ class Codebook(Packing):
         return self.levels if self.read is None else self.read
 
     def packed(self, stored: Stored) -> Packed | None:
-        if self.axis != "token" or self.sides != "float16" or self.scale in ("one", "range") or self.bits not in FUSED:
+        if (
+            self.axis != "token"
+            or self.stored_as != "float16"
+            or self.scale in ("one", "range")
+            or self.bits not in FUSED
+        ):
             return None
         runs = ((self.bits, self.width),)
         return Packed("table", stored, self.width, self.page, runs, min(self.group, self.width), self._table)
@@ -119,10 +124,10 @@ class Codebook(Packing):
         count = self.page * self.width
         codes = packed_bytes(count, self.bits) if self.bits else trit_bytes(count)
         numbers = {"one": 0, "range": 2}.get(self.scale, 1)
-        top = 4 * numbers if self.sides == "nested" else 0
-        return self.groups * (codes + self.grouping.groups * numbers * (2 if self.sides == "float16" else 1) + top)
+        top = 4 * numbers if self.stored_as == "nested" else 0
+        return self.groups * (codes + self.grouping.groups * numbers * (2 if self.stored_as == "float16" else 1) + top)
 
-    def _sides(self, rows: Tensor, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _scale_and_centre(self, rows: Tensor, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(scale, centre) of groups, [..], before they are rounded to how they are stored."""
         if self.scale == "one":
             return None, None
@@ -152,34 +157,34 @@ def _ends(rows: Tensor, real: Tensor | None, sign: float) -> Tensor:
     return torch.where(real.any(-1), found, 0.0) * sign
 
 
-def _stored(side: Tensor | None, name: str, sides: Sides) -> dict[str, Tensor]:
-    """Side information as it is kept. Raises DataError on what cannot be."""
-    if side is None:
+def _stored(metadata: Tensor | None, name: str, stored_as: StoredAs) -> dict[str, Tensor]:
+    """Metadata as it is kept. Raises DataError on what cannot be."""
+    if metadata is None:
         return {}
-    if sides == "float16":
-        return {name: checked(side.to(torch.float16))}
-    checked(side)
-    if sides == "float8":
-        return {name: side.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)}
-    if sides == "power":
-        exponent = torch.frexp(side).exponent - (torch.frexp(side).mantissa == 0.5).int()
-        return {name: (exponent + BIAS).clamp(1, 255).where(side > 0, 0).to(torch.uint8)}
-    flat = side.reshape(*side.shape[:3], -1).abs().amax(-1) / E4M3  # [b, p, G]
-    over = flat.where(flat > 0, 1.0).reshape(*flat.shape, *[1] * (side.dim() - 3))
-    return {name: (side / over).to(torch.float8_e4m3fn).view(torch.uint8), f"{name}_top": flat}
+    if stored_as == "float16":
+        return {name: checked(metadata.to(torch.float16))}
+    checked(metadata)
+    if stored_as == "float8":
+        return {name: metadata.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).view(torch.uint8)}
+    if stored_as == "power":
+        exponent = torch.frexp(metadata).exponent - (torch.frexp(metadata).mantissa == 0.5).int()
+        return {name: (exponent + BIAS).clamp(1, 255).where(metadata > 0, 0).to(torch.uint8)}
+    flat = metadata.reshape(*metadata.shape[:3], -1).abs().amax(-1) / E4M3  # [b, p, G]
+    over = flat.where(flat > 0, 1.0).reshape(*flat.shape, *[1] * (metadata.dim() - 3))
+    return {name: (metadata / over).to(torch.float8_e4m3fn).view(torch.uint8), f"{name}_top": flat}
 
 
-def _read(stored: Stored, name: str, sides: Sides) -> Tensor | None:
-    """Side information as numbers, float32."""
-    side = stored.get(name)
-    if side is None:
+def _read(stored: Stored, name: str, stored_as: StoredAs) -> Tensor | None:
+    """Metadata as numbers, float32."""
+    metadata = stored.get(name)
+    if metadata is None:
         return None
-    if sides == "float16":
-        return side.float()
-    if sides == "power":
-        return torch.ldexp((side > 0).float(), side.int() - BIAS)
-    number = side.view(torch.float8_e4m3fn).float()
-    if sides == "float8":
+    if stored_as == "float16":
+        return metadata.float()
+    if stored_as == "power":
+        return torch.ldexp((metadata > 0).float(), metadata.int() - BIAS)
+    number = metadata.view(torch.float8_e4m3fn).float()
+    if stored_as == "float8":
         return number
     top = stored[f"{name}_top"]
-    return number * top.reshape(*top.shape, *[1] * (side.dim() - 3))
+    return number * top.reshape(*top.shape, *[1] * (metadata.dim() - 3))

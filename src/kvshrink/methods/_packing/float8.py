@@ -20,7 +20,7 @@ class Float8(Packing):
     groups: int
     width: int
     page: int
-    side: ClassVar[frozenset[str]] = frozenset({"scale"})
+    metadata: ClassVar[frozenset[str]] = frozenset({"scale"})
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         pages, real = paged(latent, self.page), there(valid, self.page)

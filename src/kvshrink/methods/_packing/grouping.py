@@ -1,4 +1,4 @@
-"""Which numbers of a page share side information.
+"""Which numbers of a page share metadata.
 
 axis "channel": the tokens of a page, for each channel; "token": `group` neighbouring channels of a token; "page": all.
 A group never crosses a page or a group of KV heads.
@@ -59,13 +59,13 @@ class Grouping(NamedTuple):
         """The inverse of `split`."""
         return joined(self.pages(x))
 
-    def spread(self, side: Tensor) -> Tensor:
+    def spread(self, metadata: Tensor) -> Tensor:
         """One number a group as one a channel, broadcast over pages [b, p, G, page, r]."""
         if self.axis == "channel":
-            return side[..., None, :]
+            return metadata[..., None, :]
         if self.axis == "page":
-            return side[..., None, None]
-        return side.repeat_interleave(self.group, -1)[..., : self.width]
+            return metadata[..., None, None]
+        return metadata.repeat_interleave(self.group, -1)[..., : self.width]
 
     def real(self, valid: Bool[Tensor, "b t"] | None, groups: Tensor) -> Tensor | None:
         """Which elements of `groups` (what `split` gave) are of real tokens."""

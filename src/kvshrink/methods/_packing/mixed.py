@@ -1,8 +1,8 @@
 """A page whose channels have different widths: runs of channels of one width, packed one after the other.
 
 Latents come in whitened (each channel has variance 1 on the calibration text) and are stored as Lloyd-Max codes of a
-unit normal; the only side information is one float16 gain per page and group of channels, which follows text that is
-louder or quieter than the calibration's: 16 bits for 32 tokens x 16 channels, .03 bits a number.
+unit normal; the only metadata is one float16 gain per page and group of channels, which follows text with
+larger or smaller activations than the calibration's: 16 bits for 32 tokens x 16 channels, .03 bits a number.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Mixed(Packing):
     sizes: tuple[int, ...]
     bits: tuple[int, ...]
     page: int
-    side: ClassVar[frozenset[str]] = frozenset({"gain"})
+    metadata: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     @property
     def width(self) -> int:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Pages of several smaller pages, for side information of fewer tokens than a correction takes together."""
+"""Pages of several smaller pages, for metadata of fewer tokens than a correction takes together."""
 
 from dataclasses import dataclass
 from typing import final

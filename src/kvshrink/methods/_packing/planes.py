@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvshrink.kernels.affine import quantize
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import SIDE_BYTES, Packing, Stored
+from kvshrink.methods._packing.base import METADATA_BYTES, Packing, Stored
 from kvshrink.methods._packing.grouping import Grouping
 from kvshrink.shapes import Bool, Float
 
@@ -31,7 +31,7 @@ class Planes(Packing):
     bits: int
     axis: Literal["channel", "token"]
     group: int = 64
-    side: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
+    metadata: ClassVar[frozenset[str]] = frozenset({"scale", "low"})
 
     @property
     def grouping(self) -> Grouping:
@@ -48,7 +48,7 @@ class Planes(Packing):
             stored[name] = pack((flat >> shift) & (2 ** PLANES[name] - 1), PLANES[name])
         return stored
 
-    def demoted(self, stored: Stored) -> Stored:
+    def truncate(self, stored: Stored) -> Stored:
         return {name: stored[name] for name in ("scale", "low", *KEPT[self.bits])}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
@@ -64,4 +64,4 @@ class Planes(Packing):
 
     def page_bytes(self) -> int:
         codes = sum(packed_bytes(self.page * self.width, PLANES[name]) for name in KEPT[self.bits])
-        return self.groups * (codes + self.grouping.groups * SIDE_BYTES)
+        return self.groups * (codes + self.grouping.groups * METADATA_BYTES)

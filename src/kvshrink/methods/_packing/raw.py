@@ -51,6 +51,6 @@ class Raw(Packing):
     def page_bytes(self) -> int:
         return self.page * self.groups * self.width * self.dtype.itemsize
 
-    def fake(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
+    def fake_quantize(self, latent: Float[Tensor, "b G t r"]) -> Float[Tensor, "b G t r"]:
         """Nothing is lost."""
         return latent

@@ -1,4 +1,4 @@
-"""The tokens of a page that are worth most in one form, the others in another.
+"""The most important tokens of a page in one form, the others in another.
 
 A bit a token and group says which, page / 8 bytes. Both classes have a fixed number of tokens, so bytes are known
 beforehand; in each, tokens keep their order and form pages of their own, so that what is per channel is over a class.
@@ -26,9 +26,9 @@ def counted(page: int, share: float) -> int:
 @final
 @dataclass(frozen=True)
 class Salient(Packing):
-    """high, low: how one group stores its tokens of most worth, and the others; their `page` is the class's size.
+    """high, low: how one group stores its most important tokens, and the others; their `page` is the class's size.
 
-    Left pads are worth less than any token.
+    Left pads are less important than any token.
     """
 
     groups: int
@@ -41,21 +41,21 @@ class Salient(Packing):
         return self.high.page + self.low.page
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"mask", *(f"{name}.{s}" for name, form in self._classes() for s in form.side)})
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"mask", *(f"{name}.{s}" for name, form in self._classes() for s in form.metadata)})
 
     @property
-    def salient(self) -> bool:
+    def needs_importance(self) -> bool:
         return True
 
     def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """As if all tokens were worth the same: the first ones are the chosen."""
-        return self.store_by_worth(latent, valid, latent.new_zeros(latent.shape[:3], dtype=torch.float32))
+        """As if all tokens were equally important: the first ones are the chosen."""
+        return self.store_by_importance(latent, valid, latent.new_zeros(latent.shape[:3], dtype=torch.float32))
 
-    def store_by_worth(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def store_by_importance(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        chosen = self._chosen(worth.unflatten(1, (self.groups, -1)).mean(2), valid)  # [b, G, p, page]
+        chosen = self._chosen(importance.unflatten(1, (self.groups, -1)).mean(2), valid)  # [b, G, p, page]
         stored = {"mask": _by_page(pack(chosen.byte(), 1))}
         order = (~chosen).byte().argsort(dim=-1, stable=True)  # slots of the chosen, then of the others
         rows = latent.unflatten(2, (-1, self.page)).take_along_dim(order[..., None], 3)
@@ -90,11 +90,11 @@ class Salient(Packing):
     def _classes(self) -> tuple[tuple[str, Packing], tuple[str, Packing]]:
         return ("high", self.high), ("low", self.low)
 
-    def _chosen(self, worth: Float[Tensor, "b G t"], valid: Tensor | None) -> Bool[Tensor, "b G p page"]:
-        """The tokens of each page that are worth most; the earlier of two that are worth the same."""
+    def _chosen(self, importance: Float[Tensor, "b G t"], valid: Tensor | None) -> Bool[Tensor, "b G p page"]:
+        """The most important tokens of each page; the earlier of two that are equally important."""
         if valid is not None:
-            worth = worth.masked_fill(~valid[:, None], -torch.inf)
-        order = worth.unflatten(2, (-1, self.page)).argsort(dim=-1, descending=True, stable=True)
+            importance = importance.masked_fill(~valid[:, None], -torch.inf)
+        order = importance.unflatten(2, (-1, self.page)).argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., : self.high.page], True)
 
 

@@ -21,8 +21,8 @@ class Separable(Around):
     inner: Packing
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side | {"gain"}
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.metadata | {"gain"}
 
     def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         rows, gain = self._divided(latent, valid)

@@ -40,8 +40,8 @@ class Sparse(Around):
     rule: Rule
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.side | {"places"}
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.metadata | {"places"}
 
     @cached_property
     def vectors(self) -> Grouping:

@@ -8,9 +8,9 @@ padding and several turns mean what they mean for a full cache.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import require
+from kvshrink.methods._stats import LayerShape
 
 
 @final

@@ -1,8 +1,8 @@
-"""Where the bytes go: widths for the channel groups of a side, and bytes for the sides of all layers.
+"""Where the bytes go: widths for the channel groups of an operand, and bytes for the operands of all layers.
 
-A side is one layer's keys or values. Within it the error is known in closed form, variance x error of the quantiser, so
-widths are filled up by the largest fall of error per byte. Between sides nothing but a measurement can tell what an
-error is worth; there a cost is given at some byte counts, and bytes go where its convex hull falls most.
+An operand is one layer's keys or values. Within it the error is known in closed form, variance x error of the
+quantiser, so widths are filled up by the largest fall of error per byte. Between operands nothing but a measurement can
+tell what an error costs; there a cost is given at some byte counts, and bytes go where its convex hull falls most.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from typing import TypeVar
 from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods._packing.mixed import group_bytes
 
-Side = TypeVar("Side", bound=Hashable)
+Operand = TypeVar("Operand", bound=Hashable)
 Curve = Sequence[tuple[int, float]]  # (bytes of a page, cost), from 0 bytes on
 
 
@@ -59,15 +59,15 @@ def error_of(chosen: Sequence[int], energies: Sequence[float]) -> float:
     return sum(e * expected_error(w) for e, w in zip(energies, chosen, strict=True))
 
 
-def share(curves: Mapping[Side, Curve], budget: int) -> dict[Side, int]:
-    """Bytes of each side: down the steepest piece of all convex hulls, until the budget is spent.
+def share(curves: Mapping[Operand, Curve], budget: int) -> dict[Operand, int]:
+    """Bytes of each operand: down the steepest piece of all convex hulls, until the budget is spent.
 
-    The last piece may be taken in part, so a side's bytes need not be those of a point of its curve.
+    The last piece may be taken in part, so an operand's bytes need not be those of a point of its curve.
     """
-    pieces = [(slope, n, side, size) for n, (side, c) in enumerate(curves.items()) for slope, size in _hull(c)]
+    pieces = [(slope, n, operand, size) for n, (operand, c) in enumerate(curves.items()) for slope, size in _hull(c)]
     given, left = dict.fromkeys(curves, 0), budget
-    for _, _, side, size in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
-        given[side] += min(size, left)
+    for _, _, operand, size in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        given[operand] += min(size, left)
         left -= min(size, left)
     return given
 

@@ -1,7 +1,7 @@
 """Key channels that are not stored: the identity-basis case of a low rank, where a rotation by RoPE is no obstacle.
 
-A channel that is left out reads as `fill`. RoPE turns channels in pairs, so a pair is kept or left out as one: pruning
-then commutes with RoPE. What leaving a channel out costs is known in closed form: the score q . k changes by
+A channel that is left out reads as `fill`. RoPE rotates channels in pairs, so a pair is kept or left out as one:
+pruning then commutes with RoPE. What leaving a channel out costs is known in closed form: the score q . k changes by
 q_c (k_c - fill_c), whose mean square over queries at all distances is query energy x energy of what is lost. Channels
 of all heads lie in one row of a page, so that heads may keep different numbers of them.
 """
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerFacts, LayerShape
-from kvshrink.methods._packed import PackedCodec
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import BITS, require
-from kvshrink.methods.quant._headwise import HeadwiseCodec
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 from kvshrink.shapes import Bool, Float, Int
 
 GROUP = 32  # channels of a head that share a value's scale, as in KIVI (arXiv 2402.02750)
@@ -77,41 +77,41 @@ def packings(shape: LayerShape, kept: int, page: int, bits: int | None) -> tuple
 
 
 def codecs(shape: LayerShape, fitted: Fitted, page: int, bits: int | None, fill: Fill) -> tuple[Codec, Codec]:
-    """Zeros are zeros after any rotation, so those keys need not be turned back; a mean is one before RoPE."""
+    """Zeros are zeros after any rotation, so RoPE of those keys need not be undone; a mean is one before RoPE."""
     kept, means = fitted["key_kept"], fitted["key_fill"]
     keys, values = packings(shape, len(kept), page, bits)
     return ChannelCodec("k_post" if fill == "zero" else "k_pre", kept, means, keys), HeadwiseCodec("v", values)
 
 
-def worth(facts: LayerFacts, fill: Fill, queries: bool = True) -> Float[Tensor, " n"]:
+def importance(stats: CalibrationStats, fill: Fill, queries: bool = True) -> Float[Tensor, " n"]:
     """Mean squared error of the scores without each channel. queries=False: of the keys alone."""
-    lost = facts.key.covariance.diagonal().double()
+    lost = stats.key.covariance.diagonal().double()
     if fill == "zero":
-        lost = lost + facts.key.mean.double().square()
-    lost = (lost + lost[partners(facts)]) / 2
-    return lost * facts.query_energy.double().flatten() if queries else lost
+        lost = lost + stats.key.mean.double().square()
+    lost = (lost + lost[partners(stats)]) / 2
+    return lost * stats.query_energy.double().flatten() if queries else lost
 
 
-def partners(facts: LayerFacts) -> Int[Tensor, " n"]:
-    """The channel that RoPE turns each channel with, or itself."""
-    h, d = facts.shape.heads, facts.shape.head_dim
+def partners(stats: CalibrationStats) -> Int[Tensor, " n"]:
+    """The channel that RoPE rotates each channel with, or itself."""
+    h, d = stats.shape.heads, stats.shape.head_dim
     other = torch.arange(d)
-    if facts.pairs is not None:
-        first, second = facts.pairs
+    if stats.pairs is not None:
+        first, second = stats.pairs
         other[first], other[second] = second, first
-    return (torch.arange(h)[:, None] * d + other).flatten().to(facts.key.mean.device)
+    return (torch.arange(h)[:, None] * d + other).flatten().to(stats.key.mean.device)
 
 
 def units(
     worths: Iterable[float], partner: Iterable[int], names: Sequence[Channel]
 ) -> list[tuple[float, list[Channel]]]:
-    """(worth of one channel, channels) of what stands or falls together."""
+    """(importance of one channel, channels) of what stands or falls together."""
     both = enumerate(zip(worths, partner, strict=True))
     return [(w, [names[c]] if c == p else [names[c], names[p]]) for c, (w, p) in both if c <= p]
 
 
 def best(units: Iterable[tuple[float, list[Channel]]], room: int) -> list[Channel]:
-    """Channels of the units of most worth, as many as there is room for."""
+    """Channels of the most important units, as many as there is room for."""
     kept: list[Channel] = []
     for _, channels in sorted(units, key=lambda unit: -unit[0]):
         if len(kept) + len(channels) <= room:
@@ -119,7 +119,7 @@ def best(units: Iterable[tuple[float, list[Channel]]], room: int) -> list[Channe
     return kept
 
 
-def fills(facts: LayerFacts, fill: Fill) -> Float[Tensor, " n"]:
+def fills(stats: CalibrationStats, fill: Fill) -> Float[Tensor, " n"]:
     """What a channel reads as that is left out."""
-    mean = facts.key.mean.float().contiguous()
+    mean = stats.key.mean.float().contiguous()
     return mean if fill == "mean" else torch.zeros_like(mean)

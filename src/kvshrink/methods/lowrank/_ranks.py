@@ -27,10 +27,11 @@ def in_proportion(total: int, weights: Sequence[float], most: int) -> list[int]:
 
 
 def by_threshold(kept: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """The ranks of the highest threshold that the budget allows: every side has the least rank that keeps as much.
+    """The ranks of the highest threshold that the budget allows: every operand has the least rank that keeps as much.
 
-    kept[s][r]: share of its energy that side s keeps at rank r, up to its full rank. costs[s][r]: bytes at rank r.
-    Each side has at least rank 1. What is left of the budget is less than the next rank of the side that keeps least.
+    kept[s][r]: share of its energy that operand s keeps at rank r, up to its full rank. costs[s][r]: bytes at rank r.
+    Each operand has at least rank 1. What is left of the budget is less than the next rank of the operand that keeps
+    least.
     """
     ranks = [1] * len(kept)
     left = budget - sum(cost[1] for cost in costs)

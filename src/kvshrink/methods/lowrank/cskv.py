@@ -20,11 +20,8 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
-from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
-from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._roles import Fitted, Method, Tier
-from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import (
+from kvshrink.methods import _latents as latents
+from kvshrink.methods._codecs.basis import (
     BasisCodec,
     leading,
     metrics_of,
@@ -32,9 +29,12 @@ from kvshrink.methods.lowrank._basis import (
     principal,
     weighted_svd,
 )
+from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
+from kvshrink.methods._roles import Fitted, Method, Tier
+from kvshrink.methods._settings import keep_and_bits, require
+from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Moments
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
-from kvshrink.methods.quant import _latents as latents
-from kvshrink.methods.quant._quantiser import SIDES, Ladder, Quantiser, Side, Space, aged, held
 
 ALPHA = 0.5  # ASVD's exponent on mean |x|
 
@@ -135,7 +135,7 @@ class CSKV(Method):
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
         """(rank of each key group, rank of values): the one place where channels are rounded, down.
 
-        2 * keep * n channels are shared out; what one side cannot take (it has only n) goes to the other.
+        2 * keep * n channels are shared out; what keys or values cannot take (they have only n) goes to the other.
         """
         share = key_share if key_share is not None else 0.5 if self.key_share == "auto" else float(self.key_share)
         n, total = shape.width, 2 * self.keep * shape.width
@@ -151,23 +151,23 @@ class CSKV(Method):
             )
         return rank_k, rank_v
 
-    def fit_layer(self, facts: LayerFacts, key_share: float | None = None) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats, key_share: float | None = None) -> dict[str, Tensor]:
         """Basis of keys and values of one layer, before any training."""
-        rank_k, rank_v = self.ranks(facts.shape, key_share)
-        groups = self.groups(facts.shape)
-        metrics = metrics_of(self, facts)
-        key = self._side(facts.key, facts.key_weight, facts.input_scale, groups, rank_k, 0, metrics[0])
-        value = self._side(facts.value, facts.value_weight, facts.input_scale, 1, rank_v, 1, metrics[1])
+        rank_k, rank_v = self.ranks(stats.shape, key_share)
+        groups = self.groups(stats.shape)
+        metrics = metrics_of(self, stats)
+        key = self._side(stats.key, stats.key_weight, stats.input_scale, groups, rank_k, 0, metrics[0])
+        value = self._side(stats.value, stats.value_weight, stats.input_scale, 1, rank_v, 1, metrics[1])
         fitted = {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
         if self.samples:
-            for side in SIDES:
-                fitted |= latents.learn(self._quantiser(), side, fitted, facts, self.page)
+            for kv in KVS:
+                fitted |= latents.learn(self._quantiser(), kv, fitted, stats, self.page)
         return fitted
 
     @property
-    def asks(self) -> bool:
-        """Whether its codec wants to know what tokens are worth."""
-        return self.codec is not None and self._quantiser().asks
+    def needs_importance(self) -> bool:
+        """Whether its quantiser ranks tokens by their importance."""
+        return self.codec is not None and self._quantiser().needs_importance
 
     def apart(self, fitted: Fitted) -> str | None:
         return None if self.codec is None else self._quantiser().apart({})
@@ -203,18 +203,18 @@ class CSKV(Method):
     def _ladders(self, shape: LayerShape, fitted: Fitted) -> list[Ladder]:
         """How the quantiser stores latents at each age; without `fitted` as the rank rule promises."""
         if fitted:
-            sizes = [(fitted[f"{side}_up"].shape[0], fitted[f"{side}_up"].shape[1]) for side in SIDES]
+            sizes = [(fitted[f"{kv}_up"].shape[0], fitted[f"{kv}_up"].shape[1]) for kv in KVS]
         else:
             sizes = list(zip((self.groups(shape), 1), self.ranks(shape), strict=True))
         spaces = [Space(groups, rank, self.page, shape.dtype, False) for groups, rank in sizes]
-        return [latents.ladder(self._quantiser(), s, space, fitted) for s, space in zip(SIDES, spaces, strict=True)]
+        return [latents.ladder(self._quantiser(), s, space, fitted) for s, space in zip(KVS, spaces, strict=True)]
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """As promised by the rank rule alone where nothing is fitted yet."""
         if fitted:
             return super().bits_per_token(shape, fitted)
-        sides = zip(SIDES, (self.groups(shape), 1), self.ranks(shape), strict=True)
-        pages = [self._packing(side, groups, rank, shape.dtype, {}).page_bytes() for side, groups, rank in sides]
+        parts = zip(KVS, (self.groups(shape), 1), self.ranks(shape), strict=True)
+        pages = [self._packing(kv, groups, rank, shape.dtype, {}).page_bytes() for kv, groups, rank in parts]
         return sum(pages) * 8 / self.page
 
     def groups(self, shape: LayerShape) -> int:
@@ -254,19 +254,21 @@ class CSKV(Method):
         tensors = {"up": up, "mean": mean} | ({} if down is None else {"down": down})
         return {k: t.float().contiguous() for k, t in tensors.items()}
 
-    def _codec(self, side: Side, shape: LayerShape, fitted: Fitted) -> BasisCodec:
-        up, mean = fitted[f"{side}_up"], fitted[f"{side}_mean"]
-        down = fitted.get(f"{side}_down", up.transpose(1, 2))
+    def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+        up, mean = fitted[f"{kv}_up"], fitted[f"{kv}_mean"]
+        down = fitted.get(f"{kv}_down", up.transpose(1, 2))
         groups, rank, _ = up.shape
         if self.codec is not None:
-            down, up, mean = latents.changed(self._quantiser(), side, (down, up, mean), fitted, shape.dtype, self.page)
-        stored = self._packing(side, groups, rank, shape.dtype, fitted)
-        return BasisCodec("k_pre" if side == "key" else "v", down, up, mean, stored)
+            down, up, mean = latents.transformed(
+                self._quantiser(), kv, (down, up, mean), fitted, shape.dtype, self.page
+            )
+        stored = self._packing(kv, groups, rank, shape.dtype, fitted)
+        return BasisCodec("k_pre" if kv == "key" else "v", down, up, mean, stored)
 
-    def _packing(self, side: Side, groups: int, rank: int, dtype: torch.dtype, fitted: Fitted) -> Packing:
+    def _packing(self, kv: KV, groups: int, rank: int, dtype: torch.dtype, fitted: Fitted) -> Packing:
         if self.codec is not None:
-            return latents.packing(self._quantiser(), side, Space(groups, rank, self.page, dtype, False), fitted)
-        axis = "channel" if side == "key" else "token"
+            return latents.packing(self._quantiser(), kv, Space(groups, rank, self.page, dtype, False), fitted)
+        axis = "channel" if kv == "key" else "token"
         bits = None if self.bits is None else int(self.bits)
         return packing(groups, rank, self.page, bits, axis, self.value_group, dtype)
 

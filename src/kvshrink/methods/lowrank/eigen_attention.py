@@ -17,14 +17,12 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._codecs.basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods._packing import Affine, Raw, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
+from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank._ranks import by_threshold
-
-SIDES = ("key", "value")
 
 
 @final
@@ -60,37 +58,37 @@ class EigenAttention(Method):
         """The mean over layers, which all together keep to, where nothing is fitted yet."""
         return super().bits_per_token(shape, fitted) if fitted else self._budget(shape) * 8 / self.page
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         """All directions of one layer, and the energy of each over the variance of the keys or values."""
-        shape = facts.shape
+        shape = stats.shape
         self.ranks(shape)  # says what is wrong before the ranks of all layers are known
         out: dict[str, Tensor] = {}
-        for side, moments in zip(SIDES, (facts.key, facts.value), strict=True):
+        for kv, moments in zip(KVS, (stats.key, stats.value), strict=True):
             second = second_moment(moments)
-            if side == "key":  # the rows of all heads, one below the other, have the sum of the heads' moments
+            if kv == "key":  # the rows of all heads, one below the other, have the sum of the heads' moments
                 parts = second.unflatten(0, (shape.heads, -1)).unflatten(2, (shape.heads, -1))
                 second = parts.diagonal(dim1=0, dim2=2).sum(-1)
             energy, _, basis = spectrum(second, second.shape[0] // shape.head_dim, shape.head_dim)
-            out |= {f"{side}_basis": basis, f"{side}_energy": energy / moments.covariance.trace()}
+            out |= {f"{kv}_basis": basis, f"{kv}_energy": energy / moments.covariance.trace()}
         return {k: t.float().contiguous() for k, t in out.items()}
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
     ) -> tuple[dict[int, dict[str, Tensor]], dict]:
         """Find the threshold that meets the budget, and drop the directions that it does not need."""
-        sides = [(i, side) for i in layers for side in SIDES]
-        kept = [_kept(layers[i][f"{side}_energy"]) for i, side in sides]
+        operands = [(i, kv) for i in layers for kv in KVS]
+        kept = [_kept(layers[i][f"{kv}_energy"]) for i, kv in operands]
         costs = [
-            [0, *(self._packed(side, shapes[i], rank + 1).page_bytes() for rank in range(shapes[i].head_dim))]
-            for i, side in sides
+            [0, *(self._packed(kv, shapes[i], rank + 1).page_bytes() for rank in range(shapes[i].head_dim))]
+            for i, kv in operands
         ]
         given = by_threshold(kept, costs, sum(self._budget(shapes[i]) for i in layers))
         done = {i: dict(fitted) for i, fitted in layers.items()}
         errors: dict[int, dict] = {i: {} for i in layers}
-        for (i, side), rank in zip(sides, given, strict=True):
-            errors[i][f"{side}_error"] = float(done[i].pop(f"{side}_energy")[:, rank:].double().sum())
-            done[i][f"{side}_basis"] = layers[i][f"{side}_basis"][:, :rank].contiguous()
-        named = {f"{i} {side}": rank for (i, side), rank in zip(sides, given, strict=True)}
+        for (i, kv), rank in zip(operands, given, strict=True):
+            errors[i][f"{kv}_error"] = float(done[i].pop(f"{kv}_energy")[:, rank:].double().sum())
+            done[i][f"{kv}_basis"] = layers[i][f"{kv}_basis"][:, :rank].contiguous()
+        named = {f"{i} {kv}": rank for (i, kv), rank in zip(operands, given, strict=True)}
         threshold = min(k[rank] for k, rank in zip(kept, given, strict=True))
         return done, {"ranks": named, "threshold": threshold, "layers": errors}
 
@@ -99,17 +97,17 @@ class EigenAttention(Method):
 
     def _budget(self, shape: LayerShape) -> int:
         """Bytes of a layer's page, keys and values."""
-        return sum(self._packed(s, shape, r).page_bytes() for s, r in zip(SIDES, self.ranks(shape), strict=True))
+        return sum(self._packed(s, shape, r).page_bytes() for s, r in zip(KVS, self.ranks(shape), strict=True))
 
-    def _packed(self, side: str, shape: LayerShape, rank: int) -> Raw | Affine:
-        axis = "channel" if side == "key" else "token"
+    def _packed(self, kv: str, shape: LayerShape, rank: int) -> Raw | Affine:
+        axis = "channel" if kv == "key" else "token"
         return packing(shape.heads, rank, self.page, self.bits, axis, rank, shape.dtype)
 
-    def _codec(self, side: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
-        up = fitted[f"{side}_basis"].expand(shape.heads, -1, -1)  # the keys' one basis is held once
-        stored = self._packed(side, shape, up.shape[1])
+    def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+        up = fitted[f"{kv}_basis"].expand(shape.heads, -1, -1)  # the keys' one basis is held once
+        stored = self._packed(kv, shape, up.shape[1])
         mean = up.new_zeros(shape.heads, shape.head_dim)
-        return BasisCodec("k_pre" if side == "key" else "v", up.transpose(1, 2), up, mean, stored)
+        return BasisCodec("k_pre" if kv == "key" else "v", up.transpose(1, 2), up, mean, stored)
 
 
 def _kept(energy: Tensor) -> list[float]:

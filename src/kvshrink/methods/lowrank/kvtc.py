@@ -19,11 +19,11 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._packing.mixed import group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank.spectral import SIDES, Spectral, energies_of, group_sizes, trimmed
+from kvshrink.methods.lowrank.spectral import KVS, Spectral, energies_of, group_sizes, trimmed
 
 CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than a byte
 
@@ -61,21 +61,21 @@ class KVTC(Method):
         """Bytes of a page of one group."""
         return group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
 
-    def _too_small(self, shape: LayerShape, side: str) -> SettingError:
+    def _too_small(self, shape: LayerShape, kv: str) -> SettingError:
         least = math.ceil(2 * self._smallest(shape) / (shape.token_bytes * self.page) * 1e4 + 1e-6) / 1e4
-        return SettingError(f"kept={self.kept} leaves the {side}s no group of components. Use {least} or more.")
+        return SettingError(f"kept={self.kept} leaves the {kv}s no group of components. Use {least} or more.")
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        out: Mapping[str, Tensor] = self._store().fit_layer(facts)
-        sizes = group_sizes(facts.shape.width)
-        whole = left = int(self.bits_per_token(facts.shape, {}) * self.page / 8)
-        for side, budget in zip(SIDES, (whole // 2, whole), strict=True):
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        out: Mapping[str, Tensor] = self._store().fit_layer(stats)
+        sizes = group_sizes(stats.shape.width)
+        whole = left = int(self.bits_per_token(stats.shape, {}) * self.page / 8)
+        for kv, budget in zip(KVS, (whole // 2, whole), strict=True):
             # what the keys leave over goes to the values
-            widths = allocate(energies_of(out, side), sizes, min(budget, left), self.widths, self.page)
+            widths = allocate(energies_of(out, kv), sizes, min(budget, left), self.widths, self.page)
             left -= _bits.cost_of(widths, sizes, self.page)
-            out = trimmed({**out, f"{side}_widths": torch.tensor(widths, dtype=torch.uint8)}, side)
+            out = trimmed({**out, f"{kv}_widths": torch.tensor(widths, dtype=torch.uint8)}, kv)
             if not any(widths):
-                raise self._too_small(facts.shape, side)
+                raise self._too_small(stats.shape, kv)
         return dict(out)
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:

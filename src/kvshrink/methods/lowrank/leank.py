@@ -1,10 +1,10 @@
 """LeanK: one static mask of key channels for the whole model. arXiv 2508.02215
 
 Some heads live on a few slow channels and others on many, so channels of all heads and layers compete for one budget.
-A layer, and a head, keeps as many as it is worth; values stay whole.
+A layer, and a head, keeps as many as its importance allows; values stay whole.
 
 Departures from the paper: the mask is not trained (the paper learns scales of the channels against the model's output,
-then a mask, on long retrieval prompts) but chosen in closed form by ThinK's worth of a channel (arXiv 2407.21018);
+then a mask, on long retrieval prompts) but chosen in closed form by ThinK's importance of a channel (arXiv 2407.21018);
 heads keep any number of RoPE pairs, not multiples of a kernel's tile; the paper's smaller
 saving of values is left out; a channel left out reads as its calibrated mean (`fill="zero"`: the paper's).
 """
@@ -16,8 +16,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
 from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _channels
 
 
@@ -45,15 +45,15 @@ class LeanK(Method):
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.width for kept in range(2, shape.width + 1, 2)]
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        """What channels are worth, and the mask of this layer by itself."""
-        worth, partner = _channels.worth(facts, self.fill), _channels.partners(facts)
-        whole = _channels.units(worth.tolist(), partner.tolist(), range(len(worth)))
-        kept = sorted(_channels.best(whole, _channels.count(self.keep, len(worth))))
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        """Importance of channels, and the mask of this layer by itself."""
+        importance, partner = _channels.importance(stats, self.fill), _channels.partners(stats)
+        whole = _channels.units(importance.tolist(), partner.tolist(), range(len(importance)))
+        kept = sorted(_channels.best(whole, _channels.count(self.keep, len(importance))))
         return {
-            "key_kept": torch.tensor(kept, device=worth.device),
-            "key_fill": _channels.fills(facts, self.fill),
-            "key_worth": worth,
+            "key_kept": torch.tensor(kept, device=importance.device),
+            "key_fill": _channels.fills(stats, self.fill),
+            "key_importance": importance,
             "key_partner": partner,
         }
 
@@ -70,14 +70,14 @@ class LeanK(Method):
             unit
             for i, x in layers.items()
             for unit in _channels.units(
-                x["key_worth"].tolist(), x["key_partner"].tolist(), [(i, c) for c in range(shapes[i].width)]
+                x["key_importance"].tolist(), x["key_partner"].tolist(), [(i, c) for c in range(shapes[i].width)]
             )
         ]
         kept = sorted(_channels.best(whole, room))
         done = {}
         for i, x in layers.items():
             mine = torch.tensor([c for layer, c in kept if layer == i], dtype=torch.long, device=x["key_kept"].device)
-            rest = {name: t for name, t in x.items() if name not in ("key_worth", "key_partner")}
+            rest = {name: t for name, t in x.items() if name not in ("key_importance", "key_partner")}
             done[i] = {**rest, "key_kept": mine}
         return done, {"key_channels": {str(i): len(x["key_kept"]) for i, x in done.items()}}
 

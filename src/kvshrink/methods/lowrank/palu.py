@@ -24,15 +24,14 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._codecs.basis import BasisCodec, second_moment, spectrum
 from kvshrink.methods._packing import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods.lowrank._basis import BasisCodec, second_moment, spectrum
+from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank._ranks import in_proportion
 
-SIDES = ("key", "value")
 STEP, WIDE = 32, 512  # the paper's ranks are multiples of 32 of groups of 512 channels; below that, 1/64 of a group
 
 
@@ -86,38 +85,38 @@ class Palu(Method):
         rank, groups = self.rank(shape), shape.width // self._group(shape)[0]
         return 2 * packing(groups, rank, self.page, self.bits, "token", rank, shape.dtype).page_bytes() * 8 / self.page
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         """All directions of one layer, and the energy of each over the variance of the keys or values."""
-        self.rank(facts.shape)  # says what is wrong before the ranks of all layers are known
-        groups = facts.shape.width // self._group(facts.shape)[0]
+        self.rank(stats.shape)  # says what is wrong before the ranks of all layers are known
+        groups = stats.shape.width // self._group(stats.shape)[0]
         out: dict[str, Tensor] = {}
-        for side, moments in zip(SIDES, (facts.key, facts.value), strict=True):
-            energy, _, basis = spectrum(second_moment(moments), groups, facts.shape.width // groups)
-            out |= {f"{side}_basis": basis, f"{side}_energy": energy / moments.covariance.trace()}
+        for kv, moments in zip(KVS, (stats.key, stats.value), strict=True):
+            energy, _, basis = spectrum(second_moment(moments), groups, stats.shape.width // groups)
+            out |= {f"{kv}_basis": basis, f"{kv}_energy": energy / moments.covariance.trace()}
         return {k: t.float().contiguous() for k, t in out.items()}
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
     ) -> tuple[dict[int, dict[str, Tensor]], dict]:
         """Share the ranks between the keys and values of all layers, and drop the directions beyond them."""
-        ranks = {(i, side): self.rank(shapes[i]) for i in layers for side in SIDES}
+        ranks = {(i, kv): self.rank(shapes[i]) for i in layers for kv in KVS}
         record: dict = {}
         if self.ranks == "fisher":
             assert probe is not None
-            fisher = {(i, side): x for i, pair in probe.fisher().items() for side, x in zip(SIDES, pair, strict=True)}
+            fisher = {(i, kv): x for i, pair in probe.fisher().items() for kv, x in zip(KVS, pair, strict=True)}
             for shape in dict.fromkeys(shapes.values()):  # a channel costs the same in all layers of a shape
-                sides = [at for at in ranks if shapes[at[0]] == shape]
+                operands = [at for at in ranks if shapes[at[0]] == shape]
                 width, step = self._group(shape)
-                total = len(sides) * self.rank(shape) // step
-                units = in_proportion(total, [fisher[at] for at in sides], width // step)
-                ranks |= {at: n * step for at, n in zip(sides, units, strict=True)}
-            record["fisher"] = {f"{i} {side}": fisher[i, side] for i, side in ranks}
-        record["ranks"] = {f"{i} {side}": rank for (i, side), rank in ranks.items()}
+                total = len(operands) * self.rank(shape) // step
+                units = in_proportion(total, [fisher[at] for at in operands], width // step)
+                ranks |= {at: n * step for at, n in zip(operands, units, strict=True)}
+            record["fisher"] = {f"{i} {kv}": fisher[i, kv] for i, kv in ranks}
+        record["ranks"] = {f"{i} {kv}": rank for (i, kv), rank in ranks.items()}
         done = {i: dict(fitted) for i, fitted in layers.items()}
         errors: dict[int, dict] = {i: {} for i in layers}
-        for (i, side), rank in ranks.items():
-            errors[i][f"{side}_error"] = float(layers[i][f"{side}_energy"][:, rank:].double().sum())
-            for name in (f"{side}_basis", f"{side}_energy"):
+        for (i, kv), rank in ranks.items():
+            errors[i][f"{kv}_error"] = float(layers[i][f"{kv}_energy"][:, rank:].double().sum())
+            for name in (f"{kv}_basis", f"{kv}_energy"):
                 done[i][name] = layers[i][name][:, :rank].contiguous()
         return done, record | {"layers": errors}
 
@@ -130,17 +129,17 @@ class Palu(Method):
         width = next(n for n in range(most, 0, -1) if shape.heads % n == 0) * shape.head_dim
         return width, math.gcd(width, STEP if width >= WIDE else max(1, width // 64))
 
-    def _codec(self, side: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
+    def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """A = W V S^-1/2 and B = S^1/2 V^T: both factors have half of the spectrum, as in the paper."""
-        basis, energy = fitted[f"{side}_basis"], fitted[f"{side}_energy"]
+        basis, energy = fitted[f"{kv}_basis"], fitted[f"{kv}_energy"]
         groups, rank, width = basis.shape
         root = torch.where(energy > 0, energy, torch.ones_like(energy)).pow(0.25)[:, :, None]
         down, up = (basis / root).transpose(1, 2), basis * root
         if self.bits is not None and self.hadamard:
-            turn = rotation(rank).to(up)
-            down, up = down @ turn, turn.T @ up
+            matrix = rotation(rank).to(up)
+            down, up = down @ matrix, matrix.T @ up
         stored = packing(groups, rank, self.page, self.bits, "token", rank, shape.dtype)
-        return BasisCodec("k_pre" if side == "key" else "v", down, up, up.new_zeros(groups, width), stored)
+        return BasisCodec("k_pre" if kv == "key" else "v", down, up, up.new_zeros(groups, width), stored)
 
 
 METHOD = Palu

@@ -1,10 +1,10 @@
 """Low-rank keys that are never rebuilt: a basis that commutes with RoPE (the RoRoPE of TransMLA). arXiv 2502.07864
 
-RoPE turns the pair of frequency f of every head by the same angle. With the pair as one complex number, a map across
-the h heads that is complex-linear within one frequency commutes with that turn. So each frequency gets its own complex
-PCA over the heads, keys are projected after RoPE, and a query is absorbed once per step: scores are products with
-the latents. What is paid for it: channels of different frequencies never share a component, so that at equal rank more
-is lost than by CSKV's joint basis, and with one or two KV heads there is little to gain.
+RoPE rotates the pair of frequency f of every head by the same angle. With the pair as one complex number, a map across
+the h heads that is complex-linear within one frequency commutes with that rotation. So each frequency gets its own
+complex PCA over the heads, keys are projected after RoPE, and a query is absorbed once per step: scores are products
+with the latents. What is paid for it: channels of different frequencies never share a component, so that at equal rank
+more is lost than by CSKV's joint basis, and with one or two KV heads there is little to gain.
 
 Departures from the paper: components are kept where their eigenvalue is largest, over all frequencies of a layer,
 instead of the same count each; no neighbouring frequencies are folded together (FreqFold, which is approximate); the
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerFacts, LayerShape, Moments
+from kvshrink.methods._codecs.basis import BasisCodec, principal, second_moment
 from kvshrink.methods._packing import packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits
-from kvshrink.methods.lowrank._basis import BasisCodec, principal, second_moment
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Moments
 from kvshrink.shapes import Float
 
 
@@ -58,15 +58,15 @@ class RopeCommuting(Method):
             )
         return rank // 2 * 2, rank
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        rank_k, rank_v = self.ranks(facts.shape)
-        value = principal(facts.value.covariance, 1, rank_v)[1]
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        rank_k, rank_v = self.ranks(stats.shape)
+        value = principal(stats.value.covariance, 1, rank_v)[1]
         tensors = {
-            "key_up": commuting(facts.key, facts.shape.heads, facts.pairs, rank_k)[None],
-            # a mean before RoPE turns with the position, so that no constant could be taken off and put back
-            "key_mean": torch.zeros_like(facts.key.mean)[None],
+            "key_up": commuting(stats.key, stats.shape.heads, stats.pairs, rank_k)[None],
+            # a mean before RoPE rotates with the position, so that no constant could be taken off and put back
+            "key_mean": torch.zeros_like(stats.key.mean)[None],
             "value_up": value,
-            "value_mean": facts.value.mean[None],
+            "value_mean": stats.value.mean[None],
         }
         return {k: t.float().contiguous() for k, t in tensors.items()}
 
@@ -94,7 +94,7 @@ def commuting(key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None, ran
     """Orthonormal rows that commute with RoPE and keep most of the second moment, two rows to a component.
 
     With z_g = a_g + i b_g of head g and C = E[z z^H], C u = w u: the latent u^H z keeps w. As real rows it is
-    (Re u, Im u) and (-Im u, Re u) on (a, b). Channels that RoPE does not turn have a real PCA, and keep two
+    (Re u, Im u) and (-Im u, Re u) on (a, b). Channels that RoPE does not rotate have a real PCA, and keep two
     components of it at a time.
     """
     n = len(key.mean)

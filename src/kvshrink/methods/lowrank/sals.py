@@ -1,8 +1,8 @@
 """SALS: attention to the tokens that score highest in latent space. arXiv 2510.24273 (and xKV-SR, arXiv 2503.18893)
 
 Keys are low-rank latents of all heads, before RoPE, as CSKV's. A new token first scores every latent without RoPE: its
-queries, turned back and absorbed by the basis, times the leading components. Only the `topk` best tokens of the body
-then have their keys rebuilt and turned and are attended to; the exact window and the sinks always are. That saves reads
+queries, RoPE undone and absorbed by the basis, times the leading components. Only the `topk` best tokens of the body
+then have their keys rebuilt with RoPE and are attended to; the exact window and the sinks always are. That saves reads
 and work, never bytes: all latents stay held, as many as CSKV holds. Several new tokens at once (a prompt's
 chunks, a later turn, drafts) attend to all, and so does another attention implementation.
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import check_topk, reads_part, require
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.shapes import Bool, Float, Int
 
@@ -36,7 +36,7 @@ class ChoosingCodec(Codec):
     topk: int | float
     leading: int
     site = "k_pre"
-    side = frozenset({"scale", "low"})
+    metadata = frozenset({"scale", "low"})
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -114,8 +114,8 @@ class SALS(Method):
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return self.cskv.dial_values(shape, tokens)
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        return self.cskv.fit_layer(facts)
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        return self.cskv.fit_layer(stats)
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         key, value = self.cskv.codecs(shape, fitted)

@@ -1,8 +1,8 @@
 """ThinK: thinner keys, without the channels that queries hardly read. arXiv 2407.21018
 
-Attention scores are sums over channels, and few channels carry them. Each head keeps the `keep` channels of most
-worth, the others are not stored; values stay whole. Cheap to decode, as no basis is multiplied; weaker per byte than a
-basis of its own, which puts what many channels share into few.
+Attention scores are sums over channels, and few channels carry them. Each head keeps the `keep` most
+important channels, the others are not stored; values stay whole. Cheap to decode, as no basis is multiplied; weaker per
+byte than a basis of its own, which puts what many channels share into few.
 
 Departures from the paper, with the squared error of centred scores over their variance (reference model, 4 held-out
 prompts of 3,968 tokens, read by the 128 queries behind them, keep 0.5). Channels are chosen once, from calibration
@@ -18,8 +18,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape
 from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 from kvshrink.methods.lowrank import _channels
 
 
@@ -31,7 +31,7 @@ class ThinK(Method):
     keep:   share of the key channels kept in every head (the paper's 1 - ratio: 0.6 and 0.5).
     bits:   bits of a stored number, keys and values: None (the model's dtype), 8, 4, 3 or 2 (KIVI's axes).
     fill:   what a channel reads as that is left out: "mean" (of calibration text, before RoPE) or "zero".
-    scores: what a channel is worth: "calibrated" (energy of queries x keys, the paper's norms squared), or "magnitude"
+    scores: importance of a channel: "calibrated" (energy of queries x keys, the paper's norms squared), or "magnitude"
             (keys alone, which the paper compares with).
     """
 
@@ -50,15 +50,15 @@ class ThinK(Method):
     def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.head_dim for kept in range(2, shape.head_dim + 1, 2)]
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        d = facts.shape.head_dim
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        d = stats.shape.head_dim
         room = _channels.count(self.keep, d)
-        worth = _channels.worth(facts, self.fill, self.scores == "calibrated").tolist()
-        partner = _channels.partners(facts).tolist()
-        whole = _channels.units(worth, partner, range(len(worth)))
-        heads = [[unit for unit in whole if unit[1][0] // d == head] for head in range(facts.shape.heads)]
+        importance = _channels.importance(stats, self.fill, self.scores == "calibrated").tolist()
+        partner = _channels.partners(stats).tolist()
+        whole = _channels.units(importance, partner, range(len(importance)))
+        heads = [[unit for unit in whole if unit[1][0] // d == head] for head in range(stats.shape.heads)]
         kept = sorted(c for head in heads for c in _channels.best(head, room))
-        fill = _channels.fills(facts, self.fill)
+        fill = _channels.fills(stats, self.fill)
         return {"key_kept": torch.tensor(kept, device=fill.device), "key_fill": fill}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:

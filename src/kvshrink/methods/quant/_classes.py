@@ -1,13 +1,13 @@
-"""What methods share that give the tokens of most worth more bits: a share of a page, and two affine forms."""
+"""What methods share that give important tokens more bits: a share of a page, and two affine forms."""
 
 from kvshrink.methods._packing import Packing, Salient
 from kvshrink.methods._packing.salient import STEP, counted
+from kvshrink.methods._quantiser import Space, axes
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Space, axes
 
 
 def classes(space: Space, high: int | None, low: int | None, share: float, axis: str) -> Packing:
-    """Codes of `high` bits for the share of a page's tokens worth most and of `low` for the others (None: floats).
+    """Codes of `high` bits for the share of a page's most important tokens and of `low` for the others (None: floats).
 
     axis "channel": scales over the tokens of a class; "token": over the channels of a group.
     """
@@ -30,5 +30,5 @@ def check_share(share: object) -> None:
 
 
 def check_order(high: int | None, low: int) -> None:
-    """Raise SettingError if tokens of most worth have no more bits than the others."""
-    require(high is None or high > low, f"high={high} with low={low}", "Give tokens of most worth more bits.")
+    """Raise SettingError if important tokens have no more bits than the others."""
+    require(high is None or high > low, f"high={high} with low={low}", "Give important tokens more bits.")

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
-from kvshrink.methods._facts import LayerFacts
-from kvshrink.methods._packed import PackedCodec
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._stats import CalibrationStats
 from kvshrink.shapes import Float
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class InputCodec(PackedCodec):
-    """One side of a stored input. basis: input -> rows of this side; down: rows of both sides, centred -> input."""
+    """Keys or values of a stored input. basis: input -> their rows; down: rows of both, centred -> input."""
 
     basis: BasisCodec
     down: Float[Tensor, "m hidden"] | None  # None: values, which store nothing
@@ -41,8 +41,8 @@ class InputCodec(PackedCodec):
         return self.basis.site
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.basis.side if self.down is not None else frozenset()
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.basis.metadata if self.down is not None else frozenset()
 
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b 1 t hidden"]:
         """The input. rows: of the keys' heads, then the values' heads."""
@@ -61,22 +61,22 @@ class InputCodec(PackedCodec):
         return self.basis.page_bytes() if self.down is not None else 0
 
 
-def recovery(facts: LayerFacts) -> dict[str, Tensor]:
+def recovery(stats: CalibrationStats) -> dict[str, Tensor]:
     """{down [2n, hidden], key_weight and value_weight [hidden, n], mean [2n]}, float32.
 
-    Rows of a side are x @ weight + mean, and x is (rows of both - mean) @ down.
+    Rows of keys or values are x @ weight + mean, and x is (rows of both - mean) @ down.
     """
-    weight = torch.cat([facts.key_weight, facts.value_weight]).double()
-    none = weight.new_zeros(facts.shape.width)
-    biases = [none if b is None else b.double() for b in (facts.key_bias, facts.value_bias)]
-    sides = dict(zip(("key_weight", "value_weight"), weight.T.chunk(2, 1), strict=True))
-    found = {"down": torch.linalg.pinv(weight).T, "mean": torch.cat(biases), **sides}
+    weight = torch.cat([stats.key_weight, stats.value_weight]).double()
+    none = weight.new_zeros(stats.shape.width)
+    biases = [none if b is None else b.double() for b in (stats.key_bias, stats.value_bias)]
+    weights = dict(zip(("key_weight", "value_weight"), weight.T.chunk(2, 1), strict=True))
+    found = {"down": torch.linalg.pinv(weight).T, "mean": torch.cat(biases), **weights}
     return {k: t.float().contiguous() for k, t in found.items()}
 
 
-def residual(facts: LayerFacts, fitted: Fitted) -> float:
+def residual(stats: CalibrationStats, fitted: Fitted) -> float:
     """What of the sample's keys and values, relative to their size, no input gives: a norm on keys leaves a lot."""
-    assert facts.sample is not None
-    rows = torch.cat([facts.sample.keys.flatten(1), facts.sample.values.flatten(1)], 1) - fitted["mean"]
+    assert stats.sample is not None
+    rows = torch.cat([stats.sample.keys_pre_rope.flatten(1), stats.sample.values.flatten(1)], 1) - fitted["mean"]
     up = torch.cat([fitted["key_weight"], fitted["value_weight"]], 1)
     return float((rows @ fitted["down"] @ up - rows).norm() / rows.norm())

@@ -1,4 +1,4 @@
-"""A2ATS: a code of each key says which tokens are worth reading. arXiv 2502.12665
+"""A2ATS: a code of each key says which tokens should be read. arXiv 2502.12665
 
 Every key has, beside its stored form, the index of the nearest centroid of its KV head: one byte. A new token's query
 meets the centroids once; a token's score is then a look-up, and the `topk` best of the body are read and scored
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import check_topk, one_of, reads_part, require
-from kvshrink.methods.quant._headwise import HeadwiseCodec
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
+from kvshrink.methods._stats import KV, CalibrationStats, LayerShape
 from kvshrink.shapes import Bool, Float, Int
 
 CENTROIDS = 256
@@ -50,8 +50,8 @@ class IndexedCodec(Codec):
     site = "k_pre"
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.plain.side | {"index"}
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.plain.metadata | {"index"}
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -120,14 +120,16 @@ class A2ATS(Quantiser):
     def apart(self, fitted: Fitted) -> str | None:
         return reads_part(self.topk)
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        return axes(space, self.bits, "channel" if side == "key" else "token", self.group)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "channel" if kv == "key" else "token", self.group)
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        assert facts.sample is not None
-        asked = facts.sample.asked.unflatten(1, (facts.shape.heads, -1)).transpose(0, 1).flatten(1, 2)  # [h, n, d]
-        factor = torch.stack([_factor(q.double()) for q in asked]).float()
-        keys = facts.sample.keys.transpose(0, 1)  # [h, m, d]
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        assert stats.sample is not None
+        queries = (
+            stats.sample.queries_pre_rope.unflatten(1, (stats.shape.heads, -1)).transpose(0, 1).flatten(1, 2)
+        )  # [h, n, d]
+        factor = torch.stack([_factor(q.double()) for q in queries]).float()
+        keys = stats.sample.keys_pre_rope.transpose(0, 1)  # [h, m, d]
         found = torch.stack([means(rows) for rows in keys @ factor])
         centroids = torch.linalg.solve(factor.double(), found.double(), left=False).float()
         return {"factor": factor.contiguous(), "centroids": centroids.contiguous()}

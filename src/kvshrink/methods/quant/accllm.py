@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Ladder, Quantiser, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
-from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space, axes
+from kvshrink.methods._stats import KV, LayerShape
 
 
 @final
@@ -42,11 +42,11 @@ class AccLLM(Quantiser):
         require(self.recent >= self.page, f"recent={self.recent}", f"Use at least a page of {self.page} tokens.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        return axes(space, self.bits, "channel" if side == "key" else "token", self.group)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "channel" if kv == "key" else "token", self.group)
 
-    def ladder(self, side: Side, space: Space, learnt: Fitted) -> Ladder:
-        return ((self.packing(side, space, learnt), self.recent), (None, None))
+    def ladder(self, kv: KV, space: Space, learnt: Fitted) -> Ladder:
+        return ((self.packing(kv, space, learnt), self.recent), (None, None))
 
     def pages_held(self, pages: int) -> int:
         return min(pages, self.recent // self.page)

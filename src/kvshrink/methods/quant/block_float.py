@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+from kvshrink.methods._stats import KV
 
 BITS = (3, 4, 8)
 
@@ -39,13 +40,13 @@ class BlockFloat(Quantiser):
         super().check()
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        return {"order": site.rows.square().mean(0).argsort(1, descending=True)}
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        return {"order": stats.rows.square().mean(0).argsort(1, descending=True)}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        return Change.ordered(learnt["order"])
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        return Transform.ordered(learnt["order"])
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         half = 2 ** (self.bits - 1)
         mantissas = torch.arange(-half, half).float()
         group = min(self.group, space.width)

@@ -10,8 +10,9 @@ from typing import final
 
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._packing.float8 import Float8
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 
 
 @final
@@ -19,7 +20,7 @@ from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
 class FP8(Quantiser):
     """E4M3 keys after RoPE and values, one scale for a page of a head."""
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         return Float8(space.groups, space.width, space.page)
 
 

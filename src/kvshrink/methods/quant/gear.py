@@ -21,9 +21,10 @@ from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.parts import Parts
 from kvshrink.methods._packing.residual import Residual
 from kvshrink.methods._packing.sparse import sparse
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 
 BITS = (2, 3, 4)
 GROUP = 64
@@ -49,11 +50,11 @@ class GEAR(Quantiser):
         require(0 <= self.rank <= self.page, f"rank={self.rank}", f"Use 0 (no low-rank error) to {self.page}.")
         require(0 <= self.outliers <= 0.5, f"outliers={self.outliers}", "Use a share from 0 (none) to 0.5.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        codes = self._key_codes(space) if side == "key" else self._value_codes(space)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        codes = self._key_codes(space) if kv == "key" else self._value_codes(space)
         rank = min(max(1, round(self.rank * space.page / self.page)), space.width) if self.rank else 0
         near = Residual(codes, rank) if rank else codes
-        return sparse(near, "channel" if side == "key" else "token", self.outliers, "ends")
+        return sparse(near, "channel" if kv == "key" else "token", self.outliers, "ends")
 
     def _key_codes(self, space: Space) -> Packing:
         if self.base == "kcvt" or space.page <= GROUP:

@@ -13,9 +13,10 @@ from typing import ClassVar, final
 
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.by_channel import ByChannel
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 
 HIGH, LOW = 4, 2
 
@@ -35,10 +36,10 @@ class Kitty(Quantiser):
         super().check()
         require(0 < self.boosted < 1, f"boosted={self.boosted}", "Use a share between 0 and 1.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         groups, width, page = space.groups, space.width, space.page
-        if side == "value" or width < 2:
-            return Affine(groups, width, page, LOW, "channel" if side == "key" else "token", width)
+        if kv == "value" or width < 2:
+            return Affine(groups, width, page, LOW, "channel" if kv == "key" else "token", width)
         high = min(max(1, round(self.boosted * width)), width - 1)
         wide, narrow = (Affine(groups, w, page, b, "channel") for w, b in ((high, HIGH), (width - high, LOW)))
         return ByChannel(wide, narrow, "size")

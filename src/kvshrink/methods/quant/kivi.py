@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
+from kvshrink.methods._stats import KV
 
 BITS, GROUPS = (2, 4), (32, 64, 128)
 
@@ -44,8 +45,8 @@ class KIVI(Quantiser):
         super().check()
         one_of("group", self.group, GROUPS)
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        return axes(space, self.bits, "channel" if side == "key" else "token", self.group)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, "channel" if kv == "key" else "token", self.group)
 
 
 METHOD = KIVI

@@ -24,9 +24,10 @@ from torch import Tensor
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.methods._packing import Codebook, Packing
 from kvshrink.methods._packing.sparse import Sparse, sparse
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+from kvshrink.methods._stats import KV
 from kvshrink.methods.quant._tables import fitted, normed
 from kvshrink.shapes import Float
 
@@ -53,22 +54,22 @@ class KVQuant(Quantiser):
         super().check()
         require(0 <= self.outliers <= 0.5, f"outliers={self.outliers}", "Use a share from 0 to 0.5.")
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
-        return Change.scaled(learnt["range"], learnt["middle"]) if side == "key" else None
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform | None:
+        return Transform.scaled(learnt["range"], learnt["middle"]) if kv == "key" else None
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         table = learnt.get("levels", levels(self.bits).float())
-        scale: Literal["one", "range"] = "one" if side == "key" else "range"
+        scale: Literal["one", "range"] = "one" if kv == "key" else "range"
         codes = Codebook(
             space.groups, space.width, space.page, table, "token", space.width, scale, read=learnt.get("read")
         )
-        if side == "key":
+        if kv == "key":
             return sparse(codes, "page", self.outliers, "large")
         return sparse(codes, "token", self.outliers, "far")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        rows = site.rows.float()
-        if side == "key":
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        rows = stats.rows.float()
+        if kv == "key":
             middle, size = self._by_channel(rows)
             found = {"middle": middle, "range": size}
             unit = (rows - middle) / size
@@ -76,7 +77,7 @@ class KVQuant(Quantiser):
         else:
             middle, size, dense = self._by_token(rows, space)
             found, unit = {}, (rows - middle) / size
-        weights = (site.weight * size.square()).expand(unit.shape)
+        weights = (stats.weight * size.square()).expand(unit.shape)
         found["levels"] = fitted(unit[dense], weights[dense], 2**self.bits)
         if self.bits == 2:
             found["read"] = normed(found["levels"], unit[dense])

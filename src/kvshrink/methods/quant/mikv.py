@@ -17,12 +17,12 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
+from kvshrink.methods._stats import KV, LayerShape
 from kvshrink.methods.quant._classes import check_order, check_share, classes, shares
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
 from kvshrink.shapes import Float
 
 LEAST = 1e-4  # of the largest maximum of a head: a channel that is hardly used must not be blown up
@@ -31,7 +31,7 @@ LEAST = 1e-4  # of the largest maximum of a head: a channel that is hardly used 
 @final
 @dataclass(frozen=True)
 class MiKV(Quantiser):
-    """The `share` of tokens worth most at `high` bits (None: the model's dtype), the others at `low`, after RoPE."""
+    """The `share` most important tokens at `high` bits (None: the model's dtype), the others at `low`, after RoPE."""
 
     high: int | None = None
     low: int = 2
@@ -50,17 +50,17 @@ class MiKV(Quantiser):
         check_order(self.high, self.low)
         check_share(self.share)
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         return classes(space, self.high, self.low, self.share, "token")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        if side == "value":
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        if kv == "value":
             return {}
-        asked = site.weight.sqrt() if site.asked is None else site.asked
-        return {"balancer": (_sound(asked) / _sound(site.rows.abs().amax(0))).sqrt()}
+        largest = stats.weight.sqrt() if stats.max_abs_query is None else stats.max_abs_query
+        return {"balancer": (_sound(largest) / _sound(stats.rows.abs().amax(0))).sqrt()}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
-        return Change.scaled(1 / learnt["balancer"]) if side == "key" else None
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform | None:
+        return Transform.scaled(1 / learnt["balancer"]) if kv == "key" else None
 
 
 def _sound(largest: Float[Tensor, "G r"]) -> Float[Tensor, "G r"]:

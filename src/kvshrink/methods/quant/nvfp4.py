@@ -14,10 +14,11 @@ from typing import final
 import torch
 
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Quantiser, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 
 GROUP = 16
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -34,12 +35,12 @@ class NVFP4(Quantiser):
         super().check()
         require(isinstance(self.rotate, bool), f"rotate={self.rotate!r}", "Use True or False.")
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
-        if side == "value" or not self.rotate:
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform | None:
+        if kv == "value" or not self.rotate:
             return None
-        return Change.turned(hadamard(space.width, GROUP).expand(space.groups, -1, -1))
+        return Transform.rotation(hadamard(space.width, GROUP).expand(space.groups, -1, -1))
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         levels = torch.tensor([-m for m in reversed(MAGNITUDES)] + list(MAGNITUDES))
         group = min(GROUP, space.width)
         return Codebook(space.groups, space.width, space.page, levels, "token", group, "absmax", "nested")

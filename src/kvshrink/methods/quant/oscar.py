@@ -1,6 +1,6 @@
 """OSCAR: 2-bit rows after a rotation that spreads what attention reads evenly over the channels. arXiv 2605.17757
 
-Keys are turned into the principal directions R of the queries that read them, values into those of the values that
+Keys are rotated into the principal directions R of the queries that read them, values into those of the values that
 attention weighs most (a value counts by the mean squared score of its key). There a Hadamard matrix H spreads every
 direction over all channels, and P orders them by bit reversal: rows x R H P. Each row of a head is rounded about the
 middle of its range, of which `key_clip` and `value_clip` are covered. All of it folds into the query and the output.
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+from kvshrink.methods._stats import KV
 from kvshrink.shapes import Float
 
 BITS = (2, 3, 4, 8)
@@ -47,20 +48,20 @@ class OSCAR(Quantiser):
         for name in ("key_clip", "value_clip"):
             require(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)}", "Use a share of the range, up to 1.")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        if side == "key":
-            read = site.metric
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        if kv == "key":
+            read = stats.metric
         else:
-            weighed = site.rows * (site.energy / site.energy.mean(0).clamp_min(1e-30))[:, :, None]
-            read = torch.einsum("mgc,mgd->gcd", weighed, site.rows)
+            weighed = stats.rows * (stats.energy / stats.energy.mean(0).clamp_min(1e-30))[:, :, None]
+            read = torch.einsum("mgc,mgd->gcd", weighed, stats.rows)
         directions = torch.linalg.eigh(read.double()).eigenvectors.flip(-1).float()
-        return {"turn": directions @ spread(space.width).to(directions)}
+        return {"rotation": directions @ spread(space.width).to(directions)}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        return Change.turned(learnt["turn"])
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        return Transform.rotation(learnt["rotation"])
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        clip = self.key_clip if side == "key" else self.value_clip
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        clip = self.key_clip if kv == "key" else self.value_clip
         return Affine(space.groups, space.width, space.page, self.bits, "token", space.width, clip)
 
 

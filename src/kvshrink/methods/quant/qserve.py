@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
+from kvshrink.methods._stats import KV
 from kvshrink.shapes import Float
 
 BITS = (2, 3, 4, 8)
@@ -37,27 +38,27 @@ class QServe(Quantiser):
     dial: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        if side == "value":
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        if kv == "value":
             return {}
-        packing, most = self.packing(side, space, {}), largest(site)
+        packing, most = self.packing(kv, space, {}), largest(stats)
         scales = [most.pow(step / STEPS) for step in range(STEPS + 1)]
-        return {"smooth": min(scales, key=lambda scale: site.cost(packing, Change.scaled(scale)))}
+        return {"smooth": min(scales, key=lambda scale: stats.cost(packing, Transform.scaled(scale)))}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        if side == "value":
-            return Change.turned(rotation(space.width).expand(space.groups, -1, -1))
-        return Change.scaled(learnt["smooth"])
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        if kv == "value":
+            return Transform.rotation(rotation(space.width).expand(space.groups, -1, -1))
+        return Transform.scaled(learnt["smooth"])
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         return axes(space, self.bits, "token", space.width)
 
 
-def largest(site: Site) -> Float[Tensor, "G r"]:
+def largest(stats: SideStats) -> Float[Tensor, "G r"]:
     """Largest magnitude of each channel, the same for both of a RoPE pair; 1 where a channel is always 0."""
-    most = site.rows.abs().amax(0)
-    if site.pairs is not None:
-        first, second = site.pairs
+    most = stats.rows.abs().amax(0)
+    if stats.pairs is not None:
+        first, second = stats.pairs
         most[:, first] = most[:, second] = torch.maximum(most[:, first], most[:, second])
     return most.where(most > 0, torch.ones_like(most))
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space, axes
+from kvshrink.methods._stats import KV
 
 BITS = (2, 3, 4, 8)
 
@@ -34,20 +35,20 @@ class RoSTE(Quantiser):
     dial: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        packing = self.packing(side, space, {})
-        turned, plain = site.cost(packing, _turn(space, site.rows)), site.cost(packing)
-        return {"rotated": torch.tensor(turned < plain)}
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        packing = self.packing(kv, space, {})
+        rotated, plain = stats.cost(packing, _rotation(space, stats.rows)), stats.cost(packing)
+        return {"rotated": torch.tensor(rotated < plain)}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
-        return _turn(space, learnt["rotated"]) if bool(learnt["rotated"]) else None
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform | None:
+        return _rotation(space, learnt["rotated"]) if bool(learnt["rotated"]) else None
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         return axes(space, self.bits, "token", space.width)
 
 
-def _turn(space: Space, like: Tensor) -> Change:
-    return Change.turned(rotation(space.width).to(like.device).expand(space.groups, -1, -1))
+def _rotation(space: Space, like: Tensor) -> Transform:
+    return Transform.rotation(rotation(space.width).to(like.device).expand(space.groups, -1, -1))
 
 
 METHOD = RoSTE

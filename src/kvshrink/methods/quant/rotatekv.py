@@ -17,10 +17,11 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+from kvshrink.methods._stats import KV
 
 BITS = (2, 3, 4, 8)
 
@@ -44,30 +45,30 @@ class RotateKV(Quantiser):
         for name in ("group", "joint"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1.")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        if side == "value":
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        if kv == "value":
             return {}
-        turned = self._turn(side, space, site.rows).forward(site.rows.transpose(0, 1)[None])
-        return {"order": turned[0].sum(1).argsort(1, descending=True)}
+        rotated = self._rotation(kv, space, stats.rows).forward(stats.rows.transpose(0, 1)[None])
+        return {"order": rotated[0].sum(1).argsort(1, descending=True)}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        if side == "value":
-            return self._turn(side, space, None)
-        return self._turn(side, space, learnt["order"]).then(Change.ordered(learnt["order"]))
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        if kv == "value":
+            return self._rotation(kv, space, None)
+        return self._rotation(kv, space, learnt["order"]).then(Transform.ordered(learnt["order"]))
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        groups, width = self._joined(side, space)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        groups, width = self._joined(kv, space)
         return Affine(groups, width, space.page, self.bits, "token", min(self.group, width))
 
-    def _joined(self, side: Side, space: Space) -> tuple[int, int]:
+    def _joined(self, kv: KV, space: Space) -> tuple[int, int]:
         """(groups, channels of one) after neighbouring heads are taken together."""
-        members = gcd(self.joint, space.groups) if side == "key" and space.heads else 1
+        members = gcd(self.joint, space.groups) if kv == "key" and space.heads else 1
         return space.groups // members, space.width * members
 
-    def _turn(self, side: Side, space: Space, like: Tensor | None) -> Change:
-        groups, width = self._joined(side, space)
+    def _rotation(self, kv: KV, space: Space, like: Tensor | None) -> Transform:
+        groups, width = self._joined(kv, space)
         matrix = hadamard(width, width)
-        return Change.turned((matrix if like is None else matrix.to(like.device)).expand(groups, -1, -1))
+        return Transform.rotation((matrix if like is None else matrix.to(like.device)).expand(groups, -1, -1))
 
 
 METHOD = RotateKV

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
-from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space, axes
+from kvshrink.methods._stats import KV, LayerShape
 
 
 @final
@@ -34,8 +34,8 @@ class RTN(Quantiser):
         require(self.bits is None or self.bits in WIDTHS, f"bits={self.bits}", f"Use None or one of {WIDTHS}.")
         require(self.group >= 1, f"group={self.group}", "Use at least 1 channel.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        return axes(space, self.bits, self.key_axis if side == "key" else "token", self.group)
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        return axes(space, self.bits, self.key_axis if kv == "key" else "token", self.group)
 
 
 METHOD = RTN

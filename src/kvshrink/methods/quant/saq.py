@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from kvshrink.methods._packing import Packing, Planes
+from kvshrink.methods._quantiser import Ladder, Quantiser, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Ladder, Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 
 STEPS = (8, 4, 2)
 
@@ -39,15 +40,15 @@ class SAQ(Quantiser):
         given = self.ages
         require(min(given) >= 0, f"ages={given}", "Use two numbers of tokens, 0 or more.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
-        return self._planes(side, space, STEPS[0])
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
+        return self._planes(kv, space, STEPS[0])
 
-    def ladder(self, side: Side, space: Space, learnt: Fitted) -> Ladder:
+    def ladder(self, kv: KV, space: Space, learnt: Fitted) -> Ladder:
         limits = (*self.ages, None)
-        return tuple((self._planes(side, space, bits), limit) for bits, limit in zip(STEPS, limits, strict=True))
+        return tuple((self._planes(kv, space, bits), limit) for bits, limit in zip(STEPS, limits, strict=True))
 
-    def _planes(self, side: Side, space: Space, bits: int) -> Planes:
-        axis: Literal["channel", "token"] = "channel" if side == "key" else "token"
+    def _planes(self, kv: KV, space: Space, bits: int) -> Planes:
+        axis: Literal["channel", "token"] = "channel" if kv == "key" else "token"
         return Planes(space.groups, space.width, space.page, bits, axis, min(self.group, space.width))
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._quantiser import Quantiser, Space, Transform, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._rotate import hadamard
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space, axes
+from kvshrink.methods._stats import KV
 
 BITS = (2, 3, 4, 8)
 
@@ -35,10 +36,10 @@ class SAWInt4(Quantiser):
         for name in ("group", "block"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "Use at least 1 channel.")
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        return Change.turned(hadamard(space.width, self.block).expand(space.groups, -1, -1))
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        return Transform.rotation(hadamard(space.width, self.block).expand(space.groups, -1, -1))
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         return axes(space, self.bits, "token", self.group)
 
 

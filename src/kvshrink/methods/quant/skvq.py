@@ -11,11 +11,11 @@ instead: a matrix of n x n for n = heads x channels is slow where layers are wid
 channels for each query head before they are put in order again.
 
 Departures: groups are equal, 128 channels each, cut from the ordered clusters; the paper's are its clusters, of any
-size. One clip a layer and side, drawing in both ends by the same amount about the middle; the paper clips each group,
-and multiplies minimum and maximum. Rows are divided by one power of two a layer and side before they are stored, so
-that 8-bit floats neither end nor vanish. Between 128 and 160 recent tokens are exact, as pages of 32 leave the window;
-the paper quantises token by token. No filter of important tokens. In a basis' latents channels are ordered within each
-group.
+size. One clip for a layer's keys and one for its values, drawing in both ends by the same amount about the middle; the
+paper clips each group, and multiplies minimum and maximum. Rows are divided by one power of two for each before they
+are stored, so that 8-bit floats neither end nor vanish. Between 128 and 160 recent tokens are exact, as pages of 32
+leave the window; the paper quantises token by token. No filter of important tokens. In a basis' latents channels are
+ordered within each group.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine, Codebook, Packing
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, Transform
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Site, Space
+from kvshrink.methods._stats import KV
 from kvshrink.shapes import Float, Int
 
 BITS = (1.5, 2, 3, 4)
@@ -51,31 +52,31 @@ class SKVQ(Quantiser):
     offered: ClassVar[tuple] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        order, unit = Change.ordered(learnt["order"].long()), learnt["unit"]
-        return Change(order.down / unit, order.up * unit, order.mean)
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        order, unit = Transform.ordered(learnt["order"].long()), learnt["unit"]
+        return Transform(order.down / unit, order.up * unit, order.mean)
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         groups, width = (1, space.groups * space.width) if space.heads else (space.groups, space.width)
         clip, group = float(learnt.get("clip", 1.0)), min(GROUP, width)
-        if side == "value" and self.bits == 1.5:
+        if kv == "value" and self.bits == 1.5:
             trits = torch.tensor([-1.0, 0.0, 1.0])
             return Codebook(groups, width, space.page, trits, "token", group, "range", "float8", clip)
         bits = 2 if self.bits == 1.5 else int(self.bits)
         return Affine(groups, width, space.page, bits, "token", group, clip, "float8")
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        rows = site.rows.float()
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        rows = stats.rows.float()
         joined = rows.flatten(1)[:, None] if space.heads else rows  # [m, G, a]
         order = torch.stack([ordered(group, GROUP) for group in joined.unbind(1)])
         least = torch.maximum(rows.square().mean().sqrt(), rows.abs().max() / ROOM).clamp_min(1e-30)
         found = {"order": order.int(), "unit": torch.exp2(torch.log2(least).ceil())}
-        errors = {c: site.error(self._read(side, rows, space, found | {"clip": torch.tensor(c)})) for c in CLIPS}
+        errors = {c: stats.error(self._read(kv, rows, space, found | {"clip": torch.tensor(c)})) for c in CLIPS}
         return found | {"clip": torch.tensor(min(CLIPS, key=lambda c: float(errors[c])), device=rows.device)}
 
-    def _read(self, side: Side, rows: Float[Tensor, "m G r"], space: Space, learnt: Fitted) -> Tensor:
+    def _read(self, kv: KV, rows: Float[Tensor, "m G r"], space: Space, learnt: Fitted) -> Tensor:
         """Rows as they would be read."""
-        codec = BasisCodec("v", *self.change(side, space, learnt), self.packing(side, space, learnt))
+        codec = BasisCodec("v", *self.transform(kv, space, learnt), self.packing(kv, space, learnt))
         whole = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -len(rows) % space.page)).transpose(0, 1)[None]
         return codec.decode(codec.encode(whole, None), space.groups)[0, :, : len(rows)].transpose(0, 1)
 

@@ -18,10 +18,11 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from kvshrink.kernels.normal.reference import levels
+from kvshrink.methods._codecs.basis import orthonormal
 from kvshrink.methods._packing import Codebook, Packing
+from kvshrink.methods._quantiser import Quantiser, Space, Transform
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods.lowrank._basis import orthonormal
-from kvshrink.methods.quant._quantiser import Change, Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 from kvshrink.shapes import Float
 
 BITS = (1, 2, 3, 4, 8)
@@ -38,10 +39,10 @@ class TurboQuant(Quantiser):
     dial: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
-        return Change.turned(_rotation(space.width).expand(space.groups, -1, -1))
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
+        return Transform.rotation(_rotation(space.width).expand(space.groups, -1, -1))
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         table = levels(self.bits).float()
         return Codebook(space.groups, space.width, space.page, table, "token", space.width, "rms")
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._packing import Affine, Codebook, Packing
-from kvshrink.methods._packing.by_channel import ByChannel, Turned
+from kvshrink.methods._packing.by_channel import ByChannel, Rotated
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.quant._quantiser import Quantiser, Side, Space
+from kvshrink.methods._stats import KV
 from kvshrink.shapes import Float
 
 
@@ -39,15 +40,15 @@ class VidKV(Quantiser):
         super().check()
         require(0 < self.wide < 1, f"wide={self.wide}", "Use a share between 0 and 1.")
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         groups, width, page = space.groups, space.width, space.page
-        if side == "value":
+        if kv == "value":
             return Codebook(groups, width, page, torch.tensor([-1.0, 0.0, 1.0]), "channel", scale="mean")
         wide = min(max(1, round(self.wide * width)), width - 1)
         if width < 2:
             return Affine(groups, width, page, 2, "channel")
         signs = Codebook(groups, width - wide, page, torch.tensor([-1.0, 1.0]), "channel", scale="mean")
-        return ByChannel(Affine(groups, wide, page, 2, "channel"), Turned(signs, fourier(width - wide)), "range")
+        return ByChannel(Affine(groups, wide, page, 2, "channel"), Rotated(signs, fourier(width - wide)), "range")
 
 
 @cache

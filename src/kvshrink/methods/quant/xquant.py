@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine, Packing
+from kvshrink.methods._quantiser import Quantiser, Space, Transform
 from kvshrink.methods._roles import Codec, Fitted
 from kvshrink.methods._settings import require
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
 from kvshrink.methods.quant._input import InputCodec, recovery, residual
-from kvshrink.methods.quant._quantiser import SIDES, Change, Quantiser, Side, Space
 
 BITS = (2, 3, 4, 8)
 FLOOR = 2**-8  # of the largest singular value
@@ -62,25 +62,25 @@ class XQuant(Quantiser):
         joint = "down" in fitted if fitted else self.mode != "latent"
         return "may store keys and values as one" if joint else None
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         if self.mode != "latent":
-            fits = facts.key_weight.shape[0] == facts.key_weight.shape[1]
-            found = recovery(facts) if fits else {}
-            if fits and residual(facts, found) <= CLOSE:
+            fits = stats.key_weight.shape[0] == stats.key_weight.shape[1]
+            found = recovery(stats) if fits else {}
+            if fits and residual(stats, found) <= CLOSE:
                 return found
             if self.mode == "input":
                 raise SettingError(
-                    f"mode='input' is not possible for keys of {facts.key_weight.shape[0]} channels made of "
-                    f"{facts.key_weight.shape[1]}, or with a norm on keys. Use mode='latent'."
+                    f"mode='input' is not possible for keys of {stats.key_weight.shape[0]} channels made of "
+                    f"{stats.key_weight.shape[1]}, or with a norm on keys. Use mode='latent'."
                 )
-        sides = zip(SIDES, (facts.key_weight, facts.value_weight), (facts.key_bias, facts.value_bias), strict=True)
-        return {f"{side}_{k}": t for side, w, bias in sides for k, t in _basis(w, bias).items()}
+        parts = zip(KVS, (stats.key_weight, stats.value_weight), (stats.key_bias, stats.value_bias), strict=True)
+        return {f"{kv}_{k}": t for kv, w, bias in parts for k, t in _basis(w, bias).items()}
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
         basis, scale = learnt["basis"], learnt["scale"]
-        return Change((basis / scale)[None], (basis * scale).T[None], learnt["mean"][None])
+        return Transform((basis / scale)[None], (basis * scale).T[None], learnt["mean"][None])
 
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         width = space.groups * space.width
         return Affine(1, width, space.page, self.bits, "token", min(self.group, width))
 
@@ -89,9 +89,9 @@ class XQuant(Quantiser):
             return super().codecs(shape, fitted)
         stored, n = self.packing("key", self._space(shape), {}), shape.width
         bases = []
-        for site, side, mean in zip(("k_pre", "v"), SIDES, fitted["mean"].split(n), strict=True):
-            up = fitted[f"{side}_weight"][None]
-            unused = up.transpose(1, 2)  # the rows of one side alone give no input
+        for site, kv, mean in zip(("k_pre", "v"), KVS, fitted["mean"].split(n), strict=True):
+            up = fitted[f"{kv}_weight"][None]
+            unused = up.transpose(1, 2)  # the rows of keys or values alone give no input
             bases.append(BasisCodec(site, unused, up, mean[None], stored))  # type: ignore[arg-type]
         key = InputCodec(bases[0], fitted["down"], fitted["mean"])
         return key, InputCodec(bases[1], None, fitted["mean"])

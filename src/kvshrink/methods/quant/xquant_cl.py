@@ -3,7 +3,7 @@
 The first layer of a pair is XQuant's, at `bits`. The second stores z - z' in `delta_bits`, with z its own input (or
 latents) and z' what a read of the first one's page gives: the rounded one, so that errors do not add up. Inputs of
 neighbouring layers are alike, since each adds little to the residual stream. Latents of two layers lie in two bases, so
-z' is turned into the second one's by the matrix of least squares between them on calibration text.
+z' is predicted in the second one's by the matrix of least squares between them on calibration text.
 
 Departures: the paper adds up differences through all layers in a buffer as long as the text; a read of a pair decodes
 two pages and holds no more than that. So only every second layer has fewer bits. Where a pair's layers differ in shape
@@ -17,11 +17,11 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape, Probe
+from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.lowrank._basis import BasisCodec
+from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods.quant._input import InputCodec
 from kvshrink.methods.quant.xquant import BITS, XQuant
 from kvshrink.shapes import Bool, Float
@@ -34,19 +34,19 @@ RIDGE = 1e-4  # of a latent's mean energy, added to all
 @final
 @dataclass(frozen=True, eq=False)
 class DeltaCodec(Codec):
-    """A codec's latents as differences from another layer's. first: how that one lies in its pages; turn: into ours."""
+    """A codec's latents as differences from another layer's. first: how its pages are; predictor: into ours."""
 
     own: BasisCodec | InputCodec
     first: Packing
-    turn: Float[Tensor, "r r"] | None
+    predictor: Float[Tensor, "r r"] | None
 
     @property
     def site(self) -> Literal["k_pre", "k_post", "v"]:  # type: ignore[override]
         return self.own.site
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.own.side
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.own.metadata
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -59,12 +59,12 @@ class DeltaCodec(Codec):
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         raise NotImplementedError("it is stored as a difference only")
 
-    def encode_after(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.own.packing.store(self.own.project(rows) - self._turned(base), valid)
+    def encode_delta(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+        return self.own.packing.store(self.own.project(rows) - self._predicted(base), valid)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         base = under(stored, "base.")
-        return self._turned(base) + self.own.packing.load(stored)
+        return self._predicted(base) + self.own.packing.load(stored)
 
     def sound(self, stored: Stored) -> bool:
         return self.own.packing.sound(stored)
@@ -75,9 +75,9 @@ class DeltaCodec(Codec):
     def page_bytes(self) -> int:
         return self.own.page_bytes()
 
-    def _turned(self, base: Stored) -> Float[Tensor, "b G t r"]:
+    def _predicted(self, base: Stored) -> Float[Tensor, "b G t r"]:
         latent = self.first.load(base)
-        return latent if self.turn is None else latent @ self.turn
+        return latent if self.predictor is None else latent @ self.predictor
 
 
 @final
@@ -104,14 +104,14 @@ class XQuantCL(Method):
         one_of("delta_bits", self.delta_bits, BITS)
         self._plain(False).check()
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
-        method, sample = self._plain(False), facts.sample
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
+        method, sample = self._plain(False), stats.sample
         assert sample is not None
-        found = method.fit_layer(facts)
+        found = method.fit_layer(stats)
         if "down" in found:
             return found
-        pair = method.codecs(facts.shape, found)
-        for name, codec, x in zip(("key", "value"), pair, (sample.keys, sample.values), strict=True):
+        pair = method.codecs(stats.shape, found)
+        for name, codec, x in zip(("key", "value"), pair, (sample.keys_pre_rope, sample.values), strict=True):
             assert isinstance(codec, BasisCodec)
             found[f"{name}_{ROWS}"] = codec.project(x.transpose(0, 1)[None])[0, 0].contiguous()
         return found
@@ -125,21 +125,21 @@ class XQuantCL(Method):
             a, b = layers[first], layers[second]
             if shapes[first] != shapes[second] or ("down" in a) != ("down" in b):
                 continue
-            found[second]["follows"] = torch.ones(1, dtype=torch.uint8)
+            found[second]["stores_delta"] = torch.ones(1, dtype=torch.uint8)
             for name in () if "down" in a else (f"key_{ROWS}", f"value_{ROWS}"):
-                found[second][name.replace(ROWS, "turn")] = _turn(a[name], b[name])
+                found[second][name.replace(ROWS, "predictor")] = _predictor(a[name], b[name])
             paired.append([first, second])
         return found, {"pairs": paired}
 
     def apart(self, fitted: Fitted) -> str | None:
-        follows = "may store a layer as what it adds to another" if not fitted or self.follows(fitted) else None
-        return follows or self._plain(False).apart(fitted)
+        delta = "may store a layer as what it adds to another" if not fitted or self.stores_delta(fitted) else None
+        return delta or self._plain(False).apart(fitted)
 
-    def follows(self, fitted: Fitted) -> bool:
-        return "follows" in fitted
+    def stores_delta(self, fitted: Fitted) -> bool:
+        return "stores_delta" in fitted
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
-        second = self.follows(fitted)
+        second = self.stores_delta(fitted)
         key, value = self._plain(second).codecs(shape, fitted)
         if not second:
             return key, value
@@ -147,20 +147,20 @@ class XQuantCL(Method):
         assert isinstance(value, BasisCodec | InputCodec)
         first, _ = self._plain(False).codecs(shape, fitted)
         packing = first.packing  # type: ignore[attr-defined]
-        turns = fitted.get("key_turn"), fitted.get("value_turn")
-        return DeltaCodec(key, packing, turns[0]), DeltaCodec(value, packing, turns[1])
+        predictors = fitted.get("key_predictor"), fitted.get("value_predictor")
+        return DeltaCodec(key, packing, predictors[0]), DeltaCodec(value, packing, predictors[1])
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """Of a layer not yet fitted, the mean of a pair's."""
         both = [self._plain(second).bits_per_token(shape, fitted) for second in (False, True)]
-        return both[self.follows(fitted)] if fitted else sum(both) / 2
+        return both[self.stores_delta(fitted)] if fitted else sum(both) / 2
 
     def _plain(self, second: bool) -> XQuant:
         bits = self.delta_bits if second else self.bits
         return XQuant(window=self.window, sinks=self.sinks, bits=bits, mode=self.mode, group=self.group)
 
 
-def _turn(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> Float[Tensor, "r r"]:
+def _predictor(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> Float[Tensor, "r r"]:
     """T of least |first T - second|^2, with a ridge."""
     x, y = first.double(), second.double()
     gram = x.T @ x

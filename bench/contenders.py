@@ -20,7 +20,7 @@ from kvshrink.store.tokens import TokenTable
 
 
 @dataclass
-class Side:
+class Contender:
     """step:   takes one token in and gives the attention output [b, q, 1, d]; `attend` gives it without taking one in.
     held:   bytes alive.
     error:  relative error of a step's output against float32 attention over the same cache at full width.
@@ -41,7 +41,7 @@ def _sdpa(layer: Layer, keys: Tensor, values: Tensor) -> Tensor:
     return sdpa_attention_forward(layer.module, layer.query, keys, values, None)[0].transpose(1, 2)
 
 
-def growing(layer: Layer) -> Side:
+def growing(layer: Layer) -> Contender:
     """What `generate` does by default: DynamicCache concatenates, sdpa attends."""
     cache = DynamicCache()
     cache.update(layer.keys, layer.values, 0)
@@ -56,10 +56,10 @@ def growing(layer: Layer) -> Side:
     def attend() -> Tensor:
         return _sdpa(layer, held.keys, held.values)
 
-    return Side("DynamicCache + sdpa", step, attend, lambda: nbytes([held.keys, held.values]), error)
+    return Contender("DynamicCache + sdpa", step, attend, lambda: nbytes([held.keys, held.values]), error)
 
 
-def in_place(layer: Layer) -> list[Side]:
+def in_place(layer: Layer) -> list[Contender]:
     """The full cache in memory taken beforehand, so that a step copies one token: four ways to attend to it.
 
     The buffers are shared and the step's slot, the last one, is overwritten each time; with more room behind it, as a
@@ -67,7 +67,7 @@ def in_place(layer: Layer) -> list[Side]:
     """
     keys, values = torch.cat([layer.keys, layer.key], 2), torch.cat([layer.values, layer.value], 2)
 
-    def side(name: str, attention: Callable[[], Tensor]) -> Side:
+    def contender(name: str, attention: Callable[[], Tensor]) -> Contender:
         def step() -> Tensor:
             keys[:, :, -1:], values[:, :, -1:] = layer.key, layer.value
             return attention()
@@ -75,7 +75,7 @@ def in_place(layer: Layer) -> list[Side]:
         def error() -> float:
             return _relative(step(), layer.exact(keys, values))
 
-        return Side(name, step, attention, lambda: nbytes([keys, values]), error)
+        return Contender(name, step, attention, lambda: nbytes([keys, values]), error)
 
     def matmul() -> Tensor:
         b, h, _, d = keys.shape
@@ -95,16 +95,16 @@ def in_place(layer: Layer) -> list[Side]:
         return found
 
     found = [
-        side("full, in place, sdpa", lambda: _sdpa(layer, keys, values)),
-        side("full, in place, sdpa packed", packed),
-        side("full, in place, grouped matmul", matmul),
+        contender("full, in place, sdpa", lambda: _sdpa(layer, keys, values)),
+        contender("full, in place, sdpa packed", packed),
+        contender("full, in place, grouped matmul", matmul),
     ]
     if grouped(layer.query, keys, values, None, None) is not None:
-        found.append(side("full, in place, kvshrink kernel", ours))
+        found.append(contender("full, in place, kvshrink kernel", ours))
     return found
 
 
-def quantized(layer: Layer, backend: str) -> Side:
+def quantized(layer: Layer, backend: str) -> Contender:
     """transformers' own quantised cache: dequantises everything each step, attends by sdpa."""
     kind = {"quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}[backend]
     axis = 0 if backend == "quanto" else 1
@@ -126,10 +126,10 @@ def quantized(layer: Layer, backend: str) -> Side:
             packed = [t for codes, meta in both for t in (codes, meta["scale"], meta["zero"])]
         return nbytes([*packed, cache.keys, cache.values])
 
-    return Side(f"QuantizedCache {backend} int4", step, step, held, error)
+    return Contender(f"QuantizedCache {backend} int4", step, step, held, error)
 
 
-def shrunken(layer: Layer, name: str, method: Method) -> Side:
+def shrunken(layer: Layer, name: str, method: Method) -> Contender:
     """kvshrink's cache and attention, as a model runs them. What reads a part of the tokens is checked reading all."""
     shape = layer.shape
     method = method.settle([shape], layer.device)
@@ -166,4 +166,4 @@ def shrunken(layer: Layer, name: str, method: Method) -> Side:
         return attention(*returned[0])
 
     update(layer.keys, layer.values)
-    return Side(name, step, attend, lambda: cache.nbytes, error)
+    return Contender(name, step, attend, lambda: cache.nbytes, error)

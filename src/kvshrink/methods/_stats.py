@@ -1,19 +1,18 @@
 """What a method may learn from: a layer's shape, its statistics on the calibration text, and a probe of the model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float
 
-if TYPE_CHECKING:
-    from kvshrink.methods._roles import Codec
+KV = Literal["key", "value"]
+KVS: tuple[KV, KV] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,24 @@ class Moments:
 class Sample:
     """Some tokens of the calibration text, the same for all fields, spread evenly over it; float32.
 
-    keys, asked: before RoPE; turned, queries: the same as attention uses them.
+    post_rope: as attention uses them.
     """
 
-    keys: Float[Tensor, "m h d"]
-    turned: Float[Tensor, "m h d"]
+    keys_pre_rope: Float[Tensor, "m h d"]
+    keys_post_rope: Float[Tensor, "m h d"]
     values: Float[Tensor, "m h d"]
-    queries: Float[Tensor, "m q d"]
-    asked: Float[Tensor, "m q d"]
+    queries_post_rope: Float[Tensor, "m q d"]
+    queries_pre_rope: Float[Tensor, "m q d"]
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class CalibrationStats:
     """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
 
     query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
                   over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
     output_gram:  sum over the query heads of a KV head of W_O^T W_O: what an error in that head's values costs.
-    pairs:        (first, second) channel of each pair that RoPE turns; None: the layer has no RoPE.
+    pairs:        (first, second) channel of each pair that RoPE rotates; None: the layer has no RoPE.
     sample:       rows as they are, where the method asks for them (`Method.samples`).
     key_bias:     of the projections [n], before a norm on keys; None: they have none.
     """

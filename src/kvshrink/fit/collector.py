@@ -14,13 +14,13 @@ from kvshrink.attach.families import (
 )
 from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
-from kvshrink.methods._facts import LayerFacts, Sample
+from kvshrink.methods._stats import CalibrationStats, Sample
 from kvshrink.shapes import Float
 
 SAMPLED = 2048  # tokens of a sample at most, half of it at least where there are so many
 
 
-class LayerWatch:
+class StatsCollector:
     """What is gathered while a layer runs: moments always; inputs, rows and a sample where a setting needs them."""
 
     def __init__(self, probes: int, rows: bool, sample: bool = False) -> None:
@@ -37,10 +37,10 @@ class LayerWatch:
         self.key.add(keys.transpose(1, 2).flatten(2))
         self.value.add(values.transpose(1, 2).flatten(2))
         self.scale.add(hidden)
-        asked = queries(module, hidden)
-        self.query.add(asked, keys.shape[1])
+        query = queries(module, hidden)
+        self.query.add(query, keys.shape[1])
         if self.sample is not None:
-            self.sample.add(keys, values, asked)
+            self.sample.add(keys, values, query)
         if len(self.inputs) < self.probes:
             # without an input norm (Olmo2) it is a view of what the layer's output is about to overwrite
             self.inputs.append(kwargs | {"hidden_states": hidden.clone()})
@@ -48,12 +48,12 @@ class LayerWatch:
             self.keys.append(keys)
             self.values.append(values)
 
-    def facts(self, info: LayerInfo) -> LayerFacts:
+    def stats(self, info: LayerInfo) -> CalibrationStats:
         module = info.module
         key_weight, value_weight = key_value_weights(module)
         key_bias, value_bias = key_value_biases(module)
         shape = shape_of(module)
-        return LayerFacts(
+        return CalibrationStats(
             shape,
             self.key.moments(),
             self.value.moments(),
@@ -96,10 +96,10 @@ class Sampler:
 
     def done(self, rope: Rope | None) -> Sample:
         """The sample; rows run from position 0 on."""
-        keys, values, asked = (torch.stack(part) for part in zip(*self.parts, strict=True))
+        keys, values, queries = (torch.stack(part) for part in zip(*self.parts, strict=True))
         if rope is None:
-            return Sample(keys, keys, values, asked, asked)
+            return Sample(keys, keys, values, queries, queries)
         positions = torch.tensor(self.position, device=keys.device)[None]
         rope = Rope(rope.inv_freq.to(keys.device), rope.scaling, rope.interleaved)
-        turned = [rope.turn(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, asked)]
-        return Sample(keys, turned[0].contiguous(), values, turned[1].contiguous(), asked)
+        rotated = [rope.apply(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, queries)]
+        return Sample(keys, rotated[0].contiguous(), values, rotated[1].contiguous(), queries)

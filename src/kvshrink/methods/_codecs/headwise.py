@@ -1,11 +1,11 @@
-"""Keys and values of each KV head quantised as they are: no change of basis, keys after RoPE. Shared by `quant`."""
+"""Keys and values of each KV head quantised as they are: no change of basis, keys after RoPE."""
 
 from dataclasses import dataclass
 from typing import Literal, final
 
 from torch import Tensor
 
-from kvshrink.methods._packed import PackedCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.shapes import Float
 

@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def lasting(function: Callable[P, R]) -> Callable[P, R]:
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function so that the tensors it makes are ordinary ones, whatever mode the caller is in."""
 
     function = own_modes(function)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
-from kvshrink.methods._facts import LayerFacts, Moments
-from kvshrink.methods._packed import PackedCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._roles import Fitted
+from kvshrink.methods._stats import CalibrationStats, Moments
 from kvshrink.shapes import Float
 
 
@@ -72,10 +72,10 @@ class BasisCodec(PackedCodec):
         return self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
 
 
-def leading(fitted: Fitted, side: str, rank: int) -> dict[str, Tensor]:
-    """The tensors of one side with the first `rank` components alone."""
+def leading(fitted: Fitted, kv: str, rank: int) -> dict[str, Tensor]:
+    """The tensors of keys or of values with the first `rank` components alone."""
     ends = {"up": 1, "down": 2, "errors": 0}  # the axis of components
-    found = {f"{side}_{name}": axis for name, axis in ends.items() if f"{side}_{name}" in fitted}
+    found = {f"{kv}_{name}": axis for name, axis in ends.items() if f"{kv}_{name}" in fitted}
     return {name: fitted[name].narrow(axis, 0, rank).contiguous() for name, axis in found.items()}
 
 
@@ -108,9 +108,9 @@ def spectrum(
     values, vectors = torch.linalg.eigh(metrics + ridge * torch.eye(size, dtype=metrics.dtype, device=metrics.device))
     root = vectors * values.sqrt()[:, None] @ vectors.transpose(1, 2)
     inverse = vectors / values.sqrt()[:, None] @ vectors.transpose(1, 2)
-    turned = root @ blocks @ root
-    directions = _top(turned, rank)
-    return _variances(directions, turned), root @ directions.transpose(1, 2), directions @ inverse
+    weighed = root @ blocks @ root
+    directions = _top(weighed, rank)
+    return _variances(directions, weighed), root @ directions.transpose(1, 2), directions @ inverse
 
 
 def second_moment(moments: Moments) -> Float[Tensor, "n n"]:
@@ -118,21 +118,21 @@ def second_moment(moments: Moments) -> Float[Tensor, "n n"]:
     return moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
-def key_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
+def key_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a key costs: the squared error of the scores, averaged over queries at all distances."""
-    return torch.diag(facts.query_energy.double().flatten())
+    return torch.diag(stats.query_energy.double().flatten())
 
 
-def value_metric(facts: LayerFacts) -> Float[Tensor, "n n"]:
+def value_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a value costs: the squared error of the layer's output, each head by itself."""
-    return torch.block_diag(*facts.output_gram.double())
+    return torch.block_diag(*stats.output_gram.double())
 
 
-def metrics_of(method: Any, facts: LayerFacts) -> tuple[Tensor | None, Tensor | None]:
+def metrics_of(method: Any, stats: CalibrationStats) -> tuple[Tensor | None, Tensor | None]:
     """What `key_metric` and `value_metric` of a method name; None: plain."""
     return (
-        key_metric(facts) if method.key_metric == "query" else None,
-        value_metric(facts) if method.value_metric == "output" else None,
+        key_metric(stats) if method.key_metric == "query" else None,
+        value_metric(stats) if method.value_metric == "output" else None,
     )
 
 
@@ -155,7 +155,7 @@ def weighted_svd(
 
 
 def orthonormal(groups: int, width: int, rank: int, seed: int) -> Float[Tensor, "G r a"]:
-    """Random orthonormal bases: the control that shows what an initialisation is worth."""
+    """Random orthonormal bases: the control that shows what an initialisation adds."""
     noise = torch.randn(groups, width, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.linalg.qr(noise).Q.transpose(1, 2)
 

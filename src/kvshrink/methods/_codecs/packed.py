@@ -17,24 +17,24 @@ class PackedCodec(Codec):
         return rows
 
     @property
-    def side(self) -> frozenset[str]:  # type: ignore[override]
-        return self.packing.side
+    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+        return self.packing.metadata
 
     @property
     def width(self) -> int:  # type: ignore[override]
         return self.packing.width
 
     @property
-    def salient(self) -> bool:
-        return self.packing.salient
+    def needs_importance(self) -> bool:
+        return self.packing.needs_importance
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.packing.store(self.project(rows), valid)
 
-    def encode_by_worth(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, worth: Float[Tensor, "b h t"]
+    def encode_by_importance(
+        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
     ) -> Stored:
-        return self.packing.store_by_worth(self.project(rows), valid, worth)
+        return self.packing.store_by_importance(self.project(rows), valid, importance)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.packing.load(stored)
@@ -48,8 +48,8 @@ class PackedCodec(Codec):
     def sound(self, stored: Stored) -> bool:
         return self.packing.sound(stored)
 
-    def demoted(self, stored: Stored) -> Stored:
-        return self.packing.demoted(stored)
+    def truncate(self, stored: Stored) -> Stored:
+        return self.packing.truncate(stored)
 
     def page_bytes(self) -> int:
         return self.packing.page_bytes()

@@ -1,6 +1,6 @@
-"""What every quantiser is: at each side an invertible change of basis, then codes in pages.
+"""What every quantiser is: an invertible change of basis for keys and one for values, then codes in pages.
 
-The same two parts store the keys and values of KV heads and the latents of a low-rank method: the change folds into
+The same two parts store the keys and values of KV heads and the latents of a low-rank method: the transform folds into
 its basis, so that it costs nothing there.
 """
 
@@ -13,17 +13,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kvshrink.methods._facts import LayerFacts, LayerShape
+from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Codec, Fitted, Method, Tier
 from kvshrink.methods._settings import one_of
-from kvshrink.methods.lowrank._basis import BasisCodec
-from kvshrink.methods.quant._headwise import HeadwiseCodec
+from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
 from kvshrink.shapes import Float
 from kvshrink.store.names import under
-
-Side = Literal["key", "value"]
-SIDES: tuple[Side, Side] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Space:
     heads: bool
 
 
-class Change(NamedTuple):
+class Transform(NamedTuple):
     """z = (x - mean) @ down and x = z @ up + mean, for G' groups of neighbouring groups of a Space; down @ up = 1."""
 
     down: Float[Tensor, "G a r"]
@@ -48,21 +45,21 @@ class Change(NamedTuple):
     mean: Float[Tensor, "G a"]
 
     @classmethod
-    def turned(cls, matrix: Float[Tensor, "G a a"]) -> "Change":
+    def rotation(cls, matrix: Float[Tensor, "G a a"]) -> "Transform":
         """By orthogonal matrices: z = x @ matrix."""
         return cls(matrix, matrix.transpose(1, 2), matrix.new_zeros(matrix.shape[:2]))
 
     @classmethod
-    def scaled(cls, scale: Float[Tensor, "G a"], mean: Float[Tensor, "G a"] | None = None) -> "Change":
+    def scaled(cls, scale: Float[Tensor, "G a"], mean: Float[Tensor, "G a"] | None = None) -> "Transform":
         """z = (x - mean) / scale."""
         return cls(
             torch.diag_embed(1 / scale), torch.diag_embed(scale), torch.zeros_like(scale) if mean is None else mean
         )
 
     @classmethod
-    def ordered(cls, order: Tensor) -> "Change":
+    def ordered(cls, order: Tensor) -> "Transform":
         """By permutations [G, a]: z_i = x_order[i]."""
-        return cls.turned(torch.nn.functional.one_hot(order, order.shape[1]).float().transpose(1, 2))
+        return cls.rotation(torch.nn.functional.one_hot(order, order.shape[1]).float().transpose(1, 2))
 
     def forward(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         flat = rows.unflatten(1, (len(self.mean), -1)).transpose(2, 3).flatten(3)
@@ -72,32 +69,32 @@ class Change(NamedTuple):
         rows = latent @ self.up + self.mean[:, None]
         return rows.unflatten(-1, (groups // len(self.mean), -1)).transpose(2, 3).flatten(1, 2)
 
-    def to(self, device: torch.device) -> "Change":
-        return Change(*(t.to(device) for t in self))
+    def to(self, device: torch.device) -> "Transform":
+        return Transform(*(t.to(device) for t in self))
 
-    def then(self, other: "Change") -> "Change":
+    def then(self, other: "Transform") -> "Transform":
         """This one, then another of the same groups."""
         mean = self.mean + (other.mean[:, None] @ self.up)[:, 0]
-        return Change(self.down @ other.down, other.up @ self.up, mean)
+        return Transform(self.down @ other.down, other.up @ self.up, mean)
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
-    """What a quantiser may learn one side from.
+class SideStats:
+    """What a quantiser may learn for keys, or for values.
 
     rows:   calibration rows as they will be stored.
     metric: what an error e costs: e metric e^T. Of keys the mean squared error of scores, of values that of the layer's
             output.
     energy: mean squared score of each token's key: which values attention reads, by group.
-    pairs:  channels that RoPE turns together before rows are stored; None: none, or rows are stored before RoPE.
-    asked:  of keys after RoPE, the largest |q| in each channel; None: no queries are known at this site.
+    pairs:  channels that RoPE rotates together before rows are stored; None: none, or rows are stored before RoPE.
+    max_abs_query: of keys after RoPE, the largest |q| in each channel; None: no queries are known here.
     """
 
     rows: Float[Tensor, "m G r"]
     metric: Float[Tensor, "G r r"]
     energy: Float[Tensor, "m G"]
     pairs: tuple[Tensor, Tensor] | None
-    asked: Float[Tensor, "G r"] | None = None
+    max_abs_query: Float[Tensor, "G r"] | None = None
 
     @cached_property
     def weight(self) -> Float[Tensor, "G r"]:
@@ -116,37 +113,39 @@ class Site:
         whole = len(self.rows) // page * page
         return self.rows[:whole].transpose(0, 1)[None]
 
-    def cost(self, packing: Packing, change: Change | None = None) -> float:
-        """The error of rows that went through a change and a packing."""
+    def cost(self, packing: Packing, transform: Transform | None = None) -> float:
+        """The error of rows that went through a transform and a packing."""
         rows = self.tokens(packing.page)
-        if change is None:
-            back = packing.fake(rows)
+        if transform is None:
+            back = packing.fake_quantize(rows)
         else:
-            back = change.back(packing.fake(change.forward(rows)), rows.shape[1])
+            back = transform.back(packing.fake_quantize(transform.forward(rows)), rows.shape[1])
         return float(self.error(back[0].transpose(0, 1)))
 
     @classmethod
-    def of(cls, facts: LayerFacts, side: Side, site: str) -> "Site":
+    def of(cls, stats: CalibrationStats, kv: KV, site: str) -> "SideStats":
         """Rows of each KV head, at a codec's site."""
-        sample = facts.sample
+        sample = stats.sample
         assert sample is not None, "a method that learns from rows must say so: `samples`"
-        heads = facts.shape.heads
-        asked = sample.queries.unflatten(1, (heads, -1))  # [m, h, members, d]
-        turned = torch.einsum("mhqc,mhqd->hcd", asked, asked) / len(asked)
-        energy = torch.einsum("mhc,hcd,mhd->mh", sample.turned, turned, sample.turned)
-        if side == "value":
-            return cls(sample.values, facts.output_gram.float(), energy, None)
+        heads = stats.shape.heads
+        queries = sample.queries_post_rope.unflatten(1, (heads, -1))  # [m, h, members, d]
+        moment = torch.einsum("mhqc,mhqd->hcd", queries, queries) / len(queries)
+        energy = torch.einsum("mhc,hcd,mhd->mh", sample.keys_post_rope, moment, sample.keys_post_rope)
+        if kv == "value":
+            return cls(sample.values, stats.output_gram.float(), energy, None)
         if site == "k_pre":  # over all distances the two channels of a pair are alike, and pairs do not mix
-            return cls(sample.keys, torch.diag_embed(facts.query_energy.float()), energy, None)
-        return cls(sample.turned, turned, energy, facts.pairs, asked.abs().amax((0, 2)))
+            return cls(sample.keys_pre_rope, torch.diag_embed(stats.query_energy.float()), energy, None)
+        return cls(sample.keys_post_rope, moment, energy, stats.pairs, queries.abs().amax((0, 2)))
 
-    def through(self, down: Float[Tensor, "G a r"], up: Float[Tensor, "G r a"], mean: Float[Tensor, "G a"]) -> "Site":
+    def projected(
+        self, down: Float[Tensor, "G a r"], up: Float[Tensor, "G r a"], mean: Float[Tensor, "G a"]
+    ) -> "SideStats":
         """The latents of a basis, whose groups are groups of these."""
         groups = len(mean)
         rows = self.rows.unflatten(1, (groups, -1)).flatten(2)  # [m, G, a]
         latent = ((rows - mean).transpose(0, 1) @ down).transpose(0, 1)
         joint = torch.stack([torch.block_diag(*part) for part in self.metric.unflatten(0, (groups, -1))])
-        return Site(latent, up @ joint @ up.transpose(1, 2), self.energy.unflatten(1, (groups, -1)).sum(2), None)
+        return SideStats(latent, up @ joint @ up.transpose(1, 2), self.energy.unflatten(1, (groups, -1)).sum(2), None)
 
 
 Ladder = tuple[tuple[Packing | None, int | None], ...]  # (packing or None: dropped, tokens at most or None) by age
@@ -189,19 +188,19 @@ class Quantiser(Method):
         return self.offered
 
     @abstractmethod
-    def packing(self, side: Side, space: Space, learnt: Fitted) -> Packing:
+    def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         """How rows are stored. Its bytes do not depend on what was learnt, which may be nothing yet."""
 
-    def ladder(self, side: Side, space: Space, learnt: Fitted) -> Ladder:
+    def ladder(self, kv: KV, space: Space, learnt: Fitted) -> Ladder:
         """How rows are stored at each age, the youngest first; `packing` by default, for good."""
-        return ((self.packing(side, space, learnt), None),)
+        return ((self.packing(kv, space, learnt), None),)
 
-    def change(self, side: Side, space: Space, learnt: Fitted) -> Change | None:
+    def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform | None:
         """What is done to rows before they are stored; None: nothing."""
         return None
 
-    def learn(self, side: Side, site: Site, space: Space) -> dict[str, Tensor]:
-        """Tensors of one side. Asked only where `needs_fit`."""
+    def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
+        """Tensors of keys or of values. Called only where `needs_fit`."""
         return {}
 
     @property
@@ -209,47 +208,53 @@ class Quantiser(Method):
         return self.needs_fit
 
     @property
-    def asks(self) -> bool:
-        """Whether it wants to know what tokens are worth, which its packings say."""
+    def needs_importance(self) -> bool:
+        """Whether one of its packings ranks tokens by their importance."""
         some = Space(1, 64, self.page, torch.float32, True)
-        return any(self.packing(side, some, {}).salient for side in SIDES)
+        return any(self.packing(kv, some, {}).needs_importance for kv in KVS)
 
     def apart(self, fitted: Fitted) -> str | None:
         some = Space(1, 64, self.page, torch.float32, True)
-        aged = any(len(self.ladder(side, some, {})) > 1 for side in SIDES)
-        own = "ranks tokens by the attention they get" if self.asks else "stores tokens by their age" if aged else None
+        aged = any(len(self.ladder(kv, some, {})) > 1 for kv in KVS)
+        own = (
+            "ranks tokens by the attention they get"
+            if self.needs_importance
+            else "stores tokens by their age"
+            if aged
+            else None
+        )
         return super().apart(fitted) or own
 
-    def fit_layer(self, facts: LayerFacts) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         if not self.needs_fit:
             return {}
-        space = self._space(facts.shape)
-        found = {side: self.learn(side, Site.of(facts, side, self.site), space) for side in SIDES}
-        return {f"{side}_{k}": t.contiguous() for side in SIDES for k, t in found[side].items()}
+        space = self._space(stats.shape)
+        found = {kv: self.learn(kv, SideStats.of(stats, kv, self.site), space) for kv in KVS}
+        return {f"{kv}_{k}": t.contiguous() for kv in KVS for k, t in found[kv].items()}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
 
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
         space = self._space(shape)
-        ladders = [self.ladder(side, space, of_side(fitted, side)) for side in SIDES]
+        ladders = [self.ladder(kv, space, prefixed(fitted, kv)) for kv in KVS]
         return aged(self.codecs(shape, fitted), *ladders)
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
-        ladders = [self.ladder(side, self._space(shape), {}) for side in SIDES]
+        ladders = [self.ladder(kv, self._space(shape), {}) for kv in KVS]
         if len(ladders[0]) == 1:
             return super().body_bytes(shape, fitted, pages)
         return held(ladders, pages, self.page)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The same before a fit and after it."""
-        return sum(self.packing(side, self._space(shape), {}).page_bytes() for side in SIDES) * 8 / self.page
+        return sum(self.packing(kv, self._space(shape), {}).page_bytes() for kv in KVS) * 8 / self.page
 
-    def _codec(self, side: Side, shape: LayerShape, fitted: Fitted) -> Codec:
-        space, learnt = self._space(shape), of_side(fitted, side)
-        stored, change = self.packing(side, space, learnt), self.change(side, space, learnt)
-        site = self.site if side == "key" else "v"
-        return HeadwiseCodec(site, stored) if change is None else BasisCodec(site, *change, stored)
+    def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> Codec:
+        space, learnt = self._space(shape), prefixed(fitted, kv)
+        stored, transform = self.packing(kv, space, learnt), self.transform(kv, space, learnt)
+        site = self.site if kv == "key" else "v"
+        return HeadwiseCodec(site, stored) if transform is None else BasisCodec(site, *transform, stored)
 
     def _space(self, shape: LayerShape) -> Space:
         return Space(shape.heads, shape.head_dim, self.page, shape.dtype, True)
@@ -260,6 +265,6 @@ def axes(space: Space, bits: int | None, axis: str, group: int) -> Packing:
     return packing(space.groups, space.width, space.page, bits, axis, group, space.dtype)
 
 
-def of_side(fitted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def prefixed(fitted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without it."""
     return under(fitted, f"{prefix}_")

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvshrink.attach.families import layers_of
+from kvshrink.fit.collector import StatsCollector
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
-from kvshrink.fit.watch import LayerWatch
-from kvshrink.methods._facts import LayerFacts
+from kvshrink.methods._stats import CalibrationStats
 from kvshrink.shapes import Int
 from kvshrink.store.modes import without_dropout
 
@@ -15,17 +15,17 @@ from kvshrink.store.modes import without_dropout
 @without_dropout
 def gather(
     model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool, sample: bool = False
-) -> dict[int, LayerFacts]:
-    """Facts of every layer that is compressed, in n x n numbers a layer: any number of methods can be fitted to them.
+) -> dict[int, CalibrationStats]:
+    """Statistics of every compressed layer, in n x n numbers each: any number of methods can be fitted to them.
 
     sample: some thousand rows of each layer too, as they are, for methods that ask for them.
-    The facts hold the model's own key and value weights, not copies.
+    The stats hold the model's own key and value weights, not copies.
     """
     infos, found = layers_of(model), {}
     runner = LayerRunner(InMemory(model), rows, batch)
     for i in tqdm(range(runner.layers), desc="statistics", unit="layer", disable=not progress):
-        seen = LayerWatch(0, False, sample) if infos[i].compressed else None
+        seen = StatsCollector(0, False, sample) if infos[i].compressed else None
         runner.run(i, model.get_decoder().layers[i], seen)  # type: ignore[operator]
         if seen is not None:
-            found[i] = seen.facts(infos[i])
+            found[i] = seen.stats(infos[i])
     return found
