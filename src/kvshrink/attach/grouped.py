@@ -12,6 +12,7 @@ from kvshrink.kernels.attention import finish, fold, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, fused
 from kvshrink.kernels.decode.cpu import PAGE
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.records import Rows
 from kvshrink.shapes import Bool, Float
 
 FEWEST = 1024  # tokens from which float32 gains; 16-bit floats gain at any length
@@ -30,8 +31,8 @@ def grouped(
     whole = t // PAGE * PAGE
     if not whole or not _gains(query, keys, t):
         return None
-    pages = [Packed("raw", {"latent": _pages(x[:, :, :whole])}, x.shape[3], PAGE) for x in (keys, values)]
-    kernel = fused(query.device, *pages)
+    pages = [Packed("raw", Rows.records(x, PAGE), x.shape[3], PAGE) for x in (keys, values)]
+    kernel = fused(query.device, *pages).kernel
     if kernel is None:
         return None
     rows = query.float().mul(query.shape[-1] ** -0.5 if scaling is None else scaling).reshape(b, h, -1, d)
@@ -49,10 +50,6 @@ def _gains(query: Tensor, keys: Tensor, tokens: int) -> bool:
     rows = query.shape[1] // keys.shape[1]
     small = query.dtype in (torch.bfloat16, torch.float16) or (rows > 1 and tokens >= FEWEST)
     return small and rows <= MOST_ROWS and query.device.type == "cpu" and not torch.is_grad_enabled()
-
-
-def _pages(rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b p h 32 d"]:
-    return rows.unflatten(2, (-1, PAGE)).transpose(1, 2)
 
 
 def _upto(seen: Tensor | None, start: int, end: int) -> Tensor | None:

@@ -127,17 +127,18 @@ class Body:
     def crop(self, lengths: np.ndarray) -> None:
         """Forget a row's columns from its length on. What has grown old stays so."""
         for age in self.ages:
-            self.hold(age, age.pages.cropped(lengths))
+            if len(age.pages):
+                self.hold(age, age.pages.cropped(lengths))
 
     def select(self, index: Tensor) -> None:
         for age in self.ages:
             if len(age.pages):
                 self.hold(age, age.pages.selected(index.cpu().numpy()))
 
-    def to(self, device: torch.device | str, **how: bool) -> None:
+    def to(self, device: torch.device | str) -> None:
         for age in self.ages:
             if len(age.pages):
-                self.hold(age, age.pages.to(device, **how), trim=False)
+                self.hold(age, age.pages.to(device), trim=False)
 
     def fork(self) -> "Body":
         """Another body of the same pages, which shares their records."""
@@ -176,7 +177,8 @@ class Body:
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """(plain values, tensors): the youngest tier as "pages", and the older ones."""
-        plain, found = {}, {}
+        plain: dict = {}
+        found: dict[str, Tensor] = {}
         for i, age in enumerate(self.ages):
             name = f"older.{i - 1}" if i else "pages"
             values, tensors = state(age.pages)
@@ -185,7 +187,7 @@ class Body:
         return plain, found
 
     def restore(self, values: Mapping, tensors: Mapping[str, Tensor], empty: Sequence[Stored | None]) -> None:
-        """From what `state` gave, among other things. empty: one page as each tier lays it out, None where it is dropped."""
+        """From what `state` gave, and more. empty: one page as each tier lays it out, None where it is dropped."""
         for i, (age, page) in enumerate(zip(self.ages, empty, strict=True)):
             name = f"older.{i - 1}" if i else "pages"
             pages = age.pages if page is None else restored(age.pages, values[name], under(tensors, f"{name}."), page)

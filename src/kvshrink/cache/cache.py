@@ -74,8 +74,8 @@ class KVCache(Cache):
     def join(cls, caches: Sequence["KVCache"]) -> "KVCache":
         """One cache of all rows, of whatever lengths; nothing stored is copied, and the caches go on as they are.
 
-        Rows end together: a shorter one begins in a later column, as if it were padded on the left, and `attention_mask`
-        says where. Raises CacheError for caches that are empty or of another model or method.
+        Rows end together: a shorter one begins in a later column, as if it were padded on the left, which
+        `attention_mask` says. Raises CacheError for caches that are empty or of another model or method.
         """
         caches = list(caches)
         kinds = [(c.model, c.fitted, c.device, len(c.layers), c._dtype()) for c in caches]

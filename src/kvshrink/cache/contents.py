@@ -71,7 +71,7 @@ class Contents:
             for lane in range(table.shape[1]):
                 for k in range(int(there[row, lane].sum())):
                     start, stop = first[row, k], first[row, k] + used[row, lane, k]
-                    require(ends[row] <= start and stop <= self.left[row], f"{name}.first")
+                    require(bool(ends[row] <= start and stop <= self.left[row]), f"{name}.first")
                     covered[row][start:stop] = True
                     ends[row] = stop
         empty = self.empty[tier]
@@ -84,7 +84,7 @@ class Contents:
             require(not part or codec.sound(part), f"{name}.records ({'keys' if kv == 'k' else 'values'})")
 
     def _check_sinks(self, columns: Tensor | None) -> list[np.ndarray]:
-        """Sinks are the first real tokens of each row. Of what has left: what must be in pages, neither pad nor sink."""
+        """Sinks are the first real tokens of each row. What of the others must be in pages."""
         size, needed = self.layer.sinks.size, []
         right = np.full((len(self.left), size), -1, np.int64)
         for row, (shift, left) in enumerate(zip(self.shifts, self.left, strict=True)):

@@ -22,7 +22,7 @@ class Shared(NamedTuple):
     rows: Int[Tensor, " b"]
 
     @property
-    def count(self) -> int:
+    def tokens(self) -> int:
         return self.keys.shape[2]
 
     def selected(self, index: Int[Tensor, " n"]) -> "Shared":
@@ -34,8 +34,8 @@ class Shared(NamedTuple):
 
 
 class Window:
-    """The last tokens, in a buffer that grows to window + page slots. The exact tokens are one contiguous view for every
-    step between two pages; the step in which a page leaves takes another buffer.
+    """The last tokens, in a buffer that grows to window + page slots. They are one contiguous view for every step
+    between two pages; the step in which a page leaves takes another buffer.
 
     starts: a row's first slot, where rows differ (a batch of joined caches); None: 0 for all.
     """
@@ -51,7 +51,7 @@ class Window:
 
     @property
     def count(self) -> int:
-        return self.own + (self.shared.count if self.shared is not None else 0)
+        return self.own + (self.shared.tokens if self.shared is not None else 0)
 
     def view(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
         assert self.keys is not None, "the window is not initialised"
@@ -89,7 +89,7 @@ class Window:
             starts = np.maximum(self.starts - gone, 0)
             self.starts = starts if starts.any() else None
         shared = self.shared
-        if shared is not None and gone < shared.count and self.count == keys.shape[2]:
+        if shared is not None and gone < shared.tokens and self.count == keys.shape[2]:
             self.shared = Shared(shared.keys[:, :, gone:].clone(), shared.values[:, :, gone:].clone(), shared.rows)
             return
         self.shared = None
@@ -105,7 +105,8 @@ class Window:
     def _make_room(self, slots: int) -> None:
         """A buffer of at least so many slots that nobody else reads."""
         old_keys, old_values = self.keys, self.values
-        assert old_keys is not None and old_values is not None
+        assert old_keys is not None
+        assert old_values is not None
         if slots > old_keys.shape[2] or self.lent:
             self._take(old_keys, old_values, max(slots, old_keys.shape[2]))
             self.keys[:, :, : self.own] = old_keys[:, :, : self.own]  # type: ignore[index]
@@ -166,11 +167,11 @@ class Window:
         other.restore({"keys": keys, "values": values}, left)
         return other
 
-    def to(self, device: torch.device | str, **how: bool) -> None:
+    def to(self, device: torch.device | str) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.to(device, **how), self.values.to(device, **how)
+            self.keys, self.values = self.keys.to(device, non_blocking=True), self.values.to(device, non_blocking=True)
         if self.shared is not None:
-            self.shared = Shared(*(t.to(device, **how) for t in self.shared))
+            self.shared = Shared(*(t.to(device, non_blocking=True) for t in self.shared))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held."""
@@ -277,9 +278,11 @@ class Sinks:
         vars(other).update(vars(self))
         return other
 
-    def to(self, device: torch.device | str, **how: bool) -> None:
+    def to(self, device: torch.device | str) -> None:
         if self.keys is not None and self.values is not None and self.columns is not None:
-            self.keys, self.values, self.columns = (t.to(device, **how) for t in (self.keys, self.values, self.columns))
+            self.keys, self.values, self.columns = (
+                t.to(device, non_blocking=True) for t in (self.keys, self.values, self.columns)
+            )
             self._settle()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Rows that join and leave a batch: caches as one, and a cache's rows as caches. No record is copied, nothing is padded."""
+"""Rows that join and leave a batch: caches as one, and rows as caches. No record is copied, nothing is padded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin
 
@@ -21,7 +22,7 @@ def check_alike(kinds: Sequence[tuple], lengths: Sequence[int]) -> None:
             raise CacheError(f"cache {i} of {len(kinds)} is of another model or method than cache 0. Join those alike.")
 
 
-def joined_layers(parts: Sequence[Sequence[CacheLayerMixin]], table: TokenTable) -> list[CacheLayerMixin]:
+def joined_layers(parts: Sequence[Sequence[Any]], table: TokenTable) -> list[CacheLayerMixin]:
     """Layer by layer, the rows of all."""
     found: list[CacheLayerMixin] = []
     for layers in zip(*parts, strict=True):
@@ -32,7 +33,7 @@ def joined_layers(parts: Sequence[Sequence[CacheLayerMixin]], table: TokenTable)
     return found
 
 
-def layers_of_row(layers: Sequence[CacheLayerMixin], number: int, table: TokenTable) -> list[CacheLayerMixin]:
+def layers_of_row(layers: Sequence[Any], number: int, table: TokenTable) -> list[CacheLayerMixin]:
     """Layer by layer, one row alone."""
     found: list[CacheLayerMixin] = []
     for layer in layers:
@@ -43,9 +44,7 @@ def layers_of_row(layers: Sequence[CacheLayerMixin], number: int, table: TokenTa
     return found
 
 
-def _base(
-    layer: CompressedLayer, old: Sequence[CacheLayerMixin], new: Sequence[CacheLayerMixin]
-) -> CompressedLayer | None:
+def _base(layer: CompressedLayer, old: Sequence[Any], new: Sequence[CacheLayerMixin]) -> CompressedLayer | None:
     """The new layer in the place of the one that this layer follows."""
     place = next((i for i, other in enumerate(old) if other is layer.base), None)
     found = None if place is None else new[place]

@@ -390,7 +390,7 @@ class CompressedLayer(CacheLayerMixin):
     def _move(self, device: torch.device | str) -> None:
         whole, self.whole = self.whole, False
         for part in (self.window, self.sinks, self.body):
-            part.to(device, non_blocking=True)
+            part.to(device)
         self.whole = whole
 
     # --- bytes and state ---

@@ -166,7 +166,7 @@ class Snapshot:
         return self.tiers[0].pages.page if self.tiers else 1
 
     def columns(self, block: Block) -> slice | Int[Tensor, "b L t"]:
-        """Columns of a block's slots: a slice where they are the same everywhere, else -1 for a slot without a token."""
+        """Columns of a block's slots: a slice where all lanes have the same, else -1 for a slot without a token."""
         span = block.span
         if span is not None and self.shifts is None:
             return slice(*span)
@@ -199,7 +199,7 @@ class Snapshot:
             parts.append(own >= self.hidden.columns[:, None, None])
         return reduce(torch.logical_and, parts) if parts else None
 
-    def _real(self, columns: slice | Int[Tensor, "b L t"]) -> Bool[Tensor, "b #L t"]:
+    def _real(self, columns: slice | Int[Tensor, "b L t"]) -> Bool[Tensor, "#b #L t"]:
         """Which columns are no pads."""
         if isinstance(columns, slice):
             return (self.positions[:, columns] >= 0)[:, None]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.shapes import UInt8
+from kvshrink.shapes import Float, UInt8
 
 
 class Field(NamedTuple):
@@ -156,6 +156,38 @@ class Single(Holder):
             b, lanes, pages
         )
         return np.ascontiguousarray(table[:, :, start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Holder):
+    """A holder of full keys or values, where they are: a head's `page` tokens are a record; what is over is left out."""
+
+    rows: Float[Tensor, "b h t d"]
+    page: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+        part = self.rows[:, :, start * self.page : stop * self.page]
+        return part.unflatten(2, (-1, self.page)).flatten(3).contiguous().view(torch.uint8)
+
+    def addresses(self, start: int, stop: int) -> np.ndarray:
+        b, h, _, d = self.rows.shape
+        steps = (self.rows.stride(0), self.rows.stride(1), self.page * d)
+        counts = (np.arange(b), np.arange(h), np.arange(start, stop))
+        row, head, page = (step * np.asarray(n, np.int64) for step, n in zip(steps, counts, strict=True))
+        table = row[:, None, None] + head[:, None] + page
+        return self.rows.data_ptr() + self.rows.itemsize * table
+
+    @classmethod
+    def records(cls, rows: Float[Tensor, "b h t d"], page: int) -> Records:
+        """Under the name "latent"; copied only if a head's tokens do not lie side by side."""
+        d = rows.shape[3]
+        rows = rows if rows.stride()[2:] == (d, 1) else rows.contiguous()
+        layout = Layout({"latent": Field(rows.dtype, (1, page, d), 0)}, page * d * rows.itemsize, rows.shape[1])
+        return Records(cls(rows, page), layout, 0, rows.shape[2] // page)
 
 
 def recorded(stored: Mapping[str, Tensor], lanes: int = 1) -> Records:

@@ -1,4 +1,4 @@
-"""The pages of a layer, lane by lane: a table of records, how many slots of each are filled, and which tokens they hold.
+"""The pages of a layer, lane by lane: a table of records, how many of their slots are filled, and with which tokens.
 
 A lane is one row of the batch times one group of KV heads that share a latent: 1 or more lanes a row, each with a
 timeline of its own. A token's column here is its number in its own row, counted from the row's first token.
@@ -160,7 +160,8 @@ class Pages(Holder):
             assert layout is not None
             layout.write(records[:, :, at : at + size], part)
             at += size
-        assert run is not None and at == pages, "the parts are not as many pages as were announced"
+        assert run is not None
+        assert at == pages, "the parts are not as many pages as were announced"
         addresses = run.addresses().reshape(count, self.lanes, pages)
         used = np.full(addresses.shape, self.page, np.uint8) if used is None else used.astype(np.uint8)
         return replace(self, layout=layout, runs=(*self.runs, run))._placed(addresses, used, first, rows)
@@ -251,10 +252,10 @@ class Pages(Holder):
         table, runs = trimmed(self.table, self.runs, holder)
         return replace(self, table=table, runs=runs)
 
-    def to(self, device: torch.device | str, **how: Any) -> "Pages":
+    def to(self, device: torch.device | str) -> "Pages":
         """The records elsewhere, each once."""
-        moved = [Run(run.data.to(device, **how)) for run in self.runs]
-        return self.renamed(moved, None if self.columns is None else self.columns.to(device, **how))
+        moved = [Run(run.data.to(device, non_blocking=True)) for run in self.runs]
+        return self.renamed(moved, None if self.columns is None else self.columns.to(device, non_blocking=True))
 
     def renamed(self, runs: list[Run], columns: Tensor | None) -> "Pages":
         """The same table over copies of the runs."""
