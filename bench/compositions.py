@@ -17,11 +17,11 @@ from quantisers import LENGTH, TASKS, Side, full_side, measure, ours, summary
 from tqdm import tqdm
 
 from kvshrink import CSKV, Spectral, methods, reference_model
-from kvshrink.eval import calibration
 from kvshrink.eval.budget import at_kept
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.outcomes import Log
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store import files
 

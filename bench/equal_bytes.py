@@ -20,17 +20,17 @@ from tqdm import tqdm
 from kvshrink import CSKV, RTN, Spectral, methods, reference_model
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration
 from kvshrink.eval.budget import at_kept
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.outcomes import Log, key_of
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.stats import bootstrap, student
-from kvshrink.eval.teacher import follow
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.outcomes import Log, key_of
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.stats import bootstrap, student
+from kvshrink.eval.run.teacher import follow
 from kvshrink.store import files
 
 KEPT = (0.2, 0.125, 0.0625, 0.04)

@@ -26,8 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvshrink import make_cache
 from kvshrink.attach import attach
-from kvshrink.eval.plots import pyplot, save
 from kvshrink.eval.prefill import fill
+from kvshrink.eval.report.plots import pyplot, save
 from kvshrink.store import files
 
 BASE = "DynamicCache + sdpa"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvshrink.eval.plots import pyplot, save
+from kvshrink.eval.report.plots import pyplot, save
 
 
 def draw(points: list[dict], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvshrink.eval.plots import pyplot, save
+from kvshrink.eval.report.plots import pyplot, save
 
 SHOWN = ("spectral", "CSKV pca int4", "CSKV paper int4", "KIVI", "int4", "int3", "int2", "StreamingLLM")
 

@@ -28,16 +28,17 @@ from kvshrink import make_cache, methods, reference_model
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration, metrics
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.outcomes import Log, key_of
+from kvshrink.eval import metrics
 from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.stats import bootstrap
-from kvshrink.eval.teacher import compared
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.outcomes import Log, key_of
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.stats import bootstrap
+from kvshrink.eval.run.teacher import compared
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store import files
 from kvshrink.store.bytes import nbytes

@@ -2,11 +2,7 @@
 
 import kvshrink
 from kvshrink import data, methods
-from kvshrink.eval import prompt, tasks
-from kvshrink.eval.budget import at_kept
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.summary import cells, summarise
+from kvshrink.eval import Entry, Job, Runner, at_kept, cells, prompt, summarise, tasks
 
 model, tokenizer = kvshrink.reference_model()
 samples = tasks.get("passkey").samples(4, seed=0, tokens=2000, count=prompt.counter(tokenizer))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvshrink import data, methods
-from kvshrink.eval.runner import Runner
+from kvshrink.eval.run.runner import Runner
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store.digest import sealed

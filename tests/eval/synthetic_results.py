@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvshrink.eval.stats import bootstrap, paired, wilson
+from kvshrink.eval.run.stats import bootstrap, paired, wilson
 
 TASKS = (
     *("passkey", "needle", "longeval", "kv_retrieval", "copy", "induction", "topics"),

@@ -16,11 +16,11 @@ from kvshrink.eval.ablations.latents import OFFICIAL, OURS, UNCLAMPED
 from kvshrink.eval.ablations.official_quantiser import fake_quantise, official, one_sign
 from kvshrink.eval.ablations.rows import LINES, Verdict, better, keeps, nothing
 from kvshrink.eval.ablations.words import claim, tally
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.layers import layer_errors
-from kvshrink.eval.runner import Runner
-from kvshrink.eval.teacher import opened
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.layers import layer_errors
+from kvshrink.eval.run.runner import Runner
+from kvshrink.eval.run.teacher import opened
 from kvshrink.fit import fit
 from kvshrink.fit.curve import curve
 from kvshrink.kernels.affine import dequantize, quantize
@@ -192,7 +192,7 @@ def test_a_resumed_run_makes_nothing_again_and_writes_the_same(done, tiny, texts
     monkeypatch.setattr(Runner, "_answer", never)
     for name in ("lab.follow", "latents._measured", "training.fit"):
         monkeypatch.setattr(f"kvshrink.eval.ablations.{name}", never)
-    monkeypatch.setattr("kvshrink.eval.fitting.fit_all", never)
+    monkeypatch.setattr("kvshrink.eval.run.fitting.fit_all", never)
     again = runs.run(SETTINGS, *tiny, texts, out, "kvshrink eval ablations")
     assert again["failures"] == []
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before

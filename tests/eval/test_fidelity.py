@@ -8,9 +8,9 @@ import torch
 
 from kvshrink import RTN, data
 from kvshrink.errors import EvalError
-from kvshrink.eval.fidelity import by_distance, common_prefix, fidelity, summary, trajectories
-from kvshrink.eval.stats import bootstrap
-from kvshrink.eval.teacher import Track
+from kvshrink.eval.run.fidelity import by_distance, common_prefix, fidelity, summary, trajectories
+from kvshrink.eval.run.stats import bootstrap
+from kvshrink.eval.run.teacher import Track
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 
 LOSSLESS, LOSSY = RTN(bits=None), RTN(bits=2)

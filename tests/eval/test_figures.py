@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from kvshrink.eval import plots
-from kvshrink.eval.report import figures, figures_cache, style
+from kvshrink.eval.report import figures, figures_cache, plots, style
 from kvshrink.eval.report.results import fidelity_groups, series
 from kvshrink.eval.report.standings import standings
 from tests.eval import synthetic_results as synthetic

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from kvshrink.errors import EvalError
-from kvshrink.eval.outcomes import Log, Outcome
+from kvshrink.eval.run.outcomes import Log, Outcome
 from kvshrink.plan.bench import is_point
 from kvshrink.store.digest import sealed
 

@@ -10,9 +10,9 @@ from transformers.models.llama import modeling_llama
 from kvshrink import CSKV, RTN, Artifact, data
 from kvshrink.attach.identity import identity_of
 from kvshrink.errors import EvalError
-from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
-from kvshrink.eval.simulated import simulate
-from kvshrink.eval.teacher import compare, follow
+from kvshrink.eval.run.perplexity import MODES, perplexity, scored_bytes, tracks
+from kvshrink.eval.run.simulated import simulate
+from kvshrink.eval.run.teacher import compare, follow
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases

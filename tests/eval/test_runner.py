@@ -11,15 +11,16 @@ from transformers import GenerationConfig
 from kvshrink import RTN, make_cache
 from kvshrink.attach import attach
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval import prompt, tasks
-from kvshrink.eval import runner as runner_module
-from kvshrink.eval.entries import Entry, check, parse, specs
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval import tasks
 from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.rounds import groups, left_pad
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.stats import wilson
-from kvshrink.eval.summary import cells, summarise
+from kvshrink.eval.report.summary import cells, summarise
+from kvshrink.eval.run import prompt
+from kvshrink.eval.run import runner as runner_module
+from kvshrink.eval.run.entries import Entry, check, parse, specs
+from kvshrink.eval.run.outcomes import Log
+from kvshrink.eval.run.rounds import groups, left_pad
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.stats import wilson
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.scenarios import families
 

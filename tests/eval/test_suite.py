@@ -8,12 +8,12 @@ import pytest
 
 from kvshrink import detach, reference_model
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval import suite as module
 from kvshrink.eval import tasks
-from kvshrink.eval.catalogue import Choice, choices, gather
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import Runner
-from kvshrink.eval.suite import Settings, Suite
+from kvshrink.eval.run import suite as module
+from kvshrink.eval.run.catalogue import Choice, choices, gather
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import Runner
+from kvshrink.eval.run.suite import Settings, Suite
 from tests.probes import small_probe
 
 SETTINGS = Settings(
@@ -117,7 +117,7 @@ def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeyp
     assert len((out / "outcomes.jsonl").read_text().splitlines()) == 5
     counted = []
     monkeypatch.setattr(Runner, "_answer", lambda self, *a: counted.append(1) or inner(self, *a))
-    monkeypatch.setattr("kvshrink.eval.fitting.fit_all", None)  # nothing is fitted again
+    monkeypatch.setattr("kvshrink.eval.run.fitting.fit_all", None)  # nothing is fitted again
     resumed = Suite(small, *reference, texts, out).run("x")
     rows = [json.loads(x) for x in (out / "outcomes.jsonl").read_text().splitlines()]
     assert len({r["key"] for r in rows}) == len(rows) == 5 + len(counted)
@@ -132,7 +132,7 @@ def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeyp
         raise AssertionError("run again")
 
     monkeypatch.setattr(Runner, "_answer", never)
-    monkeypatch.setattr("kvshrink.eval.measure.tracks", never)
+    monkeypatch.setattr("kvshrink.eval.run.measure.tracks", never)
     assert Suite(small, *reference, texts, out).run("x") == resumed
 
 
@@ -179,7 +179,7 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
 
     module = ModuleType("tasks.too_long")
     module.samples = too_long
-    monkeypatch.setattr("kvshrink.eval.catalogue.tasks.get", lambda name: module)
+    monkeypatch.setattr("kvshrink.eval.run.catalogue.tasks.get", lambda name: module)
     samples, skipped = gather([Choice("too_long", "too_long", {})], (500,), 2, 0, reference[1], reference=True)
     assert (samples, [s.task for s in skipped]) == ([], ["too_long"])
     assert "its longest sample takes" in skipped[0].reason

@@ -11,7 +11,7 @@ import torch
 import kvshrink
 from kvshrink import Artifact
 from kvshrink.attach.identity import identity_of
-from kvshrink.eval.outcomes import Log, Outcome, key_of
+from kvshrink.eval.run.outcomes import Log, Outcome, key_of
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.methods import build
 from kvshrink.plan import file as plans

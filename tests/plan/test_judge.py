@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvshrink
 from kvshrink import CSKV
 from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run.outcomes import Log
 from kvshrink.fit import probe as probes
 from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.rtn import RTN

@@ -12,9 +12,9 @@ from kvshrink import CSKV, RTN, detach, fit, make_cache, reference_model
 from kvshrink.attach.families import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
-from kvshrink.eval import calibration
 from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.outcomes import Log
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.probe import Recall, recall_rows, row_length

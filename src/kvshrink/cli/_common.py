@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.entries import parse_all
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.entries import parse_all
 from kvshrink.fit.job import default_length
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact

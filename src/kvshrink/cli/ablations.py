@@ -21,10 +21,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration
 from kvshrink.eval.ablations import EXPERIMENTS, chosen
 from kvshrink.eval.ablations import run as runs
 from kvshrink.eval.ablations.lab import Settings
+from kvshrink.eval.run import calibration
 
 SCORED, STEPS = 64, 1000
 UNTRAINED = {"split"}  # experiments of closed forms alone

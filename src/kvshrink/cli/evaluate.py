@@ -27,15 +27,17 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, entries, plots, report, tasks
-from kvshrink.eval.catalogue import arguments, check_context, context_of, has_own_length, make_samples
-from kvshrink.eval.entries import FULL, Entry, parse_all, parse_settings
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.outcomes import Log
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.summary import HEAD, cells, summarise
+from kvshrink.eval import report, tasks
+from kvshrink.eval.report import plots
+from kvshrink.eval.report.summary import HEAD, cells, summarise
+from kvshrink.eval.run import calibration, entries
+from kvshrink.eval.run.catalogue import arguments, check_context, context_of, has_own_length, make_samples
+from kvshrink.eval.run.entries import FULL, Entry, parse_all, parse_settings
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.outcomes import Log
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
+from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files

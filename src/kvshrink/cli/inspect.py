@@ -23,7 +23,7 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import check_picture
 from kvshrink.errors import ArtifactError, UnsupportedModelError
-from kvshrink.eval import plots
+from kvshrink.eval.report import plots
 from kvshrink.fit.source import OnDisk
 from kvshrink.identity import difference
 from kvshrink.methods import name_of

@@ -22,13 +22,13 @@ from kvshrink.cli._common import (
     refuse_text,
 )
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, entries
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.entries import ZEROS, Entry, parse_all
-from kvshrink.eval.fidelity import Fidelity, check_mode, fidelity
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import book, held_out
-from kvshrink.eval.perplexity import scored_bytes
+from kvshrink.eval.run import calibration, entries
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.entries import ZEROS, Entry, parse_all
+from kvshrink.eval.run.fidelity import Fidelity, check_mode, fidelity
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import book, held_out
+from kvshrink.eval.run.perplexity import scored_bytes
 from kvshrink.methods.artifact import Artifact
 
 DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "rtn"]

@@ -22,10 +22,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import check_file, check_picture
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval import calibration
 from kvshrink.eval.budget import Room
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.outcomes import Log
 from kvshrink.fit.data import rows_hash, token_rows
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point

@@ -24,9 +24,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, report
-from kvshrink.eval.entries import parse, specs
-from kvshrink.eval.suite import Settings, Suite
+from kvshrink.eval import report
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.entries import parse, specs
+from kvshrink.eval.run.suite import Settings, Suite
 
 SCORED = 128
 WRITES = ("results.json", "report.html", "leaderboard.md", "*.png", "*.svg")

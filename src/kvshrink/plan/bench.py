@@ -21,7 +21,7 @@ from kvshrink.attach.families import shape_of
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
 from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log, is_number, key_of
+from kvshrink.eval.run.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.facts import gather
 from kvshrink.fit.probe import REPEATED, Recall

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvshrink.eval import plots
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.style import styles
 from kvshrink.plan.bench import Point
 

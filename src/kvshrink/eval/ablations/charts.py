@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvshrink.eval import plots
-from kvshrink.eval.entries import FULL
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.figures_cache import log_axis
 from kvshrink.eval.report.style import INK, Style, styles
+from kvshrink.eval.run.entries import FULL
 
 KL = "KL from the full cache, nats a token"
 KL_SHORT = "KL, nats a token"

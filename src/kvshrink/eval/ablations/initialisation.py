@@ -9,7 +9,7 @@ from typing import Any
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab
 from kvshrink.eval.ablations.rows import Verdict, better, nothing
-from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.run.entries import FULL, Entry
 
 TITLE = "Initialisation (Table 3)"
 KEEPS = (0.5, 0.4, 0.3, 0.2)

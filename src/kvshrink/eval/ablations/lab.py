@@ -19,16 +19,16 @@ from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
 from kvshrink.eval.ablations.rows import LINES, divergence, row
 from kvshrink.eval.budget import at_kept
-from kvshrink.eval.catalogue import Samples, Skipped, check_context, choices, context_of, gather
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out, plain, track_of
-from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.records import has_track
-from kvshrink.eval.rounds import AGNOSTIC
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.teacher import Track, follow
+from kvshrink.eval.run.catalogue import Samples, Skipped, check_context, choices, context_of, gather
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out, plain, track_of
+from kvshrink.eval.run.outcomes import Failure, Log, Outcome, key_of
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.records import has_track
+from kvshrink.eval.run.rounds import AGNOSTIC
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.teacher import Track, follow
 from kvshrink.methods._facts import LayerShape
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact

@@ -12,7 +12,7 @@ from kvshrink.attach.families import key_value
 from kvshrink.errors import EvalError
 from kvshrink.eval.ablations.lab import Lab
 from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, one_sign, plain_bits
-from kvshrink.eval.layers import relative
+from kvshrink.eval.run.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
 from kvshrink.methods._packing import Affine

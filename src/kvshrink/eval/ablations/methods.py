@@ -10,7 +10,7 @@ from typing import Any
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS, Lab
 from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better, keeps
-from kvshrink.eval.entries import FULL, ZEROS, Entry
+from kvshrink.eval.run.entries import FULL, ZEROS, Entry
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 

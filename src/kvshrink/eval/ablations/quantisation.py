@@ -14,7 +14,7 @@ from kvshrink.eval.ablations.latents import OFFICIAL, OURS, SIDES, UNCLAMPED, la
 from kvshrink.eval.ablations.official_quantiser import official
 from kvshrink.eval.ablations.rows import Verdict, better, keeps, nothing
 from kvshrink.eval.ablations.words import listed
-from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.methods.artifact import Artifact
 
 TITLE = "Quantisation (Table 5)"

@@ -5,13 +5,13 @@ from math import log
 from statistics import mean
 from typing import NamedTuple
 
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.fidelity import summary
-from kvshrink.eval.measure import CHUNK, MODE
-from kvshrink.eval.outcomes import Outcome
-from kvshrink.eval.stats import bootstrap, paired, student, wilson
-from kvshrink.eval.summary import summarise
-from kvshrink.eval.teacher import Track
+from kvshrink.eval.report.summary import summarise
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.fidelity import summary
+from kvshrink.eval.run.measure import CHUNK, MODE
+from kvshrink.eval.run.outcomes import Outcome
+from kvshrink.eval.run.stats import bootstrap, paired, student, wilson
+from kvshrink.eval.run.teacher import Track
 
 DIGITS = 6
 SURE = 0.05  # of a paired test

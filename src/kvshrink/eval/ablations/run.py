@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvshrink.eval import plots
 from kvshrink.eval.ablations import EXPERIMENTS, chosen
 from kvshrink.eval.ablations.lab import Lab, Settings
 from kvshrink.eval.ablations.page import page
-from kvshrink.eval.outcomes import Failure
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.style import RC
+from kvshrink.eval.run.outcomes import Failure
 from kvshrink.store import files
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from typing import Any
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab
 from kvshrink.eval.ablations.rows import LEAST_KL, Verdict, better
-from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.methods.lowrank.cskv import CSKV
 
 TITLE = "Keys and values (Table 4)"

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS, Lab
-from kvshrink.eval.fitting import BATCH
+from kvshrink.eval.run.fitting import BATCH
 from kvshrink.fit import fit
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV

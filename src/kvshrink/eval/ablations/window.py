@@ -10,7 +10,7 @@ from typing import Any
 from kvshrink.eval.ablations import charts, words
 from kvshrink.eval.ablations.lab import Lab, relabelled
 from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better
-from kvshrink.eval.entries import FULL, Entry
+from kvshrink.eval.run.entries import FULL, Entry
 
 TITLE = "Window (Figure)"
 KEEP = 0.2

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS, FULL, ZEROS
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.results import budget, of, reached, targets, telling, unique
 from kvshrink.eval.report.standings import Mean, Standing, pooled
 from kvshrink.eval.report.style import Style
+from kvshrink.eval.run.entries import CONTROLS, FULL, ZEROS
 
 SHORT = {"0.00": "0", "1.00": "1"}
 RAMP = ("#F0496E", "#EBB839", "#0CD79F")

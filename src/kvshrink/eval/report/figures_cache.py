@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS, FULL
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.figures import KEPT, hollow, kept_axis, legend, short
 from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.style import INK, Style
+from kvshrink.eval.run.entries import CONTROLS, FULL
 
 FLOOR = 1e-6  # a log axis has no zero
 ERRORS = {

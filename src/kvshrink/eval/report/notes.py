@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from kvshrink.eval.entries import CONTROLS, ZEROS
 from kvshrink.eval.report.results import known, modes, silent, unique
 from kvshrink.eval.report.standings import Standing
+from kvshrink.eval.run.entries import CONTROLS, ZEROS
 
 KEPT = (
     "kept = bytes really held at the end / bytes of the full cache for the same tokens. Everything is counted: codes, "

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink.errors import EvalError
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS
-from kvshrink.eval.report import figures, figures_cache, tables
+from kvshrink.eval.report import figures, figures_cache, plots, tables
 from kvshrink.eval.report.notes import KEPT, notes
 from kvshrink.eval.report.results import budget, fidelity_groups, modes, of, reached, series, telling, unique
 from kvshrink.eval.report.standings import Standing
 from kvshrink.eval.report.style import PALETTE, RC, Picture, Style, picture, styles
+from kvshrink.eval.run.entries import CONTROLS
 
 HERE = Path(__file__).parent
 NARROW = 5.0  # inches; a wider figure scrolls in its own box on a phone

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvshrink.errors import ArtifactError, EvalError
 from kvshrink.eval.budget import TOLERANCE
-from kvshrink.eval.entries import CONTROLS, ZEROS
+from kvshrink.eval.run.entries import CONTROLS, ZEROS
 from kvshrink.store import files
 
 FORMAT = "kvshrink results 1"

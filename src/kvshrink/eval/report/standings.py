@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 
-from kvshrink.eval.entries import CONTROLS, FULL
 from kvshrink.eval.report.results import fidelity_groups, known, modes, of, reached, telling, unique
-from kvshrink.eval.stats import bootstrap
+from kvshrink.eval.run.entries import CONTROLS, FULL
+from kvshrink.eval.run.stats import bootstrap
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.standings import Standing
+from kvshrink.eval.run.entries import CONTROLS
 from kvshrink.store.bytes import human
 
 

@@ -22,8 +22,8 @@ import torch
 
 from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
-from kvshrink.eval.simulated import simulate
-from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, follow
+from kvshrink.eval.run.simulated import simulate
+from kvshrink.eval.run.teacher import Entry, Tokens, Track, checked, compared, follow
 from kvshrink.store.modes import without_dropout
 
 MODES = ("decode", "chunked", "prefix_compressed", "simulated")

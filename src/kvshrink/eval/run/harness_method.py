@@ -1,7 +1,7 @@
 """The arguments of lm-eval's model `kvshrink` that say which method, and on what text it is fitted."""
 
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval.entries import parse
+from kvshrink.eval.run.entries import parse
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 

@@ -20,7 +20,7 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.step import Handle
 from kvshrink.errors import EvalError
-from kvshrink.eval.teacher import Tokens, checked, compressed_tokens, opened, remedy
+from kvshrink.eval.run.teacher import Tokens, checked, compressed_tokens, opened, remedy
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.modes import without_dropout

@@ -29,10 +29,10 @@ from kvshrink.attach import make_cache
 from kvshrink.attach.factory import digest_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError, KVShrinkError, SettingError
-from kvshrink.eval import calibration
-from kvshrink.eval.harness_method import method_of
-from kvshrink.eval.harness_usage import Usage, describe
-from kvshrink.eval.teacher import compressed_tokens
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.harness_method import method_of
+from kvshrink.eval.run.harness_usage import Usage, describe
+from kvshrink.eval.run.teacher import compressed_tokens
 from kvshrink.fit import fit
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.eval.prompt import encode, encode_turns
+from kvshrink.eval.run.prompt import encode, encode_turns
 from kvshrink.eval.tasks import Sample
 
 AGNOSTIC, AWARE, MULTI_TURN = MODES = ("agnostic", "aware", "multi_turn")

@@ -17,14 +17,14 @@ from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
 from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.fidelity import summary, trajectories
-from kvshrink.eval.layers import layer_errors
-from kvshrink.eval.memory import decode_peak
-from kvshrink.eval.outcomes import Failure, Log, key_of
-from kvshrink.eval.perplexity import scored_bytes, tracks
-from kvshrink.eval.records import has_layers, has_memory, has_path
-from kvshrink.eval.teacher import Track, opened
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.fidelity import summary, trajectories
+from kvshrink.eval.run.layers import layer_errors
+from kvshrink.eval.run.memory import decode_peak
+from kvshrink.eval.run.outcomes import Failure, Log, key_of
+from kvshrink.eval.run.perplexity import scored_bytes, tracks
+from kvshrink.eval.run.records import has_layers, has_memory, has_path
+from kvshrink.eval.run.teacher import Track, opened
 from kvshrink.store.bytes import nbytes
 
 MODE, CHUNK = "decode", 1

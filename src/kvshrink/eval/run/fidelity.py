@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import EvalError
-from kvshrink.eval.perplexity import bits_per_byte, chunk_of, tracks
-from kvshrink.eval.stats import bootstrap, student
-from kvshrink.eval.teacher import Entry, Tokens, Track, checked, opened
+from kvshrink.eval.run.perplexity import bits_per_byte, chunk_of, tracks
+from kvshrink.eval.run.stats import bootstrap, student
+from kvshrink.eval.run.teacher import Entry, Tokens, Track, checked, opened
 from kvshrink.store.modes import without_dropout
 
 NEAREST, WIDER = 32, 4  # distances from the prefix end: up to 32 tokens, then 4 times as far each

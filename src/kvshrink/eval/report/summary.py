@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.outcomes import Outcome
-from kvshrink.eval.stats import bootstrap, paired, wilson
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.outcomes import Outcome
+from kvshrink.eval.run.stats import bootstrap, paired, wilson
 
 SEED = 0  # of bootstrap resamples
 

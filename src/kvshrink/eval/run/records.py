@@ -3,9 +3,9 @@
 from dataclasses import fields
 from typing import Any
 
-from kvshrink.eval.layers import LayerError
-from kvshrink.eval.outcomes import is_number
-from kvshrink.eval.teacher import Track
+from kvshrink.eval.run.layers import LayerError
+from kvshrink.eval.run.outcomes import is_number
+from kvshrink.eval.run.teacher import Track
 
 LAYER = {f.name for f in fields(LayerError)}
 TRACK = {f.name for f in fields(Track)}

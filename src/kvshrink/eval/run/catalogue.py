@@ -10,8 +10,9 @@ from typing import Any, get_type_hints
 
 from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
-from kvshrink.eval import prompt, tasks
-from kvshrink.eval.entries import parse_settings
+from kvshrink.eval import tasks
+from kvshrink.eval.run import prompt
+from kvshrink.eval.run.entries import parse_settings
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods._types import check_type
 

@@ -20,7 +20,7 @@ from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.lossy import through
 from kvshrink.errors import EvalError
-from kvshrink.eval.teacher import Entry, Tokens, Track, checked, compared, empty
+from kvshrink.eval.run.teacher import Entry, Tokens, Track, checked, compared, empty
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.modes import without_dropout

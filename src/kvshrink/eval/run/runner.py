@@ -27,12 +27,12 @@ from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
-from kvshrink.eval import entries as entry_list
 from kvshrink.eval import metrics
-from kvshrink.eval.entries import ZEROS, Entry
-from kvshrink.eval.outcomes import Failure, Log, Outcome, key_of
 from kvshrink.eval.prefill import asks, fill, prefill
-from kvshrink.eval.rounds import AGNOSTIC, Group, groups, left_pad
+from kvshrink.eval.run import entries as entry_list
+from kvshrink.eval.run.entries import ZEROS, Entry
+from kvshrink.eval.run.outcomes import Failure, Log, Outcome, key_of
+from kvshrink.eval.run.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.store.bytes import nbytes

@@ -7,8 +7,8 @@ from typing import Any
 
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import ArtifactError
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.outcomes import key_of
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.outcomes import key_of
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.methods import name_of
