@@ -17,13 +17,13 @@ from quantisers import LENGTH, TASKS, Side, full_side, measure, ours, summary
 from tqdm import tqdm
 
 from kvshrink import CSKV, Spectral, methods, reference_model
-from kvshrink.eval.budget import at_kept
+from kvshrink.attach.budget import at_kept
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 KEPT = (0.0625, 0.04)
 BITS = (4, 3, 2, 1.5, 1)

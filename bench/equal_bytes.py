@@ -18,20 +18,20 @@ from plot_equal_bytes import draw
 from tqdm import tqdm
 
 from kvshrink import CSKV, RTN, Spectral, methods, reference_model
+from kvshrink.attach.budget import at_kept
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
-from kvshrink.eval.budget import at_kept
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.catalogue import choices, gather
 from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out
-from kvshrink.eval.run.outcomes import Log, key_of
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.run.stats import bootstrap, student
 from kvshrink.eval.run.teacher import follow
 from kvshrink.store import files
+from kvshrink.store.log import Log, key_of
 
 KEPT = (0.2, 0.125, 0.0625, 0.04)
 DIVERGED = 8  # samples of each task whose KL is measured

@@ -3,7 +3,7 @@
     python bench/generate.py                      # writes bench/results/generate.json and .png
 
 A model of 4 layers with Llama-3.1-8B's attention shape and random weights. Every cache is filled with the same random
-keys and values through its own `update`, as a one-shot prefill would (see kvshrink.eval.prefill: methods' prefills are
+keys and values through its own `update`, as a one-shot prefill would (see kvshrink.attach.fill: methods' prefills are
 the model's own). Then `model.generate` is timed from its first new token to its last. A side whose next logits with the
 fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that nothing
 differs). Run again to go on where it stopped.
@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvshrink import make_cache
 from kvshrink.attach import attach
-from kvshrink.eval.prefill import fill
+from kvshrink.attach.fill import fill
 from kvshrink.eval.report.plots import pyplot, save
 from kvshrink.store import files
 

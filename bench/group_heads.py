@@ -30,12 +30,12 @@ from kvshrink.eval.run.fidelity import summary
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.layers import layer_errors
 from kvshrink.eval.run.measure import held_out, plain, track_of
-from kvshrink.eval.run.outcomes import Log, key_of
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.run.stats import bootstrap, paired, student
 from kvshrink.eval.run.teacher import Track, follow
 from kvshrink.store import files
+from kvshrink.store.log import Log, key_of
 
 KEEPS = (26 / 128, 0.5)  # .2 in ranks that divide by the heads
 BITS = (None, 4)

@@ -20,9 +20,9 @@ from kvshrink.eval.run.catalogue import choices, gather
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.eval.run.prompt import encode
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 KEEPS = (0.5, 0.35, 0.2, 0.1)
 LENGTH = 4096

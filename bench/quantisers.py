@@ -27,21 +27,21 @@ from transformers import DynamicCache, cache_utils
 from kvshrink import make_cache, methods, reference_model
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.eval import metrics
-from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.catalogue import choices, gather
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out
-from kvshrink.eval.run.outcomes import Log, key_of
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.stats import bootstrap
 from kvshrink.eval.run.teacher import compared
 from kvshrink.methods.quant._quantiser import Quantiser
 from kvshrink.store import files
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.log import Log, key_of
 
 LENGTH, SCORED, CHUNK = 4096, 128, 32
 LATER = 127  # tokens after the prompt when bytes are measured again: the peers' residual is as long as it gets

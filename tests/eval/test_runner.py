@@ -10,18 +10,18 @@ from transformers import GenerationConfig
 
 from kvshrink import RTN, make_cache
 from kvshrink.attach import attach
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval import tasks
-from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.report.summary import cells, summarise
 from kvshrink.eval.run import prompt
 from kvshrink.eval.run import runner as runner_module
 from kvshrink.eval.run.entries import Entry, check, parse, specs
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.eval.run.rounds import groups, left_pad
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.run.stats import wilson
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.store.log import Log
 from tests.scenarios import families
 
 

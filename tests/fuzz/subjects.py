@@ -11,12 +11,13 @@ import torch
 import kvshrink
 from kvshrink import Artifact
 from kvshrink.attach.identity import identity_of
-from kvshrink.eval.run.outcomes import Log, Outcome, key_of
+from kvshrink.eval.run.outcomes import Outcome
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.methods import build
 from kvshrink.plan import file as plans
 from kvshrink.plan.bench import is_point
 from kvshrink.store.digest import sealed
+from kvshrink.store.log import Log, key_of
 from tests.scenarios.families import VOCAB, Family
 
 METHODS = {

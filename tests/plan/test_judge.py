@@ -8,8 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import CSKV
-from kvshrink.eval.budget import Room
-from kvshrink.eval.run.outcomes import Log
+from kvshrink.attach.budget import Room
 from kvshrink.fit import probe as probes
 from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.rtn import RTN
@@ -17,6 +16,7 @@ from kvshrink.methods.quant.zipcache import ZipCache
 from kvshrink.plan import bench as benches
 from kvshrink.plan.bench import Bench
 from kvshrink.plan.judge import Judge
+from kvshrink.store.log import Log
 
 
 def small(dropout: float = 0.0) -> LlamaForCausalLM:

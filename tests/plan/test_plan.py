@@ -9,12 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvshrink import CSKV, RTN, detach, fit, make_cache, reference_model
+from kvshrink.attach.budget import Room
 from kvshrink.attach.families import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
-from kvshrink.eval.budget import Room
 from kvshrink.eval.run import calibration
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.probe import Recall, recall_rows, row_length
@@ -32,6 +31,7 @@ from kvshrink.plan.check import check
 from kvshrink.plan.picture import picture
 from kvshrink.plan.search import Search, pareto
 from kvshrink.plan.space import METHODS, choices, known, smallest, stand
+from kvshrink.store.log import Log
 
 QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 

@@ -8,10 +8,10 @@ import torch
 import typer
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
 from kvshrink.cli._outputs import run_folder
 from kvshrink.eval import report, tasks
-from kvshrink.eval.prefill import fill, prefill
 from kvshrink.eval.report import plots
 from kvshrink.eval.report.summary import HEAD, cells, summarise
 from kvshrink.eval.run import calibration, prompt

@@ -34,13 +34,13 @@ from kvshrink.eval.run import calibration, entries
 from kvshrink.eval.run.catalogue import arguments, check_context, context_of, has_own_length, make_samples
 from kvshrink.eval.run.entries import FULL, Entry, parse_all, parse_settings
 from kvshrink.eval.run.fitting import fitted
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "streaming_llm:like=cskv keep=0.2 bits=4"]
 TOKENS = 4000

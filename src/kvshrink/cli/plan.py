@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvshrink.attach.budget import Room
 from kvshrink.cli._common import (
     MANY,
     MOST_CASES,
@@ -22,10 +23,8 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import check_file, check_picture
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval.budget import Room
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.catalogue import check_context
-from kvshrink.eval.run.outcomes import Log
 from kvshrink.fit.data import rows_hash, token_rows
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point
@@ -37,6 +36,7 @@ from kvshrink.plan.search import Search, pareto
 from kvshrink.plan.space import METHODS, known, label
 from kvshrink.store import files
 from kvshrink.store.bytes import human
+from kvshrink.store.log import Log
 
 POINTS = "points.jsonl"  # in --work
 HEAD = ("", "setting", "bytes", "kept", "KL, nats")

@@ -17,11 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from kvshrink.attach import attach
+from kvshrink.attach.budget import Room
 from kvshrink.attach.families import shape_of
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
-from kvshrink.eval.budget import Room
-from kvshrink.eval.run.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.facts import gather
 from kvshrink.fit.probe import REPEATED, Recall
@@ -33,6 +32,7 @@ from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.judge import Judge
 from kvshrink.plan.space import SINKS, WINDOWS
 from kvshrink.shapes import Int
+from kvshrink.store.log import Log, is_number, key_of
 from kvshrink.store.modes import without_dropout
 
 HELD_OUT = 10  # one row in so many

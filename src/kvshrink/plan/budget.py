@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from kvshrink.attach.budget import Room
 from kvshrink.errors import SettingError
-from kvshrink.eval.budget import Room
 
 MOST = 2**63  # bytes
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.budget import Room
 from kvshrink.attach.families import shape_of
-from kvshrink.eval.budget import Room
-from kvshrink.eval.prefill import fill
+from kvshrink.attach.fill import fill
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
+from kvshrink.attach.budget import Room
 from kvshrink.errors import SettingError
-from kvshrink.eval.budget import Room
 from kvshrink.methods import build, get, name_of
 from kvshrink.methods._roles import Method
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvshrink.attach import attach
+from kvshrink.attach.budget import at_kept
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
 from kvshrink.eval.ablations.rows import LINES, divergence, row
-from kvshrink.eval.budget import at_kept
 from kvshrink.eval.run.catalogue import Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out, plain, track_of
-from kvshrink.eval.run.outcomes import Failure, Log, Outcome, key_of
+from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.records import has_track
 from kvshrink.eval.run.rounds import AGNOSTIC
@@ -34,6 +34,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.store.log import Log, key_of
 
 OFFICIAL_CASES = 50  # as many does the bundled file have
 PAPER_STEPS, PAPER_LR = 12_000, 5e-5

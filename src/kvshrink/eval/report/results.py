@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kvshrink.attach.budget import TOLERANCE
 from kvshrink.errors import ArtifactError, EvalError
-from kvshrink.eval.budget import TOLERANCE
 from kvshrink.eval.run.entries import CONTROLS, ZEROS
 from kvshrink.store import files
 

@@ -8,12 +8,12 @@ from typing import Any
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import ArtifactError
 from kvshrink.eval.run.entries import Entry
-from kvshrink.eval.run.outcomes import key_of
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import CONFIG, Artifact
+from kvshrink.store.log import key_of
 
 BATCH = 4  # calibration rows per forward pass
 UNFINISHED = ".unfinished"

@@ -21,11 +21,12 @@ from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.eval.run.fidelity import summary, trajectories
 from kvshrink.eval.run.layers import layer_errors
 from kvshrink.eval.run.memory import decode_peak
-from kvshrink.eval.run.outcomes import Failure, Log, key_of
+from kvshrink.eval.run.outcomes import Failure
 from kvshrink.eval.run.perplexity import scored_bytes, tracks
 from kvshrink.eval.run.records import has_layers, has_memory, has_path
 from kvshrink.eval.run.teacher import Track, opened
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.log import Log, key_of
 
 MODE, CHUNK = "decode", 1
 

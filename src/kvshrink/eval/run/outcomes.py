@@ -1,13 +1,8 @@
 """One answer to one sample, as a log keeps it."""
 
-import hashlib
-import json
-import math
 from dataclasses import dataclass, fields
 
-from kvshrink.eval.log import Log
-
-__all__ = ["Failure", "Log", "Outcome", "is_number", "key_of"]
+from kvshrink.store.log import is_number
 
 TEXTS = ("key", "task", "mode", "method", "output")
 COUNTS = ("length", "index", "tokens", "nbytes", "full")
@@ -74,13 +69,3 @@ class Failure:
     task: str
     length: int
     error: str
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def key_of(*parts: object) -> str:
-    """A short hash of plain values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

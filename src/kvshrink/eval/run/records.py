@@ -4,8 +4,8 @@ from dataclasses import fields
 from typing import Any
 
 from kvshrink.eval.run.layers import LayerError
-from kvshrink.eval.run.outcomes import is_number
 from kvshrink.eval.run.teacher import Track
+from kvshrink.store.log import is_number
 
 LAYER = {f.name for f in fields(LayerError)}
 TRACK = {f.name for f in fields(Track)}

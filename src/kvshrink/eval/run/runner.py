@@ -25,17 +25,18 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
+from kvshrink.attach.fill import asks, fill, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import metrics
-from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.eval.run import entries as entry_list
 from kvshrink.eval.run.entries import ZEROS, Entry
-from kvshrink.eval.run.outcomes import Failure, Log, Outcome, key_of
+from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.log import Log, key_of
 from kvshrink.store.modes import without_dropout
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 

@@ -20,20 +20,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kvshrink.attach.budget import TOLERANCE, at_kept, promised
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval.budget import TOLERANCE, at_kept, promised
 from kvshrink.eval.report.results import FORMAT
 from kvshrink.eval.report.summary import Line, summarise
 from kvshrink.eval.run.catalogue import Choice, Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.run.entries import FULL, ZEROS, Entry, parse, parse_settings
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import Measured, Meter, held_out
-from kvshrink.eval.run.outcomes import Failure, Log, Outcome
+from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.methods._roles import Method
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 SHORTEST = 16  # tokens of a sample
 LONGEST = 4096  # tokens, unless longer ones are asked for

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.fill import asks, fill, prefill
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError
-from kvshrink.eval.prefill import asks, fill, prefill
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.shapes import Float, Int

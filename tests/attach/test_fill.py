@@ -6,7 +6,7 @@ import torch
 import kvshrink
 from kvshrink import methods
 from kvshrink.attach import attach, make_cache
-from kvshrink.eval.prefill import asks, fill, prefill
+from kvshrink.attach.fill import asks, fill, prefill
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvshrink import CSKV, RTN, attach, detach, fit, make_cache, reference_model
+from kvshrink.attach.budget import TOLERANCE, at_kept, promised
 from kvshrink.errors import SettingError
-from kvshrink.eval.budget import TOLERANCE, at_kept, promised
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 

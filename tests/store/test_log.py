@@ -7,9 +7,10 @@ import os
 import pytest
 
 from kvshrink.errors import EvalError
-from kvshrink.eval.run.outcomes import Log, Outcome
+from kvshrink.eval.run.outcomes import Outcome
 from kvshrink.plan.bench import is_point
 from kvshrink.store.digest import sealed
+from kvshrink.store.log import Log
 
 OUTCOME = Outcome("k", "t", "agnostic", 9, "rtn", 0, 0, None, 0.5, "x", ["a"], 50, 100, 400, 0.1, 0.2)
 POINT = {"key": "k", "method": "rtn", "settings": {"bits": 4}, "kl": 0.5}

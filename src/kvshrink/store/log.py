@@ -5,7 +5,9 @@ have said is measured again.
 """
 
 import errno
+import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -39,6 +41,16 @@ class Log:
         self.rows[row["key"]] = row
         if self.path is not None:
             _append(self.path, row)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def key_of(*parts: object) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _append(path: Path, row: dict) -> None:
