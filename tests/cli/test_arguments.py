@@ -176,14 +176,6 @@ OUT_OF_RANGE = {
         "methods": (",", "rtn,rtn", "full"),
         "seed": (-1,),
     },
-    "eval ablations": {
-        "only": (",", "nope"),
-        "cases": (0,),
-        "steps": (0, 2**63),
-        "length": (0, 600),
-        "scored": (0,),
-        "documents": (-1,),
-    },
     "demo": {"cases": (0, 51)},
 }
 

@@ -34,7 +34,7 @@ NONE = {
             "--task scbench_like:turns=2 --method rtn",
             "--task scbench_like:turns=2 --method rtn --mode multi_turn",
         ],
-        "--method rtn": ["--method rtn", "suite", "ablations", "perplexity"],
+        "--method rtn": ["--method rtn", "suite", "perplexity"],
         "--cases 3": ["suite --kept 0.5", "perplexity"],
     },
     "eval perplexity": {
@@ -50,7 +50,6 @@ NONE = {
         "--kept 0.2": ["--methods cskv:keep=0.5", "--methods rtn:bits=4"],
         "--modes multi_turn": ["--documents 0 --methods rtn --lengths 200 --cases 1 --kept 0.5"],
     },
-    "eval ablations": {"--scored 8": ["--documents 0"], "--steps 4": ["--only split"]},
 }
 PAIRS = [(command, option, other) for command, known in NONE.items() for option, row in known.items() for other in row]
 

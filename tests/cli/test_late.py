@@ -33,7 +33,6 @@ def test_a_plan_and_its_picture_are_two_files(refused, place):
     [
         (("eval", "suite", "--methods", "rtn"), "accuracy.png"),
         (("eval", "suite", "--methods", "rtn"), "kl-agnostic.svg"),
-        (("eval", "ablations", "--only", "split"), "split.png"),
     ],
 )
 def test_a_picture_of_the_users_is_not_replaced(refused, place, tmp_path, command, mine):

@@ -88,12 +88,12 @@ BAD = ["x" * 300, "file", "file/x", "/proc/kvshrink", "/dev/null"]
 @pytest.mark.parametrize("out", BAD)
 def test_folders_that_cannot_be_written_are_refused_before_the_work(refused, fit, place, monkeypatch, out):
     Path("file").write_text("mine")
-    for module in ("fit", "evaluate", "demo", "suite", "ablations"):
+    for module in ("fit", "evaluate", "demo", "suite"):
         monkeypatch.setattr(f"kvshrink.cli.{module}.load", None)
     monkeypatch.setattr("kvshrink.cli.fit.fit_all", None)
     assert "cannot write" in refused(*fit, "--out", out)
     assert "cannot write" in refused("demo", "--out", out)
-    for command in ("eval --method rtn", "eval suite --methods rtn", "eval ablations"):
+    for command in ("eval --method rtn", "eval suite --methods rtn"):
         assert "cannot write" in refused(*command.split(), "--model", place / "M", "--out", out)
     assert Path("file").read_text() == "mine"
 

@@ -57,12 +57,11 @@ QUICK = {
     "eval": "--task passkey --tokens 200 --cases 1 --method rtn",
     "eval perplexity": "--prefix 100 --scored 4 --documents 1 --method rtn",
     "eval suite": "--methods rtn --kept 0.5 --tasks copy --lengths 200 --cases 1 --documents 0",
-    "eval ablations": "--only split --cases 1 --documents 0 --length 40 --text T/no.txt",
     "demo": "--cases 0",
     "report": "",
     "lm-eval": "",
 }
-SELDOM = {"demo": 1, "lm-eval": 1, "eval ablations": 3, "eval suite": 4, "report": 4}  # of 10
+SELDOM = {"demo": 1, "lm-eval": 1, "eval suite": 4, "report": 4}  # of 10
 VALUES = {
     "--model": ["M", *(f"B/{name}" for name in world.BROKEN), "T/good.txt", "nope/none", "./nowhere", "", "~"],
     "--artifact": ["A", "P", "nowhere", "T/good.txt", "", "A/kvshrink.json", "C"],

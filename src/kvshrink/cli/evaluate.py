@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kvshrink.cli import ablations, perplexity, suite
+from kvshrink.cli import perplexity, suite
 from kvshrink.cli._common import (
     MANY,
     MOST_CASES,
@@ -48,9 +48,7 @@ WRITES = ("outcomes.jsonl", "results.json", "accuracy.png")
 
 Context = typer.Context.__base__  # what typer really passes: an object of its parent class
 
-app = typer.Typer(
-    help="Compare methods on one task (no subcommand), on all (suite), by perplexity, or as CSKV did (ablations)."
-)
+app = typer.Typer(help="Compare methods on one task (no subcommand), on all (suite), or by perplexity.")
 
 
 def evaluate(
@@ -164,6 +162,5 @@ def _check_effects(
 
 
 app.callback(invoke_without_command=True)(evaluate)
-app.command("ablations")(ablations.ablations)
 app.command("suite")(suite.suite)
 app.command("perplexity")(perplexity.perplexity)

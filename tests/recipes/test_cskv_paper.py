@@ -1,21 +1,13 @@
 """The ablations: every experiment on a tiny random model, resumed without making anything; words follow numbers."""
 
 import json
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvshrink import cli, data, detach, reference_model
+from kvshrink import data, detach, reference_model
 from kvshrink.errors import SettingError
-from kvshrink.eval.ablations import EXPERIMENTS, chosen, initialisation, quantisation, split, training, window
-from kvshrink.eval.ablations import run as runs
-from kvshrink.eval.ablations.lab import Settings
-from kvshrink.eval.ablations.latents import OFFICIAL, OURS, UNCLAMPED
-from kvshrink.eval.ablations.official_quantiser import fake_quantise, official, one_sign
-from kvshrink.eval.ablations.rows import LINES, Verdict, better, keeps, nothing
-from kvshrink.eval.ablations.words import claim, tally
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.layers import layer_errors
@@ -25,6 +17,14 @@ from kvshrink.fit import fit
 from kvshrink.fit.curve import curve
 from kvshrink.kernels.affine import dequantize, quantize
 from kvshrink.methods.lowrank.cskv import CSKV
+from recipes.cskv_paper import EXPERIMENTS, chosen, initialisation, quantisation, split, training, window
+from recipes.cskv_paper import run as runs
+from recipes.cskv_paper.__main__ import main
+from recipes.cskv_paper.lab import Settings
+from recipes.cskv_paper.latents import OFFICIAL, OURS, UNCLAMPED
+from recipes.cskv_paper.official_quantiser import fake_quantise, official, one_sign
+from recipes.cskv_paper.rows import LINES, Verdict, better, keeps, nothing
+from recipes.cskv_paper.words import claim, tally
 
 SETTINGS = Settings(model="reference", cases=1, documents=2, scored=3, steps=3)
 TINY = {
@@ -66,7 +66,7 @@ def small():
 @pytest.fixture(scope="module")
 def done(tiny, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("ablations")
-    return runs.run(SETTINGS, *tiny, texts, out, "kvshrink eval ablations"), out
+    return runs.run(SETTINGS, *tiny, texts, out, "python -m recipes.cskv_paper"), out
 
 
 def read(out, name):
@@ -191,9 +191,9 @@ def test_a_resumed_run_makes_nothing_again_and_writes_the_same(done, tiny, texts
 
     monkeypatch.setattr(Runner, "_answer", never)
     for name in ("lab.follow", "latents._measured", "training.fit"):
-        monkeypatch.setattr(f"kvshrink.eval.ablations.{name}", never)
+        monkeypatch.setattr(f"recipes.cskv_paper.{name}", never)
     monkeypatch.setattr("kvshrink.eval.run.fitting.fit_all", never)
-    again = runs.run(SETTINGS, *tiny, texts, out, "kvshrink eval ablations")
+    again = runs.run(SETTINGS, *tiny, texts, out, "python -m recipes.cskv_paper")
     assert again["failures"] == []
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
@@ -227,17 +227,37 @@ def _broken(artifact):
     return type(artifact)(artifact.method, {i: {} for i in artifact.layers}, artifact.model, artifact.provenance)
 
 
-def test_a_wrong_name_is_one_line(monkeypatch, capsys, tmp_path):
+def test_a_wrong_name_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kvshrink", "eval", "ablations", "--only", "split,windows"])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main(["--only", "split,windows"])
     assert stop.value.code == 2
     known = "methods, initialisation, window, split, quantisation, training"
     assert capsys.readouterr().err == f"kvshrink: no ablation 'windows'. Known: {known}.\n"
     assert list(chosen(("window", "split"))) == ["window", "split"]
     with pytest.raises(SettingError):
         chosen(("",))
+
+
+WRONG = [
+    *(("--only", x) for x in (",", "nope")),
+    *(("--cases", x) for x in ("0",)),
+    *(("--steps", x) for x in ("0", str(2**63), "4 --only split")),
+    *(("--length", x) for x in ("0", "600000")),
+    *(("--scored", x) for x in ("0", "8 --documents 0")),
+    ("--documents", "-1"),
+    ("--out", "/dev/null"),
+    ("--redraw", "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), WRONG)
+def test_wrong_options_are_one_line(option, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([option, *value.split(" ")])
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (2, 1), err
 
 
 def test_the_official_formula_by_hand():

@@ -10,8 +10,6 @@ from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.families import key_value
 from kvshrink.errors import EvalError
-from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.official_quantiser import by_group, fake_quantise, one_sign, plain_bits
 from kvshrink.eval.run.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
@@ -19,6 +17,8 @@ from kvshrink.methods._packing import Affine
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank._basis import BasisCodec
 from kvshrink.shapes import Float
+from recipes.cskv_paper.lab import Lab
+from recipes.cskv_paper.official_quantiser import by_group, fake_quantise, one_sign, plain_bits
 
 OFFICIAL, UNCLAMPED, OURS = "official formula", "the same, zero not clamped", "ours"
 SIDES = ("key", "value")

@@ -8,14 +8,14 @@ through our quantiser, not the official one.
 from statistics import mean
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import Lab, relabelled
-from kvshrink.eval.ablations.latents import OFFICIAL, OURS, SIDES, UNCLAMPED, latent_rows
-from kvshrink.eval.ablations.official_quantiser import official
-from kvshrink.eval.ablations.rows import Verdict, better, keeps, nothing
-from kvshrink.eval.ablations.words import listed
 from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.methods.artifact import Artifact
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import Lab, relabelled
+from recipes.cskv_paper.latents import OFFICIAL, OURS, SIDES, UNCLAMPED, latent_rows
+from recipes.cskv_paper.official_quantiser import official
+from recipes.cskv_paper.rows import Verdict, better, keeps, nothing
+from recipes.cskv_paper.words import listed
 
 TITLE = "Quantisation (Table 5)"
 KEEPS = (0.5, 0.4, 0.3, 0.2)

@@ -6,10 +6,10 @@ loss of 1e9); "pca", the closed form, is the optimum of the paper's loss, so the
 
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.rows import Verdict, better, nothing
 from kvshrink.eval.run.entries import FULL, Entry
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import Lab
+from recipes.cskv_paper.rows import Verdict, better, nothing
 
 TITLE = "Initialisation (Table 3)"
 KEEPS = (0.5, 0.4, 0.3, 0.2)

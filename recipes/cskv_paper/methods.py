@@ -7,12 +7,12 @@ the paper's recipe, and this library's closed forms. Departures: H2O is not here
 
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS, Lab
-from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better, keeps
 from kvshrink.eval.run.entries import FULL, ZEROS, Entry
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import PAPER_LR, PAPER_STEPS, Lab
+from recipes.cskv_paper.rows import LINES, LONG, Verdict, better, keeps
 
 TITLE = "Methods (Tables 1 and 2)"
 KEEPS = (0.5, 0.2)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS
-from kvshrink.eval.ablations.rows import LINES, number
+from recipes.cskv_paper.lab import PAPER_LR, PAPER_STEPS
+from recipes.cskv_paper.rows import LINES, number
 
 LEFT_OUT = 6  # lines of what was left out, before they are counted
 

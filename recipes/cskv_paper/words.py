@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from kvshrink.eval.ablations.rows import Verdict, number
+from recipes.cskv_paper.rows import Verdict, number
 
 Placed = Sequence[tuple[str, Verdict]]  # one comparison at several places: "50 %", ...
 

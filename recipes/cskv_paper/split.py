@@ -8,11 +8,11 @@ from math import log
 from statistics import correlation
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import Lab
-from kvshrink.eval.ablations.rows import LEAST_KL, Verdict, better
 from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.methods.lowrank.cskv import CSKV
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import Lab
+from recipes.cskv_paper.rows import LEAST_KL, Verdict, better
 
 TITLE = "Keys and values (Table 4)"
 KEEPS = (0.5, 0.25)

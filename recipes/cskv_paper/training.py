@@ -7,12 +7,12 @@ is its least value at a rank (Eckart-Young), so a curve can only come near its l
 import time
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import PAPER_LR, PAPER_STEPS, Lab
 from kvshrink.eval.run.fitting import BATCH
 from kvshrink.fit import fit
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import PAPER_LR, PAPER_STEPS, Lab
 
 TITLE = "Training (curve and cost)"
 KEEP = 0.2

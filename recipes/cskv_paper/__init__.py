@@ -7,7 +7,7 @@ figure of them) and `say(data)` (sentences that follow from them), and perhaps `
 from types import ModuleType
 
 from kvshrink.errors import SettingError
-from kvshrink.eval.ablations import initialisation, methods, quantisation, split, training, window
+from recipes.cskv_paper import initialisation, methods, quantisation, split, training, window
 
 EXPERIMENTS: dict[str, ModuleType] = {
     module.__name__.rsplit(".", 1)[1]: module

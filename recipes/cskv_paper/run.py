@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvshrink.eval.ablations import EXPERIMENTS, chosen
-from kvshrink.eval.ablations.lab import Lab, Settings
-from kvshrink.eval.ablations.page import page
+from kvshrink.errors import EvalError
 from kvshrink.eval.report import plots
 from kvshrink.eval.report.style import RC
 from kvshrink.eval.run.outcomes import Failure
 from kvshrink.store import files
+from recipes.cskv_paper import EXPERIMENTS, chosen
+from recipes.cskv_paper.lab import Lab, Settings
+from recipes.cskv_paper.page import page
 
 FORMAT = 1
 PAGE = "ablations.md"
@@ -61,6 +62,18 @@ def run(
 def picture(module: ModuleType, data: dict, path: Path) -> None:
     with plots.pyplot().rc_context(RC):
         plots.save(module.draw(data), path)
+
+
+def redraw(folder: Path) -> Path:
+    """Page and pictures of the numbers in a folder; nothing is measured. Raises EvalError if there are none."""
+    known = {name: m for name, m in EXPERIMENTS.items() if (folder / f"{name}.json").is_file()}
+    if not known:
+        raise EvalError(f"{folder} has no numbers of an ablation. Measure them: leave --redraw out.")
+    for name, module in known.items():
+        data = files.read_json(folder / f"{name}.json")
+        if data["rows"]:
+            picture(module, data, folder / f"{name}.png")
+    return write_page(folder)
 
 
 def write_page(out: Path) -> Path:

@@ -7,10 +7,10 @@ long tasks (needle and passkey) and the KL; lines are shown as far as their shor
 
 from typing import Any
 
-from kvshrink.eval.ablations import charts, words
-from kvshrink.eval.ablations.lab import Lab, relabelled
-from kvshrink.eval.ablations.rows import LINES, LONG, Verdict, better
 from kvshrink.eval.run.entries import FULL, Entry
+from recipes.cskv_paper import charts, words
+from recipes.cskv_paper.lab import Lab, relabelled
+from recipes.cskv_paper.rows import LINES, LONG, Verdict, better
 
 TITLE = "Window (Figure)"
 KEEP = 0.2

@@ -18,7 +18,6 @@ from kvshrink.attach.budget import at_kept
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
-from kvshrink.eval.ablations.rows import LINES, divergence, row
 from kvshrink.eval.run.catalogue import Samples, Skipped, check_context, choices, context_of, gather
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
@@ -35,6 +34,7 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.store.log import Log, key_of
+from recipes.cskv_paper.rows import LINES, divergence, row
 
 OFFICIAL_CASES = 50  # as many does the bundled file have
 PAPER_STEPS, PAPER_LR = 12_000, 5e-5
