@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvshrink import make_cache
 from kvshrink.attach import attach
 from kvshrink.attach.fill import fill
+from kvshrink.eval.report.old_keys import renamed
 from kvshrink.eval.report.plots import pyplot, save
 from kvshrink.store import files
 
@@ -115,7 +116,7 @@ def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype) -> list[di
             "side": name,
             "faster": round(1 / (row := against(times, name, BASE))["ratio"], 3),
             **row,
-            "kept": round(side.cache.nbytes / full, 4) if name in METHODS else 1.0,
+            "byte_ratio": round(side.cache.nbytes / full, 4) if name in METHODS else 1.0,
             "difference": round(differences[name], 5),
         }
         for name, side in found.items()
@@ -160,7 +161,7 @@ def main() -> None:
         "points": [],
     }
     if args.out.exists():
-        before = json.loads(args.out.read_text())
+        before = renamed(json.loads(args.out.read_text()))
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record["points"] = before["points"]
     for tokens in args.tokens:
@@ -172,7 +173,7 @@ def main() -> None:
         files.write_json(args.out, record)
         print(f"\n{tokens} tokens")
         for row in rows:
-            print(f"  {row['side']:34s} {row['faster']:8.2f}x as fast {100 * row['kept']:6.1f} % of bytes")
+            print(f"  {row['side']:34s} {row['faster']:8.2f}x as fast {100 * row['byte_ratio']:6.1f} % of bytes")
     draw(record, args.out.with_suffix(".png"))
 
 

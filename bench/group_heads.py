@@ -80,7 +80,7 @@ def predictions(of: list[Track], by: str) -> dict:
         found = {"kl_mean": float(np.mean(means)), "kl_low": max(0.0, low), "kl_high": high}
         return {k: round(v, 6) for k, v in found.items()}
     every = summary(of, [], "decode", CHUNK).to_dict()
-    return {k: every[k] for k in ("kl_mean", "kl_low", "kl_high", "kl_p99", "top1", "ppl", "ppl_full", "kept")}
+    return {k: every[k] for k in ("kl_mean", "kl_low", "kl_high", "kl_p99", "top1", "ppl", "ppl_full", "byte_ratio")}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

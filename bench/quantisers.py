@@ -5,8 +5,8 @@
 
 The bundled reference model, contexts of 4,096 tokens, which every side is given after the same exact prefill. A prompt
 is read by all sides in turn before the next one. Bits are of a stored number, scales and indices included, from the
-tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything (window,
-sinks, positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context, beyond a
+tensors that are alive: ours in the body, the peers' in the quantised part; `byte_ratio` counts all (window, sinks,
+positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context, beyond a
 multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the last 128
 tokens of book text, 32 a forward. Run again to go on where it stopped.
 """
@@ -193,7 +193,7 @@ def measure(model: Any, tokenizer: Any, sides: list[Side], log: Log, cases: int,
             cache = side.fill(dense)
             bits, held = side.held(cache)
             row = {"key": keys[side.label], "side": side.label, "task": title, "case": n, "bits": bits}
-            row["kept"] = held / _plain(dense)
+            row["byte_ratio"] = held / _plain(dense)
             if sample is None:
                 scored, chunk = ids, CHUNK
             else:
@@ -236,7 +236,7 @@ def summary(sides: list[Side], log: Log, keys: set[str]) -> list[dict]:
         found = {"label": side.label, "group": side.group, "answers": len(hits)}
         numbers = {
             "bits": float(np.mean([r["bits"] for r in rows])),
-            "kept": float(np.mean([r["kept"] for r in rows])),
+            "byte_ratio": float(np.mean([r["byte_ratio"] for r in rows])),
             "kl_text": float(np.mean([np.mean(r["kl"]) for r in text])),
             "kl_retrieval": float(np.mean([np.mean(r["kl"]) for r in asked])),
             "score": float(np.mean(hits)),
@@ -263,7 +263,7 @@ def main() -> None:
     keys = measure(model, tokenizer, sides, log, args.cases, args.documents)
     grown, rows = later(model, tokenizer, sides, log), summary(sides, log, keys)
     for row in rows:
-        row["kept_later"] = round(grown[row["label"]], 5)
+        row["byte_ratio_later"] = round(grown[row["label"]], 5)
     found = {
         "command": "python bench/quantisers.py",
         "model": "reference, bfloat16",

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvshrink.attach import attach
-from kvshrink.attach.budget import at_kept
+from kvshrink.attach.budget import at_byte_ratio
 from kvshrink.attach.factory import digest_of, shapes
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import EvalError
@@ -135,10 +135,10 @@ class Lab:
         }
 
     def knows(self, parts: tuple) -> bool:
-        """Whether `kept` would measure nothing."""
+        """Whether `recorded` would measure nothing."""
         return self.log.has(key_of(self.identity, parts))
 
-    def kept(self, parts: tuple, make: Callable[[], dict]) -> dict:
+    def recorded(self, parts: tuple, make: Callable[[], dict]) -> dict:
         """The log's record of a measurement, made now if there is none."""
         key = key_of(self.identity, parts)
         if not self.knows(parts):
@@ -170,7 +170,7 @@ class Lab:
         beside = []
         for e in entries:
             if e.like is not None and e.like in found:
-                reached = at_kept(StreamingLLM(), found[e.like]["kept"], self.model, self.length)
+                reached = at_byte_ratio(StreamingLLM(), found[e.like]["byte_ratio"], self.model, self.length)
                 beside.append(replace(e, method=reached.method))
         return found | self._divergence(beside, prefix)
 

@@ -40,7 +40,7 @@ def latent_rows(lab: Lab, artifacts: Mapping[str, Artifact]) -> list[dict]:
     return [
         {"label": label, **row}
         for label in artifacts
-        for row in lab.kept(parts[label], lambda label=label: {"rows": made[label]})["rows"]  # type: ignore[misc]
+        for row in lab.recorded(parts[label], lambda label=label: {"rows": made[label]})["rows"]  # type: ignore[misc]
     ]
 
 

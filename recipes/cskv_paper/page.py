@@ -33,7 +33,7 @@ def tables(module: ModuleType, data: dict) -> list[Table]:
 def scores(data: dict) -> Table:
     """A line per row: bytes, pooled lines, other tasks, KL."""
     others = list(dict.fromkeys(t["task"] for r in data["rows"] for t in r["tasks"] if t["task"] not in LINES))
-    head = ("row", "bytes kept", "lines right", *others, "KL, nats", "top-1 agreement")
+    head = ("row", "of full cache", "lines right", *others, "KL, nats", "top-1 agreement")
     return head, [_line(r, others) for r in data["rows"]]
 
 
@@ -50,15 +50,15 @@ def _line(row: dict, others: Sequence[str]) -> tuple[str, ...]:
     divergence = (
         ("-", "-") if kl is None else (f"{kl['mean']:.3g}{span} ({kl['documents']})", f"{100 * kl['top1']:.1f} %")
     )
-    return (row["label"], _kept(row), *cells, *divergence)
+    return (row["label"], _bytes(row), *cells, *divergence)
 
 
-def _kept(row: dict) -> str:
+def _bytes(row: dict) -> str:
     """Measured bytes: on lines, whose contexts are short, and on the documents of the KL."""
     if row.get("simulated"):
         return "simulated: none saved"
     found = {"lines": row["lines"], "documents": row["kl"]}
-    parts = [f"{100 * x['kept']:.1f} % {name}" for name, x in found.items() if x and x["kept"] is not None]
+    parts = [f"{100 * x['byte_ratio']:.1f} % {name}" for name, x in found.items() if x and x["byte_ratio"] is not None]
     return ", ".join(parts) or "-"
 
 

@@ -16,7 +16,7 @@ from kvshrink.eval.run.teacher import Track
 DIGITS = 6
 SURE = 0.05  # of a paired test
 LEAST_KL = 1e-9  # below which two are the same
-KEYS = ("task", "length", "cases", "score", "low", "high", "kept", "lost", "won", "p")
+KEYS = ("task", "length", "cases", "score", "low", "high", "byte_ratio", "lost", "won", "p")
 LINES = ("longeval/official", "longeval/generated")
 LONG = ("needle", "passkey/book")
 
@@ -52,7 +52,7 @@ def pool(outcomes: Sequence[Outcome]) -> dict:
         "score": round(mean(scores), DIGITS),
         "low": round(low, DIGITS),
         "high": round(high, DIGITS),
-        "kept": round(mean(o.kept for o in outcomes), DIGITS),
+        "byte_ratio": round(mean(o.byte_ratio for o in outcomes), DIGITS),
         "scores": scores,
     }
 
@@ -60,7 +60,14 @@ def pool(outcomes: Sequence[Outcome]) -> dict:
 def divergence(tracks: Sequence[Track], seed: int) -> dict:
     """KL of the predictions from the full cache's, in nats, with its interval over documents."""
     found = summary(tracks, [], MODE, CHUNK, seed=seed).to_dict()
-    names = {"mean": "kl_mean", "low": "kl_low", "high": "kl_high", "dnll": "dnll", "top1": "top1", "kept": "kept"}
+    names = {
+        "mean": "kl_mean",
+        "low": "kl_low",
+        "high": "kl_high",
+        "dnll": "dnll",
+        "top1": "top1",
+        "byte_ratio": "byte_ratio",
+    }
     values = {short: found[name] for short, name in names.items()}
     by_document = [round(float(t.kl.mean()), 9) for t in tracks]
     return {"documents": len(tracks), "positions": found["positions"], **values, "by_document": by_document}

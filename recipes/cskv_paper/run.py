@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kvshrink.errors import EvalError
 from kvshrink.eval.report import plots
+from kvshrink.eval.report.old_keys import renamed
 from kvshrink.eval.report.style import RC
 from kvshrink.eval.run.outcomes import Failure
 from kvshrink.store import files
@@ -70,7 +71,7 @@ def redraw(folder: Path) -> Path:
     if not known:
         raise EvalError(f"{folder} has no numbers of an ablation. Measure them: leave --redraw out.")
     for name, module in known.items():
-        data = files.read_json(folder / f"{name}.json")
+        data = renamed(files.read_json(folder / f"{name}.json"))
         if data["rows"]:
             picture(module, data, folder / f"{name}.png")
     return write_page(folder)
@@ -78,7 +79,9 @@ def redraw(folder: Path) -> Path:
 
 def write_page(out: Path) -> Path:
     """The page of every experiment whose JSON is in the folder, also those of earlier runs."""
-    found = {name: files.read_json(out / f"{name}.json") for name in EXPERIMENTS if (out / f"{name}.json").is_file()}
+    found = {
+        name: renamed(files.read_json(out / f"{name}.json")) for name in EXPERIMENTS if (out / f"{name}.json").is_file()
+    }
     text = page(found, EXPERIMENTS)
     files.write_all({out / PAGE: lambda part: part.write_text(text, encoding="utf-8")})
     return out / PAGE

@@ -34,7 +34,7 @@ def run(lab: Lab) -> dict:
     starts = {init: lab.cskv(KEEP, init=init) for init in INITS}
     fitted = lab.fit([*methods.values(), *starts.values()])
     closed = fitted[starts["pca"]]
-    alone = lab.kept(
+    alone = lab.recorded(
         ("seconds", starts["pca"].settings(), len(lab.texts)), lambda: {"seconds": _seconds(lab, starts["pca"])}
     )
     rows = []

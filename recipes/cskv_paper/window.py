@@ -67,7 +67,7 @@ def say(data: dict) -> list[str]:
         own = {r["window"]: r for r in _own(data, kind)}
         most = max(own, default=0)
         known = [(w, own[w]) for w in (SMALL, ENOUGH, most) if w in own]
-        here = "; ".join(f"{w}: {words.scored(r, 'long')}, {_kept(r)}" for w, r in dict(known).items())
+        here = "; ".join(f"{w}: {words.scored(r, 'long')}, {_bytes(r)}" for w, r in dict(known).items())
         gain = better(own[ENOUGH], own[SMALL], "long") if {SMALL, ENOUGH} <= set(own) else Verdict(0, "")
         more = better(own[most], own[ENOUGH], "long") if ENOUGH in own and most > ENOUGH else Verdict(0, "")
         out += [
@@ -78,9 +78,9 @@ def say(data: dict) -> list[str]:
     return out
 
 
-def _kept(row: dict) -> str:
-    kept = (row["kl"] or row["long"] or {}).get("kept")
-    return "bytes not measured" if kept is None else f"{100 * kept:.0f} % of the bytes"
+def _bytes(row: dict) -> str:
+    ratio = (row["kl"] or row["long"] or {}).get("byte_ratio")
+    return "bytes not measured" if ratio is None else f"{100 * ratio:.0f} % of the bytes"
 
 
 def _own(data: dict, kind: str) -> list[dict]:

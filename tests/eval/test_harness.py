@@ -124,7 +124,7 @@ def test_a_lossy_cache_changes_every_kind_of_answer_and_says_what_it_read(baseli
     assert (write["sequences"], choose["sequences"], roll["sequences"]) == (2, 10, 2)
     assert write["sequences_reading_compressed"] == write["tokens_reading_compressed"] == 1
     assert choose["tokens"] == 10 * 6  # a space and five digits
-    assert 0 < choose["kept"] == choose["bytes"] / choose["full_bytes"] < 0.15
+    assert 0 < choose["byte_ratio"] == choose["bytes"] / choose["full_bytes"] < 0.15
     # the first tokens of a text fill the window: they are predicted from exact ones, and that is said
     assert 0 < roll["tokens_reading_compressed"] < 1
     json.dumps(info)

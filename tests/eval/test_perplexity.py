@@ -68,7 +68,7 @@ def test_a_lossy_cache_does_not(model, ids, mode):
     assert track.kl.min() >= 0
     assert track.top1.mean() < 1
     assert track.dp == pytest.approx(np.exp(-track.nll) - np.exp(-track.nll_full), abs=1e-6)
-    assert track.kept is None if mode == "simulated" else track.kept < 0.3
+    assert track.byte_ratio is None if mode == "simulated" else track.byte_ratio < 0.3
 
 
 def test_several_methods_at_once_score_as_each_alone(model, ids):

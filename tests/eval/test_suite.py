@@ -19,7 +19,7 @@ from tests.probes import small_probe
 SETTINGS = Settings(
     model="reference",
     methods=("cskv:bits=4", "rtn", "streaming_llm"),
-    kept=(0.3, 0.15),
+    byte_ratio=(0.3, 0.15),
     tasks=("passkey/book", "scbench_like/mf", "longeval/official"),
     lengths=(600, 1100),
     cases=1,
@@ -68,9 +68,9 @@ def test_every_method_stands_at_every_budget_with_its_measured_bytes(done):
     }
     for line in data["lines"]:
         if line["target"] is None:
-            assert line["kept"] == 1
+            assert line["byte_ratio"] == 1
         elif line["reached"]:
-            assert line["kept"] == pytest.approx(line["target"], rel=0.1), line
+            assert line["byte_ratio"] == pytest.approx(line["target"], rel=0.1), line
         else:
             assert line["series"] == "rtn", line
     methods = {x["method"] for x in data["lines"]}
@@ -93,13 +93,13 @@ def test_fidelity_layers_and_memory_are_there_for_every_method_and_length(done):
     for row in data["fidelity"]:
         assert (row["documents"], row["positions"], row["mode"]) == (2, 24, "decode")
         assert row["kl_mean"] > 0
-        assert 0 < row["kept"] < 0.5
+        assert 0 < row["byte_ratio"] < 0.5
     rtn = {x["target"]: x for x in data["fidelity"] if x["series"] == "cskv bits=4" and x["length"] == 1100}
     assert rtn[0.15]["kl_mean"] > rtn[0.3]["kl_mean"]
 
 
 def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeypatch):
-    small = replace(SETTINGS, methods=SETTINGS.methods[:2], kept=(0.3,), lengths=(600,), documents=1)
+    small = replace(SETTINGS, methods=SETTINGS.methods[:2], byte_ratio=(0.3,), lengths=(600,), documents=1)
     whole = Suite(small, *reference, texts, tmp_path / "whole").run("x")
     out, answers = tmp_path / "cut", []
     inner = Runner._answer
@@ -148,7 +148,7 @@ def test_a_failing_method_is_listed_and_stops_nothing(reference, texts, tmp_path
     settings = Settings(
         model="reference",
         methods=("rtn", "streaming_llm"),
-        kept=(0.3,),
+        byte_ratio=(0.3,),
         tasks=("passkey/book",),
         lengths=(700,),
         cases=1,
@@ -191,8 +191,8 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
         ({"methods": ("nope",)}, "no method 'nope'"),
         ({"methods": ("full",)}, "always there"),
         ({"methods": ("rtn", "rtn")}, "none twice"),
-        ({"kept": ()}, "at least one"),
-        ({"kept": (1.2,)}, "kept=1.2"),
+        ({"byte_ratio": ()}, "at least one"),
+        ({"byte_ratio": (1.2,)}, "byte_ratio=1.2"),
         ({"modes": ("awake",)}, "mode 'awake'"),
         ({"tasks": ("nope",)}, "no offline task 'nope'"),
         ({"stored": ("nope:path=x",)}, "No task 'nope'"),
@@ -206,7 +206,7 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
     ],
 )
 def test_a_suite_that_cannot_run_is_refused_before_it_starts(reference, texts, tmp_path, changes, reason):
-    base = {"model": "reference", "methods": ("rtn",), "kept": (0.2,), "tasks": ("passkey/book",), "cases": 1}
+    base = {"model": "reference", "methods": ("rtn",), "byte_ratio": (0.2,), "tasks": ("passkey/book",), "cases": 1}
     with pytest.raises((SettingError, EvalError), match=reason):
         Suite(Settings(**base | changes), *reference, texts, tmp_path).run("x")
     assert not (tmp_path / "results.json").exists()

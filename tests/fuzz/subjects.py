@@ -23,7 +23,7 @@ from tests.scenarios.families import VOCAB, Family
 METHODS = {
     "cskv": ("cskv", {"keep": 0.5}),
     "cskv4": ("cskv", {"keep": 0.5, "bits": 4}),
-    "spectral": ("spectral", {"kept": 0.2}),
+    "spectral": ("spectral", {"budget": 0.2}),
     "rtn": ("rtn", {"bits": 4}),
     "kivi": ("kivi", {"bits": 2}),
     "turboquant": ("turboquant", {}),
@@ -124,7 +124,11 @@ class Subjects:
             "settings": {"keep": 0.2, "bits": 4},
             "model": {"name": "a", "identity": identity_of(self.model).to_dict()},
         }
-        values |= {"budget": {"kept": 0.25}, "front": [{"name": "rtn", "settings": {}, "kl": 0.5}] * 3, "kl": 0.25}
+        values |= {
+            "budget": {"byte_ratio": 0.25},
+            "front": [{"name": "rtn", "settings": {}, "kl": 0.5}] * 3,
+            "kl": 0.25,
+        }
         (self.folder / "plan").mkdir()
         (self.folder / "plan" / "plan.json").write_text(json.dumps(sealed(values), indent=1))
 
@@ -149,7 +153,7 @@ class Subjects:
             again = Log(folder / "log.jsonl")
             found = {key: again.rows[key] for key in keys if again.has(key, valid)}
             for row in found.values():  # used
-                _ = Outcome(**row).kept if name == "outcomes" else row["kl"] < 1
+                _ = Outcome(**row).byte_ratio if name == "outcomes" else row["kl"] < 1
             return found
 
         return Subject(f"{name} log", "log", (f"{name}/log.jsonl",), read)

@@ -26,33 +26,35 @@ TOLERANCE = 0.05  # a target counts as reached within 5 % of it
 
 @dataclass(frozen=True)
 class Reached:
-    """A method at a budget. kept: bytes it promises over the full cache's; reached: whether that is the target."""
+    """A method at a budget. byte_ratio: promised bytes over the full cache's; reached: whether that is the target."""
 
     method: Method
-    kept: float
+    byte_ratio: float
     reached: bool
 
 
-def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
-    """`method` with its dial (CSKV's keep, RTN's bits, ...) set so that `tokens` tokens take `target` of full bytes.
+def at_byte_ratio(method: Method, target: float, model: Any, tokens: int) -> Reached:
+    """`method`, its budget setting (CSKV's keep, RTN's bits) such that `tokens` tokens take `target` of full bytes.
 
     The largest setting that stays under the target; where that is not within TOLERANCE of it, the nearest one.
     Raises SettingError for a target outside (0, 1], or if no setting fits the model.
     """
     if not 0 < target <= 1:
-        raise SettingError(f"kept={target} is not possible. Use a share of bytes above 0, up to 1.")
-    room = Room.of(model, tokens)
-    method = room.settled(method)
-    values = method.dial_values(room.layers[0], tokens) if method.dial else (None,)
+        raise SettingError(f"byte_ratio={target} is not possible. Use a share of bytes above 0, up to 1.")
+    sizes = CacheBudget.of(model, tokens)
+    method = sizes.resolved(method)
+    values = method.budget_values(sizes.layers[0], tokens) if method.budget_setting else (None,)
 
     def setting(i: int) -> Method:
-        changes: dict[str, Any] = {method.dial: values[i]} if method.dial else {}
+        changes: dict[str, Any] = {method.budget_setting: values[i]} if method.budget_setting else {}
         return replace(method, **changes)
 
-    above = bisect_right(range(len(values)), target, key=lambda i: room.kept(setting(i)))
-    near = {i: kept for i in (above - 1, above) if 0 <= i < len(values) and (kept := room.kept(setting(i))) > 0}
+    above = bisect_right(range(len(values)), target, key=lambda i: sizes.byte_ratio(setting(i)))
+    near = {
+        i: ratio for i in (above - 1, above) if 0 <= i < len(values) and (ratio := sizes.byte_ratio(setting(i))) > 0
+    }
     if not near:
-        raise SettingError(f"{name_of(method)} has no setting for this model's {room.layers[0].width} KV channels.")
+        raise SettingError(f"{name_of(method)} has no setting for this model's {sizes.layers[0].width} KV channels.")
     below = near.get(above - 1, 0.0)
     best = above - 1 if below >= (1 - TOLERANCE) * target else min(near, key=lambda i: abs(log(near[i] / target)))
     return Reached(setting(best), near[best], abs(near[best] / target - 1) <= TOLERANCE)
@@ -60,14 +62,14 @@ def at_kept(method: Method, target: float, model: Any, tokens: int) -> Reached:
 
 def promised(method: Method, model: Any, tokens: int) -> float:
     """Share of the full cache's bytes that the method promises to hold for this many tokens; 0 if it does not fit."""
-    return Room.of(model, tokens).kept(method)
+    return CacheBudget.of(model, tokens).byte_ratio(method)
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheBudget:
     """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay.
 
-    device: where the model is, on which methods settle.
+    device: where the model is, for which methods resolve "auto".
     """
 
     layers: list[LayerShape]
@@ -76,7 +78,7 @@ class Room:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any, tokens: int) -> "Room":
+    def of(cls, model: Any, tokens: int) -> "CacheBudget":
         all_shapes = shapes(attach(model))
         layers = [shape for shape in all_shapes if shape is not None]
         if not layers:
@@ -91,19 +93,19 @@ class Room:
         """Bytes of the full cache of one sequence."""
         return self.tokens * sum(shape.token_bytes for shape in self.layers) + self.fixed
 
-    def settled(self, method: Method) -> Method:
+    def resolved(self, method: Method) -> Method:
         """The method as a fit on this model would start from it."""
-        return method.settle(self.layers, self.device)
+        return method.resolve_auto(self.layers, self.device)
 
     def held(self, method: Method) -> int:
         """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
         try:
-            method = self.settled(method)
+            method = self.resolved(method)
             parts = [n * method.layer_bytes(shape, {}, self.tokens) for shape, n in Counter(self.layers).items()]
         except SettingError:
             return 0
         return sum(parts) + BYTES_PER_TOKEN * self.tokens + self.fixed
 
-    def kept(self, method: Method) -> float:
+    def byte_ratio(self, method: Method) -> float:
         """Share of bytes that the method promises to hold; 0 for a setting that is too small for the model."""
         return self.held(method) / self.full

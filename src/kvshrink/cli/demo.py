@@ -27,7 +27,7 @@ SPECS = (
     "cskv:keep=0.2,bits=4",
     "streaming_llm:like=cskv keep=0.2 bits=4",
     "rtn:bits=2",
-    "spectral:kept=0.03",
+    "spectral:budget=0.03",
 )
 WRITES = ("artifact", "results.json", "accuracy.png")
 

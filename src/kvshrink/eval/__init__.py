@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvshrink.attach.budget import at_kept as at_kept
+    from kvshrink.attach.budget import at_byte_ratio as at_byte_ratio
     from kvshrink.eval.report.summary import cells as cells
     from kvshrink.eval.report.summary import summarise as summarise
     from kvshrink.eval.run import prompt as prompt
@@ -26,7 +26,7 @@ _PLACES = {
     "Entry": "eval.run.entries",
     "Job": "eval.run.runner",
     "Runner": "eval.run.runner",
-    "at_kept": "attach.budget",
+    "at_byte_ratio": "attach.budget",
     "cells": "eval.report.summary",
     "fidelity": "eval.run.fidelity",
     "perplexity": "eval.run.perplexity",

@@ -35,7 +35,7 @@ def build(folder: Path) -> Path:
 
 
 def accuracy(lines: Sequence[Line], mode: str, path: Path) -> None:
-    """Score with its interval against bytes kept, one panel per task: a picture of some lines without a report."""
+    """Score with its interval against its bytes, one panel per task: a picture of some lines without a report."""
     data = {"lines": [line.to_dict() for line in lines]}
     with plots.pyplot().rc_context(RC):
         plots.save(figures.accuracy(data, styles(unique(e["series"] for e in data["lines"])), mode), path)

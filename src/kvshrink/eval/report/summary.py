@@ -37,7 +37,7 @@ class Line:
     low, high: 95 % interval of the mean score: Wilson where scores are 0 or 1, else bootstrap. A context with several
                questions counts once, by their mean.
     encode:    median seconds to compress the context.
-    kept:      mean over samples of bytes held / full. target, reached and setting as in Entry.
+    byte_ratio:      mean over samples of bytes held / full. target, reached and setting as in Entry.
     """
 
     task: str
@@ -53,7 +53,7 @@ class Line:
     low: float
     high: float
     interval: str
-    kept: float
+    byte_ratio: float
     bytes_per_token: float
     tokens: float
     seconds_per_token: float
@@ -62,7 +62,7 @@ class Line:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
-        row = asdict(self) | {"removed": 1 - self.kept, "x_factor": 1 / self.kept}
+        row = asdict(self) | {"removed": 1 - self.byte_ratio, "x_factor": 1 / self.byte_ratio}
         row |= row.pop("against") or dict.fromkeys(Against.__dataclass_fields__)
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
@@ -98,7 +98,7 @@ def _line(group: list[Outcome], entry: Entry, full: list[Outcome] | None) -> Lin
         low=low,
         high=high,
         interval=interval,
-        kept=mean(o.kept for o in group),
+        byte_ratio=mean(o.byte_ratio for o in group),
         bytes_per_token=mean(o.nbytes / o.tokens for o in group),
         tokens=mean(o.tokens for o in group),
         seconds_per_token=median(o.seconds for o in group),
@@ -146,7 +146,7 @@ def _clusters(values: list[float], group: list[Outcome]) -> list[float]:
     return means if 1 < len(means) < len(values) else []
 
 
-HEAD = ("task", "method", "cases", "score", "95 % interval", "kept", "bytes/token", "lost/won")
+HEAD = ("task", "method", "cases", "score", "95 % interval", "of full cache", "bytes/token", "lost/won")
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def cells(line: Line) -> tuple[str, ...]:
         str(line.cases),
         f"{line.score:.2f}",
         f"{line.low:.2f}-{line.high:.2f}",
-        f"{100 * line.kept:.1f} %",
+        f"{100 * line.byte_ratio:.1f} %",
         f"{line.bytes_per_token:.0f}",
         "" if line.against is None else f"{line.against.lost}/{line.against.won}",
     )

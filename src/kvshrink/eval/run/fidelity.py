@@ -35,7 +35,7 @@ class Fidelity:
     trajectory_prefix:   tokens that greedy generation has in common from the start, mean over documents, of
     trajectory_tokens    generated; trajectory_agreement: share of equal tokens at equal places. None if not asked for.
     by_distance:         mean KL of the tokens up to so far from the prefix end, and beyond the entry before.
-    kept, exercised:     mean over documents, see Perplexity.
+    byte_ratio, exercised: mean over documents, see Perplexity.
     """
 
     mode: str
@@ -66,7 +66,7 @@ class Fidelity:
     trajectory_tokens: int
     by_distance: list[dict[str, float]]
     exercised: float
-    kept: float | None
+    byte_ratio: float | None
 
     def to_dict(self) -> dict:
         """Plain values, rounded, for JSON."""
@@ -133,7 +133,7 @@ def summary(
     kl_low = None if kl_low is None else max(0.0, kl_low)  # a divergence is never below 0
     dnll_low, dnll_high = _interval(nll - nll_full, seed)
     median, p95, p99, p999 = (float(np.quantile(kl, q)) for q in (0.5, 0.95, 0.99, 0.999))
-    kept = [x.kept for x in documents if x.kept is not None]
+    ratios = [x.byte_ratio for x in documents if x.byte_ratio is not None]
     return Fidelity(
         mode=mode,
         chunk=kl.shape[1] if mode == "prefix_compressed" else chunk,
@@ -163,7 +163,7 @@ def summary(
         trajectory_tokens=len(paths[0]) if paths else 0,
         by_distance=by_distance(kl),
         exercised=float(np.mean([x.exercised for x in documents])),
-        kept=float(np.mean(kept)) if kept else None,
+        byte_ratio=float(np.mean(ratios)) if ratios else None,
     )
 
 

@@ -33,7 +33,7 @@ class Usage:
         self.full += report.full
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON: shares of sequences and tokens that read compressed ones, share of bytes kept."""
+        """Plain values, for JSON: shares of sequences and tokens that read compressed ones, and of full bytes."""
         return {
             "sequences": self.sequences,
             "sequences_reading_compressed": self.sequences_read / max(1, self.sequences),
@@ -41,7 +41,7 @@ class Usage:
             "tokens_reading_compressed": self.tokens_read / max(1, self.tokens),
             "bytes": self.held,
             "full_bytes": self.full,
-            "kept": self.held / max(1, self.full),
+            "byte_ratio": self.held / max(1, self.full),
         }
 
 

@@ -82,7 +82,7 @@ class Meter:
         size = sum(scored_bytes(self.tokenizer, ids, prefix) for ids in texts)
         found = summary([t for t, _ in done], [p for _, p in done], MODE, CHUNK, size, self.seed)
         out.fidelity.append({**named, **found.to_dict()})
-        rows = self._kept(
+        rows = self._recorded(
             ("layers", digest_of(method), texts[0].tolist(), prefix),
             has_layers,
             lambda: {"rows": [x.to_dict() for x in layer_errors(self.model, method, texts[0], prefix)]},
@@ -96,7 +96,7 @@ class Meter:
             path = trajectories(self.model, {"": method}, ids, prefix, self.scored)[""]
             return {"track": plain(track), "path": path.tolist()}
 
-        row = self._kept(("track", digest_of(method), ids.tolist(), prefix), has_path, make)
+        row = self._recorded(("track", digest_of(method), ids.tolist(), prefix), has_path, make)
         return track_of(row["track"]), np.array(row["path"])
 
     def _memory(self, method: Any, ids: Tensor) -> dict:
@@ -114,16 +114,16 @@ class Meter:
                 "peak": decode_peak(self.model, cache, ids[:, -1:].to(self.model.device)),
             }
 
-        row = self._kept(("memory", None if method is None else digest_of(method), ids.tolist()), has_memory, make)
+        row = self._recorded(("memory", None if method is None else digest_of(method), ids.tolist()), has_memory, make)
         return {
             "held": row["held"],
             "full": row["full"],
-            "kept": round(row["held"] / row["full"], 6),
+            "byte_ratio": round(row["held"] / row["full"], 6),
             "bits": row.get("bits"),
             "peak": row["peak"],
         }
 
-    def _kept(self, parts: tuple, valid: Callable[[dict], bool], make: Callable[[], dict]) -> dict:
+    def _recorded(self, parts: tuple, valid: Callable[[dict], bool], make: Callable[[], dict]) -> dict:
         """The log's record of this measurement, made now if there is no valid one."""
         key = key_of(self.model_key, parts)
         if not self.log.has(key, valid):

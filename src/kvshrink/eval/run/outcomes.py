@@ -56,7 +56,7 @@ class Outcome:
         return cls(**row) if right else None
 
     @property
-    def kept(self) -> float:
+    def byte_ratio(self) -> float:
         """Bytes held over the full cache's."""
         return self.nbytes / self.full
 

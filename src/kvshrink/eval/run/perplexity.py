@@ -37,7 +37,7 @@ class Perplexity:
 
     chunk:     tokens a forward; None in the mode "simulated".
     exercised: share of the scored tokens whose prediction read compressed tokens at all.
-    kept:      bytes held at the end over those of a full cache; None if simulated.
+    byte_ratio:      bytes held at the end over those of a full cache; None if simulated.
     gain:      recovered context gain, (NLL without the prefix - NLL) / (NLL without - NLL of the full cache): 1 if
                compressing the prefix costs nothing, 0 if it is worth nothing. In "prefix_compressed" only, and None
                where the prefix does not help the full cache.
@@ -53,7 +53,7 @@ class Perplexity:
     gain: float | None
     bits_per_byte: float | None
     exercised: float
-    kept: float | None
+    byte_ratio: float | None
 
     @property
     def ppl(self) -> float:
@@ -64,7 +64,7 @@ class Perplexity:
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
 
     def __str__(self) -> str:
-        of = "no byte saved" if self.kept is None else f"{100 * self.kept:.1f} % of the bytes"
+        of = "no byte saved" if self.byte_ratio is None else f"{100 * self.byte_ratio:.1f} % of the bytes"
         chunk = "" if self.chunk is None else f", chunk {self.chunk}"
         text = f"perplexity {self.ppl:.4f} [{self.mode}{chunk}; full cache {exp(self.nll_full):.4f}; {of}]"
         text += f" NLL {self.nll:.4f} over {self.positions} tokens after {self.prefix}"
@@ -102,7 +102,7 @@ def perplexity(
         gain=None if none is None or none <= nll_full else (none - nll) / (none - nll_full),
         bits_per_byte=None if n_bytes is None else bits_per_byte(float(track.nll.sum()), n_bytes),
         exercised=track.exercised,
-        kept=track.kept,
+        byte_ratio=track.byte_ratio,
     )
 
 

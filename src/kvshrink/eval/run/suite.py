@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvshrink.attach.budget import TOLERANCE, at_kept, promised
+from kvshrink.attach.budget import TOLERANCE, at_byte_ratio, promised
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.report.results import FORMAT
@@ -45,7 +45,7 @@ class Settings:
     """What a suite compares.
 
     methods:   texts for `entries.parse`, without controls and without the setting that a budget chooses.
-    kept:      budgets: bytes held over the full cache's, everything counted.
+    byte_ratio:      budgets: bytes held over the full cache's, everything counted.
     tasks:     titles or names of generated tasks, none for all; stored: texts of stored tasks with their path=.
     lengths:   tokens of a sample, none for the model's context (at most 4096), its half and its quarter.
     modes:     of agnostic, aware, multi_turn; the last only where a context has several questions.
@@ -55,7 +55,7 @@ class Settings:
 
     model: str
     methods: tuple[str, ...]
-    kept: tuple[float, ...]
+    byte_ratio: tuple[float, ...]
     tasks: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -71,11 +71,11 @@ class Settings:
             entry = parse(text)
             if not isinstance(entry.method, Method) or entry.like:
                 raise SettingError(f"{text!r}: name methods that shrink; full and zeros are always there.")
-            if entry.method.dial in parse_settings(text.partition(":")[2]):
-                raise SettingError(f"{text!r}: {entry.method.dial} is what the budget sets. Leave it out.")
+            if entry.method.budget_setting in parse_settings(text.partition(":")[2]):
+                raise SettingError(f"{text!r}: {entry.method.budget_setting} is what the budget sets. Leave it out.")
         for name, given in (
             ("methods", self.methods),
-            ("kept", self.kept),
+            ("byte_ratio", self.byte_ratio),
             ("modes", self.modes),
             ("lengths", self.lengths),
         ):
@@ -85,8 +85,8 @@ class Settings:
             raise SettingError(f"lengths={short[0]} is not possible. Use {SHORTEST} tokens or more.")
         if wrong := [m for m in self.modes if m not in MODES]:
             raise SettingError(f"mode {wrong[0]!r} is not known. Use some of {', '.join(MODES)}.")
-        if wrong := [k for k in self.kept if not 0 < k <= 1]:
-            raise SettingError(f"kept={wrong[0]} is not possible. Use shares of bytes above 0, up to 1.")
+        if wrong := [k for k in self.byte_ratio if not 0 < k <= 1]:
+            raise SettingError(f"byte_ratio={wrong[0]} is not possible. Use shares of bytes above 0, up to 1.")
 
 
 class Suite:
@@ -136,9 +136,11 @@ class Suite:
         """The entries for each number of tokens: controls, then every method at every budget, fitted."""
         sizes = sorted({x.tokens for x in samples} | set(self.settings.lengths))
         budgets = _Budgets(self.model)
-        plans = {n: [budgets.entry(m, k, n) for m in self.settings.methods for k in self.settings.kept] for n in sizes}
+        plans = {
+            n: [budgets.entry(m, k, n) for m in self.settings.methods for k in self.settings.byte_ratio] for n in sizes
+        }
         flat = fitted([e for n in sizes for e in plans[n]], self.model, self.tokenizer, self.texts, self._artifacts)
-        each = len(self.settings.methods) * len(self.settings.kept)
+        each = len(self.settings.methods) * len(self.settings.byte_ratio)
         controls = [Entry(FULL, None, series=FULL), Entry(ZEROS, None, series=ZEROS)]
         return {n: controls + flat[i * each : (i + 1) * each] for i, n in enumerate(sizes)}
 
@@ -211,16 +213,16 @@ class _Budgets:
     def entry(self, text: str, target: float, tokens: int) -> Entry:
         series = parse(text)
         assert isinstance(series.method, Method)
-        reached = at_kept(series.method, target, self.model, tokens)
+        reached = at_byte_ratio(series.method, target, self.model, tokens)
         known = self.found.setdefault((text, target), [])
         for method in known:
-            kept = promised(method, self.model, tokens)
-            if (1 - TOLERANCE / 2) * target <= kept <= target:
+            ratio = promised(method, self.model, tokens)
+            if (1 - TOLERANCE / 2) * target <= ratio <= target:
                 reached = replace(reached, method=method, reached=True)
         if reached.method not in known:
             known.append(reached.method)
-        dial = reached.method.dial
-        setting = f"{dial}={getattr(reached.method, dial)}" if dial else ""
+        name = reached.method.budget_setting
+        setting = f"{name}={getattr(reached.method, name)}" if name else ""
         return Entry(
             f"{series.label} @{target:g}", reached.method, None, series.label, target, reached.reached, setting
         )

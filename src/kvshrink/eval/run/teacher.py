@@ -67,7 +67,7 @@ class Track:
         return float((self.compressed > 0).mean())
 
     @property
-    def kept(self) -> float | None:
+    def byte_ratio(self) -> float | None:
         return None if self.held is None else self.held / self.full
 
 

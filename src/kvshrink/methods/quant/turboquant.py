@@ -35,7 +35,7 @@ class TurboQuant(Quantiser):
 
     bits: int = 4
 
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def change(self, side: Side, space: Space, learnt: Fitted) -> Change:
