@@ -355,7 +355,7 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     assert data["promised"]["nbytes"] == 2 * chosen.nbytes
     assert data["budget"] == {"byte_ratio": 0.25, "tokens": 4096, "batch": 2}
     for change, message in (
-        ({"version": 1}, "has plan version 1, this kvshrink reads 2"),
+        ({"version": 1}, "has plan version 1, this kvshrink reads 3"),
         ({"note": "hello"}, r"missing or unknown keys \['note'\]"),
         ({"settings": {"window": 0}}, r"is edited: window=0"),
         ({"method": "magic"}, r"is edited: no method 'magic'"),
