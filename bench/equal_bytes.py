@@ -1,4 +1,4 @@
-"""What a byte buys: methods at equal real bytes, on retrieval and on held-out text of the bundled reference model.
+"""Accuracy at equal memory: retrieval and held-out text, on the bundled reference model.
 
     python bench/equal_bytes.py --out docs/results/equal_bytes
 
