@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvshrink.methods.quant._quantiser import Quantiser
 from plot_quantisers import front_picture, table
 from quantisers import LENGTH, TASKS, Contender, full_contender, measure, ours, summary
 from tqdm import tqdm
 
 from kvshrink import CSKV, Spectral, methods, reference_model
-from kvshrink.eval import calibration
-from kvshrink.eval.budget import at_kept
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.outcomes import Log
-from kvshrink.methods._quantiser import Quantiser
+from kvshrink.attach.budget import at_byte_ratio
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
-KEPT = (0.0625, 0.04)
+BUDGETS = (0.0625, 0.04)
 BITS = (4, 3, 2, 1.5, 1)
 FEW, MANY = (1, 3), (8, 8)  # (cases of each task, documents)
 BEST = 8  # compositions of a budget that are measured on many
@@ -52,11 +52,11 @@ def series() -> dict[str, Any]:
 def plan(model: Any) -> list[Entry]:
     out = []
     for label, method in series().items():
-        for kept in KEPT:
-            at = at_kept(method, kept, model, LENGTH)
+        for budget in BUDGETS:
+            at = at_byte_ratio(method, budget, model, LENGTH)
             if at.reached:
-                setting = f"{method.dial}={getattr(at.method, str(method.dial)):.4g}"
-                out.append(Entry(f"{label} @{100 * kept:g}", at.method, series=label, target=kept, setting=setting))
+                setting = f"{method.budget_setting}={getattr(at.method, str(method.budget_setting)):.4g}"
+                out.append(Entry(f"{label} @{100 * budget:g}", at.method, series=label, target=budget, setting=setting))
     return out
 
 
@@ -64,10 +64,12 @@ def best(rows: list[dict], entries: list[Entry]) -> list[str]:
     """Labels of the compositions of each budget with the least sum of KLs, and of what they are compared with."""
     target = {e.label: e.target for e in entries}
     found = []
-    for kept in KEPT:
-        at = sorted((r for r in rows if target.get(r["label"]) == kept), key=lambda r: r["kl_text"] + r["kl_retrieval"])
+    for budget in BUDGETS:
+        at = sorted(
+            (r for r in rows if target.get(r["label"]) == budget), key=lambda r: r["kl_text"] + r["kl_retrieval"]
+        )
         found += [r["label"] for r in at[:BEST]]
-        found += [f"{name} @{100 * kept:g}" for name in ("spectral", "cskv int4", "streaming_llm")]
+        found += [f"{name} @{100 * budget:g}" for name in ("spectral", "cskv int4", "streaming_llm")]
     return found
 
 
@@ -95,8 +97,8 @@ def main() -> None:
     found: dict[str, Any] = {"command": "python bench/compositions.py", "model": "reference, bfloat16"}
     found |= {"tokens": LENGTH, "tasks": TASKS, "few": FEW, "many": MANY, "rows": rows, "screened": screened}
     files.write_json(args.out / "compositions.json", found)
-    by_budget = {kept: [r for r in rows if r["group"] == f"{kept:g}"] for kept in KEPT}
-    parts = [f"{100 * kept:g} % of the bytes\n\n{table(group)}" for kept, group in by_budget.items()]
+    by_budget = {budget: [r for r in rows if r["group"] == f"{budget:g}"] for budget in BUDGETS}
+    parts = [f"{100 * budget:g} % of the bytes\n\n{table(group)}" for budget, group in by_budget.items()]
     (args.out / "compositions.md").write_text("\n".join(parts))
     front_picture(screened, args.out / "compositions.png")
 

@@ -132,7 +132,7 @@ def quantized(layer: Layer, backend: str) -> Contender:
 def shrunken(layer: Layer, name: str, method: Method) -> Contender:
     """kvshrink's cache and attention, as a model runs them. What reads a part of the tokens is checked reading all."""
     shape = layer.shape
-    method = method.settle([shape], layer.device)
+    method = method.resolve_auto([shape], layer.device)
     learnt = {k: t.to(layer.device) for k, t in fitted(method, shape).items()} if method.needs_fit else {}
     table = TokenTable()
     compressed = CompressedLayer(method, shape, method.tiers(shape, learnt), table)

@@ -23,6 +23,7 @@ from layer import MODELS, Layer
 from plot_decode import draw
 from timing import against, bandwidth, captured, in_turn, setting
 
+from kvshrink.eval.report.old_keys import renamed
 from kvshrink.methods import build
 from kvshrink.methods._roles import Method
 from kvshrink.methods.lowrank.cskv import CSKV
@@ -42,7 +43,7 @@ METHODS: dict[str, Method] = {
     "RoPE-commuting 0.2 int4": RopeCommuting(keep=0.2, bits=4),
     "RoPE-commuting 0.2": RopeCommuting(keep=0.2),
     "SALS 0.2 int4, 1/8 of tokens": SALS(keep=0.2, bits=4, topk=0.125),
-    "spectral 0.0625": Spectral(kept=0.0625, allocation="energy"),
+    "spectral 0.0625": Spectral(budget=0.0625, allocation="energy"),
     "KIVI int4": KIVI(bits=4),
     "KIVI int2": KIVI(bits=2),
     "RTN int4": RTN(bits=4),
@@ -110,7 +111,7 @@ def measure(
                 "contender": contender.name,
                 **against(times, contender.name, BASE),
                 "over_best_dense": against(times, contender.name, dense),
-                "kept": round(contender.held() / full, 4),
+                "byte_ratio": round(contender.held() / full, 4),
                 "over_byte_floor": round(statistics.median(times[contender.name]) / floor, 2),
                 "error": round(errors[contender.name], 5),
             }
@@ -132,7 +133,7 @@ def slopes(found: list[dict]) -> list[dict]:
     for point in found:
         for row in point["rows"]:
             # in readings of a full token's bytes, which are the same in all points of a run
-            reads = row["over_byte_floor"] * row["kept"] * point["tokens"] * point["batch"]
+            reads = row["over_byte_floor"] * row["byte_ratio"] * point["tokens"] * point["batch"]
             times.setdefault(row["contender"], []).append((point["tokens"], reads))
     grown = {
         name: statistics.linear_regression(*zip(*grows, strict=True)).slope
@@ -140,14 +141,14 @@ def slopes(found: list[dict]) -> list[dict]:
         if len(grows) == len(found) > 2
     }
     dense = min((name for name in grown if name.startswith("full")), key=lambda n: grown[n], default=None)
-    kept = {row["contender"]: row["kept"] for row in found[-1]["rows"]}
+    ratios = {row["contender"]: row["byte_ratio"] for row in found[-1]["rows"]}
     return [
         {
             "contender": n,
             "over_base": round(g / grown[BASE], 4),
             "over": dense,
             "over_dense": round(g / grown[dense], 4),
-            "kept": kept[n],
+            "byte_ratio": ratios[n],
         }
         for n, g in grown.items()
         if dense is not None
@@ -160,7 +161,7 @@ def show(point: dict) -> None:
         dense = row["over_best_dense"]["ratio"]
         print(
             f"  {row['contender']:34s} {row['ratio']:8.4f}x of {BASE} {dense:8.3f}x of the best dense "
-            f"{100 * row['kept']:6.1f} % of bytes {row['over_byte_floor']:7.1f}x their reading"
+            f"{100 * row['byte_ratio']:6.1f} % of bytes {row['over_byte_floor']:7.1f}x their reading"
         )
 
 
@@ -192,7 +193,7 @@ def main() -> None:
         "points": [],
     }
     if args.out.exists():
-        before = json.loads(args.out.read_text())
+        before = renamed(json.loads(args.out.read_text()))
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record |= {name: before[name] for name in ("bytes_per_second", "points")}
     done = {(p["tokens"], p["batch"]): {r["contender"] for r in p["rows"]} for p in record["points"]}

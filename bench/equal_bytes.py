@@ -1,10 +1,10 @@
-"""Accuracy at equal memory: methods at equal bytes, on retrieval and on held-out text of the bundled reference model.
+"""Accuracy at equal memory: retrieval and held-out text, on the bundled reference model.
 
     python bench/equal_bytes.py --out docs/results/equal_bytes
 
 Every byte counts (codes, scales, window, sinks, positions). The context is compressed before the question is seen.
-Each method's dial is set to the largest setting under a budget; one that cannot come within 5 % of it stands at its
-nearest setting and is marked. KL and top-1 agreement are over question and answer tokens (retrieval), and over the last
+Each method's budget setting is the largest under a budget; one that cannot come within 5 % of it has its
+nearest and is marked. KL and top-1 agreement are over question and answer tokens (retrieval), and over the last
 128 tokens of held-out book text, 32 a forward. Run again to resume.
 """
 
@@ -18,22 +18,22 @@ from plot_equal_bytes import draw
 from tqdm import tqdm
 
 from kvshrink import CSKV, RTN, Spectral, methods, reference_model
+from kvshrink.attach.budget import at_byte_ratio
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration
-from kvshrink.eval.budget import at_kept
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.outcomes import Log, key_of
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.stats import bootstrap, student
-from kvshrink.eval.teacher import follow
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.stats import bootstrap, student
+from kvshrink.eval.run.teacher import follow
 from kvshrink.store import files
+from kvshrink.store.log import Log, key_of
 
-KEPT = (0.2, 0.125, 0.0625, 0.04)
+BUDGETS = (0.2, 0.125, 0.0625, 0.04)
 DIVERGED = 8  # samples of each task whose KL is measured
 TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
 SCORED = 128
@@ -73,10 +73,10 @@ def plan(model, length: int, steps: int, only: list[str]) -> list[Entry]:
         if label in FIXED:
             out.append(Entry(label, method, None, label, None, True, f"bits={method.bits}"))
             continue
-        for kept in KEPT:
-            at = at_kept(method, kept, model, length)
-            setting = f"{method.dial}={getattr(at.method, method.dial):.4g}"
-            out.append(Entry(f"{label} @{kept:g}", at.method, None, label, kept, at.reached, setting))
+        for budget in BUDGETS:
+            at = at_byte_ratio(method, budget, model, length)
+            setting = f"{method.budget_setting}={getattr(at.method, method.budget_setting):.4g}"
+            out.append(Entry(f"{label} @{budget:g}", at.method, None, label, budget, at.reached, setting))
     return out
 
 
@@ -88,7 +88,7 @@ def compared(model, entries: list[Entry], documents: list, chunk: int | None, lo
         todo = {e.label: e.method for e in entries if keys[e.label] not in log.rows}
         for label, track in follow(model, todo, ids, prefix, chunk).items() if todo else ():
             kl, top1 = np.round(track.kl, 6).tolist(), track.top1.astype(int).tolist()
-            log.add({"key": keys[label], "kl": kl, "top1": top1, "kept": track.kept})
+            log.add({"key": keys[label], "kl": kl, "top1": top1, "byte_ratio": track.byte_ratio})
         for label, key in keys.items():
             found[label].append(log.rows[key])
     return found
@@ -101,7 +101,7 @@ def divergence(rows: list[dict]) -> dict:
     values = {"kl": float(np.mean(means)), "kl_low": max(0.0, low), "kl_high": high}
     same = np.concatenate([r["top1"] for r in rows])
     values |= {"kl_p99": float(np.quantile(kl, 0.99)), "top1": float(same.mean())}
-    values["kept"] = float(np.mean([r["kept"] for r in rows]))
+    values["byte_ratio"] = float(np.mean([r["byte_ratio"] for r in rows]))
     return {k: round(v, 6) for k, v in values.items()}
 
 
@@ -136,10 +136,10 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     for e in [answered[0], *entries]:
         row = {"length": length, "series": e.series, "target": e.target, "reached": e.reached, "setting": e.setting}
         row["label"] = e.label
-        row["kept"] = 1.0
+        row["byte_ratio"] = 1.0
         if e.method is not None:
             row |= {"text": divergence(text[e.label]), "retrieval": divergence(retrieval[e.label])}
-            row["kept"] = row["text"]["kept"]
+            row["byte_ratio"] = row["text"]["byte_ratio"]
             base = e.label.replace(e.series, e.series.partition(",")[0])  # "spectral, uniform @0.2": "spectral @0.2"
             if base != e.label:
                 row["beside"] = {"base": base, "text": beside(text[e.label], text[base])}
@@ -148,7 +148,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             hits = [o.score for o in scores[e.label]]
             low, high = bootstrap(hits, 0)
             row |= {"answers": len(hits), "score": round(float(np.mean(hits)), 4), "low": low, "high": high}
-            row["kept_answers"] = round(float(np.mean([o.kept for o in scores[e.label]])), 5)
+            row["byte_ratio_answers"] = round(float(np.mean([o.byte_ratio for o in scores[e.label]])), 5)
             row["by_task"] = {
                 t: round(float(np.mean([o.score for o in scores[e.label] if o.task == t])), 3) for t in TASKS
             }
@@ -164,15 +164,15 @@ def verdicts(rows: list[dict], lengths: list[int]) -> list[dict]:
     """At each budget: the main method against the best other one that holds no more bytes than 5 % above it."""
     out = []
     for length in lengths:
-        for kept in KEPT:
+        for budget in BUDGETS:
             at = [r for r in rows if r["length"] == length and "hits" in r and r["series"] != FULL]
-            ours = next(r for r in at if r["series"] == MAIN and r["target"] == kept)
-            others = [r for r in at if r["series"] != MAIN and r["kept"] <= 1.05 * ours["kept"]]
+            ours = next(r for r in at if r["series"] == MAIN and r["target"] == budget)
+            others = [r for r in at if r["series"] != MAIN and r["byte_ratio"] <= 1.05 * ours["byte_ratio"]]
             best = max(others, key=lambda r: r["score"])
             delta = [a - b for a, b in zip(ours["hits"], best["hits"], strict=True)]
             low, high = bootstrap(delta, 0)
-            out.append({"length": length, "budget": kept, "kept": ours["kept"], "score": ours["score"]})
-            out[-1] |= {"next": best["label"], "next_kept": best["kept"], "next_score": best["score"]}
+            out.append({"length": length, "budget": budget, "byte_ratio": ours["byte_ratio"], "score": ours["score"]})
+            out[-1] |= {"next": best["label"], "next_byte_ratio": best["byte_ratio"], "next_score": best["score"]}
             out[-1] |= {"delta": round(float(np.mean(delta)), 4), "low": round(low, 4), "high": round(high, 4)}
             out[-1]["best_or_tied"] = high >= 0
             out[-1] |= {"as_full": ours["as_full"], "next_as_full": best["as_full"]}

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from kvshrink import RTN, reference_model
-from kvshrink.eval.fidelity import fidelity
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.stats import bootstrap, student
+from kvshrink.eval.run.fidelity import fidelity
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.stats import bootstrap, student
 from kvshrink.store import files
 
 OUT = Path(__file__).parent / "results" / "eval_checks.json"

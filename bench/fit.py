@@ -14,8 +14,8 @@ import torch
 
 from kvshrink import CSKV, data, fit, reference_model
 from kvshrink.attach.families import key_value
-from kvshrink.eval import calibration
-from kvshrink.eval.stats import bootstrap
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.stats import bootstrap
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory

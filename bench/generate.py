@@ -3,7 +3,7 @@
     python bench/generate.py                      # writes bench/results/generate.json and .png
 
 A model of 4 layers with Llama-3.1-8B's attention shape and random weights. Every cache is filled with the same random
-keys and values through its own `update`, as a one-shot prefill would (see kvshrink.eval.prefill: methods' prefills are
+keys and values through its own `update`, as a one-shot prefill would (see kvshrink.attach.fill: methods' prefills are
 the model's own). Then `model.generate` is timed from its first new token to its last. A contender whose next logits
 with the fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that
 nothing differs). Run again to go on where it stopped.
@@ -26,8 +26,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvshrink import make_cache
 from kvshrink.attach import attach
-from kvshrink.eval.plots import pyplot, save
-from kvshrink.eval.prefill import fill
+from kvshrink.attach.fill import fill
+from kvshrink.eval.report.old_keys import renamed
+from kvshrink.eval.report.plots import pyplot, save
 from kvshrink.store import files
 
 BASE = "DynamicCache + sdpa"
@@ -115,7 +116,7 @@ def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype) -> list[di
             "contender": name,
             "faster": round(1 / (row := against(times, name, BASE))["ratio"], 3),
             **row,
-            "kept": round(contender.cache.nbytes / full, 4) if name in METHODS else 1.0,
+            "byte_ratio": round(contender.cache.nbytes / full, 4) if name in METHODS else 1.0,
             "difference": round(differences[name], 5),
         }
         for name, contender in found.items()
@@ -160,7 +161,7 @@ def main() -> None:
         "points": [],
     }
     if args.out.exists():
-        before = json.loads(args.out.read_text())
+        before = renamed(json.loads(args.out.read_text()))
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record["points"] = before["points"]
     for tokens in args.tokens:
@@ -172,7 +173,7 @@ def main() -> None:
         files.write_json(args.out, record)
         print(f"\n{tokens} tokens")
         for row in rows:
-            print(f"  {row['contender']:34s} {row['faster']:8.2f}x as fast {100 * row['kept']:6.1f} % of bytes")
+            print(f"  {row['contender']:34s} {row['faster']:8.2f}x as fast {100 * row['byte_ratio']:6.1f} % of bytes")
     draw(record, args.out.with_suffix(".png"))
 
 

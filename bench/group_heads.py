@@ -23,19 +23,19 @@ from tqdm import tqdm
 from kvshrink import CSKV, reference_model
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration
-from kvshrink.eval.catalogue import Samples, choices, gather
-from kvshrink.eval.entries import FULL, Entry
-from kvshrink.eval.fidelity import summary
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.layers import layer_errors
-from kvshrink.eval.measure import held_out, plain, track_of
-from kvshrink.eval.outcomes import Log, key_of
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.stats import bootstrap, paired, student
-from kvshrink.eval.teacher import Track, follow
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import Samples, choices, gather
+from kvshrink.eval.run.entries import FULL, Entry
+from kvshrink.eval.run.fidelity import summary
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.layers import layer_errors
+from kvshrink.eval.run.measure import held_out, plain, track_of
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.stats import bootstrap, paired, student
+from kvshrink.eval.run.teacher import Track, follow
 from kvshrink.store import files
+from kvshrink.store.log import Log, key_of
 
 KEEPS = (26 / 128, 0.5)  # .2 in ranks that divide by the heads
 BITS = (None, 4)
@@ -80,7 +80,7 @@ def predictions(of: list[Track], by: str) -> dict:
         found = {"kl_mean": float(np.mean(means)), "kl_low": max(0.0, low), "kl_high": high}
         return {k: round(v, 6) for k, v in found.items()}
     every = summary(of, [], "decode", CHUNK).to_dict()
-    return {k: every[k] for k in ("kl_mean", "kl_low", "kl_high", "kl_p99", "top1", "ppl", "ppl_full", "kept")}
+    return {k: every[k] for k in ("kl_mean", "kl_low", "kl_high", "kl_p99", "top1", "ppl", "ppl_full", "byte_ratio")}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -15,14 +15,14 @@ from equal_bytes import DIVERGED, SCORED, TASKS, beside, compared, divergence
 
 from kvshrink import CSKV, reference_model
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.outcomes import Log
-from kvshrink.eval.prompt import encode
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.prompt import encode
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 KEEPS = (0.5, 0.35, 0.2, 0.1)
 LENGTH = 4096

@@ -40,7 +40,7 @@ def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
     attachment = attach(model)
     shape = shapes(attachment)[0]
     assert shape is not None
-    method = method.settle([shape], model.device)
+    method = method.resolve_auto([shape], model.device)
     if not method.needs_fit:
         return Artifact(method, {})
     learnt = fitted(method, shape)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvshrink.eval.plots import pyplot, save
+from kvshrink.eval.report.plots import pyplot, save
 
 
 def draw(points: list[dict], path: Path) -> None:
@@ -14,10 +14,10 @@ def draw(points: list[dict], path: Path) -> None:
     for name in everywhere:
         rows = [_row(p, name) for p in points]
         x, style = [p["tokens"] for p in points], "--" if name.startswith(("full", "DynamicCache")) else "-"
-        kept = [r["kept"] * p["tokens"] for p, r in zip(points, rows, strict=True)]
-        reads = [k * r["over_byte_floor"] for k, r in zip(kept, rows, strict=True)]
+        held_as = [r["byte_ratio"] * p["tokens"] for p, r in zip(points, rows, strict=True)]
+        reads = [k * r["over_byte_floor"] for k, r in zip(held_as, rows, strict=True)]
         time.plot(x, reads, style, marker="o", ms=4, label=name)
-        held.plot(x, kept, style, marker="o", ms=4)
+        held.plot(x, held_as, style, marker="o", ms=4)
     longest = max(points, key=lambda p: len(p["rows"]))
     rows = sorted(longest["rows"], key=lambda r: -r["ratio"])
     roof.barh([r["contender"] for r in rows], [r["over_byte_floor"] for r in rows], color="0.6")

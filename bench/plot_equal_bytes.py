@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvshrink.eval.plots import pyplot, save
+from kvshrink.eval.report.plots import pyplot, save
 
 SHOWN = ("spectral", "CSKV pca int4", "CSKV paper int4", "KIVI", "int4", "int3", "int2", "StreamingLLM")
 
@@ -18,7 +18,7 @@ def draw(found: dict, path: Path) -> None:
         full = next(r for r in rows if r["series"] == "full")
         line[0].axhline(full["score"], color="0.5", lw=1, ls=":", label="full cache")
         for label in SHOWN:
-            _series(line, label, sorted((r for r in rows if r["series"] == label), key=lambda r: r["kept"]))
+            _series(line, label, sorted((r for r in rows if r["series"] == label), key=lambda r: r["byte_ratio"]))
         titles = ("right answers, mean of four tasks", "KL, question and answer (nats)", "KL, held-out text (nats)")
         for axis, title in zip(line, titles, strict=True):
             axis.set_title(title if len(lengths) == 1 else f"{title}, {length} tokens", fontsize=10)
@@ -34,7 +34,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def _series(axes, label: str, rows: list[dict]) -> None:
-    x = [100 * r["kept"] for r in rows]
+    x = [100 * r["byte_ratio"] for r in rows]
     heights = ([r["score"] for r in rows], [r["retrieval"]["kl"] for r in rows], [r["text"]["kl"] for r in rows])
     for axis, y in zip(axes, heights, strict=True):
         axis.plot(x, y, marker="o", ms=4, lw=1.4, label=label, zorder=3 if label == SHOWN[0] else 2)

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from kvshrink.eval.plots import pyplot, save
+from kvshrink.eval.report.plots import pyplot, save
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, most bytes first."""
-    grows = all("kept_later" in r for r in rows)
-    names = ["method", "bits stored", "bytes kept", *(["127 tokens later"] if grows else [])]
+    grows = all("byte_ratio_later" in r for r in rows)
+    names = ["method", "bits stored", "of full cache", *(["127 tokens later"] if grows else [])]
     names += ["KL, text", "KL, retrieval", "right answers"]
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
-    for r in sorted(rows, key=lambda r: (-r["kept"], r["label"])):
+    for r in sorted(rows, key=lambda r: (-r["byte_ratio"], r["label"])):
         cells = [f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"], f"{r['bits']:.2f}"]
-        cells += [f"{100 * r[name]:.1f} %" for name in ("kept", "kept_later")[: 1 + grows]]
+        cells += [f"{100 * r[name]:.1f} %" for name in ("byte_ratio", "byte_ratio_later")[: 1 + grows]]
         cells += [f"{r['kl_text']:.4f}", f"{r['kl_retrieval']:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"]) + " |")
     return "\n".join(lines) + "\n"
@@ -22,7 +22,7 @@ def table(rows: list[dict]) -> str:
 def front(rows: list[dict], value: str, better: float) -> list[dict]:
     """Rows that no other beats in bytes and value."""
     out: list[dict] = []
-    for r in sorted(rows, key=lambda r: (r["kept"], better * r[value])):
+    for r in sorted(rows, key=lambda r: (r["byte_ratio"], better * r[value])):
         if not out or better * r[value] < better * out[-1][value]:
             out.append(r)
     return out
@@ -37,11 +37,18 @@ def draw(rows: list[dict], path: Path) -> None:
     values = (("kl_text", "KL, held-out text (nats)", 1), ("kl_retrieval", "KL, question and answer (nats)", 1))
     for axis, (value, title, better) in zip(axes, (*values, ("score", "right answers", -1)), strict=True):
         for group, colour, label in ((theirs, "tab:red", "QuantizedCache"), (mine, "tab:blue", "kvshrink")):
-            axis.plot([100 * r["kept"] for r in group], [r[value] for r in group], "o", ms=4, color=colour, label=label)
+            axis.plot(
+                [100 * r["byte_ratio"] for r in group], [r[value] for r in group], "o", ms=4, color=colour, label=label
+            )
         for r in front(mine, value, better):
             name = r["label"].replace(" w32", "").replace("bits=", "")
             axis.annotate(
-                name, (100 * r["kept"], r[value]), fontsize=6, rotation=30, xytext=(2, 2), textcoords="offset points"
+                name,
+                (100 * r["byte_ratio"], r[value]),
+                fontsize=6,
+                rotation=30,
+                xytext=(2, 2),
+                textcoords="offset points",
             )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("bytes held, % of the full cache's")

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from kvshrink import make_cache
 from kvshrink.attach import attach
-from kvshrink.eval.memory import peak
+from kvshrink.eval.run.memory import peak
 from kvshrink.store import files
 
 BASE = "DynamicCache"

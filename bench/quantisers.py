@@ -3,12 +3,12 @@
     bench/peers/make.sh quanto hqq
     bench/peers/quanto-hqq/venv/bin/python bench/quantisers.py     # writes docs/results/quantisers.json, .md and .png
 
-The bundled reference model, contexts of 4,096 tokens, which every contender is given after the same exact prefill. A
-prompt is read by all contenders in turn before the next one. Bits are of a stored number, scales and indices included,
-from the tensors that are alive: of ours in the body, of the peers' in the quantised part; `kept` counts everything
-(window, sinks, positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context,
-beyond a multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the
-last 128 tokens of book text, 32 a forward. Run again to go on where it stopped.
+The bundled reference model, contexts of 4,096 tokens, which every contender is given after the same exact prefill.
+A prompt is read by all in turn before the next one. Bits are of a stored number, scales and indices included, from the
+tensors that are alive: ours in the body, the peers' in the quantised part; `byte_ratio` counts all (window, sinks,
+positions) over the full cache, after the prompt and 127 tokens later. The last tokens of a context, beyond a
+multiple of 64, are read with the question. Answers are greedy; KL is over question and answer, and over the last 128
+tokens of book text, 32 a forward. Run again to go on where it stopped.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvshrink.methods.quant._quantiser import Quantiser
 from plot_quantisers import draw, table
 from tqdm import tqdm
 from transformers import DynamicCache, cache_utils
@@ -27,20 +28,20 @@ from transformers import DynamicCache, cache_utils
 from kvshrink import make_cache, methods, reference_model
 from kvshrink.attach import attach
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.attach.identity import model_key
-from kvshrink.eval import calibration, metrics
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import held_out
-from kvshrink.eval.outcomes import Log, key_of
-from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.stats import bootstrap
-from kvshrink.eval.teacher import compared
-from kvshrink.methods._quantiser import Quantiser
+from kvshrink.eval import metrics
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import held_out
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.stats import bootstrap
+from kvshrink.eval.run.teacher import compared
 from kvshrink.store import files
 from kvshrink.store.bytes import nbytes
+from kvshrink.store.log import Log, key_of
 
 LENGTH, SCORED, CHUNK = 4096, 128, 32
 LATER = 127  # tokens after the prompt when bytes are measured again: the peers' residual is as long as it gets
@@ -192,7 +193,7 @@ def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, c
             cache = contender.fill(dense)
             bits, held = contender.held(cache)
             row = {"key": keys[contender.label], "contender": contender.label, "task": title, "case": n, "bits": bits}
-            row["kept"] = held / _plain(dense)
+            row["byte_ratio"] = held / _plain(dense)
             if sample is None:
                 scored, chunk = ids, CHUNK
             else:
@@ -237,7 +238,7 @@ def summary(contenders: list[Contender], log: Log, keys: set[str]) -> list[dict]
         found = {"label": contender.label, "group": contender.group, "answers": len(hits)}
         numbers = {
             "bits": float(np.mean([r["bits"] for r in rows])),
-            "kept": float(np.mean([r["kept"] for r in rows])),
+            "byte_ratio": float(np.mean([r["byte_ratio"] for r in rows])),
             "kl_text": float(np.mean([np.mean(r["kl"]) for r in text])),
             "kl_retrieval": float(np.mean([np.mean(r["kl"]) for r in asked])),
             "score": float(np.mean(hits)),
@@ -264,7 +265,7 @@ def main() -> None:
     keys = measure(model, tokenizer, contenders, log, args.cases, args.documents)
     grown, rows = later(model, tokenizer, contenders, log), summary(contenders, log, keys)
     for row in rows:
-        row["kept_later"] = round(grown[row["label"]], 5)
+        row["byte_ratio_later"] = round(grown[row["label"]], 5)
     found = {
         "command": "python bench/quantisers.py",
         "model": "reference, bfloat16",

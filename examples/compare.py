@@ -2,18 +2,14 @@
 
 import kvshrink
 from kvshrink import data, methods
-from kvshrink.eval import prompt, tasks
-from kvshrink.eval.budget import at_kept
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.summary import cells, summarise
+from kvshrink.eval import Entry, Job, Runner, at_byte_ratio, cells, prompt, summarise, tasks
 
 model, tokenizer = kvshrink.reference_model()
 samples = tasks.get("passkey").samples(4, seed=0, tokens=2000, count=prompt.counter(tokenizer))
 # or your own: tasks.Sample(context, question, answer_prefix, answers, metric, max_new_tokens, meta)
 
-cskv = at_kept(kvshrink.CSKV(bits=4), 0.1, model, tokens=2000).method
-window = at_kept(methods.build("streaming_llm", {}), 0.1, model, tokens=2000).method
+cskv = at_byte_ratio(kvshrink.CSKV(bits=4), 0.1, model, tokens=2000).method
+window = at_byte_ratio(methods.build("streaming_llm", {}), 0.1, model, tokens=2000).method
 text = data.path("calibration.txt").read_text(encoding="utf-8")[:60_000]
 artifact = kvshrink.fit(model, cskv, text, tokenizer=tokenizer, batch=4)
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import kvshrink
@@ -166,3 +168,27 @@ def test_numbers_in_the_readme_have_a_json_behind_them():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_importing_the_library_imports_no_extra():
+    """What a plot, a search, another evaluation or a GPU needs is imported where it is used.
+
+    triton comes with transformers' models, by torch's compiler; none of it comes with us.
+    """
+    extras = ["matplotlib", "optuna", "lm_eval", "triton"]
+    lines = [
+        "import sys",
+        f"extras = {extras}",
+        "from transformers import PreTrainedModel",
+        "theirs = set(sys.modules)",
+        "import kvshrink",
+        "import kvshrink.eval",
+        "print(*(x for x in extras if x in sys.modules and (x not in theirs or x != 'triton')))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_package_needs_no_recipe():
+    for path in SOURCES:
+        assert not re.search(r"^\s*(from|import) (recipes|bench|tests)\b", path.read_text(), flags=re.M), path

@@ -4,12 +4,12 @@ Read the tree in the order the data takes; each line may import only from the li
 
     cli/         one module per command: demo, plan, fit, generate, eval (suite, ...), report, inspect, lm-eval
     plan/        search of methods and settings for a budget of bytes or KL: space, bench, search, plan.json
-    eval/        tasks/ and metrics/, runner and suite, perplexity, fidelity, lm-eval plug-in, report/
+    eval/        run/, tasks/, metrics/, report/: suite, perplexity, fidelity, lm-eval plug-in, figures
     fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard
-    attach/      model -> attention hook: attention function, mask function, families, self-check
+    attach/      model -> attention hook: attention function, mask function, families, self-check, byte budget
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
     methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py and _facts.py: the roles; artifact.py
-    store/       where the bytes live: pages, token table, byte counts, files
+    store/       where the bytes live: pages, token table, byte counts, files, logs
     kernels/     <op>/reference.py defines the op in plain torch
     reference/   the bundled model; data/: bundled text and test cases; identity.py, shapes.py, called.py, errors.py
 

@@ -35,7 +35,7 @@ def test_decode_writes_rows_and_picture_and_goes_on(script, tmp_path, monkeypatc
     (point,) = json.loads(out.read_text())["points"]
     rows = {r["contender"]: r for r in point["rows"]}
     assert rows["DynamicCache + sdpa"]["ratio"] == 1
-    assert rows["CSKV 0.2 int4 auto"]["kept"] < rows["RTN int4"]["kept"] < 1
+    assert rows["CSKV 0.2 int4 auto"]["byte_ratio"] < rows["RTN int4"]["byte_ratio"] < 1
     assert sum(r["best_dense"] for r in point["rows"]) == 1
     assert all(r["error"] < 2e-2 and r["over_byte_floor"] > 0 for r in point["rows"])
     assert out.with_suffix(".png").stat().st_size > 10_000

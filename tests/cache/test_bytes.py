@@ -102,11 +102,11 @@ def test_bytes_of_32k_tokens(filled, capsys):
     full = 32768 * shape.token_bytes
     report = cache.report()
     with capsys.disabled():
-        print(f"\n{shape.heads} KV heads, 32k tokens, {bits or 16} bits: {100 * report.kept:.2f} % of the full cache")
+        print(f"\n{shape.heads} KV heads, 32k tokens, {bits or 16} bits: {100 * report.byte_ratio:.2f} % of full bytes")
     assert report.full == full
     assert cache.nbytes == report.nbytes == formula(shape, bits, 32768)
     assert grown == pytest.approx(cache.nbytes, rel=0.02)
-    assert report.kept <= AT_MOST[bits]
+    assert report.byte_ratio <= AT_MOST[bits]
     assert grown / full <= AT_MOST[bits]
 
 
@@ -129,7 +129,7 @@ def test_peak_of_decoding_at_32k_tokens(filled, capsys):
 def test_spectral_bits_at_32k_tokens(layer, capsys):
     """Mixed widths in one page: 6.25 % of the body and no full-width copy while a token is decoded."""
     shape, _, rows = layer
-    method, before = Spectral(kept=0.0625, allocation="energy"), live()
+    method, before = Spectral(budget=0.0625, allocation="energy"), live()
     groups = shape.width // 16
     widths = torch.tensor([8, 4, 3, 2, 1, *[0] * 11]).repeat_interleave(groups // 16).to(torch.uint8)
     fitted = {}
@@ -149,8 +149,10 @@ def test_spectral_bits_at_32k_tokens(layer, capsys):
     most = peak(lambda: attend(query, keys, values, None, HEAD_DIM**-0.5, None, keys._kvshrink))
     share = most / (32768 * shape.token_bytes)
     with capsys.disabled():
-        print(f"\n{shape.heads} KV heads, 32k tokens, spectral: {100 * report.kept:.2f} %, peak {100 * share:.2f} %")
-    assert report.kept < 0.085
+        print(
+            f"\n{shape.heads} KV heads, 32k tokens, spectral: {100 * report.byte_ratio:.2f} %, peak {100 * share:.2f} %"
+        )
+    assert report.byte_ratio < 0.085
     assert share < PEAK
 
 

@@ -176,7 +176,7 @@ def test_the_sums_are_saved_forked_and_forgotten(model, artifact, rows, tmp_path
 def test_what_has_no_calibration_error_cannot_be_watched(model, rows, artifact, method):
     """Spectral rounds by the calibration's variances: its drift is not in the basis alone."""
     if method == "spectral":
-        wide = methods.build("spectral", {"kept": 0.1, "allocation": "energy"})
+        wide = methods.build("spectral", {"budget": 0.1, "allocation": "energy"})
         method = kvshrink.fit(model, wide, rows, progress=False)
     elif isinstance(method, str):  # an artifact of an earlier version
         layers = {i: {k: t for k, t in x.items() if not k.endswith("_errors")} for i, x in artifact.layers.items()}

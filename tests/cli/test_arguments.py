@@ -9,11 +9,11 @@ import pytest
 READS = {
     "generate": ["generate", "--prompt", "One day", "--method", "rtn", "--max-new-tokens", 2],
     "fit": ["fit", "--length", 128, "--out", "a"],
-    "fit in memory": ["fit", "--length", 128, "--out", "a", "--method", "spectral:kept=0.3"],
+    "fit in memory": ["fit", "--length", 128, "--out", "a", "--method", "spectral:budget=0.3"],
     "inspect": ["inspect"],
     "eval": ["eval", "--task", "copy", "--cases", 1, "--method", "rtn"],
     "perplexity": ["eval", "perplexity", "--prefix", 99, "--scored", 4, "--documents", 1, "--method", "rtn"],
-    "plan": ["plan", "--kept", 0.4, "--tokens", 300],
+    "plan": ["plan", "--byte-ratio", 0.4, "--tokens", 300],
 }
 
 
@@ -62,7 +62,7 @@ def test_texts_that_are_none(refused, place, name, reason):
     file, model = place / "T" / name, ("--model", place / "M")
     assert reason in refused("fit", "--text", file, "--out", "a", *model)
     assert reason in refused("generate", "--prompt-file", file, *model)
-    assert reason in refused("plan", "--text", file, "--kept", 0.4, *model)
+    assert reason in refused("plan", "--text", file, "--byte-ratio", 0.4, *model)
     if reason != "empty":
         assert reason in refused("eval", "perplexity", "--on", file, *model)
         assert reason in refused("eval", "--task", f"passkey:path='{file}'", *model)
@@ -148,14 +148,18 @@ OUT_OF_RANGE = {
         "keep": (0, -1, "1e400", "inf"),
         "bits": (-4,),
     },
-    "plan --kept 0.4": {
+    "plan --byte-ratio 0.4": {
         "tokens": (255, 2**31, 4097),
         "batch": (0, 2**31),
         "trials": (0, 10**6),
         "seed": (-1, 2**32),
         "length": (1, 513),
     },
-    "plan": {"kept": (0, 1.5, "nan"), "kl": (0, -1, "nan", "inf"), "memory": ("-1", "nanGiB", "0", "9" * 400, "1KiB")},
+    "plan": {
+        "byte_ratio": (0, 1.5, "nan"),
+        "kl": (0, -1, "nan", "inf"),
+        "memory": ("-1", "nanGiB", "0", "9" * 400, "1KiB"),
+    },
     "eval": {"cases": (0, 10**5), "tokens": (63, 2**31), "seed": (-1,), "batch": (0, 10**4)},
     "eval --task copy": {"tokens": (600,)},
     "eval perplexity": {
@@ -166,7 +170,7 @@ OUT_OF_RANGE = {
         "chunk": (0,),
     },
     "eval suite": {
-        "kept": ("0", "nan", "2", "0.2,0.2", ","),
+        "byte_ratio": ("0", "nan", "2", "0.2,0.2", ","),
         "lengths": ("0", "-5", "1e3", "9" * 5000, "200,200", ","),
         "cases": (0,),
     },
@@ -175,14 +179,6 @@ OUT_OF_RANGE = {
         "modes": (",", ""),
         "methods": (",", "rtn,rtn", "full"),
         "seed": (-1,),
-    },
-    "eval ablations": {
-        "only": (",", "nope"),
-        "cases": (0,),
-        "steps": (0, 2**63),
-        "length": (0, 600),
-        "scored": (0,),
-        "documents": (-1,),
     },
     "demo": {"cases": (0, 51)},
 }

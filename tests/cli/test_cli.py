@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvshrink import data, methods
-from kvshrink.eval.runner import Runner
+from kvshrink.eval.run.runner import Runner
 from kvshrink.methods._quantiser import Quantiser
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.digest import sealed
@@ -43,7 +43,7 @@ def test_fit_inspect_generate_and_eval_work_together(run, text, tmp_path):
     code, out, _ = run(*args)
     assert code == 0
     record = json.loads(out.splitlines()[-1])
-    assert 0 < record["kept"] < 0.4
+    assert 0 < record["byte_ratio"] < 0.4
     assert record["output"]
 
     args = ("eval", "--task", "longeval:lines=8", "--artifact", "art", "--method", "rtn:bits=4", "--cases", 2)
@@ -66,7 +66,16 @@ def test_inspect_of_a_model_shows_every_layer_and_writes_the_picture(run, tmp_pa
 
 
 def test_the_suite_ends_in_a_page_and_goes_on_after_an_interrupt(run, text, tmp_path, monkeypatch):
-    args = ["eval", "suite", "--methods", "rtn,cskv:bits=4,window=16", "--kept", 0.3, "--tasks", "passkey/book,copy"]
+    args = [
+        "eval",
+        "suite",
+        "--methods",
+        "rtn,cskv:bits=4,window=16",
+        "--byte-ratio",
+        0.3,
+        "--tasks",
+        "passkey/book,copy",
+    ]
     args += ["--lengths", 400, "--cases", 2, "--documents", 2, "--scored", 8, "--text", text, "--out", "s", "--json"]
     inner, seen = Runner._answer, []
 
@@ -97,7 +106,7 @@ def test_the_suite_ends_in_a_page_and_goes_on_after_an_interrupt(run, text, tmp_
 
 
 def test_a_plan_is_searched_resumed_and_fitted(run, text, tmp_path):
-    args = ["plan", "--kept", 0.2, "--tokens", 1000, "--batch", 3, "--methods", "cskv,rtn", "--trials", 3]
+    args = ["plan", "--byte-ratio", 0.2, "--tokens", 1000, "--batch", 3, "--methods", "cskv,rtn", "--trials", 3]
     args += ["--text", text, "--length", 256, "--work", "w", "--out", "plan.json", "--picture", "p.png", "--json"]
     code, out, _ = run(*args)
     assert code == 0
@@ -145,14 +154,14 @@ def test_group_heads_by_name_number_or_none(run, text, tmp_path, given, fitted):
 @small_probe()
 def test_a_method_that_asks_the_model_is_fitted_and_inspected(run, text):
     args = ("--text", text, "--length", 256)
-    code, out, _ = run("fit", "--method", "spectral:kept=0.1", *args, "--out", "art", "--json")
+    code, out, _ = run("fit", "--method", "spectral:budget=0.1", *args, "--out", "art", "--json")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["layers"]["0"]["key_error"] > 0.01, "not that of all channels at full width"
     code, out, _ = run("inspect", "--artifact", "art", "--out", "s.png", "--json")
     assert code == 0
     rows = json.loads(out.splitlines()[-1])["layers"]
     assert 0.9 * 0.1 * 4 * 512 < sum(r["body_per_token"] for r in rows) <= 0.1 * 4 * 512
-    code, out, _ = run("inspect", "--method", "spectral:kept=0.1", "--json")
+    code, out, _ = run("inspect", "--method", "spectral:budget=0.1", "--json")
     assert json.loads(out.splitlines()[-1])["layers"][0]["body_per_token"] == pytest.approx(51.2, abs=0.1)
 
 
@@ -180,11 +189,11 @@ def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
         (["fit", "--out", "a", "--plan", "nowhere.json"], "nowhere.json does not exist"),
         (["fit", "--out", "a", "--plan", "nowhere.json", "--method", "cskv"], "--method cannot change the plan"),
         (["plan"], "exactly one budget, not none"),
-        (["plan", "--kept", "0.1", "--memory", "1GiB"], "not --kept, --memory"),
+        (["plan", "--byte-ratio", "0.1", "--memory", "1GiB"], "not --byte-ratio, --memory"),
         (["plan", "--memory", "lots"], "'lots' are no bytes"),
-        (["plan", "--kept", "0.00001"], "too few for 1 x 4096 tokens: the smallest possible are"),
-        (["plan", "--kept", "0.1", "--methods", "streaming_llm"], "streaming_llm cannot be planned"),
-        (["plan", "--kept", "0.1", "--tokens", "9000"], "model's context of 4096"),
+        (["plan", "--byte-ratio", "0.00001"], "too few for 1 x 4096 tokens: the smallest possible are"),
+        (["plan", "--byte-ratio", "0.1", "--methods", "streaming_llm"], "streaming_llm cannot be planned"),
+        (["plan", "--byte-ratio", "0.1", "--tokens", "9000"], "model's context of 4096"),
         (["eval", "--model", "./nowhere"], "cannot load model"),
         (["eval", "--task", "nope"], "nope"),
         (["eval", "--task", "longeval:path=nowhere.jsonl"], "nowhere.jsonl"),
@@ -199,8 +208,8 @@ def test_demo_ends_in_a_table_a_picture_and_an_artifact(run, tmp_path):
         (["eval", "--task", "longbench"], "path="),
         (["eval", "suite", "--methods", "nope"], "no method 'nope'"),
         (["eval", "suite", "--methods", ","], "no method is named"),
-        (["eval", "suite", "--kept", "much"], "--kept 'much'"),
-        (["eval", "suite", "--kept", ""], "at least one"),
+        (["eval", "suite", "--byte-ratio", "much"], "--byte-ratio 'much'"),
+        (["eval", "suite", "--byte-ratio", ""], "at least one"),
         (["eval", "suite", "--tasks", "nope"], "no offline task 'nope'"),
         (["eval", "suite", "--lengths", "20"], "scored=128"),
         (["eval", "suite", "--modes", "twice"], "mode 'twice'"),
@@ -253,7 +262,7 @@ def test_cskv_with_each_codec_runs_from_the_command_line(run, text, codec):
     code, out, err = run("generate", "--artifact", "art", "--prompt-file", "p.txt", "--max-new-tokens", 3, "--json")
     assert code == 0, err
     record = json.loads(out.splitlines()[-1])
-    assert record["kept"] < 0.75
+    assert record["byte_ratio"] < 0.75
     assert record["output"]
 
 

@@ -22,7 +22,7 @@ NONE = {
         "--bits 4": ["--method cskv:bits=2"],
         "--log-with tensorboard": ["", "--method cskv:keep=0.5", "--method spectral"],
     },
-    "plan": {"--kept 0.5": ["--memory 1MiB", "--kl 0.1"], "--memory 1MiB": ["--kl 0.1"], "--tokens 300": [""]},
+    "plan": {"--byte-ratio 0.5": ["--memory 1MiB", "--kl 0.1"], "--memory 1MiB": ["--kl 0.1"], "--tokens 300": [""]},
     "eval": {
         "--tokens 200": ["", "--task longeval:lines=3", "--task passkey:tokens=100"],
         "--seed 3": ["--method rtn", "--task longeval:lines=3 --method rtn"],
@@ -34,8 +34,8 @@ NONE = {
             "--task scbench_like:turns=2 --method rtn",
             "--task scbench_like:turns=2 --method rtn --mode multi_turn",
         ],
-        "--method rtn": ["--method rtn", "suite", "ablations", "perplexity"],
-        "--cases 3": ["suite --kept 0.5", "perplexity"],
+        "--method rtn": ["--method rtn", "suite", "perplexity"],
+        "--cases 3": ["suite --byte-ratio 0.5", "perplexity"],
     },
     "eval perplexity": {
         "--chunk 4": ["", "--mode decode", "--mode prefix_compressed", "--mode simulated"],
@@ -47,10 +47,9 @@ NONE = {
     "eval suite --tasks copy": {
         "--scored 8": ["--documents 0"],
         "--text T/good.txt": ["--methods rtn", "--methods rtn,streaming_llm"],
-        "--kept 0.2": ["--methods cskv:keep=0.5", "--methods rtn:bits=4"],
-        "--modes multi_turn": ["--documents 0 --methods rtn --lengths 200 --cases 1 --kept 0.5"],
+        "--byte-ratio 0.2": ["--methods cskv:keep=0.5", "--methods rtn:bits=4"],
+        "--modes multi_turn": ["--documents 0 --methods rtn --lengths 200 --cases 1 --byte-ratio 0.5"],
     },
-    "eval ablations": {"--scored 8": ["--documents 0"], "--steps 4": ["--only split"]},
 }
 PAIRS = [(command, option, other) for command, known in NONE.items() for option, row in known.items() for other in row]
 
@@ -77,3 +76,9 @@ def test_an_option_that_one_of_several_methods_takes_has_an_effect(run, place):
     )
     code, out, _ = run(*args, "--method", "rtn:bits=4", "--method", "cskv", "--keep", 0.3)
     assert (code, "cskv keep=0.3" in out) == (0, True)
+
+
+@pytest.mark.parametrize("command", ["plan --tokens 300", "eval suite"])
+@pytest.mark.parametrize("given", ["--kept 0", "--kept=0", "--byte-ratio 0"])
+def test_a_byte_budget_goes_by_its_old_name_too(refused, place, command, given):
+    assert "byte_ratio=0.0 is not possible" in refused(*command.split(), "--model", place / "M", *given.split())

@@ -17,14 +17,14 @@ TEXT = ("--length", 128)
 @pytest.mark.parametrize("method", ["zipcache", "mikv", "edgeqat"])
 @small_probe()
 def test_a_plan_of_a_method_that_ranks_tokens_comes_to_its_end(run, place, tmp_path, method):
-    args = ("plan", "--model", place / "M", "--methods", method, "--kept", 0.9, "--tokens", 300, "--trials", 1)
+    args = ("plan", "--model", place / "M", "--methods", method, "--byte-ratio", 0.9, "--tokens", 300, "--trials", 1)
     code, _, err = run(*args, *TEXT, "--out", "p.json")
     assert code == 0, err
     assert json.loads((tmp_path / "p.json").read_text())["method"] == method
 
 
 def test_a_plan_and_its_picture_are_two_files(refused, place):
-    args = ("plan", "--model", place / "M", "--kept", 0.5, "--out", "p.png", "--picture", "./p.png")
+    args = ("plan", "--model", place / "M", "--byte-ratio", 0.5, "--out", "p.png", "--picture", "./p.png")
     assert "are one file" in refused(*args)
 
 
@@ -33,7 +33,6 @@ def test_a_plan_and_its_picture_are_two_files(refused, place):
     [
         (("eval", "suite", "--methods", "rtn"), "accuracy.png"),
         (("eval", "suite", "--methods", "rtn"), "kl-agnostic.svg"),
-        (("eval", "ablations", "--only", "split"), "split.png"),
     ],
 )
 def test_a_picture_of_the_users_is_not_replaced(refused, place, tmp_path, command, mine):

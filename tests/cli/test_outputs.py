@@ -88,12 +88,12 @@ BAD = ["x" * 300, "file", "file/x", "/proc/kvshrink", "/dev/null"]
 @pytest.mark.parametrize("out", BAD)
 def test_folders_that_cannot_be_written_are_refused_before_the_work(refused, fit, place, monkeypatch, out):
     Path("file").write_text("mine")
-    for module in ("fit", "evaluate", "demo", "suite", "ablations"):
+    for module in ("fit", "evaluate", "demo", "suite"):
         monkeypatch.setattr(f"kvshrink.cli.{module}.load", None)
     monkeypatch.setattr("kvshrink.cli.fit.fit_all", None)
     assert "cannot write" in refused(*fit, "--out", out)
     assert "cannot write" in refused("demo", "--out", out)
-    for command in ("eval --method rtn", "eval suite --methods rtn", "eval ablations"):
+    for command in ("eval --method rtn", "eval suite --methods rtn"):
         assert "cannot write" in refused(*command.split(), "--model", place / "M", "--out", out)
     assert Path("file").read_text() == "mine"
 
@@ -104,7 +104,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(refused, place
     Path("folder").mkdir()
     Path("link").symlink_to("file")
     monkeypatch.setattr("kvshrink.cli.plan.load", None)
-    plan = ["plan", "--model", place / "M", "--kept", 0.4]
+    plan = ["plan", "--model", place / "M", "--byte-ratio", 0.4]
     if out != "file":
         assert out[:9] in refused(*plan, "--out", out)
     ending = out if out in ("", "folder", "link", "/dev/null") else f"{out}.png"
@@ -132,15 +132,15 @@ def test_a_picture_is_written_under_the_name_that_is_printed_or_refused(run, ref
 def test_a_plan_is_not_written_over_another_nor_over_a_file(run, refused, place):
     plan = ["plan", "--model", place / "M", "--text", place / "T" / "good.txt", "--length", 256, "--tokens", 300]
     plan += ["--trials", 1, "--methods", "rtn", "--out", "p.json", "--work", "w", "--json"]
-    code, out, _ = run(*plan, "--kept", 0.4)
+    code, out, _ = run(*plan, "--byte-ratio", 0.4)
     assert (code, type(json.loads(out.splitlines()[-1]))) == (0, dict)
     before = Path("p.json").read_bytes()
-    assert "'kept': 0.4" in refused(*plan, "--kept", 0.5)
-    assert "trials 1, now 2" in refused(*plan, "--kept", 0.4, "--trials", 2)
-    assert run(*plan, "--kept", 0.4)[0] == 0
+    assert "'byte_ratio': 0.4" in refused(*plan, "--byte-ratio", 0.5)
+    assert "trials 1, now 2" in refused(*plan, "--byte-ratio", 0.4, "--trials", 2)
+    assert run(*plan, "--byte-ratio", 0.4)[0] == 0
     assert Path("p.json").read_bytes() == before
     Path("p.json").write_text("mine")
-    assert "is there and no plan" in refused(*plan, "--kept", 0.4)
+    assert "is there and no plan" in refused(*plan, "--byte-ratio", 0.4)
     assert Path("p.json").read_text() == "mine"
 
 

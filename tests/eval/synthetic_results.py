@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvshrink.eval.stats import bootstrap, paired, wilson
+from kvshrink.eval.run.stats import bootstrap, paired, wilson
 
 TASKS = (
     *("passkey", "needle", "longeval", "kv_retrieval", "copy", "induction", "topics"),
@@ -43,14 +43,14 @@ def empty() -> dict:
 
 def _settings(modes: tuple[str, ...], tasks: tuple[str, ...]) -> dict:
     return {
-        "command": "kvshrink eval suite --model reference --kept 0.2 --kept 0.1 --kept 0.06 --cases 10 --out run",
+        "command": "kvshrink eval suite --model reference --byte-ratio 0.2,0.1,0.06 --cases 10 --out run",
         "model": "reference",
         "fingerprint": "0123456789abcdef",
         "dtype": "bfloat16",
         "seed": 0,
         "cases": CASES,
         "lengths": list(LENGTHS),
-        "kept": list(TARGETS),
+        "byte_ratio": list(TARGETS),
         "methods": ["cskv:bits=4", "rtn", "streaming_llm"],
         "tasks": list(tasks),
         "modes": list(modes),
@@ -70,7 +70,7 @@ def _methods() -> list[tuple[str, str, float | None, float]]:
     return found
 
 
-def _kept(rng, series: str, target: float | None) -> float | None:
+def _ratio(rng, series: str, target: float | None) -> float | None:
     if target is None:
         return 1.0 if series == "full" else None
     nearest = 0.094 if (series, target) == UNREACHED else target
@@ -95,7 +95,7 @@ def _line(rng, task, mode, length, method, series, target, scores, base) -> dict
     exact = task not in SOFT
     low, high = wilson(int(scores.sum()), CASES) if exact else bootstrap(scores.tolist(), 0, 60)
     delta_low, delta_high = bootstrap((scores - base).tolist(), 0, 60)
-    kept, null = _kept(rng, series, target), series == "streaming_llm"
+    ratio, null = _ratio(rng, series, target), series == "streaming_llm"
     against = {
         "lost": int(((base >= 0.5) & (scores < 0.5)).sum()),
         "won": int(((base < 0.5) & (scores >= 0.5)).sum()),
@@ -119,8 +119,8 @@ def _line(rng, task, mode, length, method, series, target, scores, base) -> dict
         "low": round(low, 6),
         "high": round(high, 6),
         "interval": "wilson" if exact else "bootstrap",
-        "kept": kept,
-        "bytes_per_token": None if null or kept is None else round(kept * 1024, 3),
+        "byte_ratio": ratio,
+        "bytes_per_token": None if null or ratio is None else round(ratio * 1024, 3),
         "tokens": length - 9.8,
         "seconds_per_token": None if null else 0.011,
         **(dict.fromkeys(against) if series == "full" else against),
@@ -149,7 +149,7 @@ def _fidelity(rng, method: str, series: str, target: float, lost: float, length:
         "chunk": 1,
         "documents": 8,
         "positions": 2048,
-        "kept": _kept(rng, series, target),
+        "byte_ratio": _ratio(rng, series, target),
         "kl_mean": kl,
         "kl_low": 0.8 * kl,
         "kl_high": 1.25 * kl,
@@ -197,6 +197,6 @@ def _memory(method: str, series: str, target: float | None, lost: float, length:
     own = {"method": method, "series": series, "target": target, "length": length}
     return (
         own
-        | {"held": held, "full": full, "kept": held / full, "peak": int(0.05 * held) + 300_000}
+        | {"held": held, "full": full, "byte_ratio": held / full, "peak": int(0.05 * held) + 300_000}
         | ({} if target is None else {"bits": 15 * target})
     )

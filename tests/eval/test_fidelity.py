@@ -8,9 +8,9 @@ import torch
 
 from kvshrink import RTN, data
 from kvshrink.errors import EvalError
-from kvshrink.eval.fidelity import by_distance, common_prefix, fidelity, summary, trajectories
-from kvshrink.eval.stats import bootstrap
-from kvshrink.eval.teacher import Track
+from kvshrink.eval.run.fidelity import by_distance, common_prefix, fidelity, summary, trajectories
+from kvshrink.eval.run.stats import bootstrap
+from kvshrink.eval.run.teacher import Track
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 
 LOSSLESS, LOSSY = RTN(bits=None), RTN(bits=2)
@@ -61,7 +61,7 @@ def test_numbers_of_two_documents_by_hand():
     assert (x.top1, x.top5) == pytest.approx((1, 0.8))
     assert x.dp_rms == pytest.approx(0.3 / 2)
     assert (x.trajectory_prefix, x.trajectory_agreement, x.trajectory_tokens) == (3, 7 / 8, 4)
-    assert (x.exercised, x.kept) == pytest.approx((0.75, 0.6))
+    assert (x.exercised, x.byte_ratio) == pytest.approx((0.75, 0.6))
 
 
 def test_many_documents_are_resampled():
@@ -72,7 +72,7 @@ def test_many_documents_are_resampled():
 
 def test_one_document_has_no_interval_and_a_simulation_keeps_no_bytes():
     x = summary([track([1], [1], [1], held=None)], [], "simulated", None)
-    assert (x.kl_low, x.kl_high, x.dnll_low, x.dnll_high, x.kept, x.trajectory_prefix) == (None,) * 6
+    assert (x.kl_low, x.kl_high, x.dnll_low, x.dnll_high, x.byte_ratio, x.trajectory_prefix) == (None,) * 6
 
 
 def test_distances_are_counted_from_the_prefix_end():
@@ -97,8 +97,8 @@ def test_fewer_bits_are_less_faithful(measured):
     assert two.top1 < 1
     assert two.top5 < four.top5 < 1
     assert two.dp_rms > four.dp_rms > 0
-    assert two.kept < four.kept < 0.5 < same.kept
-    assert (two.documents, two.positions, two.chunk, full.kept) == (3, 150, 8, 1)
+    assert two.byte_ratio < four.byte_ratio < 0.5 < same.byte_ratio
+    assert (two.documents, two.positions, two.chunk, full.byte_ratio) == (3, 150, 8, 1)
     assert two.nll_full == four.nll_full == full.nll
     assert two.trajectory_prefix < 12
 

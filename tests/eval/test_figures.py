@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from kvshrink.eval import plots
-from kvshrink.eval.report import figures, figures_cache, style
+from kvshrink.eval.report import figures, figures_cache, plots, style
 from kvshrink.eval.report.results import fidelity_groups, series
 from kvshrink.eval.report.standings import standings
 from tests.eval import synthetic_results as synthetic
@@ -40,13 +39,13 @@ def test_the_mean_s_points_are_the_standings(data, look):
     board = standings(data)
     axis = figures.mean(board, look).axes[0]
     for name in synthetic.SERIES:
-        own = sorted((100 * s.mean.kept, s.mean.score) for s in board if s.series == name)
+        own = sorted((100 * s.mean.byte_ratio, s.mean.score) for s in board if s.series == name)
         assert curve(axis, look, name) == [pytest.approx(p) for p in own]
     levels = {line.get_ydata()[0] for line in axis.lines if line.get_linestyle() in ("--", ":")}
     assert levels == {s.mean.score for s in board if s.target is None}
     hollow = [line for line in axis.lines if line.get_markerfacecolor() == style.PAPER]
     missed = next(s for s in board if s.method == "rtn @0.06")
-    assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(100 * missed.mean.kept)]]
+    assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(100 * missed.mean.byte_ratio)]]
 
 
 def test_accuracy_has_a_panel_per_task_and_one_for_the_mean(data, look):
@@ -111,7 +110,7 @@ def test_divergence_is_drawn_on_log_axes_with_its_front(data, look):
     assert {e["length"] for e in group} == {4000}, "the longest prefix comes first"
     axis = figures_cache.divergence(group, look, {"rtn @0.06"}).axes[0]
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
-    own = sorted((100 * e["kept"], e["kl_mean"]) for e in group if e["series"] == "rtn")
+    own = sorted((100 * e["byte_ratio"], e["kl_mean"]) for e in group if e["series"] == "rtn")
     assert curve(axis, look, "rtn") == [pytest.approx(p) for p in own]
     assert len([ln for ln in axis.lines if ln.get_markerfacecolor() == style.PAPER]) == 1
     exact = [e | {"kl_mean": 0.0, "kl_low": 0.0, "kl_high": 0.0} for e in group]
@@ -196,7 +195,7 @@ def test_inline_svg_has_its_own_ids_and_no_header():
 
 def test_axes_show_plain_numbers():
     _, axis = plots.pyplot().subplots()
-    figures.kept_axis(axis, [0.06, 0.2])
+    figures.byte_axis(axis, [0.06, 0.2])
     assert [t.get_text() for t in axis.get_xticklabels()] == ["5", "7", "10", "15", "20"]
     assert [figures.short(n) for n in (500, 2000, 2048, 131072, 1500)] == ["500", "2k", "2k", "128k", "1.5k"]
     assert [figures_cache.human(n) for n in (1, 1536, 5 * 2**30)] == ["1 B", "1.5 KiB", "5 GiB"]

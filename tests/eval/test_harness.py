@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 import kvshrink
 from kvshrink import data
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval.harness import KVShrinkLM
+from kvshrink.eval.run.harness import KVShrinkLM
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.reference import FOLDER
 
@@ -124,7 +124,7 @@ def test_a_lossy_cache_changes_every_kind_of_answer_and_says_what_it_read(baseli
     assert (write["sequences"], choose["sequences"], roll["sequences"]) == (2, 10, 2)
     assert write["sequences_reading_compressed"] == write["tokens_reading_compressed"] == 1
     assert choose["tokens"] == 10 * 6  # a space and five digits
-    assert 0 < choose["kept"] == choose["bytes"] / choose["full_bytes"] < 0.15
+    assert 0 < choose["byte_ratio"] == choose["bytes"] / choose["full_bytes"] < 0.15
     # the first tokens of a text fill the window: they are predicted from exact ones, and that is said
     assert 0 < roll["tokens_reading_compressed"] < 1
     json.dumps(info)
@@ -301,7 +301,7 @@ def test_the_commands_help_is_ours_and_a_subcommands_is_lm_evals(monkeypatch, ca
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch, capsys):
     from kvshrink import cli
 
-    monkeypatch.delitem(sys.modules, "kvshrink.eval.harness")
+    monkeypatch.delitem(sys.modules, "kvshrink.eval.run.harness")
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     monkeypatch.setattr(sys, "argv", ["kvshrink", "lm-eval", "--model", "kvshrink"])
     with pytest.raises(SystemExit) as stop:

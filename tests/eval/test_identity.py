@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from kvshrink import RTN
-from kvshrink.eval.catalogue import choices, gather
-from kvshrink.eval.entries import Entry
-from kvshrink.eval.rounds import MODES, MULTI_TURN, shares_contexts
-from kvshrink.eval.runner import Job, Runner
+from kvshrink.eval.run.catalogue import choices, gather
+from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.run.rounds import MODES, MULTI_TURN, shares_contexts
+from kvshrink.eval.run.runner import Job, Runner
 
 LENGTHS, CASES, LIMIT = (700, 1400), 2, 10
 ENTRIES = [Entry("full", None), Entry("zeros", None), Entry("lossless", RTN(bits=None))]

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from kvshrink.methods._facts import LayerShape
 
 from kvshrink import CSKV, RTN, Artifact, data, make_cache
 from kvshrink.attach.identity import identity_of
 from kvshrink.cache import attend
 from kvshrink.errors import EvalError
-from kvshrink.eval.layers import layer_errors
-from kvshrink.eval.memory import decode_peak
-from kvshrink.methods._stats import LayerShape
+from kvshrink.eval.run.layers import layer_errors
+from kvshrink.eval.run.memory import decode_peak
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 
@@ -113,7 +113,7 @@ def test_chunks_are_replayed_too(model, ids):
 def test_hooks_are_gone_afterwards_also_after_an_error(model, ids, monkeypatch):
     before = [len(layer.self_attn._forward_hooks) for layer in model.model.layers]
     layer_errors(model, RTN(bits=2), ids[:TOKENS], PREFIX)
-    monkeypatch.setattr("kvshrink.eval.layers._Output.add", lambda *a: 1 / 0)
+    monkeypatch.setattr("kvshrink.eval.run.layers._Output.add", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         layer_errors(model, RTN(bits=2), ids[:TOKENS], PREFIX)
     assert [len(layer.self_attn._forward_hooks) for layer in model.model.layers] == before == [0] * 4

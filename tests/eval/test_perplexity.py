@@ -5,15 +5,15 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
+from kvshrink.methods._facts import LayerShape
 from transformers.models.llama import modeling_llama
 
 from kvshrink import CSKV, RTN, Artifact, data
 from kvshrink.attach.identity import identity_of
 from kvshrink.errors import EvalError
-from kvshrink.eval.perplexity import MODES, perplexity, scored_bytes, tracks
-from kvshrink.eval.simulated import simulate
-from kvshrink.eval.teacher import compare, follow
-from kvshrink.methods._stats import LayerShape
+from kvshrink.eval.run.perplexity import MODES, perplexity, scored_bytes, tracks
+from kvshrink.eval.run.simulated import simulate
+from kvshrink.eval.run.teacher import compare, follow
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 from tests.scenarios.families import FAMILIES
@@ -68,7 +68,7 @@ def test_a_lossy_cache_does_not(model, ids, mode):
     assert track.kl.min() >= 0
     assert track.top1.mean() < 1
     assert track.dp == pytest.approx(np.exp(-track.nll) - np.exp(-track.nll_full), abs=1e-6)
-    assert track.kept is None if mode == "simulated" else track.kept < 0.3
+    assert track.byte_ratio is None if mode == "simulated" else track.byte_ratio < 0.3
 
 
 def test_several_methods_at_once_score_as_each_alone(model, ids):

@@ -17,6 +17,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval import report
 from kvshrink.eval.report import markdown, results
 from kvshrink.eval.report.notes import holm
+from kvshrink.eval.report.old_keys import renamed
 from kvshrink.eval.report.page import _best
 from kvshrink.eval.report.standings import pooled, standings
 from tests.eval import synthetic_results as synthetic
@@ -201,7 +202,7 @@ def test_every_line_is_in_its_task_s_table_and_in_the_matrix(full):
         lines = [e for e in data["lines"] if e["task"] == task]
         assert len(rows) == len(lines)
         for row, e in zip(rows, lines, strict=True):
-            expected = [e["method"], e["kept"], e["score"], e["delta"], e["lost"], e["won"], e["p"]]
+            expected = [e["method"], e["byte_ratio"], e["score"], e["delta"], e["lost"], e["won"], e["p"]]
             found = [row[0][1], *(None if v is None else float(v) for _, v in row[1:7])]
             assert found == [pytest.approx(v) if isinstance(v, float) else v for v in expected]
             if e["delta"] is not None:
@@ -313,7 +314,7 @@ def test_a_failed_build_leaves_the_old_files(tmp_path, monkeypatch):
 
 def test_the_mean_s_interval_is_that_of_independent_parts():
     def line(score, half):
-        return {"score": score, "low": score - half, "high": score + 2 * half, "kept": 0.1}
+        return {"score": score, "low": score - half, "high": score + 2 * half, "byte_ratio": 0.1}
 
     one = pooled([[line(0.5, 0.1)]])
     assert (one.low, one.high) == (pytest.approx(0.4), pytest.approx(0.7))
@@ -354,9 +355,9 @@ def test_a_method_that_has_only_its_best_lines_left_is_not_the_best():
 
 
 def test_bytes_that_miss_the_budget_on_both_sides_do_not_reach_it():
-    line = {"target": 0.1, "kept": 0.06}
-    assert not results.reached([line, {**line, "kept": 0.14}])
-    assert results.reached([{**line, "kept": 0.098}, {**line, "kept": 0.103}])
+    line = {"target": 0.1, "byte_ratio": 0.06}
+    assert not results.reached([line, {**line, "byte_ratio": 0.14}])
+    assert results.reached([{**line, "byte_ratio": 0.098}, {**line, "byte_ratio": 0.103}])
     assert results.reached([{**line, "target": None}])
 
 
@@ -500,3 +501,12 @@ def test_fields_are_those_of_the_format():
     data = synthetic.results(tasks=("copy",))
     for name, fields in results.FIELDS.items():
         assert set(fields) <= set(data[name][0]), name
+
+
+def test_results_of_before_the_byte_ratio_had_its_name_are_read():
+    old = {"lines": [{"kept": 0.1, "score": 1}, {"kept": None}], "fit": {"kept": "trained"}, "rows": [{"next_kept": 2}]}
+    assert renamed(old) == {
+        "lines": [{"byte_ratio": 0.1, "score": 1}, {"byte_ratio": None}],
+        "fit": {"kept": "trained"},
+        "rows": [{"next_byte_ratio": 2}],
+    }

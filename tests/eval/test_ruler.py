@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from kvshrink import reference
 from kvshrink.errors import EvalError
-from kvshrink.eval import metrics, prompt
+from kvshrink.eval import metrics
+from kvshrink.eval.run import prompt
 from kvshrink.eval.tasks import _ruler_words
 from kvshrink.eval.tasks.generated import ruler
 

@@ -10,17 +10,18 @@ from transformers import GenerationConfig
 
 from kvshrink import RTN, make_cache
 from kvshrink.attach import attach
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval import prompt, tasks
-from kvshrink.eval import runner as runner_module
-from kvshrink.eval.entries import Entry, check, parse, specs
-from kvshrink.eval.outcomes import Log
-from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.rounds import groups, left_pad
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.stats import wilson
-from kvshrink.eval.summary import cells, summarise
+from kvshrink.eval import tasks
+from kvshrink.eval.report.summary import cells, summarise
+from kvshrink.eval.run import prompt
+from kvshrink.eval.run import runner as runner_module
+from kvshrink.eval.run.entries import Entry, check, parse, specs
+from kvshrink.eval.run.rounds import groups, left_pad
+from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.stats import wilson
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.store.log import Log
 from tests.scenarios import families
 
 
@@ -260,9 +261,9 @@ def test_a_failing_method_is_recorded_and_the_others_go_on(reference, samples, m
 def test_summary_counts_bytes_intervals_and_flips(reference, samples):
     outcomes = Runner(*reference, [*ENTRIES[:3], NOTHING]).run(JOB, samples)
     full, same, rtn, nothing = summarise(outcomes)
-    assert (full.kept, full.cases, full.against) == (1.0, 4, None)
+    assert (full.byte_ratio, full.cases, full.against) == (1.0, 4, None)
     assert full.bytes_per_token == pytest.approx(2 * 2 * 64 * 4 * 4)  # K and V, heads, d, bytes of a float32, layers
-    assert rtn.kept < 0.7 < same.kept
+    assert rtn.byte_ratio < 0.7 < same.byte_ratio
     assert (full.low <= full.score <= full.high, full.interval) == (True, "wilson")
     assert (same.against.lost, same.against.won, same.against.delta, same.against.p) == (0, 0, 0, 1)
     assert (nothing.against.lost, nothing.against.won) == (round(4 * full.score), 0)
@@ -274,7 +275,7 @@ def test_summary_counts_bytes_intervals_and_flips(reference, samples):
     assert [(x.interval, x.low, x.high) for x in graded] == [("bootstrap", 0.5, 0.5), ("bootstrap", 0.25, 0.25)]
     assert graded[1].against.p is None
     assert (rtn.to_dict()["removed"], rtn.to_dict()["x_factor"]) == pytest.approx(
-        (1 - rtn.kept, 1 / rtn.kept), abs=1e-5
+        (1 - rtn.byte_ratio, 1 / rtn.byte_ratio), abs=1e-5
     )
 
 
@@ -295,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_named(reference, samples, tmp_path):
 def test_a_list_of_methods_may_have_settings():
     assert specs("cskv,rtn:bits=4,group=64,streaming_llm") == ["cskv", "rtn:bits=4,group=64", "streaming_llm"]
     assert specs("cskv,bits=4") == ["cskv:bits=4"]
-    assert specs("spectral:widths=(1,2),kept=0.1,rtn") == ["spectral:widths=(1,2),kept=0.1", "rtn"]
+    assert specs("spectral:widths=(1,2),budget=0.1,rtn") == ["spectral:widths=(1,2),budget=0.1", "rtn"]
     with pytest.raises(SettingError, match="no method is named"):
         specs(" , ")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from kvshrink.errors import EvalError
-from kvshrink.eval.stats import Paired, bootstrap, paired, student, wilson
+from kvshrink.eval.run.stats import Paired, bootstrap, paired, student, wilson
 
 
 def test_wilson_by_hand():

@@ -8,18 +8,18 @@ import pytest
 
 from kvshrink import detach, reference_model
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval import suite as module
 from kvshrink.eval import tasks
-from kvshrink.eval.catalogue import Choice, choices, gather
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import Runner
-from kvshrink.eval.suite import Settings, Suite
+from kvshrink.eval.run import suite as module
+from kvshrink.eval.run.catalogue import Choice, choices, gather
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import Runner
+from kvshrink.eval.run.suite import Settings, Suite
 from tests.probes import small_probe
 
 SETTINGS = Settings(
     model="reference",
     methods=("cskv:bits=4", "rtn", "streaming_llm"),
-    kept=(0.3, 0.15),
+    byte_ratio=(0.3, 0.15),
     tasks=("passkey/book", "scbench_like/mf", "longeval/official"),
     lengths=(600, 1100),
     cases=1,
@@ -68,9 +68,9 @@ def test_every_method_stands_at_every_budget_with_its_measured_bytes(done):
     }
     for line in data["lines"]:
         if line["target"] is None:
-            assert line["kept"] == 1
+            assert line["byte_ratio"] == 1
         elif line["reached"]:
-            assert line["kept"] == pytest.approx(line["target"], rel=0.1), line
+            assert line["byte_ratio"] == pytest.approx(line["target"], rel=0.1), line
         else:
             assert line["series"] == "rtn", line
     methods = {x["method"] for x in data["lines"]}
@@ -93,13 +93,13 @@ def test_fidelity_layers_and_memory_are_there_for_every_method_and_length(done):
     for row in data["fidelity"]:
         assert (row["documents"], row["positions"], row["mode"]) == (2, 24, "decode")
         assert row["kl_mean"] > 0
-        assert 0 < row["kept"] < 0.5
+        assert 0 < row["byte_ratio"] < 0.5
     rtn = {x["target"]: x for x in data["fidelity"] if x["series"] == "cskv bits=4" and x["length"] == 1100}
     assert rtn[0.15]["kl_mean"] > rtn[0.3]["kl_mean"]
 
 
 def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeypatch):
-    small = replace(SETTINGS, methods=SETTINGS.methods[:2], kept=(0.3,), lengths=(600,), documents=1)
+    small = replace(SETTINGS, methods=SETTINGS.methods[:2], byte_ratio=(0.3,), lengths=(600,), documents=1)
     whole = Suite(small, *reference, texts, tmp_path / "whole").run("x")
     out, answers = tmp_path / "cut", []
     inner = Runner._answer
@@ -117,7 +117,7 @@ def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeyp
     assert len((out / "outcomes.jsonl").read_text().splitlines()) == 5
     counted = []
     monkeypatch.setattr(Runner, "_answer", lambda self, *a: counted.append(1) or inner(self, *a))
-    monkeypatch.setattr("kvshrink.eval.fitting.fit_all", None)  # nothing is fitted again
+    monkeypatch.setattr("kvshrink.eval.run.fitting.fit_all", None)  # nothing is fitted again
     resumed = Suite(small, *reference, texts, out).run("x")
     rows = [json.loads(x) for x in (out / "outcomes.jsonl").read_text().splitlines()]
     assert len({r["key"] for r in rows}) == len(rows) == 5 + len(counted)
@@ -132,7 +132,7 @@ def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeyp
         raise AssertionError("run again")
 
     monkeypatch.setattr(Runner, "_answer", never)
-    monkeypatch.setattr("kvshrink.eval.measure.tracks", never)
+    monkeypatch.setattr("kvshrink.eval.run.measure.tracks", never)
     assert Suite(small, *reference, texts, out).run("x") == resumed
 
 
@@ -148,7 +148,7 @@ def test_a_failing_method_is_listed_and_stops_nothing(reference, texts, tmp_path
     settings = Settings(
         model="reference",
         methods=("rtn", "streaming_llm"),
-        kept=(0.3,),
+        byte_ratio=(0.3,),
         tasks=("passkey/book",),
         lengths=(700,),
         cases=1,
@@ -179,7 +179,7 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
 
     module = ModuleType("tasks.too_long")
     module.samples = too_long
-    monkeypatch.setattr("kvshrink.eval.catalogue.tasks.get", lambda name: module)
+    monkeypatch.setattr("kvshrink.eval.run.catalogue.tasks.get", lambda name: module)
     samples, skipped = gather([Choice("too_long", "too_long", {})], (500,), 2, 0, reference[1], reference=True)
     assert (samples, [s.task for s in skipped]) == ([], ["too_long"])
     assert "its longest sample takes" in skipped[0].reason
@@ -191,8 +191,8 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
         ({"methods": ("nope",)}, "no method 'nope'"),
         ({"methods": ("full",)}, "always there"),
         ({"methods": ("rtn", "rtn")}, "none twice"),
-        ({"kept": ()}, "at least one"),
-        ({"kept": (1.2,)}, "kept=1.2"),
+        ({"byte_ratio": ()}, "at least one"),
+        ({"byte_ratio": (1.2,)}, "byte_ratio=1.2"),
         ({"modes": ("awake",)}, "mode 'awake'"),
         ({"tasks": ("nope",)}, "no offline task 'nope'"),
         ({"stored": ("nope:path=x",)}, "No task 'nope'"),
@@ -206,7 +206,7 @@ def test_a_task_that_overshoots_its_length_is_left_out(reference, monkeypatch):
     ],
 )
 def test_a_suite_that_cannot_run_is_refused_before_it_starts(reference, texts, tmp_path, changes, reason):
-    base = {"model": "reference", "methods": ("rtn",), "kept": (0.2,), "tasks": ("passkey/book",), "cases": 1}
+    base = {"model": "reference", "methods": ("rtn",), "byte_ratio": (0.2,), "tasks": ("passkey/book",), "cases": 1}
     with pytest.raises((SettingError, EvalError), match=reason):
         Suite(Settings(**base | changes), *reference, texts, tmp_path).run("x")
     assert not (tmp_path / "results.json").exists()

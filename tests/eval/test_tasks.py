@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from kvshrink import data
 from kvshrink.errors import EvalError
 from kvshrink.eval import metrics, tasks
-from kvshrink.eval.prompt import counter, encode
+from kvshrink.eval.run.prompt import counter, encode
 from kvshrink.eval.tasks import _common, _longeval_cases, _words
 from kvshrink.reference import FOLDER
 

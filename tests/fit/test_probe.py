@@ -153,7 +153,7 @@ def test_a_kl_that_is_no_number_is_refused(probe, monkeypatch):
 
 
 def test_spectral_from_fit_to_file_and_cache(model, rows, tmp_path):
-    artifact = fit(model, Spectral(kept=0.1, window=8), rows, progress=False)
+    artifact = fit(model, Spectral(budget=0.1, window=8), rows, progress=False)
     assert set(artifact.provenance["widths"]) == {"0 key", "0 value", "1 key", "1 value"}
     assert artifact.layers[0]["key_curve"].shape[1] == 2
     back = Artifact.from_pretrained(artifact.save_pretrained(tmp_path / "a"))

@@ -11,18 +11,19 @@ import torch
 import kvshrink
 from kvshrink import Artifact
 from kvshrink.attach.identity import identity_of
-from kvshrink.eval.outcomes import Log, Outcome, key_of
+from kvshrink.eval.run.outcomes import Outcome
 from kvshrink.fit.resume import Checkpoint
 from kvshrink.methods import build
 from kvshrink.plan import file as plans
 from kvshrink.plan.bench import is_point
 from kvshrink.store.digest import sealed
+from kvshrink.store.log import Log, key_of
 from tests.scenarios.families import VOCAB, Family
 
 METHODS = {
     "cskv": ("cskv", {"keep": 0.5}),
     "cskv4": ("cskv", {"keep": 0.5, "bits": 4}),
-    "spectral": ("spectral", {"kept": 0.2}),
+    "spectral": ("spectral", {"budget": 0.2}),
     "rtn": ("rtn", {"bits": 4}),
     "kivi": ("kivi", {"bits": 2}),
     "turboquant": ("turboquant", {}),
@@ -123,7 +124,11 @@ class Subjects:
             "settings": {"keep": 0.2, "bits": 4},
             "model": {"name": "a", "identity": identity_of(self.model).to_dict()},
         }
-        values |= {"budget": {"kept": 0.25}, "front": [{"name": "rtn", "settings": {}, "kl": 0.5}] * 3, "kl": 0.25}
+        values |= {
+            "budget": {"byte_ratio": 0.25},
+            "front": [{"name": "rtn", "settings": {}, "kl": 0.5}] * 3,
+            "kl": 0.25,
+        }
         (self.folder / "plan").mkdir()
         (self.folder / "plan" / "plan.json").write_text(json.dumps(sealed(values), indent=1))
 
@@ -148,7 +153,7 @@ class Subjects:
             again = Log(folder / "log.jsonl")
             found = {key: again.rows[key] for key in keys if again.has(key, valid)}
             for row in found.values():  # used
-                _ = Outcome(**row).kept if name == "outcomes" else row["kl"] < 1
+                _ = Outcome(**row).byte_ratio if name == "outcomes" else row["kl"] < 1
             return found
 
         return Subject(f"{name} log", "log", (f"{name}/log.jsonl",), read)

@@ -9,7 +9,8 @@ TEXTS = ["", " ", "a\nb", "\udcff", "\U0001f600", LONG, "\x1b[31m"]
 TEXTS += ", ,, [bold]x[/bold] [/] :smile: -- - %s {}".split()
 
 METHODS = """
-cskv rtn rtn:bits=4 cskv:keep=0.5,bits=4,window=16 streaming_llm kivi spectral:kept=0.3 full zeros nope cskvv cskv:kep=1
+cskv rtn rtn:bits=4 cskv:keep=0.5,bits=4,window=16 streaming_llm kivi spectral:budget=0.3 full zeros nope cskvv
+cskv:kep=1
 cskv:codec=4 cskv:codec=True cskv:codec='rtn cskv:keep=(0.5 cskv:keep=[[1]] cskv:keep=nan cskv:keep=inf cskv:keep=1e-300
 cskv: cskv:= cskv:=3 cskv:keep cskv:keep= cskv:,, : :keep=1 cskv:steps=-1 cskv:init=7 cskv:lr=nan,steps=1 cskv:rank=b'x'
 cskv:group_heads=... cskv:widths=(1,2) spectral:widths=[1,2,4]
@@ -53,16 +54,15 @@ QUICK = {
     "fit": "--text T/good.txt --length 128 --out out",
     "generate": "--prompt One_day_in_spring --max-new-tokens 2 --method rtn",
     "inspect": "--out p.png",
-    "plan": "--text T/good.txt --length 256 --tokens 300 --trials 1 --methods rtn --kept 0.4",
+    "plan": "--text T/good.txt --length 256 --tokens 300 --trials 1 --methods rtn --byte-ratio 0.4",
     "eval": "--task passkey --tokens 200 --cases 1 --method rtn",
     "eval perplexity": "--prefix 100 --scored 4 --documents 1 --method rtn",
-    "eval suite": "--methods rtn --kept 0.5 --tasks copy --lengths 200 --cases 1 --documents 0",
-    "eval ablations": "--only split --cases 1 --documents 0 --length 40 --text T/no.txt",
+    "eval suite": "--methods rtn --byte-ratio 0.5 --tasks copy --lengths 200 --cases 1 --documents 0",
     "demo": "--cases 0",
     "report": "",
     "lm-eval": "",
 }
-SELDOM = {"demo": 1, "lm-eval": 1, "eval ablations": 3, "eval suite": 4, "report": 4}  # of 10
+SELDOM = {"demo": 1, "lm-eval": 1, "eval suite": 4, "report": 4}  # of 10
 VALUES = {
     "--model": ["M", *(f"B/{name}" for name in world.BROKEN), "T/good.txt", "nope/none", "./nowhere", "", "~"],
     "--artifact": ["A", "P", "nowhere", "T/good.txt", "", "A/kvshrink.json", "C"],
@@ -89,7 +89,7 @@ FLAGS = ("--json", "--help")
 COUNTS = (
     "--max-new-tokens --length --batch --tokens --trials --seed --cases --documents --scored --prefix --chunk".split()
 )
-COUNTS += "--trajectory --steps --keep --bits --kept --kl".split()
+COUNTS += "--trajectory --steps --keep --bits --byte-ratio --kl".split()
 OPTIONS = [*VALUES, *COUNTS, "--json", "--help", "--nonsense"]
 
 REPORTED = ["P", "P/full", "nowhere", "A", "P.txt", "", "T/pipe", "T/page.md"]

@@ -10,7 +10,7 @@ import kvshrink
 from kvshrink import CSKV, methods
 from kvshrink.attach.families import layers_of
 from kvshrink.errors import EvalError, SettingError
-from kvshrink.eval.simulated import simulate
+from kvshrink.eval.run.simulated import simulate
 from kvshrink.fit import probe as probes
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.probe import Recall

@@ -25,7 +25,7 @@ def test_bits_by_hand():
     """Six bits a number, 32 bits of scale and minimum for 128 of them, a bit a token and head."""
     shape = LayerShape(8, 128, torch.float16)
     assert EdgeQAT().bits_per_token(shape, {}) == 2 * 8 * (128 * 6 + 32 + 1)
-    assert EdgeQAT().dial_values(shape, 4096) == (0.25, 0.5, 0.75)
+    assert EdgeQAT().budget_values(shape, 4096) == (0.25, 0.5, 0.75)
 
 
 def test_as_many_bits_for_the_least_of_tokens_are_refused():

@@ -91,9 +91,9 @@ def test_layers_of_different_heads_share_a_divisor_that_is_hidden_in_all():
 
 def test_sizes_that_leave_a_group_without_a_latent_are_passed_over(on):
     on(device(flops=1.0))
-    assert CSKV(keep=0.005, group_heads="auto").settle([LLAMA3], torch.device("cpu")).group_heads == 2
+    assert CSKV(keep=0.005, group_heads="auto").resolve_auto([LLAMA3], torch.device("cpu")).group_heads == 2
     with pytest.raises(SettingError, match=r"gives key rank 0 .* Use keep of at least"):
-        CSKV(keep=1e-4, group_heads="auto").settle([LLAMA3], torch.device("cpu"))
+        CSKV(keep=1e-4, group_heads="auto").resolve_auto([LLAMA3], torch.device("cpu"))
 
 
 # --- the method ---
@@ -122,20 +122,20 @@ def on(monkeypatch):
 def test_auto_becomes_a_number(on, ceilings, shapes, settings, size):
     on(ceilings)
     method = CSKV(group_heads="auto", **settings)
-    settled = method.settle(shapes, torch.device("cpu"))
-    assert settled == dataclasses.replace(method, group_heads=size)
-    assert settled.settle(shapes, torch.device("cpu")) is settled
+    resolved = method.resolve_auto(shapes, torch.device("cpu"))
+    assert resolved == dataclasses.replace(method, group_heads=size)
+    assert resolved.resolve_auto(shapes, torch.device("cpu")) is resolved
 
 
 @pytest.mark.parametrize("given", [None, 1, 4])
 def test_what_is_given_stays_and_nothing_is_measured(monkeypatch, given):
     monkeypatch.delattr(cskv, "measure")
     method = CSKV(group_heads=given)
-    assert method.settle([LLAMA3], torch.device("cpu")) is method
+    assert method.resolve_auto([LLAMA3], torch.device("cpu")) is method
 
 
 def test_the_number_of_a_real_device_is_a_divisor():
-    assert CSKV(group_heads="auto").settle([LLAMA3], torch.device("cpu")).group_heads in (1, 2, 4, 8)
+    assert CSKV(group_heads="auto").resolve_auto([LLAMA3], torch.device("cpu")).group_heads in (1, 2, 4, 8)
 
 
 def test_auto_promises_nothing_before_it_is_settled():

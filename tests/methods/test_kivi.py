@@ -51,7 +51,7 @@ def test_the_last_128_tokens_are_exact_and_none_of_the_first():
 def test_bits_by_hand(bits, each):
     """A float16 scale and minimum for 32 numbers are one bit for each of them."""
     assert KIVI(bits=bits).bits_per_token(SHAPE, {}) == 2 * 128 * each
-    assert KIVI(bits=bits).dial_values(SHAPE, 4096) == (2, 4)
+    assert KIVI(bits=bits).budget_values(SHAPE, 4096) == (2, 4)
 
 
 @pytest.mark.parametrize(

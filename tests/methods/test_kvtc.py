@@ -62,8 +62,8 @@ def test_a_budget_of_many_steps_is_held_and_nearly_best(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [0.05, 0.1, 0.25])
-def test_the_budget_is_held_and_used(stats_of, kept):
-    method = KVTC(kept=kept)
+def test_the_budget_is_held_and_used(facts_of, kept):
+    method = KVTC(budget=kept)
     budget = kept * SMALL.token_bytes * 32
     pair = method.codecs(SMALL, method.fit_layer(stats_of(SMALL)))
     spent = [c.page_bytes() for c in pair]
@@ -72,7 +72,7 @@ def test_the_budget_is_held_and_used(stats_of, kept):
 
 
 def test_the_promise_before_a_fit():
-    assert KVTC(kept=0.125).bits_per_token(LLAMA31, {}) == 0.125 * 2 * 1024 * 16
+    assert KVTC(budget=0.125).bits_per_token(LLAMA31, {}) == 0.125 * 2 * 1024 * 16
 
 
 @pytest.mark.parametrize("kv", [0, 1])
@@ -80,10 +80,10 @@ def test_the_promise_before_a_fit():
 def test_the_error_is_that_of_the_best_choice(stats_of, kv, kept):
     """Normal rows: error = sum over groups of eigenvalues x Lloyd-Max error, at the best widths of all 3125 choices."""
     rows = torch.randn(4000, 80) @ torch.diag(torch.logspace(1, -1, 80)) @ torch.linalg.qr(torch.randn(80, 80)).Q + 3
-    method = KVTC(kept=kept)
+    method = KVTC(budget=kept)
     stats = stats_of(SMALL, keys=rows, values=rows)
     fitted = method.fit_layer(stats)
-    codec = method.codecs(SMALL, fitted)[kv]
+    codec = method.codecs(SMALL, fitted)[side]
     values = torch.linalg.eigvalsh(torch.cov(rows.T.double(), correction=0)).flip(0)
     energies = [float(part.sum()) for part in values.split(16)]
     whole = kept * SMALL.token_bytes * 32
@@ -97,16 +97,16 @@ def test_the_error_is_that_of_the_best_choice(stats_of, kv, kept):
     assert got == pytest.approx(best, rel=0.08)
 
 
-def test_components_without_bits_are_not_kept(stats_of):
-    fitted = KVTC(kept=0.05).fit_layer(stats_of(SMALL))
-    for kv in ("key", "value"):
-        assert (fitted[f"{kv}_widths"] > 0).all()
-        assert fitted[f"{kv}_up"].shape[1] == 16 * len(fitted[f"{kv}_widths"]) < 80
+def test_components_without_bits_are_not_kept(facts_of):
+    fitted = KVTC(budget=0.05).fit_layer(stats_of(SMALL))
+    for side in ("key", "value"):
+        assert (fitted[f"{side}_widths"] > 0).all()
+        assert fitted[f"{side}_up"].shape[1] == 16 * len(fitted[f"{side}_widths"]) < 80
 
 
 def test_the_transfer_form_is_smaller_and_the_same(stats_of, tmp_path):
     """Lloyd-Max codes are not all as likely: a 4-bit code has an entropy of 3.8 bits, and DEFLATE finds some of it."""
-    method = KVTC(kept=0.25, widths=(4,))
+    method = KVTC(budget=0.25, widths=(4,))
     fitted = method.fit_layer(stats_of(SMALL))
     cache = make(method, SMALL, [fitted])
     keys, values = (torch.randn(2, 4, 4000, 20) * 3).bfloat16()[:, None]
@@ -125,8 +125,8 @@ def test_the_transfer_form_is_smaller_and_the_same(stats_of, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kept": 0.0}, "kept=0.0 is not possible. Use a share of bytes above 0, up to 1."),
-        ({"kept": 2}, "kept=2 is not possible. Use a share of bytes above 0, up to 1."),
+        ({"budget": 0.0}, "budget=0.0 is not possible. Use a share of bytes above 0, up to 1."),
+        ({"budget": 2}, "budget=2 is not possible. Use a share of bytes above 0, up to 1."),
         ({"widths": ()}, "widths=() is not possible. Use some of 1, 2, 3, 4, 8."),
         ({"widths": (5,)}, "widths=(5,) is not possible. Use some of 1, 2, 3, 4, 8."),
         ({"sinks": -1}, "sinks=-1 is not possible. Use 0 or more tokens."),
@@ -139,11 +139,11 @@ def test_settings_that_are_refused(settings, message):
 
 def test_a_budget_without_a_group_names_one_that_is_enough(stats_of):
     with pytest.raises(
-        SettingError, match=r"^kept=0\.02 leaves the keys no group of components\. Use .* or more\.$"
+        SettingError, match=r"^budget=0\.02 leaves the keys no group of components\. Use .* or more\.$"
     ) as e:
-        KVTC(kept=0.02).fit_layer(stats_of(SMALL))
+        KVTC(budget=0.02).fit_layer(stats_of(SMALL))
     named = float(re.search(r"Use ([\d.]+) or more", str(e.value)).group(1))
-    fitted = KVTC(kept=named).fit_layer(stats_of(SMALL))
+    fitted = KVTC(budget=named).fit_layer(stats_of(SMALL))
     assert fitted["key_widths"].tolist() == fitted["value_widths"].tolist() == [2]
     with pytest.raises(SettingError):
-        KVTC(kept=named * 0.99).fit_layer(stats_of(SMALL))
+        KVTC(budget=named * 0.99).fit_layer(stats_of(SMALL))

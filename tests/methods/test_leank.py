@@ -96,7 +96,7 @@ def test_heads_compete(stats_of):
 
 def test_the_dial_reaches_every_number_of_pairs():
     shape = LayerShape(8, 128, torch.bfloat16)
-    sizes = [LeanK(keep=v).bits_per_token(shape, {}) for v in LeanK().dial_values(shape, 1000)]
+    sizes = [LeanK(keep=v).bits_per_token(shape, {}) for v in LeanK().budget_values(shape, 1000)]
     assert sizes == [(r + 1024) * 16 for r in range(2, 1025, 2)]
 
 

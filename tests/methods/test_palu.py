@@ -138,7 +138,7 @@ def test_all_layers_together_take_the_bytes_that_were_promised(stats_of, keep, b
 
 def test_ranks_of_a_wide_group_are_multiples_of_32_and_of_a_narrow_one_of_less():
     method = Palu(keep=0.3)
-    assert method.dial_values(LLAMA31, 4096) == [r / 512 for r in range(32, 513, 32)]
+    assert method.budget_values(LLAMA31, 4096) == [r / 512 for r in range(32, 513, 32)]
     assert method.rank(LLAMA31) == 128  # .3 * 512 is 153.6
     assert method.rank(LayerShape(2, 64, torch.float32)) == 38  # .3 * 128 is 38.4, in steps of 2
     assert method.bits_per_token(LLAMA31, {}) == 2 * 2 * 128 * 16

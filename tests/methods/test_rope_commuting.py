@@ -155,7 +155,7 @@ def test_rank_rule(keep, ranks):
 
 
 def test_the_dial_gives_every_number_of_pairs():
-    values = RopeCommuting().dial_values(SHAPE, 100)
+    values = RopeCommuting().budget_values(SHAPE, 100)
     assert [RopeCommuting(keep=k).ranks(SHAPE)[0] for k in values] == list(range(2, 33, 2))
 
 

@@ -89,7 +89,7 @@ def held(method: Spectral, layers: dict, shapes: dict) -> list[float]:
 
 
 def test_bytes_go_where_the_model_says(three):
-    method = Spectral(kept=0.03)
+    method = Spectral(budget=0.03)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
     done, record = method.finish(layers, shapes, Told(method, layers, dear=1))
     sizes = held(method, done, shapes)
@@ -101,7 +101,7 @@ def test_bytes_go_where_the_model_says(three):
 @pytest.mark.parametrize("allocation", ["kl", "energy", "uniform"])
 @pytest.mark.parametrize("kept", [0.02, 0.0625, 0.2, 0.45])
 def test_all_layers_together_hold_the_budget(three, allocation, kept):
-    method = Spectral(kept=kept, allocation=allocation)
+    method = Spectral(budget=kept, allocation=allocation)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
     done, _ = method.finish(layers, shapes, Told(method, layers, 1))
     budget = kept * 3 * SMALL.token_bytes * 32
@@ -114,7 +114,7 @@ def test_all_layers_together_hold_the_budget(three, allocation, kept):
 
 
 def test_what_is_fitted_holds_only_directions_with_bits(three):
-    method = Spectral(kept=0.03)
+    method = Spectral(budget=0.03)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
     done, _ = method.finish(layers, shapes, Told(method, layers, 1))
     for i in done:
@@ -138,19 +138,19 @@ def _wide(layers, done, i, kv):
 
 
 def test_methods_fitted_together_ask_once(three):
-    method = Spectral(kept=0.03)
+    method = Spectral(budget=0.03)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
     probe = Told(method, layers, 1)
     method.finish(layers, shapes, probe)
     asked = probe.asked
-    dataclasses.replace(method, kept=0.1).finish(layers, shapes, probe)
+    dataclasses.replace(method, budget=0.1).finish(layers, shapes, probe)
     assert 0 < asked == probe.asked
 
 
 def test_a_budget_below_one_group_is_refused(three):
-    method = Spectral(kept=0.0005)
+    method = Spectral(budget=0.0005)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
-    with pytest.raises(SettingError, match=r"^kept=0\.0005 is less than one group .* Use 0\.\d+ or more\.$"):
+    with pytest.raises(SettingError, match=r"^budget=0\.0005 is less than one group .* Use 0\.\d+ or more\.$"):
         method.finish(layers, shapes, Told(method, layers, 1))
 
 
@@ -166,10 +166,10 @@ def test_error_is_what_the_widths_promise(stats_of, shape):
     stats = stats_of(shape, keys=rows, values=rows)
     values = torch.linalg.eigvalsh(rows.double().T.cov(correction=0)).flip(0)
     for rotate in (True, False):
-        method = Spectral(kept=0.15, allocation="energy", rotate=rotate)
+        method = Spectral(budget=0.15, allocation="energy", rotate=rotate)
         fitted = method.fit_layer(stats)
-        for codec, kv in zip(method.codecs(shape, fitted), KVS, strict=True):
-            widths = fitted[f"{kv}_widths"].tolist()
+        for codec, side in zip(method.codecs(shape, fitted), KVS, strict=True):
+            widths = fitted[f"{side}_widths"].tolist()
             sizes = [16] * (n // 16) + ([n % 16] if n % 16 else [])
             parts = values.split(sizes)
             wanted = sum(float(p.sum()) * expected_error(w) for p, w in zip(parts, widths, strict=True))
@@ -206,9 +206,9 @@ def test_the_gain_follows_louder_text():
         packing.store(x * 1e6, None)
 
 
-def test_nothing_kept_reads_as_the_mean(stats_of):
-    method = Spectral(kept=0.1, allocation="energy")
-    fitted = method.fit_layer(stats_of(SMALL))
+def test_nothing_kept_reads_as_the_mean(facts_of):
+    method = Spectral(budget=0.1, allocation="energy")
+    fitted = method.fit_layer(facts_of(SMALL))
     fitted["key_widths"] = torch.zeros(5, dtype=torch.uint8)
     codec = method.codecs(SMALL, fitted)[0]
     stored = codec.encode(torch.randn(2, 4, 64, 20), None)
@@ -252,9 +252,9 @@ def test_rotation_spreads_an_outlier(stats_of):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kept": 0.0}, r"kept=0\.0 is not possible\. Use a share of bytes above 0, up to 1\."),
-        ({"kept": 1.5}, r"kept=1\.5 is not possible\. .*"),
-        ({"kept": True}, r"kept=True is not possible\. Use a number\."),
+        ({"budget": 0.0}, r"budget=0\.0 is not possible\. Use a share of bytes above 0, up to 1\."),
+        ({"budget": 1.5}, r"budget=1\.5 is not possible\. .*"),
+        ({"budget": True}, r"budget=True is not possible\. Use a number\."),
         ({"widths": ()}, r"widths=\(\) is not possible\. Use some of 1, 2, 3, 4, 8\."),
         ({"widths": (2, 5)}, r"widths=\(2, 5\) is not possible\. .*"),
         ({"allocation": "best"}, r"allocation='best' is not possible\. Use one of \('kl', 'energy', 'uniform'\)\."),
@@ -279,8 +279,8 @@ def test_only_measured_allocation_needs_the_model():
 
 def test_promise_before_the_fit_is_the_budget():
     shape = LayerShape(8, 128, torch.bfloat16)
-    assert Spectral(kept=0.0625).bits_per_token(shape, {}) == 0.0625 * shape.token_bytes * 8
-    most = Spectral(kept=1.0).bits_per_token(shape, {})  # 8 bits and a gain each
+    assert Spectral(budget=0.0625).bits_per_token(shape, {}) == 0.0625 * shape.token_bytes * 8
+    most = Spectral(budget=1.0).bits_per_token(shape, {})  # 8 bits and a gain each
     assert most == 2 * 64 * group_bytes(16, 8, 32) * 8 / 32
-    assert methods.build("spectral", {"kept": 0.1}) == Spectral(kept=0.1)
+    assert methods.build("spectral", {"budget": 0.1}) == Spectral(budget=0.1)
     assert mixed.GAIN_BYTES == 2

@@ -254,6 +254,6 @@ def test_a_keep_without_a_pair_is_refused_and_names_one_that_is_enough():
 
 
 def test_the_dial_reaches_every_number_of_pairs():
-    values = ThinK().dial_values(LLAMA31, 1000)
+    values = ThinK().budget_values(LLAMA31, 1000)
     sizes = [ThinK(keep=v).bits_per_token(LLAMA31, {}) for v in values]
     assert sizes == [(8 * r + 1024) * 16 for r in range(2, 129, 2)]

@@ -53,7 +53,7 @@ def test_a_page_s_bytes_by_hand():
 @pytest.mark.parametrize("kv", [0, 1])
 def test_more_of_the_tokens_at_high_bits_lose_less(kv):
     rows, errors = torch.randn(1, 2, 4 * PAGE, 16) * torch.rand(16), []
-    shares = ZipCache().dial_values(SHAPE, 4096)
+    shares = ZipCache().budget_values(SHAPE, 4096)
     assert len(shares) == 15
     bits = [ZipCache(share=share).bits_per_token(SHAPE, {}) for share in shares]
     assert bits == sorted(set(bits)), "the fewest bytes first"

@@ -8,8 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import CSKV
-from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.fit import probe as probes
 from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.rtn import RTN
@@ -17,6 +16,7 @@ from kvshrink.methods.quant.zipcache import ZipCache
 from kvshrink.plan import bench as benches
 from kvshrink.plan.bench import Bench
 from kvshrink.plan.judge import Judge
+from kvshrink.store.log import Log
 
 
 def small(dropout: float = 0.0) -> LlamaForCausalLM:
@@ -42,7 +42,7 @@ def bench_of(net: LlamaForCausalLM) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "recall_rows", partial(probes.recall_rows, count=1))
         patch.setattr(benches, "WIDEST", RTN(window=32))
-        bench = Bench(net, rows, Room.of(net, 1024), Log(None), progress=False)
+        bench = Bench(net, rows, CacheBudget.of(net, 1024), Log(None), progress=False)
         assert bench.cached.step == 32
         assert bench.judge.tail > 100
     return bench

@@ -9,12 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvshrink import CSKV, RTN, detach, fit, make_cache, reference_model
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.attach.families import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
-from kvshrink.eval import calibration
-from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run import calibration
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.probe import Recall, recall_rows, row_length
@@ -31,7 +30,8 @@ from kvshrink.plan.budget import budget, parse_bytes
 from kvshrink.plan.check import check
 from kvshrink.plan.picture import picture
 from kvshrink.plan.search import Search, pareto
-from kvshrink.plan.space import METHODS, choices, known, smallest, stand
+from kvshrink.plan.space import METHODS, choices, fit_to_budget, known, smallest
+from kvshrink.store.log import Log
 
 QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 
@@ -66,9 +66,9 @@ def llama():
 
 
 def searched(model, rows, tokens=4096, names=QUICK, trials=6, seed=0, log=None, batch=1, **asked):
-    room = Room.of(model, tokens)
-    bench = Bench(model, rows, room, log or Log(None), progress=False)
-    search = Search(bench, budget(room, batch, **asked), names, trials, seed)
+    sizes = CacheBudget.of(model, tokens)
+    bench = Bench(model, rows, sizes, log or Log(None), progress=False)
+    search = Search(bench, budget(sizes, batch, **asked), names, trials, seed)
     return search, search.run()
 
 
@@ -87,24 +87,24 @@ def test_spectral_plan_meets_its_budget_on_the_reference_model(reference, monkey
     """The method is fitted again, as `fit` does it, and the model fills the cache: within 2 % below the budget."""
     model, rows = reference
     monkeypatch.setattr("kvshrink.plan.search.LEVELS", (0.5, 4.0))
-    search, chosen = searched(model, rows, 4000, METHODS, trials=2, kept=0.0625)
+    search, chosen = searched(model, rows, 4000, METHODS, trials=2, byte_ratio=0.0625)
     assert chosen.name == "spectral"
     held = filled(model, fit(model, chosen.method, rows, progress=False), 4000).report()
-    assert 0.98 * 0.0625 <= held.kept <= 0.0625
+    assert 0.98 * 0.0625 <= held.byte_ratio <= 0.0625
     assert held.nbytes == pytest.approx(chosen.nbytes, rel=0.02)
     names = {p.name for p in search.points}
     assert names == set(METHODS), "what cannot meet the budget is shown where it can stand"
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "batch"),
+    ("name", "byte_ratio", "batch"),
     [("cskv", 0.15, 1), ("rtn", 0.3, 3), ("kivi", 0.4, 1), ("spectral", 0.0625, 1)],
     ids=lambda x: str(x),
 )
-def test_budget_is_met_at_the_shape_of_an_8b_model(llama, name, kept, batch):
+def test_budget_is_met_at_the_shape_of_an_8b_model(llama, name, byte_ratio, batch):
     model, rows = llama
     tokens, token = 1500, 2 * 2 * 1024 * 4
-    memory = int(kept * batch * tokens * token)
+    memory = int(byte_ratio * batch * tokens * token)
     search, chosen = searched(model, rows, tokens, (name,), 1, memory=str(memory), batch=batch)
     ready = search.bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
     real = filled(model, ready, tokens, batch).report()
@@ -132,7 +132,7 @@ def test_fewest_bytes_within_a_kl(reference, limit):
     search, chosen = searched(model, rows, names=("cskv", "rtn"), trials=4, kl=limit)
     assert chosen.kl <= limit
     assert all(p.nbytes >= chosen.nbytes for p in search.points if p.kl <= limit)
-    below = stand(chosen.method, search.bench.room, chosen.nbytes * 0.97)
+    below = fit_to_budget(chosen.method, search.bench.sizes, chosen.nbytes * 0.97)
     assert below is None or search.bench.point(below).kl > limit * 0.8  # KL is not strictly monotone
 
 
@@ -142,16 +142,16 @@ def test_fewest_bytes_within_a_kl(reference, limit):
 def test_same_seed_same_plan_and_another_seed_another_search(reference):
     model, rows = reference
     log = Log(None)
-    runs = [searched(model, rows, seed=seed, trials=10, log=log, kept=0.25)[0].points for seed in (0, 0, 1)]
+    runs = [searched(model, rows, seed=seed, trials=10, log=log, byte_ratio=0.25)[0].points for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2], "another seed tries other settings"
-    again = searched(model, rows, trials=4, kept=0.25)[0].points
+    again = searched(model, rows, trials=4, byte_ratio=0.25)[0].points
     assert again[:4] == runs[0][:4], "measured anew it is the same"
 
 
 def test_a_resumed_run_measures_nothing_again(reference, tmp_path, monkeypatch):
     model, rows = reference
-    whole, chosen = searched(model, rows, log=Log(tmp_path / "whole.jsonl"), kept=0.25)
+    whole, chosen = searched(model, rows, log=Log(tmp_path / "whole.jsonl"), byte_ratio=0.25)
     inner, seen = Bench._kl, []
 
     def stop(self, method):
@@ -164,12 +164,12 @@ def test_a_resumed_run_measures_nothing_again(reference, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "_kl", stop)
         with pytest.raises(KeyboardInterrupt):
-            searched(model, rows, log=Log(path), kept=0.25)
-    resumed, same = searched(model, rows, log=Log(path), kept=0.25)
+            searched(model, rows, log=Log(path), byte_ratio=0.25)
+    resumed, same = searched(model, rows, log=Log(path), byte_ratio=0.25)
     assert (same, resumed.points) == (chosen, whole.points)
     assert resumed.bench.measured == whole.bench.measured - 3
     monkeypatch.setattr(Bench, "_kl", None)
-    third, same = searched(model, rows, log=Log(path), kept=0.25)
+    third, same = searched(model, rows, log=Log(path), byte_ratio=0.25)
     assert (same, third.bench.measured) == (chosen, 0)
     assert "facts" not in third.bench.__dict__, "not even the text is read"
 
@@ -177,9 +177,9 @@ def test_a_resumed_run_measures_nothing_again(reference, tmp_path, monkeypatch):
 def test_what_was_measured_on_other_text_is_not_taken(reference):
     model, rows = reference
     log = Log(None)
-    room = Room.of(model, 4096)
+    sizes = CacheBudget.of(model, 4096)
     for part in (rows, rows[1:]):
-        bench = Bench(model, part, room, log, False)
+        bench = Bench(model, part, sizes, log, False)
         bench.point(RTN(bits=4))
         assert bench.measured == 1
 
@@ -193,8 +193,8 @@ def test_impossible_budget_names_the_smallest_which_is_then_accepted(reference):
         searched(model, rows, names=METHODS, memory="1000")
     words = str(error.value)
     size = int(words.split("smallest possible are ")[1].split(" ")[0])
-    share = float(words.split("(kept ")[1].split(")")[0])
-    for asked in ({"memory": str(size)}, {"kept": share}):
+    share = float(words.split("(byte ratio ")[1].split(")")[0])
+    for asked in ({"memory": str(size)}, {"byte_ratio": share}):
         search, chosen = searched(model, rows, names=METHODS, trials=2, **asked)
         assert chosen.nbytes == size
     ready = search.bench.fitted(chosen.method)
@@ -213,9 +213,9 @@ def test_a_kl_that_nothing_reaches_is_refused_with_the_smallest(reference):
     ("asked", "message"),
     [
         ({}, "exactly one budget, not none"),
-        ({"kept": 0.1, "kl": 0.1}, "not --kept, --kl"),
-        ({"kept": 1.5}, "kept=1.5"),
-        ({"kept": float("nan")}, "kept=nan"),
+        ({"byte_ratio": 0.1, "kl": 0.1}, "not --byte-ratio, --kl"),
+        ({"byte_ratio": 1.5}, "byte_ratio=1.5"),
+        ({"byte_ratio": float("nan")}, "byte_ratio=nan"),
         ({"kl": 0.0}, "kl=0.0"),
         ({"kl": float("nan")}, "kl=nan"),
         ({"memory": "much"}, "'much' are no bytes"),
@@ -225,15 +225,15 @@ def test_a_kl_that_nothing_reaches_is_refused_with_the_smallest(reference):
 )
 def test_budgets_that_are_refused(reference, asked, message):
     with pytest.raises(SettingError, match=message):
-        budget(Room.of(reference[0], 1024), 1, **asked)
+        budget(CacheBudget.of(reference[0], 1024), 1, **asked)
 
 
 def test_every_form_of_a_budget(reference):
-    room = Room.of(reference[0], 1024)
-    assert room.full == 1024 * 2048
-    assert budget(room, 4, kept=0.25).nbytes == 1024 * 512
-    assert budget(room, 4, memory="1MiB").nbytes == 2**18
-    assert (budget(room, 4, kl=0.1).nbytes, budget(room, 4, kl=0.1).kl) == (None, 0.1)
+    sizes = CacheBudget.of(reference[0], 1024)
+    assert sizes.full == 1024 * 2048
+    assert budget(sizes, 4, byte_ratio=0.25).nbytes == 1024 * 512
+    assert budget(sizes, 4, memory="1MiB").nbytes == 2**18
+    assert (budget(sizes, 4, kl=0.1).nbytes, budget(sizes, 4, kl=0.1).kl) == (None, 0.1)
     for text, size in {"64MiB": 2**26, "1.5 GiB": 3 * 2**29, "20gb": 20 * 10**9, "7": 7, "512 B": 512}.items():
         assert parse_bytes(text) == size
 
@@ -262,39 +262,44 @@ def test_too_little_text_is_refused(reference):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_stand_is_the_largest_setting_within_the_bytes(llama, name):
-    room = Room.of(llama[0], 4096)
-    least, method = smallest(name, room)
-    assert room.held(method) == least
-    assert stand(method, room, least) == method
-    assert stand(method, room, least - 1) is None
-    values = list(method.dial_values(room.layers[0], 4096))
+    sizes = CacheBudget.of(llama[0], 4096)
+    least, method = smallest(name, sizes)
+    assert sizes.held(method) == least
+    assert fit_to_budget(method, sizes, least) == method
+    assert fit_to_budget(method, sizes, least - 1) is None
+    values = list(method.budget_values(sizes.layers[0], 4096))
     for share in (0.1, 0.2, 0.3):
-        there = stand(method, room, share * room.full)
+        there = fit_to_budget(method, sizes, share * sizes.full)
         if there is None:
-            assert least > share * room.full
+            assert least > share * sizes.full
             continue
-        at = values.index(getattr(there, method.dial))
-        assert room.held(there) <= share * room.full
-        assert at + 1 == len(values) or room.held(replace(there, **{method.dial: values[at + 1]})) > share * room.full
+        at = values.index(getattr(there, method.budget_setting))
+        assert sizes.held(there) <= share * sizes.full
+        assert (
+            at + 1 == len(values)
+            or sizes.held(replace(there, **{method.budget_setting: values[at + 1]})) > share * sizes.full
+        )
 
 
 def test_a_plan_has_a_number_of_heads_per_basis(llama, monkeypatch):
     """None and the divisors are searched; "auto" is one of them, by the device, wherever a method is stood."""
     monkeypatch.setattr("kvshrink.methods.lowrank.cskv.measure", lambda device, dtype: Ceilings(100.0, 1.0))
-    room = Room.of(llama[0], 4096)
-    assert choices("cskv", room)["group_heads"] == (None, 1, 2, 4)
-    share = 0.1 * room.full
-    assert stand(CSKV(group_heads="auto"), room, share) == stand(CSKV(group_heads=2), room, share)
-    assert stand(CSKV(group_heads="auto", bits=4), room, share) == stand(CSKV(group_heads=1, bits=4), room, share)
+    sizes = CacheBudget.of(llama[0], 4096)
+    assert choices("cskv", sizes)["group_heads"] == (None, 1, 2, 4)
+    share = 0.1 * sizes.full
+    assert fit_to_budget(CSKV(group_heads="auto"), sizes, share) == fit_to_budget(CSKV(group_heads=2), sizes, share)
+    assert fit_to_budget(CSKV(group_heads="auto", bits=4), sizes, share) == fit_to_budget(
+        CSKV(group_heads=1, bits=4), sizes, share
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_choice_is_a_setting_of_the_method(llama, name):
-    room = Room.of(llama[0], 4096)
-    for key, values in choices(name, room).items():
+    sizes = CacheBudget.of(llama[0], 4096)
+    for key, values in choices(name, sizes).items():
         for value in values:
             get(name)(**{key: value})
-    assert "window" in choices(name, room)
+    assert "window" in choices(name, sizes)
 
 
 def test_the_front_is_what_nothing_beats():
@@ -338,7 +343,7 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama):
 
 def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     model, rows = reference
-    search, chosen = searched(model, rows, trials=3, kept=0.25, batch=2)
+    search, chosen = searched(model, rows, trials=3, byte_ratio=0.25, batch=2)
     ready = search.bench.fitted(chosen.method)
     front, checked = pareto(search.points), check(model, ready, 4096, 2)
     data = plans.plan_of("reference", search.bench, search.budget, chosen, front, checked, {"seed": 0})
@@ -348,9 +353,9 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     assert method == chosen.method
     assert Identity.from_dict(made_for["identity"]) == InMemory(model).identity()
     assert data["promised"]["nbytes"] == 2 * chosen.nbytes
-    assert data["budget"] == {"kept": 0.25, "tokens": 4096, "batch": 2}
+    assert data["budget"] == {"byte_ratio": 0.25, "tokens": 4096, "batch": 2}
     for change, message in (
-        ({"version": 1}, "has plan version 1, this kvshrink reads 2"),
+        ({"version": 1}, "has plan version 1, this kvshrink reads 3"),
         ({"note": "hello"}, r"missing or unknown keys \['note'\]"),
         ({"settings": {"window": 0}}, r"is edited: window=0"),
         ({"method": "magic"}, r"is edited: no method 'magic'"),

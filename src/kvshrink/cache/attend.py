@@ -82,11 +82,9 @@ def rebuild(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, T
     if snapshot.starts is None:
         all_keys[:, :, first:], all_values[:, :, first:] = keys, values
     else:
-        for row, begin in enumerate(snapshot.starts.tolist()):
-            all_keys[row, :, first + begin :], all_values[row, :, first + begin :] = (
-                keys[row, :, begin:],
-                values[row, :, begin:],
-            )
+        for i, begin in enumerate(snapshot.starts.tolist()):
+            for whole, exact in ((all_keys, keys), (all_values, values)):
+                whole[i, :, first + begin :] = exact[i, :, begin:]
     return all_keys, all_values
 
 

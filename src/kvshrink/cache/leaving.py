@@ -1,6 +1,6 @@
 """Which tokens leave the window, and when: a function of a row's length alone, whatever the chunks it came in.
 
-Pages are counted from a row's first column. Of a row of n tokens the pages before (n - window) // page have left; a page
+Pages are counted from a row's first column. Of a row of n tokens the pages before (n - window) // page have left; one
 that a crop has cut short is followed by another one for the rest of its columns, so that pages stay on their grid.
 Joined rows are of different lengths: those whose tokens leave in the same slots of the window go together.
 """
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """What leaves, as whole pages. valid: None: all are real tokens; first, used: of each page, as `Body.append` has it."""
+    """What leaves, as whole pages. valid: None: all are real tokens; first, used: as `Body.append` has them."""
 
     keys: Float[Tensor, "b h t d"]
     values: Float[Tensor, "b h t d"]

@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """`kept` is the share of the full cache's bytes that is held, all layers, scales, window and sinks included."""
+    """`byte_ratio` is the share of the full cache's bytes that is held: all layers, scales, window, sinks."""
 
     rows: list[Row]
     table_bytes: int  # positions of the tokens, shared by all layers
@@ -60,7 +60,7 @@ class Report:
         return sum(r.full for r in self.rows)
 
     @property
-    def kept(self) -> float:
+    def byte_ratio(self) -> float:
         return self.nbytes / self.full if self.full else 0.0
 
     def to_dict(self) -> dict:
@@ -76,12 +76,24 @@ class Report:
             "positions": self.table_bytes,
             "nbytes": self.nbytes,
             "full": self.full,
-            "kept": self.kept,
+            "byte_ratio": self.byte_ratio,
             "bits": self.bits,
         }
 
     def __str__(self) -> str:
-        head = ["layer", "kind", "tokens", "payload", "metadata", "window", "sinks", "index", "total", "full", "kept"]
+        head = [
+            "layer",
+            "kind",
+            "tokens",
+            "payload",
+            "metadata",
+            "window",
+            "sinks",
+            "index",
+            "total",
+            "full",
+            "of full",
+        ]
         lines = [
             [str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)]
             for r in self.rows

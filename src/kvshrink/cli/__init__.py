@@ -35,6 +35,8 @@ def main() -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     """The command that is named, without typer's own way of ending: all that it raises comes out."""
+    if arguments and arguments[0] in ("plan", "eval"):  # what --byte-ratio was called
+        arguments = [f"--byte-ratio{x[len('--kept') :]}" if x.partition("=")[0] == "--kept" else x for x in arguments]
     command = typer.main.get_command(app)
     with command.make_context("kvshrink", list(arguments) or ["--help"]) as context:
         command.invoke(context)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.entries import parse_all
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.entries import parse_all
 from kvshrink.fit.job import default_length
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
@@ -29,7 +29,7 @@ MOST_CASES = 10_000  # samples or texts; all of them are held at once
 MOST_ROWS = 1024  # sequences in a forward
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a hub id, or 'reference' (bundled).")]
-KeepOption = Annotated[float | None, typer.Option(help="Share of channels kept (rank over KV width).")]
+KeepOption = Annotated[float | None, typer.Option(help="Share of channels (rank over KV width).")]
 BitsOption = Annotated[int | None, typer.Option(help="Bits of a stored number; default: the model's own dtype.")]
 TextOption = Annotated[
     Path | None, typer.Option("--text", help="Calibration text file; default: a bundled book excerpt and records.")

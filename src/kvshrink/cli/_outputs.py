@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
-from kvshrink.eval import plots
+from kvshrink.eval.report import plots
 from kvshrink.store.lock import taken
 from kvshrink.store.reason import reason, remedy
 

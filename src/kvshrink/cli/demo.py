@@ -8,14 +8,16 @@ import torch
 import typer
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.cli._common import JsonOption, console, load, print_json, print_table
 from kvshrink.cli._outputs import run_folder
-from kvshrink.eval import calibration, plots, prompt, report, tasks
-from kvshrink.eval.entries import parse
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.prefill import fill, prefill
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.summary import HEAD, cells, summarise
+from kvshrink.eval import report, tasks
+from kvshrink.eval.report import plots
+from kvshrink.eval.report.summary import HEAD, cells, summarise
+from kvshrink.eval.run import calibration, prompt
+from kvshrink.eval.run.entries import parse
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.store import files
 
 SPECS = (
@@ -25,7 +27,7 @@ SPECS = (
     "cskv:keep=0.2,bits=4",
     "streaming_llm:like=cskv keep=0.2 bits=4",
     "rtn:bits=2",
-    "spectral:kept=0.03",
+    "spectral:budget=0.03",
 )
 WRITES = ("artifact", "results.json", "accuracy.png")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kvshrink.cli import ablations, perplexity, suite
+from kvshrink.cli import perplexity, suite
 from kvshrink.cli._common import (
     MANY,
     MOST_CASES,
@@ -27,18 +27,20 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, entries, plots, report, tasks
-from kvshrink.eval.catalogue import arguments, check_context, context_of, has_own_length, make_samples
-from kvshrink.eval.entries import FULL, Entry, parse_all, parse_settings
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.outcomes import Log
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
-from kvshrink.eval.runner import Job, Runner
-from kvshrink.eval.summary import HEAD, cells, summarise
+from kvshrink.eval import report, tasks
+from kvshrink.eval.report import plots
+from kvshrink.eval.report.summary import HEAD, cells, summarise
+from kvshrink.eval.run import calibration, entries
+from kvshrink.eval.run.catalogue import arguments, check_context, context_of, has_own_length, make_samples
+from kvshrink.eval.run.entries import FULL, Entry, parse_all, parse_settings
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
+from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files
+from kvshrink.store.log import Log
 
 DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "streaming_llm:like=cskv keep=0.2 bits=4"]
 TOKENS = 4000
@@ -46,9 +48,7 @@ WRITES = ("outcomes.jsonl", "results.json", "accuracy.png")
 
 Context = typer.Context.__base__  # what typer really passes: an object of its parent class
 
-app = typer.Typer(
-    help="Compare methods on one task (no subcommand), on all (suite), by perplexity, or as CSKV did (ablations)."
-)
+app = typer.Typer(help="Compare methods on one task (no subcommand), on all (suite), or by perplexity.")
 
 
 def evaluate(
@@ -162,6 +162,5 @@ def _check_effects(
 
 
 app.callback(invoke_without_command=True)(evaluate)
-app.command("ablations")(ablations.ablations)
 app.command("suite")(suite.suite)
 app.command("perplexity")(perplexity.perplexity)

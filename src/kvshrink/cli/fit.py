@@ -25,7 +25,7 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import ArtifactError, SettingError
-from kvshrink.eval import calibration
+from kvshrink.eval.run import calibration
 from kvshrink.fit.job import fit_all, in_memory
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk

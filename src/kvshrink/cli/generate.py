@@ -24,10 +24,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.data.text import read_text
 from kvshrink.errors import DataError
-from kvshrink.eval import calibration
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.prompt import encode
-from kvshrink.eval.runner import greedy
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.prompt import encode
+from kvshrink.eval.run.runner import greedy
 from kvshrink.eval.tasks import Sample
 from kvshrink.fit.job import fit_all
 from kvshrink.methods._roles import Method

@@ -23,7 +23,7 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import check_picture
 from kvshrink.errors import ArtifactError, UnsupportedModelError
-from kvshrink.eval import plots
+from kvshrink.eval.report import plots
 from kvshrink.fit.source import OnDisk
 from kvshrink.identity import difference
 from kvshrink.methods import name_of
@@ -57,7 +57,7 @@ def inspect(
     shapes, weights = _layers(source, spectra=fitted is None)
     if not shapes:
         raise UnsupportedModelError(f"{model} has no full-attention layer: there is nothing to shrink.")
-    chosen = chosen.settle(list(shapes.values()), source.device)
+    chosen = chosen.resolve_auto(list(shapes.values()), source.device)
     if fitted and (other := difference(fitted.model.get("identity"), source.identity(), f"the artifact {artifact}")):
         made_for = fitted.model.get("name", "another model")
         raise ArtifactError(
@@ -66,7 +66,7 @@ def inspect(
     if fitted and any(f"{side}_spectrum" not in t for t in fitted.layers.values() for side in ("key", "value")):
         raise ArtifactError(f"the artifact {artifact} has no singular values. Fit it again.")
     rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
-    head = ("layer", "method", "B/token full / body", "kept", *(f"{n // 1024}k full / kept" for n in LENGTHS))
+    head = ("layer", "method", "B/token full / body", "of full", *(f"{n // 1024}k full / held" for n in LENGTHS))
     print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
     spectra = _fitted_spectra(fitted) if fitted else weights
     what = "keys and values on the calibration text, centred" if fitted else "key and value projection weights"

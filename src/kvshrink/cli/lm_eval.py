@@ -19,7 +19,7 @@ def lm_eval(
     default 1: more is faster and less strict); and those of lm-eval's own model `hf`, such as dtype and max_length.
     """
     # lm-eval is an extra, and slow to import
-    from kvshrink.eval.harness import main
+    from kvshrink.eval.run.harness import main
 
     main(arguments or [])
 

@@ -22,17 +22,27 @@ from kvshrink.cli._common import (
     refuse_text,
 )
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, entries
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.entries import ZEROS, Entry, parse_all
-from kvshrink.eval.fidelity import Fidelity, check_mode, fidelity
-from kvshrink.eval.fitting import fitted
-from kvshrink.eval.measure import book, held_out
-from kvshrink.eval.perplexity import scored_bytes
+from kvshrink.eval.run import calibration, entries
+from kvshrink.eval.run.catalogue import check_context
+from kvshrink.eval.run.entries import ZEROS, Entry, parse_all
+from kvshrink.eval.run.fidelity import Fidelity, check_mode, fidelity
+from kvshrink.eval.run.fitting import fitted
+from kvshrink.eval.run.measure import book, held_out
+from kvshrink.eval.run.perplexity import scored_bytes
 from kvshrink.methods.artifact import Artifact
 
 DEFAULT = ["cskv", "cskv:keep=0.2,bits=4", "rtn"]
-HEAD = ("method", "perplexity", "full", "difference of NLL", "KL mean", "KL 99 %", "top-1", "bits/byte", "kept")
+HEAD = (
+    "method",
+    "perplexity",
+    "full",
+    "difference of NLL",
+    "KL mean",
+    "KL 99 %",
+    "top-1",
+    "bits/byte",
+    "of full cache",
+)
 
 
 def perplexity(
@@ -95,6 +105,6 @@ def perplexity(
 
 def _cells(label: str, x: Fidelity) -> tuple[str, ...]:
     interval = "" if x.dnll_low is None else f" ({x.dnll_low:+.4f} to {x.dnll_high:+.4f})"
-    kept = "no byte saved" if x.kept is None else f"{100 * x.kept:.1f} %"
+    ratio = "no byte saved" if x.byte_ratio is None else f"{100 * x.byte_ratio:.1f} %"
     numbers = (f"{x.ppl:.3f}", f"{x.ppl_full:.3f}", f"{x.dnll:+.4f}{interval}", f"{x.kl_mean:.5f}", f"{x.kl_p99:.4f}")
-    return label, *numbers, f"{100 * x.top1:.1f} %", f"{x.bits_per_byte:.4f}", kept
+    return label, *numbers, f"{100 * x.top1:.1f} %", f"{x.bits_per_byte:.4f}", ratio

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.cli._common import (
     MANY,
     MOST_CASES,
@@ -22,10 +23,8 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import check_file, check_picture
 from kvshrink.errors import KVShrinkError, SettingError
-from kvshrink.eval import calibration
-from kvshrink.eval.budget import Room
-from kvshrink.eval.catalogue import check_context
-from kvshrink.eval.outcomes import Log
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.catalogue import check_context
 from kvshrink.fit.data import rows_hash, token_rows
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point
@@ -37,9 +36,10 @@ from kvshrink.plan.search import Search, pareto
 from kvshrink.plan.space import METHODS, known, label
 from kvshrink.store import files
 from kvshrink.store.bytes import human
+from kvshrink.store.log import Log
 
 POINTS = "points.jsonl"  # in --work
-HEAD = ("", "setting", "bytes", "kept", "KL, nats")
+HEAD = ("", "setting", "bytes", "of full cache", "KL, nats")
 
 
 def plan(
@@ -47,7 +47,7 @@ def plan(
     text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=256, max=MANY, help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences held together.")] = 1,
-    kept: Annotated[float | None, typer.Option(help="Budget: share of the full cache's bytes.")] = None,
+    byte_ratio: Annotated[float | None, typer.Option(help="Budget: share of the full cache's bytes.")] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +64,7 @@ def plan(
     work: Annotated[Path | None, typer.Option(help="Folder of what was measured; run again to resume.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Search methods, bits, groups and windows for a budget: --kept, --memory or --kl. Prints the Pareto front.
+    """Search methods, bits, groups and windows for a budget: --byte-ratio, --memory or --kl. Prints the Pareto front.
 
     KL is measured on the last tenth of the text, which the fits do not see: passages of it come again, and the model
     reads the repetition over the shrunken cache. Bytes are all bytes of a sequence: scales, window, sinks, positions.
@@ -74,10 +74,10 @@ def plan(
     texts = calibration.texts(text)
     net, tokenizer = load(model)
     check_context(net, tokens)
-    room = Room.of(net, tokens)
-    asked = budget(room, batch, kept, memory, kl)
+    sizes = CacheBudget.of(net, tokens)
+    asked = budget(sizes, batch, byte_ratio, memory, kl)
     rows = token_rows(texts, tokenizer, row_length(net, length), Method.page)
-    bench = Bench(net, rows, room, Log(work / POINTS if work else None), True)
+    bench = Bench(net, rows, sizes, Log(work / POINTS if work else None), True)
     settings = {"methods": chosen_names, "trials": trials, "seed": seed, "text": rows_hash(rows)}
     _refuse_another(out, {"model": bench.identity.digest, "budget": asked.described, **settings})
     search = Search(bench, asked, chosen_names, trials, seed)
@@ -130,7 +130,7 @@ def _show(asked: Budget, chosen: Point, front: list[Point], best: list[Point], c
             "CHOSEN" if p == chosen else marks[p in front],
             label(p.method),
             human(p.nbytes * asked.batch),
-            f"{100 * p.kept:.2f} %",
+            f"{100 * p.byte_ratio:.2f} %",
             f"{p.kl:.5f}",
         )
         for p in sorted([*front, *best], key=lambda p: (p.nbytes, p.kl))

@@ -24,9 +24,10 @@ from kvshrink.cli._common import (
 )
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import SettingError
-from kvshrink.eval import calibration, report
-from kvshrink.eval.entries import parse, specs
-from kvshrink.eval.suite import Settings, Suite
+from kvshrink.eval import report
+from kvshrink.eval.run import calibration
+from kvshrink.eval.run.entries import parse, specs
+from kvshrink.eval.run.suite import Settings, Suite
 
 SCORED = 128
 WRITES = ("results.json", "report.html", "leaderboard.md", "*.png", "*.svg")
@@ -39,7 +40,7 @@ def suite(
     methods: Annotated[
         str, typer.Option(help="name,name:setting=value,...: a budget sets what is not given.")
     ] = METHODS,
-    kept: Annotated[
+    byte_ratio: Annotated[
         str, typer.Option(help="Budgets: bytes held over the full cache's, everything counted.")
     ] = "0.2,0.1,0.06",
     tasks: Annotated[
@@ -71,7 +72,7 @@ def suite(
     settings = Settings(
         model=model,
         methods=tuple(specs(methods)),
-        kept=tuple(_numbers("kept", kept, float)),
+        byte_ratio=tuple(_numbers("byte-ratio", byte_ratio, float)),
         tasks=tuple(names("tasks", tasks) or ()),
         stored=tuple(stored or ()),
         lengths=tuple(_numbers("lengths", lengths, int)),
@@ -116,8 +117,8 @@ def _command(s: Settings, text: Path | None) -> str:
     """What makes these results again."""
     parts = ["kvshrink eval suite", f"--model {s.model}", f'--methods "{",".join(s.methods)}"']
     parts += [
-        f"--{name} {','.join(map(str, value))}"
-        for name in ("kept", "tasks", "lengths", "modes")
+        f"--{name.replace('_', '-')} {','.join(map(str, value))}"
+        for name in ("byte_ratio", "tasks", "lengths", "modes")
         if (value := getattr(s, name))
     ]
     parts += [f'--stored "{x}"' for x in s.stored]

@@ -89,7 +89,7 @@ def fit_all(
         source = InMemory(inner)
     infos = layers_of(source.model)
     shapes = [shape_of(info.module) for info in infos if info.compressed]
-    methods = [method.settle(shapes, source.device) for method in methods]
+    methods = [method.resolve_auto(shapes, source.device) for method in methods]
     for method in methods:
         for shape in dict.fromkeys(shapes):
             method.bits_per_token(shape, {})  # what these shapes make impossible is refused now, not after the pass

@@ -160,7 +160,7 @@ class Single(Holder):
 
 @dataclass(frozen=True, eq=False)
 class Rows(Holder):
-    """A holder of full keys or values, where they are: a head's `page` tokens are a record; what is over is left out."""
+    """A holder of full keys or values where they are: `page` tokens of a head are a record; the rest is left out."""
 
     rows: Float[Tensor, "b h t d"]
     page: int

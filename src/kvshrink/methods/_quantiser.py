@@ -184,7 +184,7 @@ class Quantiser(Method):
         if self.offered:
             one_of("bits", self.bits, self.offered)  # type: ignore[attr-defined]
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> Sequence:
+    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence:
         return self.offered
 
     @abstractmethod

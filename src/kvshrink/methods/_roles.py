@@ -35,13 +35,13 @@ class Method(metaclass=Settings):
     page: ClassVar[int] = 32
     needs_fit: ClassVar[bool] = False
     drops_tokens: ClassVar[bool] = False
-    dial: ClassVar[str | None] = None  # the setting that a byte budget moves
+    budget_setting: ClassVar[str | None] = None  # the setting that a byte budget moves
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> Sequence:
-        """Values of the dial for a cache of `tokens` tokens, the one with the fewest bytes first."""
+    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence:
+        """Values of the budget setting for a cache of `tokens` tokens, the one with the fewest bytes first."""
         return ()
 
-    def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
+    def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
         """The method with what depends on the device decided, before a fit, so that an artifact means the same on
         every machine. shapes: of the layers that are compressed."""
         return self

@@ -17,11 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from kvshrink.attach import attach
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.attach.families import shape_of
 from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
-from kvshrink.eval.budget import Room
-from kvshrink.eval.outcomes import Log, is_number, key_of
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.gather import gather
 from kvshrink.fit.probe import REPEATED, Recall
@@ -33,6 +32,7 @@ from kvshrink.methods.quant.rtn import RTN
 from kvshrink.plan.judge import Judge
 from kvshrink.plan.space import SINKS, WINDOWS
 from kvshrink.shapes import Int
+from kvshrink.store.log import Log, is_number, key_of
 from kvshrink.store.modes import without_dropout
 
 HELD_OUT = 10  # one row in so many
@@ -47,7 +47,7 @@ class Point:
     name: str
     settings: dict
     nbytes: int
-    kept: float
+    byte_ratio: float
     kl: float
 
     @property
@@ -63,8 +63,10 @@ def is_point(row: dict) -> bool:
 class Bench:
     """Measures settings on one model and text. What `log` has is not measured again."""
 
-    def __init__(self, model: Any, rows: Int[Tensor, "rows length"], room: Room, log: Log, progress: bool) -> None:
-        self.model, self.room, self.log, self.progress = model, room, log, progress
+    def __init__(
+        self, model: Any, rows: Int[Tensor, "rows length"], sizes: CacheBudget, log: Log, progress: bool
+    ) -> None:
+        self.model, self.sizes, self.log, self.progress = model, sizes, log, progress
         self.infos, self.identity = attach(model).layers, identity_of(model)
         self.shapes = {i: shape_of(x.module) for i, x in enumerate(self.infos) if x.compressed}
         self.fitted_rows, self.held_rows = split(rows)
@@ -105,7 +107,7 @@ class Bench:
             self.log.add({"key": key, "method": name_of(method), "settings": method.settings(), "kl": self._kl(method)})
             self.measured += 1
         kl = self.log.rows[key]["kl"]
-        return Point(name_of(method), method.settings(), self.room.held(method), self.room.kept(method), kl)
+        return Point(name_of(method), method.settings(), self.sizes.held(method), self.sizes.byte_ratio(method), kl)
 
     @without_dropout
     def fitted(self, method: Method) -> Artifact:

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.errors import SettingError
-from kvshrink.eval.budget import Room
 
 MOST = 2**63  # bytes
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -12,7 +12,7 @@ UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "
 
 @dataclass(frozen=True)
 class Budget:
-    """asked: as it was said, {"kept": 0.0625}. nbytes: of one sequence, or None where `kl` (nats) is the limit."""
+    """asked: as given, {"byte_ratio": 0.0625}. nbytes: of one sequence, or None where `kl` (nats) is the limit."""
 
     asked: dict
     tokens: int
@@ -27,24 +27,24 @@ class Budget:
 
 
 def budget(
-    room: Room, batch: int, kept: float | None = None, memory: str | None = None, kl: float | None = None
+    sizes: CacheBudget, batch: int, byte_ratio: float | None = None, memory: str | None = None, kl: float | None = None
 ) -> Budget:
     """A budget from exactly one of the three. Raises SettingError on none, on two, or on a number that cannot be."""
-    asked = {k: v for k, v in {"kept": kept, "memory": memory, "kl": kl}.items() if v is not None}
+    asked = {k: v for k, v in {"byte_ratio": byte_ratio, "memory": memory, "kl": kl}.items() if v is not None}
     if len(asked) != 1:
-        given = ", ".join(f"--{k}" for k in asked) or "none"
-        raise SettingError(f"a plan has exactly one budget, not {given}. Give --kept, --memory or --kl.")
+        given = ", ".join(f"--{k.replace('_', '-')}" for k in asked) or "none"
+        raise SettingError(f"a plan has exactly one budget, not {given}. Give --byte-ratio, --memory or --kl.")
     if batch < 1:
         raise SettingError(f"batch={batch} is not possible. Use 1 sequence or more.")
     if kl is not None:
         if not 0 < kl < float("inf"):
             raise SettingError(f"kl={kl} is not possible. Use nats above 0, such as 0.01.")
-        return Budget(asked, room.tokens, batch, kl=kl)
-    if kept is not None:
-        if not 0 < kept <= 1:
-            raise SettingError(f"kept={kept} is not possible. Use a share of bytes above 0, up to 1.")
-        return Budget(asked, room.tokens, batch, nbytes=int(kept * room.full))
-    return Budget(asked, room.tokens, batch, nbytes=parse_bytes(str(memory)) // batch)
+        return Budget(asked, sizes.tokens, batch, kl=kl)
+    if byte_ratio is not None:
+        if not 0 < byte_ratio <= 1:
+            raise SettingError(f"byte_ratio={byte_ratio} is not possible. Use a share of bytes above 0, up to 1.")
+        return Budget(asked, sizes.tokens, batch, nbytes=int(byte_ratio * sizes.full))
+    return Budget(asked, sizes.tokens, batch, nbytes=parse_bytes(str(memory)) // batch)
 
 
 def parse_bytes(text: str) -> int:

@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.attach.families import shape_of
-from kvshrink.eval.budget import Room
-from kvshrink.eval.prefill import fill
+from kvshrink.attach.fill import fill
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
@@ -36,7 +36,7 @@ class Check:
 
 def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Check:
     """Fill a cache with normal noise, which takes the bytes that any text takes, and count what is alive."""
-    token = Room.of(model, tokens).full // tokens
+    token = CacheBudget.of(model, tokens).full // tokens
     rows = min(batch, max(1, MOST // (token * tokens)))
     length = min(tokens, MOST // (token * rows))
     attachment = attach(model)
@@ -49,7 +49,7 @@ def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Che
         dense.update(keys, values, i)
     cache = make_cache(model, method)
     fill(cache, dense, attachment)
-    room, own = Room.of(model, length), method.method if isinstance(method, Artifact) else method
+    sizes, own = CacheBudget.of(model, length), method.method if isinstance(method, Artifact) else method
     held = cache.report()
     whole = (length, rows) == (tokens, batch)
-    return Check(length, rows, held.nbytes, rows * room.held(own), rows * room.full, whole)
+    return Check(length, rows, held.nbytes, rows * sizes.held(own), rows * sizes.full, whole)

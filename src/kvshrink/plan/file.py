@@ -16,7 +16,7 @@ from kvshrink.store import files
 from kvshrink.store.digest import sealed, unsealed
 from kvshrink.store.reason import line
 
-VERSION = 2
+VERSION = 3
 KEYS = {"version", "method", "settings", "budget", "promised", "check", "kl", "model", "search", "front", "sha256"}
 
 
@@ -30,7 +30,7 @@ def plan_of(
         "method": chosen.name,
         "settings": chosen.settings,
         "budget": budget.described,
-        "promised": {"nbytes": nbytes, "full": bench.room.full * budget.batch, "kept": chosen.kept},
+        "promised": {"nbytes": nbytes, "full": bench.sizes.full * budget.batch, "byte_ratio": chosen.byte_ratio},
         "check": checked.to_dict(),
         "kl": chosen.kl,
         "model": {"name": name, "identity": bench.identity.to_dict()},

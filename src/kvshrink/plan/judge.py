@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from kvshrink.attach import attach, make_cache
+from kvshrink.attach.fill import fill, prefill
 from kvshrink.cache import KVCache
 from kvshrink.errors import DataError
-from kvshrink.eval.prefill import fill, prefill
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact

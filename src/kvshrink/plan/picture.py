@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvshrink.eval import plots
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.style import styles
 from kvshrink.plan.bench import Point
 
@@ -18,10 +18,10 @@ def picture(points: Sequence[Point], front: Sequence[Point], chosen: Point, path
     for name, style in styles(names).items():
         own = [p for p in points if p.name == name]
         if own:
-            where = [100 * p.kept for p in own], [max(p.kl, LEAST) for p in own]
+            where = [100 * p.byte_ratio for p in own], [max(p.kl, LEAST) for p in own]
             axis.scatter(*where, s=22, color=style.colour, marker=style.mark, label=name, alpha=0.8)
-    axis.plot([100 * p.kept for p in front], [max(p.kl, LEAST) for p in front], color="grey", lw=1, zorder=0)
-    axis.scatter([100 * chosen.kept], [max(chosen.kl, LEAST)], s=160, facecolors="none", edgecolors="black")
+    axis.plot([100 * p.byte_ratio for p in front], [max(p.kl, LEAST) for p in front], color="grey", lw=1, zorder=0)
+    axis.scatter([100 * chosen.byte_ratio], [max(chosen.kl, LEAST)], s=160, facecolors="none", edgecolors="black")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("bytes held, % of the full cache's")

@@ -1,8 +1,8 @@
-"""The search: Optuna's TPE (arXiv 2304.11127) chooses settings, the budget sets the dial, the probe says the KL.
+"""The search: Optuna's TPE (arXiv 2304.11127) chooses settings, the budget sets the bytes, the probe says the KL.
 
-Under a byte budget each trial stands at the budget and its KL is minimised. Under a KL each trial's dial goes down in
-bytes until the KL is passed, and the bytes are minimised; a trial that misses the KL at the best bytes so far is left
-there. The best setting of each method is then stood at a quarter, half, twice and four times the bytes, for the front.
+Under a byte budget each trial is fitted to the budget and its KL is minimised. Under a KL each trial's bytes go down
+until the KL is passed, and the bytes are minimised; a trial that misses the KL at the best bytes so far is left
+there. The best setting of each method is then fitted to a quarter, half, twice and four times the bytes, for the front.
 
 A run resumes by replay: the sampler is seeded and what was measured is in the log, so an interrupted search goes on as
 if nothing had happened. (A stored study would not: Optuna keeps trials, not the sampler's state.)
@@ -20,7 +20,7 @@ from kvshrink.errors import KVShrinkError, SettingError
 from kvshrink.methods._roles import Method
 from kvshrink.plan.bench import Bench, Point
 from kvshrink.plan.budget import Budget
-from kvshrink.plan.space import defaults, label, smallest, stand, suggest
+from kvshrink.plan.space import defaults, fit_to_budget, label, smallest, suggest
 from kvshrink.store.bytes import human
 
 LEVELS = (0.25, 0.5, 2.0, 4.0)  # of the plan's bytes, where the best setting of each method is measured too
@@ -53,12 +53,12 @@ class Search:
         names = self._possible()
         study = _study(self.seed, min(STARTUP, self.trials))
         for name in names:
-            own = defaults(name, self.bench.room)
+            own = defaults(name, self.bench.sizes)
             study.enqueue_trial({"method": name, **{f"{name}.{k}": v for k, v in own.items()}})
         with tqdm(total=self.trials, desc="plan", unit="trial", disable=not self.bench.progress) as bar:
             for _ in range(self.trials):
                 trial = study.ask()
-                method = suggest(trial, names, self.bench.room)
+                method = suggest(trial, names, self.bench.sizes)
                 value = self._at_bytes(method) if self.budget.nbytes is not None else self._at_kl(method)
                 study.tell(trial, value, state=None if value is not None else _pruned())
                 bar.update()
@@ -76,14 +76,14 @@ class Search:
         """The methods that have a setting within the budget."""
         if self.budget.nbytes is None:
             return list(self.names)
-        room, least = self.bench.room, {name: smallest(name, self.bench.room) for name in self.names}
+        sizes, least = self.bench.sizes, {name: smallest(name, self.bench.sizes) for name in self.names}
         possible = [name for name in self.names if least[name][0] <= self.budget.nbytes]
         if not possible:
             size, method = min(least.values(), key=lambda pair: pair[0])
             batch = self.budget.batch
             raise SettingError(
-                f"{self.budget.nbytes * batch} bytes are too few for {batch} x {room.tokens} tokens: the smallest "
-                f"possible are {size * batch} (kept {math.ceil(1e6 * size / room.full) / 1e6:g}), "
+                f"{self.budget.nbytes * batch} bytes are too few for {batch} x {sizes.tokens} tokens: the smallest "
+                f"possible are {size * batch} (byte ratio {math.ceil(1e6 * size / sizes.full) / 1e6:g}), "
                 f"with {label(method)}. Give that much."
             )
         return possible
@@ -92,8 +92,8 @@ class Search:
         """Where a byte budget is so small that no trial stood within it: the best of the methods' smallest settings."""
         if self.budget.nbytes is None:
             return None
-        room = self.bench.room
-        there = [stand(smallest(name, room)[1], room, self.budget.nbytes) for name in names]
+        sizes = self.bench.sizes
+        there = [fit_to_budget(smallest(name, sizes)[1], sizes, self.budget.nbytes) for name in names]
         return min((self._measure(m) for m in there if m is not None), key=lambda p: p.kl)
 
     def _measure(self, method: Method) -> Point:
@@ -105,14 +105,14 @@ class Search:
     def _at_bytes(self, method: Method) -> float | None:
         """KL at the budget; None if the setting cannot be as small."""
         assert self.budget.nbytes is not None
-        there = stand(method, self.bench.room, self.budget.nbytes)
+        there = fit_to_budget(method, self.bench.sizes, self.budget.nbytes)
         return None if there is None else self._measure(there).kl
 
     def _at_kl(self, method: Method) -> float | None:
         """Log of the bytes that the KL takes; where that is above the best so far, of more than the best, by the KL."""
         assert self.budget.kl is not None
-        room, chosen = self.bench.room, self._chosen()
-        there = stand(method, room, room.full if chosen is None else chosen.nbytes / STEP)
+        sizes, chosen = self.bench.sizes, self._chosen()
+        there = fit_to_budget(method, sizes, sizes.full if chosen is None else chosen.nbytes / STEP)
         if there is None:
             return None
         best = self._measure(there)
@@ -121,7 +121,7 @@ class Search:
         low = best.nbytes / 1024
         while best.nbytes > STEP * low:
             middle = math.sqrt(low * best.nbytes)
-            there = stand(method, room, middle)
+            there = fit_to_budget(method, sizes, middle)
             if there is not None and (point := self._measure(there)).kl <= self.budget.kl:
                 best = point
             else:
@@ -143,12 +143,12 @@ class Search:
         return min(near, key=lambda p: p.kl, default=None)
 
     def _sweep(self, chosen: Point) -> None:
-        room = self.bench.room
+        sizes = self.bench.sizes
         for name in tqdm(self.names, desc="front", unit="method", disable=not self.bench.progress):
             best = self.best_of(name, chosen.nbytes)
-            start = best.method if best else smallest(name, room)[1]
+            start = best.method if best else smallest(name, sizes)[1]
             for level in LEVELS:
-                if (there := stand(start, room, level * chosen.nbytes)) is not None:
+                if (there := fit_to_budget(start, sizes, level * chosen.nbytes)) is not None:
                     with suppress(SettingError):  # a point that cannot be fitted must not cost the plan
                         self._measure(there)
 

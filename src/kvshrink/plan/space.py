@@ -1,7 +1,7 @@
-"""What a search may choose, and the setting of a method that stands at so many bytes.
+"""What a search may choose, and the setting of a method that fits so many bytes.
 
-Every method has its dial (`Method.dial`), which the bytes set; everything else is a choice from a short list. So each
-trial uses its budget up, and the search compares what the bytes are spent on.
+Every method has a setting that moves its bytes (`Method.budget_setting`); all else is a choice from a short list, so
+each trial uses its budget up, and the search compares what the bytes are spent on.
 """
 
 import math
@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
+from kvshrink.attach.budget import CacheBudget
 from kvshrink.errors import SettingError
-from kvshrink.eval.budget import Room
 from kvshrink.methods import build, get, name_of
 from kvshrink.methods._roles import Method
 
@@ -33,70 +33,74 @@ def known(names: Sequence[str]) -> list[str]:
     """The names, each once. Raises SettingError on one that no plan can have."""
     for name in names:
         cls = get(name)
-        if cls.drops_tokens or cls.dial is None:
-            raise SettingError(f"{name} cannot be planned: it drops tokens or has no dial. Use {', '.join(METHODS)}.")
+        if cls.drops_tokens or cls.budget_setting is None:
+            raise SettingError(
+                f"{name} cannot be planned: it drops tokens or has no budget setting. Use {', '.join(METHODS)}."
+            )
     if not names:
         raise SettingError(f"--methods names none. Use some of {', '.join(METHODS)}.")
     return list(dict.fromkeys(names))
 
 
-def choices(name: str, room: Room) -> Choices:
-    """{setting: values} of a method, its dial left out."""
+def choices(name: str, sizes: CacheBudget) -> Choices:
+    """{setting: values} of a method, its budget setting left out."""
     found: dict[str, Sequence] = {"window": WINDOWS, "sinks": SINKS, **SPACE.get(name, {})}
     if name == "kivi":
         found.pop("sinks")  # the paper has none
-    heads = math.gcd(*(shape.heads for shape in room.layers))
+    heads = math.gcd(*(shape.heads for shape in sizes.layers))
     if name == "cskv":
         found["group_heads"] = (None, *(n for n in range(1, heads) if heads % n == 0))
     return found
 
 
-def defaults(name: str, room: Room) -> dict[str, Any]:
+def defaults(name: str, sizes: CacheBudget) -> dict[str, Any]:
     """The method's own settings, as far as they are among the choices."""
     own = {f.name: f.default for f in fields(get(name))}
-    return {k: own[k] for k, values in choices(name, room).items() if own[k] in values}
+    return {k: own[k] for k, values in choices(name, sizes).items() if own[k] in values}
 
 
-def suggest(trial: Any, names: Sequence[str], room: Room) -> Method:
-    """What an Optuna trial chooses, the dial as the method has it."""
+def suggest(trial: Any, names: Sequence[str], sizes: CacheBudget) -> Method:
+    """What an Optuna trial chooses, the budget setting as the method has it."""
     name = trial.suggest_categorical("method", names)
-    chosen = {k: trial.suggest_categorical(f"{name}.{k}", list(v)) for k, v in choices(name, room).items()}
+    chosen = {k: trial.suggest_categorical(f"{name}.{k}", list(v)) for k, v in choices(name, sizes).items()}
     return build(name, chosen)
 
 
-def stand(method: Method, room: Room, nbytes: float) -> Method | None:
-    """The method with its dial at the largest setting that holds no more than `nbytes` of one sequence, or None."""
-    method, dial = room.settled(method), str(method.dial)
-    values = method.dial_values(room.layers[0], room.tokens)
+def fit_to_budget(method: Method, sizes: CacheBudget, nbytes: float) -> Method | None:
+    """The method at the largest setting that holds no more than `nbytes` of one sequence, or None."""
+    method, name = sizes.resolved(method), str(method.budget_setting)
+    values = method.budget_values(sizes.layers[0], sizes.tokens)
 
     def held(i: int) -> int:
-        return room.held(replace(method, **{dial: values[i]}))
+        return sizes.held(replace(method, **{name: values[i]}))
 
     best = bisect_right(range(len(values)), nbytes, key=held) - 1
-    return replace(method, **{dial: values[best]}) if best >= 0 and held(best) > 0 else None
+    return replace(method, **{name: values[best]}) if best >= 0 and held(best) > 0 else None
 
 
-def smallest(name: str, room: Room) -> tuple[int, Method]:
+def smallest(name: str, sizes: CacheBudget) -> tuple[int, Method]:
     """(bytes of one sequence, the method) at the smallest of all its choices. Raises SettingError if none fits."""
-    every = choices(name, room)
+    every = choices(name, sizes)
     found = []
     for chosen in product(*(values[:1] if k in FREE else values for k, values in every.items())):
         method = build(name, dict(zip(every, chosen, strict=True)))
-        values = method.dial_values(room.layers[0], room.tokens)
+        values = method.budget_values(sizes.layers[0], sizes.tokens)
         held = [*range(len(values))]
-        at = bisect_right(held, 0, key=lambda i, m=method, v=values: room.held(replace(m, **{str(m.dial): v[i]})))
+        at = bisect_right(
+            held, 0, key=lambda i, m=method, v=values: sizes.held(replace(m, **{str(m.budget_setting): v[i]}))
+        )
         if at < len(values):
-            method = replace(method, **{str(method.dial): values[at]})
-            found.append((room.held(method), method))
+            method = replace(method, **{str(method.budget_setting): values[at]})
+            found.append((sizes.held(method), method))
     if not found:
-        raise SettingError(f"{name} has no setting for this model's {room.layers[0].width} KV channels.")
+        raise SettingError(f"{name} has no setting for this model's {sizes.layers[0].width} KV channels.")
     return min(found, key=lambda pair: pair[0])
 
 
 def label(method: Method) -> str:
-    """The settings that are not the method's own, its dial always: "kept=0.0487 window=16"."""
+    """The settings that are not the method's own, the budget setting always: "budget=0.0487 window=16"."""
     own = {f.name: f.default for f in fields(method)}
-    named = {k: v for k, v in method.settings().items() if v != own[k] or k == method.dial}
+    named = {k: v for k, v in method.settings().items() if v != own[k] or k == method.budget_setting}
     return f"{name_of(method)} " + " ".join(
         f"{k}={v:.5g}" if type(v) is float else f"{k}={v}" for k, v in named.items()
     )

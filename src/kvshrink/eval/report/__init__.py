@@ -6,14 +6,13 @@ All of it is made from results.json alone, so it can be made again at any time a
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvshrink.eval import plots
-from kvshrink.eval.report import figures
+from kvshrink.eval.report import figures, plots
 from kvshrink.eval.report.markdown import leaderboard, overview, write_leaderboard
 from kvshrink.eval.report.page import check_installed, drawn, page
 from kvshrink.eval.report.results import read, silent, unique
 from kvshrink.eval.report.standings import standings
 from kvshrink.eval.report.style import RC, styles
-from kvshrink.eval.summary import Line
+from kvshrink.eval.report.summary import Line
 from kvshrink.store import files
 
 __all__ = ["accuracy", "build", "check_installed", "leaderboard", "overview", "silent", "write_leaderboard"]
@@ -36,7 +35,7 @@ def build(folder: Path) -> Path:
 
 
 def accuracy(lines: Sequence[Line], mode: str, path: Path) -> None:
-    """Score with its interval against bytes kept, one panel per task: a picture of some lines without a report."""
+    """Score with its interval against its bytes, one panel per task: a picture of some lines without a report."""
     data = {"lines": [line.to_dict() for line in lines]}
     with plots.pyplot().rc_context(RC):
         plots.save(figures.accuracy(data, styles(unique(e["series"] for e in data["lines"])), mode), path)

@@ -1,20 +1,20 @@
-"""Figures of scores: mean and per task against kept bytes, against length, and depth by length."""
+"""Figures of scores: mean and per task against bytes, against length, and depth by length."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS, FULL, ZEROS
+from kvshrink.eval.report import plots
 from kvshrink.eval.report.results import budget, of, reached, targets, telling, unique
 from kvshrink.eval.report.standings import Mean, Standing, pooled
 from kvshrink.eval.report.style import Style
+from kvshrink.eval.run.entries import CONTROLS, FULL, ZEROS
 
 SHORT = {"0.00": "0", "1.00": "1"}
 RAMP = ("#F0496E", "#EBB839", "#0CD79F")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 COLUMNS = 4
 DEPTHS = 11  # rows of a heatmap
-KEPT = "bytes kept, % of the full cache"
+BYTES = "bytes, % of the full cache"
 NAMES = {FULL: "full cache", ZEROS: "context zeroed"}
 Styles = Mapping[str, Style]
 
@@ -26,8 +26,8 @@ def mean(rows: Sequence[Standing], styles: Styles) -> Any:
     figure, axis = plots.pyplot().subplots(figsize=(4.7, 3.5), layout="constrained")
     points = [(s.series, s.reached, s.mean) for s in rows]
     handles = _panel(axis, points, styles)
-    kept_axis(axis, [p.kept for name, _, p in points if p.kept and name not in CONTROLS])
-    axis.set_xlabel(KEPT)
+    byte_axis(axis, [p.byte_ratio for name, _, p in points if p.byte_ratio and name not in CONTROLS])
+    axis.set_xlabel(BYTES)
     axis.set_ylabel("mean score over tasks")
     legend(figure, handles)
     return figure
@@ -52,12 +52,12 @@ def accuracy(results: dict, styles: Styles, mode: str) -> Any:
     drawn = []
     for axis, (title, names) in zip(grid.flat, panels.items(), strict=False):
         points = _points(telling(results, mode) if len(names) > 1 else lines, names)
-        drawn += [p.kept for name, _, p in points if p.kept and name not in CONTROLS]
+        drawn += [p.byte_ratio for name, _, p in points if p.byte_ratio and name not in CONTROLS]
         handles |= _panel(axis, points, styles)
         axis.set_title(title, loc="left", fontweight="bold" if len(names) > 1 else "normal")
-    kept_axis(grid[0][0], drawn)
+    byte_axis(grid[0][0], drawn)
     _hide_free(grid, len(panels))
-    figure.supxlabel(KEPT, fontsize=8.5)
+    figure.supxlabel(BYTES, fontsize=8.5)
     figure.supylabel("score", fontsize=8.5)
     legend(figure, handles)
     return figure
@@ -158,9 +158,9 @@ def _weighted(cells: Sequence[dict]) -> float:
     return sum(e["score"] * e["cases"] for e in cells) / sum(e["cases"] for e in cells)
 
 
-def kept_axis(axis, kept: Sequence[float]) -> None:
-    """A log axis of kept bytes in percent, with plain numbers."""
-    low, high = 100 * min(kept, default=0.01) / 1.35, 100 * max(kept, default=1) * 1.35
+def byte_axis(axis, ratios: Sequence[float]) -> None:
+    """A log axis of bytes in percent of the full cache's, with plain numbers."""
+    low, high = 100 * min(ratios, default=0.01) / 1.35, 100 * max(ratios, default=1) * 1.35
     ticks = [t for t in TICKS if low <= t <= high]
     axis.set_xscale("log")
     axis.set_xlim(low, high)
@@ -197,14 +197,14 @@ def _points(lines: list[dict], tasks: Sequence[str]) -> list[tuple[str, bool, Me
 
 
 def _panel(axis, points: Sequence[tuple[str, bool, Mean]], styles: Styles) -> dict:
-    """Score against kept percent; a handle per series. Controls are lines, a missed budget is a hollow mark."""
+    """Score against % of full bytes; a handle per series. Controls are lines, a missed budget is a hollow mark."""
     handles = {}
     for name in unique(s for s, _, _ in points):
         own = [(there, p) for s, there, p in points if s == name]
         if name in CONTROLS:
             handles[name] = axis.axhline(own[0][1].score, color=styles[name].colour, ls=styles[name].dash, lw=1)
             continue
-        placed = sorted([(100 * p.kept, r, p) for r, p in own if p.kept], key=lambda point: point[0])
+        placed = sorted([(100 * p.byte_ratio, r, p) for r, p in own if p.byte_ratio], key=lambda point: point[0])
         handles[name] = _curve(axis, [x for x, _, _ in placed], [p for _, _, p in placed], styles[name])
         for x, there, p in placed:
             if not there:

@@ -1,13 +1,13 @@
-"""Figures of the cache: KL against kept bytes and by distance, bytes against context, error per layer."""
+"""Figures of the cache: KL against bytes and by distance, bytes against context, error per layer."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS, FULL
-from kvshrink.eval.report.figures import KEPT, hollow, kept_axis, legend, short
+from kvshrink.eval.report import plots
+from kvshrink.eval.report.figures import BYTES, byte_axis, hollow, legend, short
 from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.style import INK, Style
+from kvshrink.eval.run.entries import CONTROLS, FULL
 
 FLOOR = 1e-6  # a log axis has no zero
 ERRORS = {
@@ -21,16 +21,16 @@ Styles = Mapping[str, Style]
 
 def divergence(group: Sequence[dict], styles: Styles, missed: Set[str]) -> Any:
     """Mean KL from the full cache, with its interval, against measured bytes, both on log axes; grey: Pareto front."""
-    rows = [e for e in group if e["kl_mean"] is not None and e["kept"] and e["series"] not in CONTROLS]
+    rows = [e for e in group if e["kl_mean"] is not None and e["byte_ratio"] and e["series"] not in CONTROLS]
     if not rows:
         return None
     figure, axis = plots.pyplot().subplots(figsize=(4.7, 3.5), layout="constrained")
-    front = pareto([(100 * e["kept"], max(FLOOR, e["kl_mean"])) for e in rows])
+    front = pareto([(100 * e["byte_ratio"], max(FLOOR, e["kl_mean"])) for e in rows])
     axis.plot(*zip(*front, strict=True), color=INK, alpha=0.12, lw=7, solid_capstyle="round", zorder=1)
     handles = {}
     for name in unique(e["series"] for e in rows):
-        own, style = sorted(of(rows, series=name), key=lambda e: e["kept"]), styles[name]
-        at = [100 * e["kept"] for e in own]
+        own, style = sorted(of(rows, series=name), key=lambda e: e["byte_ratio"]), styles[name]
+        at = [100 * e["byte_ratio"] for e in own]
         bars = [(x, e) for x, e in zip(at, own, strict=True) if e["kl_low"] is not None and e["kl_high"] is not None]
         low, high = ([max(FLOOR, e[k]) for _, e in bars] for k in ("kl_low", "kl_high"))
         axis.vlines([x for x, _ in bars], low, high, color=style.colour, alpha=0.45)
@@ -40,8 +40,8 @@ def divergence(group: Sequence[dict], styles: Styles, missed: Set[str]) -> Any:
             if e["method"] in missed:
                 hollow(axis, x, y, style)
     log_axis(axis)
-    kept_axis(axis, [e["kept"] for e in rows])
-    axis.set_xlabel(KEPT)
+    byte_axis(axis, [e["byte_ratio"] for e in rows])
+    axis.set_xlabel(BYTES)
     axis.set_ylabel("KL from the full cache, nats per token")
     legend(figure, handles)
     return figure

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
-from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report import tables
-from kvshrink.eval.report.notes import KEPT
+from kvshrink.eval.report.notes import OF_FULL
 from kvshrink.eval.report.results import budget, fidelity_groups, known, modes, read_file, silent, unique
 from kvshrink.eval.report.standings import Standing, standings
+from kvshrink.eval.run.entries import CONTROLS
 from kvshrink.store import files
 
 BEGIN = "<!-- leaderboard: written by `kvshrink report DIR --leaderboard FILE` -->"
@@ -23,7 +23,7 @@ def leaderboard(results: dict) -> str:
     lengths = ", ".join(map(str, sorted(known(unique(e["length"] for e in results["lines"]))))) or "-"
     left = silent(results)
     parts = [
-        f"Model `{s.get('model')}`, {tasks} tasks, lengths {lengths}, at least {s.get('cases')} cases a line. {KEPT}"
+        f"Model `{s.get('model')}`, {tasks} tasks, lengths {lengths}, at least {s.get('cases')} cases a line. {OF_FULL}"
     ]
     if not results["lines"]:
         parts.append("No task was measured.")

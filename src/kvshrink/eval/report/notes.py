@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from kvshrink.eval.entries import CONTROLS, ZEROS
 from kvshrink.eval.report.results import known, modes, silent, unique
 from kvshrink.eval.report.standings import Standing
+from kvshrink.eval.run.entries import CONTROLS, ZEROS
 
-KEPT = (
-    "kept = bytes really held at the end / bytes of the full cache for the same tokens. Everything is counted: codes, "
-    "latents, scales, the exact window and first tokens, positions."
+OF_FULL = (
+    "of full cache = bytes really held at the end / bytes of the full cache for the same tokens. Everything is "
+    "counted: codes, latents, scales, the exact window and first tokens, positions."
 )
 MODES = {
     "agnostic": "the context is compressed before the question is seen; as a cache that serves many questions must.",
@@ -22,7 +22,7 @@ ALPHA = 0.05
 def notes(results: dict, board: Sequence[Standing]) -> list[tuple[str, str]]:
     """(heading, sentences)"""
     found = [
-        ("Bytes", KEPT + " What a method fits once per model is not in it."),
+        ("Bytes", OF_FULL + " What a method fits once per model is not in it."),
         (
             "Every score is read through the cache",
             "Prefill is exact for every method, so a score that is read from the prefill itself (a perplexity in one "
@@ -74,12 +74,12 @@ def _silent(results: dict) -> str:
 
 def holm(p: Sequence[float], alpha: float = ALPHA) -> int:
     """How many of the p values stay significant when all are tested (Holm, Scand. J. Stat. 6 (1979), 65-70)."""
-    kept = 0
+    count = 0
     for i, value in enumerate(sorted(p)):
         if value > alpha / (len(p) - i):
             break
-        kept += 1
-    return kept
+        count += 1
+    return count
 
 
 def _intervals() -> str:

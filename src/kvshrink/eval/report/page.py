@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kvshrink.errors import EvalError
-from kvshrink.eval import plots
-from kvshrink.eval.entries import CONTROLS
-from kvshrink.eval.report import figures, figures_cache, tables
-from kvshrink.eval.report.notes import KEPT, notes
+from kvshrink.eval.report import figures, figures_cache, plots, tables
+from kvshrink.eval.report.notes import OF_FULL, notes
 from kvshrink.eval.report.results import budget, fidelity_groups, modes, of, reached, series, telling, unique
 from kvshrink.eval.report.standings import Standing
 from kvshrink.eval.report.style import PALETTE, RC, Picture, Style, picture, styles
+from kvshrink.eval.run.entries import CONTROLS
 
 HERE = Path(__file__).parent
 NARROW = 5.0  # inches; a wider figure scrolls in its own box on a phone
@@ -108,7 +107,7 @@ def page(results: dict, board: Sequence[Standing], found: dict[str, list[Figure]
             "telling": len({e["task"] for m in modes(results) for e in telling(results, m)}),
         },
         "facts": _facts(results),
-        "kept": KEPT,
+        "byte_ratio": OF_FULL,
         "best": _best(of_mode(board, names[0])) if names else [],
         "boards": [(m, tables.leaderboard(of_mode(board, m))) for m in names],
         "modes": [_mode(results, m, found.get(m, [])) for m in modes(results)],
@@ -142,7 +141,7 @@ def _facts(results: dict) -> list[tuple[str, str]]:
         "answers scored": f"{sum(e['cases'] for e in lines):,}",
         "cases a line": s.get("cases"),
         "lengths": ", ".join(figures.short(n) for n in sorted({e["length"] for e in lines if e["length"] is not None})),
-        "budgets": ", ".join(f"{100 * t:g}" for t in s["kept"]) + " %" if s.get("kept") else None,
+        "budgets": ", ".join(f"{100 * t:g}" for t in s["byte_ratio"]) + " %" if s.get("byte_ratio") else None,
         "modes": ", ".join(modes(results)),
         "failures": str(len(results["failures"])),
         "device": f"{s.get('device') or ''}{', {} threads'.format(s['threads']) if s.get('threads') else ''}",
@@ -165,7 +164,7 @@ def _best(board: Sequence[Standing]) -> list[dict]:
         s = max(own, key=lambda s: s.mean.score)
         text = f"{s.mean.score:.2f}" + (f" [{s.mean.low:.2f}, {s.mean.high:.2f}]" if s.mean.low is not None else "")
         text += f", full cache {s.full:.2f}" if s.full is not None else ""
-        text += f", holds {100 * s.mean.kept:.1f} %" if s.mean.kept is not None else ""
+        text += f", holds {100 * s.mean.byte_ratio:.1f} %" if s.mean.byte_ratio is not None else ""
         best.append({"budget": budget(target), "method": s.method, "series": s.series, "text": text})
     return best
 

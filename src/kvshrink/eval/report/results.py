@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kvshrink.attach.budget import TOLERANCE
 from kvshrink.errors import ArtifactError, EvalError
-from kvshrink.eval.budget import TOLERANCE
-from kvshrink.eval.entries import CONTROLS, ZEROS
+from kvshrink.eval.report.old_keys import renamed
+from kvshrink.eval.run.entries import CONTROLS, ZEROS
 from kvshrink.store import files
 
 FORMAT = "kvshrink results 1"
@@ -14,9 +15,11 @@ MAIN_MODE = "agnostic"
 AGAIN = "Run `kvshrink eval suite` again to write it."
 
 _ENTRY = ("method", "series", "target", "length")
-_LINE = "task mode reached setting cases score low high interval kept bytes_per_token tokens seconds_per_token time"
+_LINE = (
+    "task mode reached setting cases score low high interval byte_ratio bytes_per_token tokens seconds_per_token time"
+)
 _FIDELITY = (
-    "mode chunk documents positions kept kl_mean kl_low kl_high kl_median kl_p95 kl_p99 kl_p999 kl_max top1 top5"
+    "mode chunk documents positions byte_ratio kl_mean kl_low kl_high kl_median kl_p95 kl_p99 kl_p999 kl_max top1 top5"
 )
 MOST = 2**28  # bytes
 NAMES, TEXTS = {"method", "series", "task", "mode", "reason", "error"}, {"setting", "interval"}
@@ -30,7 +33,7 @@ FIELDS = {
         *("trajectory_prefix", "trajectory_agreement", "by_distance"),
     ),
     "layers": (*_ENTRY, "layer", "key_error", "key_rope_error", "value_error", "output_error", "output_cosine"),
-    "memory": (*_ENTRY, "held", "full", "kept", "peak"),
+    "memory": (*_ENTRY, "held", "full", "byte_ratio", "peak"),
     "skipped": ("task", "length", "reason"),
     "failures": ("method", "task", "length", "error"),
 }
@@ -53,7 +56,7 @@ def read(folder: Path) -> dict:
 def read_file(path: Path) -> dict:
     """The results in a file. Raises EvalError if it cannot be read or is of another format."""
     try:
-        results = files.read_json(path, MOST, finite=False)
+        results = renamed(files.read_json(path, MOST, finite=False))
     except ArtifactError as error:
         raise EvalError(str(error)) from error
     if results.get("format") != FORMAT:
@@ -128,8 +131,8 @@ def silent(results: dict) -> list[str]:
 
 def reached(lines: Sequence[dict]) -> bool:
     """Whether a method's measured bytes are within 5 % of its budget, as a mean over lines, if it has one."""
-    target, kept = lines[0]["target"], known(e["kept"] for e in lines)
-    return not target or not kept or sum(abs(k / target - 1) for k in kept) / len(kept) <= TOLERANCE
+    target, ratios = lines[0]["target"], known(e["byte_ratio"] for e in lines)
+    return not target or not ratios or sum(abs(k / target - 1) for k in ratios) / len(ratios) <= TOLERANCE
 
 
 def entries(results: dict) -> list[dict]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 
-from kvshrink.eval.entries import CONTROLS, FULL
 from kvshrink.eval.report.results import fidelity_groups, known, modes, of, reached, telling, unique
-from kvshrink.eval.stats import bootstrap
+from kvshrink.eval.run.entries import CONTROLS, FULL
+from kvshrink.eval.run.stats import bootstrap
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Mean:
     score: float
     low: float | None
     high: float | None
-    kept: float | None
+    byte_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def pooled(groups: Sequence[Sequence[dict]]) -> Mean | None:
     if all(e["low"] is not None and e["high"] is not None for _, e in weighted):
         low = max(0.0, score - sqrt(sum((w * (e["score"] - e["low"])) ** 2 for w, e in weighted)))
         high = min(1.0, score + sqrt(sum((w * (e["high"] - e["score"])) ** 2 for w, e in weighted)))
-    kept = [known(e["kept"] for e in group) for group in scored]
-    return Mean(score, low, high, _mean([_mean(k) for k in kept if k]))
+    ratios = [known(e["byte_ratio"] for e in group) for group in scored]
+    return Mean(score, low, high, _mean([_mean(k) for k in ratios if k]))
 
 
 def standings(results: dict) -> list[Standing]:

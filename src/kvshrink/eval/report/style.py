@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from kvshrink.eval.entries import CONTROLS, FULL
+from kvshrink.eval.run.entries import CONTROLS, FULL
 
 # stand-ins that no series has: in the page they become the colours of its theme
 INK, PAPER = "#11161c", "#fefefd"

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvshrink.eval.entries import CONTROLS
 from kvshrink.eval.report.results import budget, of, targets, unique
 from kvshrink.eval.report.standings import Standing
+from kvshrink.eval.run.entries import CONTROLS
 from kvshrink.store.bytes import human
 
 
@@ -62,7 +62,7 @@ def name(method: str, series: str, reached: bool | None = True, note: str | None
     return Cell(method, method, series=series, kind="missed" if missed else "", note="; ".join(filter(None, notes)))
 
 
-LEADERBOARD = ("method", "kept", "mean score", "of full", "difference", "KL mean", "KL p99", "top-1", "time")
+LEADERBOARD = ("method", "of full cache", "mean score", "of full", "difference", "KL mean", "KL p99", "top-1", "time")
 
 
 def leaderboard(standings: Sequence[Standing], caption: str = "") -> Table:
@@ -82,7 +82,7 @@ def standing(s: Standing) -> list[Cell]:
     part = f"{s.lines} of {s.all_lines} lines" if s.lines < s.all_lines else ""
     return [
         name(s.method, s.series, s.reached, "; ".join(filter(None, (s.setting, part)))),
-        share(s.mean.kept),
+        share(s.mean.byte_ratio),
         score(s.mean.score, s.mean.low, s.mean.high),
         share(s.mean.score / s.full if s.full and s.series not in CONTROLS[:1] else None, 0),
         number(s.delta if s.series not in CONTROLS[:1] else None, "+.3f", s.delta_low, s.delta_high),
@@ -122,7 +122,7 @@ def _changed(line: dict | None) -> Cell:
     return Cell(f"{line['score']:.2f}", line["score"], kind=kind)
 
 
-TASK = ("method", "kept", "score", "difference", "lost", "won", "p", "B/token", "tokens", "s/token", "time")
+TASK = ("method", "of full cache", "score", "difference", "lost", "won", "p", "B/token", "tokens", "s/token", "time")
 
 
 def task(lines: Sequence[dict]) -> Table:
@@ -137,7 +137,7 @@ def task(lines: Sequence[dict]) -> Table:
 def _task(e: dict) -> list[Cell]:
     return [
         name(e["method"], e["series"], e["reached"], e["setting"]),
-        share(e["kept"]),
+        share(e["byte_ratio"]),
         score(e["score"], e["low"], e["high"]),
         number(e["delta"], "+.2f", e["delta_low"], e["delta_high"]),
         number(e["lost"], "d"),
@@ -151,7 +151,7 @@ def _task(e: dict) -> list[Cell]:
 
 
 FIDELITY = (
-    *("method", "kept", "KL mean", "median", "p95", "p99", "p99.9", "max", "top-1", "top-5", "RMS of dp"),
+    *("method", "of full cache", "KL mean", "median", "p95", "p99", "p99.9", "max", "top-1", "top-5", "RMS of dp"),
     *("NLL difference", "perplexity", "bits/byte", "greedy prefix", "greedy agreement", "read compressed"),
 )
 
@@ -169,7 +169,7 @@ def fidelity(rows: Sequence[dict]) -> Table:
 def _fidelity(e: dict) -> list[Cell]:
     return [
         name(e["method"], e["series"]),
-        share(e["kept"]),
+        share(e["byte_ratio"]),
         number(e["kl_mean"], ".2g", e["kl_low"], e["kl_high"]),
         *(number(e[f"kl_{k}"], ".2g") for k in ("median", "p95", "p99", "p999", "max")),
         share(e["top1"]),
@@ -184,7 +184,7 @@ def _fidelity(e: dict) -> list[Cell]:
     ]
 
 
-MEMORY = ("method", "context", "bits a stored number", "held", "kept", "peak of a step", "full cache")
+MEMORY = ("method", "context", "bits a stored number", "held", "of full cache", "peak of a step", "full cache")
 
 
 def memory(rows: Sequence[dict]) -> Table:
@@ -193,7 +193,7 @@ def memory(rows: Sequence[dict]) -> Table:
         context = number(e["length"], "d")
         bits = NONE if e.get("bits") is None else number(e["bits"], ".2f")  # results before 0.1 have none
         place = [name(e["method"], e["series"]), context, bits]
-        return [*place, sizes["held"], share(e["kept"]), sizes["peak"], sizes["full"]]
+        return [*place, sizes["held"], share(e["byte_ratio"]), sizes["peak"], sizes["full"]]
 
     return Table("", MEMORY, _budgets(rows, cells))
 

@@ -22,9 +22,9 @@ class StreamingLLM(Method):
     sinks: int = 4
 
     drops_tokens: ClassVar[bool] = True
-    dial: ClassVar[str] = "window"
+    budget_setting: ClassVar[str] = "window"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> range:
+    def budget_values(self, shape: LayerShape, tokens: int) -> range:
         return range(1, max(1, tokens) + 1)
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:

@@ -44,7 +44,7 @@ ALPHA = 0.5  # ASVD's exponent on mean |x|
 class CSKV(Method):
     """Channel shrinking.
 
-    keep:        share of channels kept, rank over KV width (the paper's 1 - ratio), averaged over keys and values.
+    keep:        share of channels, rank over KV width (the paper's 1 - ratio), averaged over keys and values.
     bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2; with a codec, what that one offers.
     codec:       name of a method of quant/ that stores the latents, at `bits` and else its defaults; None: KIVI's axes.
     init:        "pca" (closed form), or the paper's "asvd", "svd", "random".
@@ -77,7 +77,7 @@ class CSKV(Method):
     codec: str | None = None
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
     value_group: ClassVar[int] = 64  # latent channels that share a value's scale
 
     @classmethod
@@ -112,7 +112,7 @@ class CSKV(Method):
             require(not (why and self.steps), f"{given} steps", f"It {why}. Use steps=0.")
             require(not (why and self.key_share == "auto"), f"{given} key_share='auto'", f"It {why}. Give a share.")
 
-    def settle(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
+    def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
 
         The number hardly depends on keep, which moves the rebuild and what is read alike. key_share="auto" counts as
@@ -129,7 +129,7 @@ class CSKV(Method):
         heads = [shape.heads for shape in shapes]
         return replace(self, group_heads=heads_per_basis(heads, costs, measure(device, shapes[0].dtype)))
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [channels / shape.width for channels in range(1, shape.width + 1)]
 
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from kvshrink.methods.lowrank._ranks import by_threshold
 class EigenAttention(Method):
     """Latents of each head, ranks by one threshold of the energy kept.
 
-    keep: share of channels kept, over keys and values of all layers; the threshold follows from it.
+    keep: share of channels, over keys and values of all layers; the threshold follows from it.
     bits: bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
     """
 
@@ -38,13 +38,13 @@ class EigenAttention(Method):
     bits: int | None = None
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
 
     def check(self) -> None:
         super().check()
         keep_and_bits(self.keep, self.bits)
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [total / (2 * shape.head_dim) for total in range(2, 2 * shape.head_dim + 1)]
 
     def ranks(self, shape: LayerShape) -> tuple[int, int]:

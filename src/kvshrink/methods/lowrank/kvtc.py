@@ -33,22 +33,22 @@ CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than
 class KVTC(Method):
     """Principal components of keys and values with the bits of least squared error.
 
-    kept:   bytes of a layer's body over the full cache's, gains included, window and sinks not.
+    budget: bytes of a layer's body over the full cache's, gains included, window and sinks not.
     widths: widths that a group of 16 components may have, beside 0.
     """
 
-    kept: float = 0.1
+    budget: float = 0.1
     widths: tuple[int, ...] = (2, 3, 4, 8)
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "kept"
+    budget_setting: ClassVar[str] = "budget"
 
     def check(self) -> None:
         super().check()
         self._store().check()
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
-        return self._store().dial_values(shape, tokens)
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        return self._store().budget_values(shape, tokens)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The budget where nothing is fitted yet; up to a step of one group is left over from it."""
@@ -63,7 +63,7 @@ class KVTC(Method):
 
     def _too_small(self, shape: LayerShape, kv: str) -> SettingError:
         least = math.ceil(2 * self._smallest(shape) / (shape.token_bytes * self.page) * 1e4 + 1e-6) / 1e4
-        return SettingError(f"kept={self.kept} leaves the {kv}s no group of components. Use {least} or more.")
+        return SettingError(f"budget={self.budget} leaves the {kv}s no group of components. Use {least} or more.")
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         out: Mapping[str, Tensor] = self._store().fit_layer(stats)
@@ -83,7 +83,7 @@ class KVTC(Method):
 
     def _store(self) -> Spectral:
         """The resident form."""
-        return Spectral(self.window, self.sinks, self.kept, self.widths, allocation="uniform", rotate=False)
+        return Spectral(self.window, self.sinks, self.budget, self.widths, allocation="uniform", rotate=False)
 
 
 def allocate(

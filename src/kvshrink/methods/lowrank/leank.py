@@ -26,7 +26,7 @@ from kvshrink.methods.lowrank import _channels
 class LeanK(Method):
     """Key channels pruned by one mask, over all heads and layers.
 
-    keep: share of the key channels kept, over all layers (the paper's 1 - ratio: 0.3).
+    keep: share of the key channels, over all layers (the paper's 1 - ratio: 0.3).
     bits: bits of a stored number, keys and values: None (the model's dtype), 8, 4, 3 or 2 (KIVI's axes).
     fill: what a channel reads as that is left out: "mean" (of calibration text, before RoPE) or "zero".
     """
@@ -36,13 +36,13 @@ class LeanK(Method):
     fill: Literal["mean", "zero"] = "mean"
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
 
     def check(self) -> None:
         super().check()
         _channels.check(self.keep, self.bits)
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.width for kept in range(2, shape.width + 1, 2)]
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ STEP, WIDE = 32, 512  # the paper's ranks are multiples of 32 of groups of 512 c
 class Palu(Method):
     """Low-rank latents of groups of heads.
 
-    keep:        share of channels kept, over keys and values of all layers; ranks are rounded down to multiples.
+    keep:        share of channels, over keys and values of all layers; ranks are rounded down to multiples.
     bits:        bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2, one scale a token and group of heads.
     group_heads: KV heads that share a basis, or the largest divisor of the model's heads below it.
     ranks:       "fisher" shares the ranks by measured Fisher information (the model must be in memory), "uniform" gives
@@ -55,7 +55,7 @@ class Palu(Method):
     hadamard: bool = True
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
 
     def check(self) -> None:
         super().check()
@@ -66,7 +66,7 @@ class Palu(Method):
     def probes(self) -> bool:
         return self.ranks == "fisher"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         width, step = self._group(shape)
         return [rank / width for rank in range(step, width + 1, step)]
 

@@ -31,7 +31,7 @@ from kvshrink.shapes import Float
 class RopeCommuting(Method):
     """Complex PCA of keys per RoPE frequency, stored after RoPE; values as CSKV's.
 
-    keep: share of channels kept of keys and of values, rank over KV width. A complex component is two channels.
+    keep: share of channels of keys and of values, rank over KV width. A complex component is two channels.
     bits: bits of a stored latent: None (the model's dtype), 8, 4, 3 or 2.
     """
 
@@ -39,14 +39,14 @@ class RopeCommuting(Method):
     bits: int | None = None
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
     value_group: ClassVar[int] = 64  # latent channels that share a value's scale
 
     def check(self) -> None:
         super().check()
         keep_and_bits(self.keep, self.bits)
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [2 * pairs / shape.width for pairs in range(1, shape.width // 2 + 1)]
 
     def ranks(self, shape: LayerShape) -> tuple[int, int]:

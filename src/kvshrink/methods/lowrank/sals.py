@@ -95,7 +95,7 @@ class SALS(Method):
     score_rank: float = 0.5
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
 
     def check(self) -> None:
         super().check()
@@ -111,8 +111,8 @@ class SALS(Method):
         """The method that stores what this one reads."""
         return CSKV(window=self.window, sinks=self.sinks, keep=self.keep, bits=self.bits)
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
-        return self.cskv.dial_values(shape, tokens)
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        return self.cskv.budget_values(shape, tokens)
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         return self.cskv.fit_layer(stats)

@@ -38,7 +38,7 @@ FLOOR = 1e-20  # a direction without variance has no scale of its own
 class Spectral(Method):
     """Latents of keys and values with bits allocated by variance.
 
-    kept:       bytes of the body over the full cache's, gains included, window and sinks not; over all layers.
+    budget:     bytes of the body over the full cache's, gains included, window and sinks not; over all layers.
     widths:     widths that a group of 16 channels may have, beside 0.
     allocation: how bytes are shared between layers, keys and values: "kl" (measured on the whole model, which must
                 be in memory), "energy" (relative squared error, needs no model), "uniform" (the same for each).
@@ -46,7 +46,7 @@ class Spectral(Method):
     key_metric, value_metric: as CSKV's.
     """
 
-    kept: float = 0.0625
+    budget: float = 0.0625
     widths: tuple[int, ...] = (1, 2, 3, 4, 8)
     allocation: Literal["kl", "energy", "uniform"] = "kl"
     rotate: bool = True
@@ -54,11 +54,11 @@ class Spectral(Method):
     value_metric: Literal["plain", "output"] = "plain"
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "kept"
+    budget_setting: ClassVar[str] = "budget"
 
     def check(self) -> None:
         super().check()
-        require(0 < self.kept <= 1, f"kept={self.kept}", "Use a share of bytes above 0, up to 1.")
+        require(0 < self.budget <= 1, f"budget={self.budget}", "Use a share of bytes above 0, up to 1.")
         ok = bool(self.widths) and all(w in (1, 2, 3, 4, 8) for w in self.widths)
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
 
@@ -66,7 +66,7 @@ class Spectral(Method):
     def probes(self) -> bool:
         return self.allocation == "kl"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
         page = shape.token_bytes * self.page
         least = group_bytes(group_sizes(shape.width)[0], min(self.widths), self.page) / page
@@ -113,7 +113,7 @@ class Spectral(Method):
             shape = next(iter(shapes.values()))
             group = group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
             least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
-            raise SettingError(f"kept={self.kept} is less than one group of channels takes. Use {least:g} or more.")
+            raise SettingError(f"budget={self.budget} is less than one group of channels takes. Use {least:g} or more.")
         done = {}
         for i in layers:
             chosen = {f"{kv}_widths": widths[i, kv] for kv in KVS}
@@ -129,7 +129,7 @@ class Spectral(Method):
 
     def _budget(self, shape: LayerShape) -> int:
         """Bytes of a layer's page, keys and values."""
-        return int(min(self.kept * shape.token_bytes * self.page, self._most(shape)))
+        return int(min(self.budget * shape.token_bytes * self.page, self._most(shape)))
 
     def _most(self, shape: LayerShape) -> int:
         return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in group_sizes(shape.width))

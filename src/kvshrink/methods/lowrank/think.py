@@ -28,7 +28,7 @@ from kvshrink.methods.lowrank import _channels
 class ThinK(Method):
     """Pruned key channels.
 
-    keep:   share of the key channels kept in every head (the paper's 1 - ratio: 0.6 and 0.5).
+    keep:   share of the key channels in every head (the paper's 1 - ratio: 0.6 and 0.5).
     bits:   bits of a stored number, keys and values: None (the model's dtype), 8, 4, 3 or 2 (KIVI's axes).
     fill:   what a channel reads as that is left out: "mean" (of calibration text, before RoPE) or "zero".
     scores: importance of a channel: "calibrated" (energy of queries x keys, the paper's norms squared), or "magnitude"
@@ -41,13 +41,13 @@ class ThinK(Method):
     scores: Literal["calibrated", "magnitude"] = "calibrated"
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "keep"
+    budget_setting: ClassVar[str] = "keep"
 
     def check(self) -> None:
         super().check()
         _channels.check(self.keep, self.bits)
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> list[float]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [kept / shape.head_dim for kept in range(2, shape.head_dim + 1, 2)]
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:

@@ -106,9 +106,9 @@ class A2ATS(Quantiser):
     needs_fit: ClassVar[bool] = True
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
     of_latents: ClassVar[bool] = False  # an index is of keys, and latents have none of their own
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
         return (*sorted(WIDTHS), None)
 
     def check(self) -> None:

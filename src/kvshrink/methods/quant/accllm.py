@@ -31,9 +31,9 @@ class AccLLM(Quantiser):
 
     drops_tokens: ClassVar[bool] = True
     of_latents: ClassVar[bool] = False  # the method of the latents would drop tokens, which it does not say
-    dial: ClassVar[str] = "recent"
+    budget_setting: ClassVar[str] = "recent"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> range:
+    def budget_values(self, shape: LayerShape, tokens: int) -> range:
         return range(self.page, max(self.page, tokens) + 1, self.page)
 
     def check(self) -> None:

@@ -33,7 +33,7 @@ class BlockFloat(Quantiser):
     group: int = 32
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:

@@ -32,9 +32,9 @@ class EdgeQAT(Quantiser):
     low: int = 4
     share: float = 0.5
 
-    dial: ClassVar[str] = "share"
+    budget_setting: ClassVar[str] = "share"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
         return shares(self.page)
 
     def check(self) -> None:

@@ -42,7 +42,7 @@ class GEAR(Quantiser):
     base: Literal["kivi", "kcvt"] = "kivi"
 
     page: ClassVar[int] = 128
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:

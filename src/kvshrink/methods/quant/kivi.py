@@ -34,7 +34,7 @@ class KIVI(Quantiser):
     bits: int = 2
     group: int = 32
 
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     @property

@@ -46,7 +46,7 @@ class KVQuant(Quantiser):
     outliers: float = 0.01
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
 

@@ -38,9 +38,9 @@ class MiKV(Quantiser):
     share: float = 0.25
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "share"
+    budget_setting: ClassVar[str] = "share"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
         return shares(self.page)
 
     def check(self) -> None:

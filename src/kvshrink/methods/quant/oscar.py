@@ -40,7 +40,7 @@ class OSCAR(Quantiser):
     value_clip: float = 0.92
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:

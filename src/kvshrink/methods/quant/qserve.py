@@ -35,7 +35,7 @@ class QServe(Quantiser):
     bits: int = 4
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class RotateKV(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     site: ClassVar = "k_pre"
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:

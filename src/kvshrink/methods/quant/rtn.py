@@ -24,9 +24,9 @@ class RTN(Quantiser):
     key_axis: Literal["channel", "token"] = "channel"
     group: int = 32
 
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
         return (*sorted(WIDTHS), None)
 
     def check(self) -> None:

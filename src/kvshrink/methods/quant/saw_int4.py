@@ -28,7 +28,7 @@ class SAWInt4(Quantiser):
     group: int = 128
     block: int = 128
 
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def check(self) -> None:

@@ -48,7 +48,7 @@ class SKVQ(Quantiser):
     bits: int | float = 2
 
     needs_fit: ClassVar[bool] = True
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
 

@@ -36,7 +36,7 @@ class TurboQuant(Quantiser):
 
     bits: int = 4
 
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:

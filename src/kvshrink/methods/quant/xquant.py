@@ -47,7 +47,7 @@ class XQuant(Quantiser):
     needs_fit: ClassVar[bool] = True
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
     of_latents: ClassVar[bool] = False  # its basis is the projection's; a low-rank method has its own
-    dial: ClassVar[str] = "bits"
+    budget_setting: ClassVar[str] = "bits"
     offered: ClassVar[tuple] = BITS
 
     @property

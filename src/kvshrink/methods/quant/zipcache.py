@@ -37,9 +37,9 @@ class ZipCache(Quantiser):
     share: float = 0.6
 
     page: ClassVar[int] = 128
-    dial: ClassVar[str] = "share"
+    budget_setting: ClassVar[str] = "share"
 
-    def dial_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
+    def budget_values(self, shape: LayerShape, tokens: int) -> tuple[float, ...]:
         return shares(self.page)
 
     def check(self) -> None:

@@ -1,0 +1,111 @@
+"""A method's setting that holds a given share of the full cache's bytes: comparisons are made at equal real bytes.
+
+Bytes are the method's own arithmetic (`Method.layer_bytes`, which a contract test holds against the live tensors), with
+window, sinks, scales and positions. Outcomes report what was measured.
+"""
+
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any
+
+import torch
+
+from kvshrink.attach import attach
+from kvshrink.attach.factory import shapes
+from kvshrink.attach.families import text_config
+from kvshrink.errors import SettingError
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import LayerShape
+from kvshrink.store.tokens import BYTES_PER_TOKEN
+
+TOLERANCE = 0.05  # a target counts as reached within 5 % of it
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A method at a budget. byte_ratio: promised bytes over the full cache's; reached: whether that is the target."""
+
+    method: Method
+    byte_ratio: float
+    reached: bool
+
+
+def at_byte_ratio(method: Method, target: float, model: Any, tokens: int) -> Reached:
+    """`method`, its budget setting (CSKV's keep, RTN's bits) such that `tokens` tokens take `target` of full bytes.
+
+    The largest setting that stays under the target; where that is not within TOLERANCE of it, the nearest one.
+    Raises SettingError for a target outside (0, 1], or if no setting fits the model.
+    """
+    if not 0 < target <= 1:
+        raise SettingError(f"byte_ratio={target} is not possible. Use a share of bytes above 0, up to 1.")
+    sizes = CacheBudget.of(model, tokens)
+    method = sizes.resolved(method)
+    values = method.budget_values(sizes.layers[0], tokens) if method.budget_setting else (None,)
+
+    def setting(i: int) -> Method:
+        changes: dict[str, Any] = {method.budget_setting: values[i]} if method.budget_setting else {}
+        return replace(method, **changes)
+
+    above = bisect_right(range(len(values)), target, key=lambda i: sizes.byte_ratio(setting(i)))
+    near = {
+        i: ratio for i in (above - 1, above) if 0 <= i < len(values) and (ratio := sizes.byte_ratio(setting(i))) > 0
+    }
+    if not near:
+        raise SettingError(f"{name_of(method)} has no setting for this model's {sizes.layers[0].width} KV channels.")
+    below = near.get(above - 1, 0.0)
+    best = above - 1 if below >= (1 - TOLERANCE) * target else min(near, key=lambda i: abs(log(near[i] / target)))
+    return Reached(setting(best), near[best], abs(near[best] / target - 1) <= TOLERANCE)
+
+
+def promised(method: Method, model: Any, tokens: int) -> float:
+    """Share of the full cache's bytes that the method promises to hold for this many tokens; 0 if it does not fit."""
+    return CacheBudget.of(model, tokens).byte_ratio(method)
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay.
+
+    device: where the model is, for which methods resolve "auto".
+    """
+
+    layers: list[LayerShape]
+    tokens: int
+    fixed: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, tokens: int) -> "CacheBudget":
+        all_shapes = shapes(attach(model))
+        layers = [shape for shape in all_shapes if shape is not None]
+        if not layers:
+            raise SettingError("this model has no full-attention layer: there is nothing to shrink.")
+        sliding = len(all_shapes) - len(layers)
+        length = min(tokens, (getattr(text_config(model), "sliding_window", None) or 1) - 1)
+        device = next(model.parameters()).device
+        return cls(layers, tokens, sliding * length * layers[0].token_bytes, device)
+
+    @property
+    def full(self) -> int:
+        """Bytes of the full cache of one sequence."""
+        return self.tokens * sum(shape.token_bytes for shape in self.layers) + self.fixed
+
+    def resolved(self, method: Method) -> Method:
+        """The method as a fit on this model would start from it."""
+        return method.resolve_auto(self.layers, self.device)
+
+    def held(self, method: Method) -> int:
+        """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
+        try:
+            method = self.resolved(method)
+            parts = [n * method.layer_bytes(shape, {}, self.tokens) for shape, n in Counter(self.layers).items()]
+        except SettingError:
+            return 0
+        return sum(parts) + BYTES_PER_TOKEN * self.tokens + self.fixed
+
+    def byte_ratio(self, method: Method) -> float:
+        """Share of bytes that the method promises to hold; 0 for a setting that is too small for the model."""
+        return self.held(method) / self.full

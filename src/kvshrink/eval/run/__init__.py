@@ -1,0 +1,1 @@
+"""Running a comparison: entries, samples and rounds, one exact prefill each, outcomes found again, fidelity."""

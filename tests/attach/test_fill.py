@@ -1,0 +1,34 @@
+"""A cache that is filled from a shared prefill is the one that the model itself would have filled."""
+
+import pytest
+import torch
+
+import kvshrink
+from kvshrink import methods
+from kvshrink.attach import attach, make_cache
+from kvshrink.attach.fill import asks, fill, prefill
+
+
+@pytest.fixture(scope="module")
+def model():
+    return kvshrink.reference_model("float32")[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["rtn", "zipcache", "edgeqat"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_filled_pages_are_those_of_the_model_s_own_prefill(model, name, padded):
+    ids = torch.randint(10, 3000, (2, 400), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0 if padded else 1
+    attachment, method = attach(model), methods.get(name)()
+    own = make_cache(model, method)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=own)
+    filled = make_cache(model, method)
+    shown = mask if padded else None
+    fill(filled, prefill(model, ids, shown, asks(method)), attachment, shown)
+    for mine, theirs in zip(filled.layers, own.layers, strict=True):
+        assert len(mine.body) == len(theirs.body) > 0
+        for a, b in zip(mine.tensors(), theirs.tensors(), strict=True):
+            assert torch.equal(a, b)
