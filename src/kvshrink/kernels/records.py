@@ -75,7 +75,10 @@ class Holder(ABC):
 
     @abstractmethod
     def addresses(self, start: int, stop: int) -> np.ndarray:
-        """Where they are, int64 [b, L, p] on the host, in one piece; 0 for a page that a lane does not have."""
+        """Where they are, int64 [b, L, p] on the host, in one piece; 0 for a page that a lane does not have.
+
+        On a GPU each is a multiple of 16, or of the largest power of two that divides a record's size if that is less.
+        """
 
     def device_addresses(self, start: int, stop: int) -> Tensor:
         """The same where the records are."""
@@ -152,7 +155,9 @@ class Single(Holder):
 
     def addresses(self, start: int, stop: int) -> np.ndarray:
         b, lanes, pages, size = self.records.shape
-        table = (self.records.data_ptr() or 1) + size * np.arange(b * lanes * pages, dtype=np.int64).reshape(b, lanes, pages)
+        table = (self.records.data_ptr() or 1) + size * np.arange(b * lanes * pages, dtype=np.int64).reshape(
+            b, lanes, pages
+        )
         return np.ascontiguousarray(table[:, :, start:stop])
 
 
