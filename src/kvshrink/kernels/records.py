@@ -173,5 +173,7 @@ def recorded(stored: Mapping[str, Tensor], lanes: int = 1) -> Records:
 
 def _of(field: Field, records: UInt8[Tensor, "b L p size"]) -> Tensor:
     """[b, L, p, *shape], a view."""
+    if field.nbytes == 0:  # torch cannot view bytes that are not there as wider numbers
+        return records.new_empty((*records.shape[:3], *field.shape), dtype=field.dtype)
     part = records[..., field.offset : field.offset + field.nbytes].view(field.dtype)
     return part.unflatten(-1, field.shape) if field.shape else part[..., 0]
