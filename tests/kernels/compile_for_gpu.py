@@ -70,12 +70,12 @@ def grown():
     """A longer sequence, and a part of it that begins at any page, take the program that was compiled."""
     bf16, programs = torch.bfloat16, []
     keys, values = packed(("channel", 4), 2, 128, 40, 1, bf16), packed(("token", 4), 2, 128, 40, 1, bf16)
-    keys, values = strewn(keys, values, 2)
+    keys, values = strewn(keys, values, 1)
     basis = basis_of(2, 128, 2, 128)
     for start, stop in ((0, 40), (1, 10), (3, 40)):
         part = [side._replace(stored=replace(side.stored, start=start, stop=stop)) for side in (keys, values)]
         tokens = (stop - start) * 32
-        live = Live(COUNTS.expand(1, 2, -1)[..., start:stop], torch.zeros(3).int()[start % 2 :][:1])
+        live = Live(COUNTS[..., start:stop], torch.zeros(3).int()[start % 2 :][:1])
         visible, turn = torch.ones(1, 1, 1, tokens, dtype=torch.bool), turn_of(tokens + start, 128)
         turn = turn._replace(positions=turn.positions[:, start:])
         launcher.decode(torch.randn(1, 2, 4, 128), part[0], basis, turn, part[1], visible, None, bf16, live)

@@ -140,4 +140,4 @@ def ragged(form, lanes: int, dtype: torch.dtype) -> tuple[tuple, Live]:
     keys, values = strewn(keys, values, lanes, gone)
     visible = torch.rand(2, 1, 3, 160) > 0.3
     job = torch.randn(2, 4, 3, 32) / 6, keys, basis_of(4, 20, 4, 32), turn_of(160, 32), values, visible
-    return job, Live(counts, torch.tensor([70, 3]).int())
+    return job, Live(counts, torch.tensor([85, 3]).int())

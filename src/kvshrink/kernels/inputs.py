@@ -83,9 +83,9 @@ def _check_side(name: str, packed: Packed, b: int, heads: int, device: torch.dev
         of = _field
         if stored.holder.device != device:
             raise _refusal(name, f"on {stored.holder.device}", f"on {device}")
-        table, wanted = stored.addresses.shape, (b, stored.lanes, stored.pages)
-        if table != wanted:
-            raise _refusal(f"table of {name}", str(list(table)), str(list(wanted)))
+        table, lanes = stored.addresses.shape, (b, stored.lanes, stored.pages)
+        if table != lanes:
+            raise _refusal(f"table of {name}", str(list(table)), str(list(lanes)))
     first = of(stored, next(iter(stored), ""))
     pages, groups = first[0][1:3] if first is not None and len(first[0]) >= 3 else (0, 0)
     if groups == 0 or heads % groups:
