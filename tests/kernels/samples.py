@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvshrink.kernels.decode import Basis, Turn
+from kvshrink.kernels.decode import Basis, Live, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
-from kvshrink.kernels.records import recorded
+from kvshrink.kernels.records import Holder, Records, recorded
 from kvshrink.methods._packing import Affine, Codebook, Raw
 from kvshrink.methods._packing.mixed import Mixed
 
@@ -54,18 +54,59 @@ def turn_of(tokens: int, d: int, first: int = 7, part: float = 1.0, base: float 
     return Turn(torch.arange(first, first + tokens).int()[None], base ** (-torch.arange(f) / f), **given)
 
 
+class Strewn(Holder):
+    """Records [m, size] in any order. index: int64 [b, L, p], which one each page is; -1 where a lane lacks it."""
+
+    def __init__(self, run: torch.Tensor, index: np.ndarray) -> None:
+        self.run, self.index = run, index
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    def bytes_of(self, start: int, stop: int) -> torch.Tensor:
+        index = self.index[:, :, start:stop]
+        return self.run[torch.from_numpy(np.where(index < 0, self.index.max(), index)).to(self.device)]
+
+    def addresses(self, start: int, stop: int) -> np.ndarray:
+        index = self.index[:, :, start:stop]
+        return np.ascontiguousarray(np.where(index < 0, 0, self.run.data_ptr() + self.run.stride(0) * index))
+
+    def device_addresses(self, start: int, stop: int) -> torch.Tensor:
+        """As a cache has them: a part of the whole table, which need not be aligned."""
+        return torch.from_numpy(self.addresses(0, self.index.shape[2])).to(self.device)[:, :, start:stop].contiguous()
+
+    def to(self, device: torch.device) -> "Strewn":
+        return Strewn(self.run.to(device), self.index)
+
+
+def strewn(keys: Packed, values: Packed, lanes: int, gone: torch.Tensor | None = None) -> tuple[Packed, Packed]:
+    """The same pages, keys and values in one record for each of so many lanes, in no order, among records of ones.
+
+    gone: pages [b, lanes, p] that a lane does not have.
+    """
+    sides = {"keys.": keys, "values.": values}
+    given = recorded({at + name: t for at, side in sides.items() for name, t in side.stored.items()}, lanes)
+    *outer, size = given.bytes.shape
+    index = torch.randperm(given.bytes.shape[:3].numel() + 2)[:-2].view(outer)
+    run = torch.full((index.numel() + 2, size), 255, dtype=torch.uint8)
+    run[index] = given.bytes
+    if gone is not None:
+        run[index[gone]] = 255
+        index[gone] = -1
+    records = Records(Strewn(run, index.numpy()), given.layout, 0, given.pages)
+    k, v = (side._replace(stored=records.under(at)) for at, side in sides.items())
+    return k, v
+
+
 def far(packed: Packed, folder) -> Packed:
-    """The same pages, with rows, pages and groups (three of each) so far apart that a place is beyond 32 bits but the
-    distance of neighbours is not: in files that are nearly all hole."""
-    strides = (2**30, 2**30 + 2**20, 2**30 + 2**22)
-    moved = {}
-    for name, tensor in packed.stored.items():
-        assert tensor.shape[:3] == (3, 3, 3)
-        rest = tensor[0, 0, 0].contiguous().stride()
-        data = np.memmap(folder / name, np.uint8, "w+", shape=((2 * sum(strides) + 2**20) * tensor.itemsize,))
-        view = torch.from_numpy(data).view(tensor.dtype).as_strided(tensor.shape, (*strides, *rest))
-        moved[name] = view.copy_(tensor)
-    return packed._replace(stored=moved)
+    """The same pages, so far apart that places are beyond 32 bits but the distance of neighbours is not: in a file that
+    is nearly all hole."""
+    records, step = packed.stored.bytes, 2**30 + 2**20
+    index, size = np.arange(records.shape[:3].numel()).reshape(records.shape[:3]), records.shape[3]
+    data = torch.from_numpy(np.memmap(folder / "far", np.uint8, "w+", shape=(index.size * step,)))
+    run = data.as_strided((index.size, size), (step, 1)).copy_(records.reshape(-1, size))
+    return packed._replace(stored=Records(Strewn(run, index), packed.stored.layout, 0, packed.stored.pages))
 
 
 def masked(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple:
@@ -84,3 +125,19 @@ def placed(dtype: torch.dtype) -> tuple:
     turn = turn_of(128, 64)._replace(positions=positions.clamp_min(-1))
     visible = (positions >= 0)[:, None, None]
     return torch.randn(2, 2, 3, 64) / 8, keys, basis_of(2, 20, 2, 64), turn, values, visible
+
+
+def ragged(form, lanes: int, dtype: torch.dtype) -> tuple[tuple, Live]:
+    """The same of two rows and four heads, whose lanes lack pages in front, between, behind, or all of them; and which
+    slots of the others are to be read."""
+    keys, values = packed(form, 4, 20, 5, 2, dtype, 8), packed(form, max(2, lanes), 24, 5, 2, dtype, 24)
+    gone = torch.zeros(2, lanes, 5, dtype=torch.bool)
+    gone[0, -1, 3:], gone[1, 0, 1], gone[1, -1, 0] = True, True, True
+    counts = torch.randint(0, PAGE + 1, gone.shape, dtype=torch.uint8)
+    counts[:, 0, 0], counts[..., 2] = 0, PAGE
+    if lanes > 2:
+        gone[1, 1], counts[0, 1] = True, 0
+    keys, values = strewn(keys, values, lanes, gone)
+    visible = torch.rand(2, 1, 3, 160) > 0.3
+    job = torch.randn(2, 4, 3, 32) / 6, keys, basis_of(4, 20, 4, 32), turn_of(160, 32), values, visible
+    return job, Live(counts, torch.tensor([85, 3]).int())

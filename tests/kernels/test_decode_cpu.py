@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from kvshrink.kernels import native
-from kvshrink.kernels.decode import Basis, cpu, fused, reference
-from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, turn_of
+from kvshrink.kernels.decode import ALL, Basis, Live, cpu, fused, reference
+from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, ragged, strewn, turn_of
 from tests.kernels.tolerances import assert_close
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="no C++ kernels: decoding runs in plain torch")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def compare(query, keys, basis, turn, values, visible, softcap, dtype):
-    want = reference.decode(query, keys, basis, turn, values, visible, softcap, dtype)
-    assert_close(cpu.decode(query, keys, basis, turn, values, visible, softcap, dtype), want, dtype)
+def compare(query, keys, basis, turn, values, visible, softcap, dtype, live=ALL):
+    want = reference.decode(query, keys, basis, turn, values, visible, softcap, dtype, live)
+    assert_close(cpu.decode(query, keys, basis, turn, values, visible, softcap, dtype, live), want, dtype)
 
 
 @needs_library
@@ -65,6 +65,33 @@ def test_masks_of_every_shape(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_positions_of_their_own(dtype):
     compare(*placed(dtype), None, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_lanes_that_lack_pages_and_slots(form, lanes, dtype):
+    (query, keys, *how, values, visible), live = ragged(form, lanes, dtype)
+    compare(query, keys, *how, values, None, None, dtype)
+    for given in (live, Live(live.counts), Live(skips=live.skips)):
+        compare(query, keys, *how, values, visible, None, dtype, given)
+        compare(query[..., :20], keys, None, None, values, None, 5.0, dtype, given)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_read_little_of_many_pages(threads):
+    """Threads to which nothing falls, and counts that do not lie in one piece."""
+    keys, values = packed("raw", 2, 16, 13, 3, torch.float32), packed("raw", 2, 16, 13, 3, torch.float32)
+    keys, values = strewn(keys, values, 2)
+    counts, before = torch.randint(0, 33, (3, 2, 15), dtype=torch.uint8)[..., 1:-1], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for live in (Live(counts, torch.tensor([300, 416, 0]).int()), Live(counts)):
+            compare(torch.randn(3, 4, 2, 16) / 4, keys, None, None, values, None, None, torch.float32, live)
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_library
@@ -118,9 +145,12 @@ def test_slow_turns_are_as_good_as_exact_ones():
 def test_other_page_sizes_and_a_set_environment_are_left_to_the_reference(monkeypatch):
     keys = packed("raw", 1, 8, 1, 1, torch.float32)
     assert fused(torch.device("cpu"), keys, keys).kernel is cpu.decode
-    assert fused(torch.device("cpu"), keys._replace(page=16), keys) is None
+    assert fused(torch.device("cpu"), keys._replace(page=16), keys) == (None, "pages of 16 and 32 tokens")
+    other = keys._replace(page=16)
+    assert fused(torch.device("cpu"), other, other) == (None, "pages of 16 tokens; C++ reads 32")
+    assert fused(torch.device("cpu"), None, keys) == (None, "no kernel reads this form of keys")
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
-    assert fused(torch.device("cpu"), keys, keys) is None
+    assert fused(torch.device("cpu"), keys, keys) == (None, "KVSHRINK_REFERENCE=1")
 
 
 @needs_library

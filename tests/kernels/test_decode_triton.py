@@ -8,14 +8,16 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvshrink.kernels.decode import Basis, fused, reference
+from kvshrink.kernels.decode import ALL, Basis, Live, fused, reference
 from kvshrink.kernels.decode.gpu.side import fits
-from tests.kernels.samples import FORMS, basis_of, far, masked, packed, placed, turn_of
+from kvshrink.kernels.records import Records, Single
+from tests.kernels.samples import FORMS, basis_of, far, masked, packed, placed, ragged, strewn, turn_of
 from tests.kernels.tolerances import assert_close
 
 pytest.importorskip("triton", reason="no triton: CUDA devices then decode in plain torch")
@@ -25,12 +27,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(query, keys, basis, turn, values, visible, softcap, dtype):
+def compare(query, keys, basis, turn, values, visible, softcap, dtype, live=ALL):
     from kvshrink.kernels.decode import triton
 
     job = [_moved(x) for x in (query, keys, basis, turn, values, visible)]
-    want = reference.decode(*job, softcap, torch.float32)
-    assert_close(triton.decode(*job, softcap, dtype), want, dtype)
+    want = reference.decode(*job, softcap, torch.float32, _moved(live))
+    assert_close(triton.decode(*job, softcap, dtype, _moved(live)), want, dtype)
 
 
 def _moved(x):
@@ -38,8 +40,9 @@ def _moved(x):
     if isinstance(x, torch.Tensor):
         whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to(DEVICE)
         return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
-    if isinstance(x, dict):
-        return {name: _moved(t) for name, t in x.items()}
+    if isinstance(x, Records):
+        holder = x.holder
+        return replace(x, holder=Single(_moved(holder.records)) if isinstance(holder, Single) else holder.to(DEVICE))
     if isinstance(x, Basis):
         return Basis(_moved(x.up), _moved(x.mean))
     return type(x)(*map(_moved, x)) if isinstance(x, tuple) and hasattr(x, "_fields") else x
@@ -86,6 +89,29 @@ def test_positions_of_their_own(dtype):
     query, keys, basis, turn, values, visible = placed(dtype)
     for at in (turn.positions, turn.positions.repeat_interleave(2, 1)[:, ::2]):
         compare(query, keys, basis, turn._replace(positions=at), values, visible, None, dtype)
+
+
+@pytest.mark.parametrize(("form", "lanes"), list(zip(FORMS, itertools.cycle((1, 2, 4)), strict=False)), ids=str)
+def test_lanes_that_lack_pages_and_slots(form, lanes):
+    job, live = ragged(form, lanes, torch.bfloat16)
+    compare(*job, None, torch.bfloat16, live)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_pages_and_slots_each_alone(lanes):
+    (query, keys, *how, values, _), live = ragged(("token", 4), lanes, torch.float32)
+    compare(query, keys, *how, values, None, None, torch.float32)
+    for given in (live, Live(live.counts), Live(skips=live.skips)):
+        compare(query[..., :20], keys, None, None, values, None, 5.0, torch.float32, given)
+
+
+def test_rows_that_read_little_of_many_pages():
+    """Ranges of which a row or a lane reads nothing, and counts that do not lie in one piece."""
+    keys, values = packed("raw", 2, 16, 13, 3, torch.float32), packed("raw", 2, 16, 13, 3, torch.float32)
+    keys, values = strewn(keys, values, 2)
+    counts = torch.randint(0, 33, (3, 2, 15), dtype=torch.uint8)[..., 1:-1]
+    for live in (Live(counts, torch.tensor([300, 416, 0]).int()), Live(counts)):
+        compare(torch.randn(3, 4, 2, 16) / 4, keys, None, None, values, None, None, torch.float32, live)
 
 
 def test_more_ranges_than_are_joined_at_a_time(monkeypatch):
@@ -155,8 +181,9 @@ def test_what_does_not_fit_is_left_to_the_reference(monkeypatch):
     from kvshrink.kernels.decode import triton
 
     cuda = torch.device("cuda")
-    assert fused(cuda, keys, keys) is triton.decode
-    assert fused(cuda, keys._replace(page=24), keys._replace(page=24)) is None
-    assert fused(torch.device("cpu"), keys, keys) is not triton.decode
+    assert fused(cuda, keys, keys) == (triton.decode, "")
+    other = keys._replace(page=24)
+    assert fused(cuda, other, other) == (None, "pages of 24 tokens, latents of 8 and 8 channels")
+    assert fused(torch.device("cpu"), keys, keys).kernel is not triton.decode
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
-    assert fused(cuda, keys, keys) is None
+    assert fused(cuda, keys, keys) == (None, "KVSHRINK_REFERENCE=1")

@@ -277,7 +277,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(fresh, monkeypatch, capl
     assert cxx in native.why()
     assert native.why() in record.message
     assert "\n" not in record.message
-    assert fused(torch.device("cpu"), *[packed("raw", 1, 8, 1, 1, torch.float32)] * 2) is None
+    assert fused(torch.device("cpu"), *[packed("raw", 1, 8, 1, 1, torch.float32)] * 2) == (None, "no C++ compiler")
 
 
 def test_left_out_it_says_nothing(fresh, monkeypatch, caplog):

@@ -4,7 +4,7 @@ A kernel reads as many bytes as form, width, bits and page say, whatever the ten
 shapes a call, which takes microseconds; how a form's tensors must look is worked out once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import inf
 
@@ -77,11 +77,15 @@ def records(packed: Packed) -> Records:
 
 def _check_side(name: str, packed: Packed, b: int, heads: int, device: torch.device) -> tuple[int, int]:
     """(pages, groups)."""
-    of, stored = _tensor, packed.stored
+    of: Callable[..., Found] = _tensor
+    stored = packed.stored
     if isinstance(stored, Records):
         of = _field
         if stored.holder.device != device:
             raise _refusal(name, f"on {stored.holder.device}", f"on {device}")
+        table, lanes = stored.addresses.shape, (b, stored.lanes, stored.pages)
+        if table != lanes:
+            raise _refusal(f"table of {name}", str(list(table)), str(list(lanes)))
     first = of(stored, next(iter(stored), ""))
     pages, groups = first[0][1:3] if first is not None and len(first[0]) >= 3 else (0, 0)
     if groups == 0 or heads % groups:
@@ -110,14 +114,13 @@ def _tensor(stored: Mapping[str, Tensor], name: str) -> Found:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
-def _field(stored: Mapping[str, Tensor], name: str) -> Found:
+def _field(stored: Records, name: str) -> Found:
     """What a tensor would be, without making it."""
-    assert isinstance(stored, Records)
     if name not in stored:
         return None
-    field, (b, lanes, _) = stored.field(name), stored.addresses.shape
-    inner = (field.shape[0] * lanes, *field.shape[1:]) if field.shape else ()
-    return (b, stored.pages, *inner), field.dtype, None
+    field = stored.field(name)
+    inner = (field.shape[0] * stored.lanes, *field.shape[1:]) if field.shape else ()
+    return (stored.addresses.shape[0], stored.pages, *inner), field.dtype, None
 
 
 @cache

@@ -75,7 +75,10 @@ class Holder(ABC):
 
     @abstractmethod
     def addresses(self, start: int, stop: int) -> np.ndarray:
-        """Where they are, int64 [b, L, p] on the host, in one piece; 0 for a page that a lane does not have."""
+        """Where they are, int64 [b, L, p] on the host, in one piece; 0 for a page that a lane does not have.
+
+        On a GPU each is a multiple of 16, or of the largest power of two that divides a record's size if that is less.
+        """
 
     def device_addresses(self, start: int, stop: int) -> Tensor:
         """The same where the records are."""
@@ -202,5 +205,7 @@ def recorded(stored: Mapping[str, Tensor], lanes: int = 1) -> Records:
 
 def _of(field: Field, records: UInt8[Tensor, "b L p size"]) -> Tensor:
     """[b, L, p, *shape], a view."""
+    if field.nbytes == 0:  # torch cannot view bytes that are not there as wider numbers
+        return records.new_empty((*records.shape[:3], *field.shape), dtype=field.dtype)
     part = records[..., field.offset : field.offset + field.nbytes].view(field.dtype)
     return part.unflatten(-1, field.shape) if field.shape else part[..., 0]

@@ -17,7 +17,7 @@ from kvshrink.kernels import inputs
 from kvshrink.kernels.decode.gpu.attend import attend
 from kvshrink.kernels.decode.gpu.join import join
 from kvshrink.kernels.decode.gpu.side import constants, side
-from kvshrink.kernels.decode.reference import Basis, Turn
+from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float
 
@@ -33,7 +33,7 @@ CONFIGS = [
     for pages, warps, stages in ((1, 4, 1), (1, 4, 2), (2, 4, 2), (4, 8, 2))  # the first needs least memory
 ]
 KEY = [
-    *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "WIDTH", "GROUPS", "SHARE")),
+    *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "DATA", "WIDTH", "GROUPS", "SHARE")),
     *("REBUILT", "WIDE", "PAIRS", "MASKED", "DTYPE", "T", "ROWS"),
 ]
 _tuned = triton.autotune(CONFIGS[2:3] if INTERPRETED else CONFIGS, key=KEY)(attend)
@@ -48,13 +48,14 @@ def decode(
     visible: Bool[Tensor, "#b #h #x t"] | None,
     softcap: float | None,
     precision: torch.dtype,
+    live: Live = ALL,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """As the reference, for pages that gpu/side.py: fits."""
     b, h, x, _ = query.shape
-    if inputs.check(query, keys, basis, turn, values, visible, softcap) == 0 or b * h * x == 0:
+    if inputs.check(query, keys, basis, turn, values, visible, softcap, live) == 0 or b * h * x == 0:
         return query.new_zeros(b, h, x, values.width), query.new_full((b, h, x, 1), -torch.inf)
     with torch.cuda.device_of(query):  # triton launches on the current device, whatever its tensors are on
-        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision)
+        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision, live)
         if parts.shape[2] == 1:
             return parts[:, :, 0], sums[:, :, 0, :, None]
         ranges, width = parts.shape[2], parts.shape[4]
@@ -73,10 +74,12 @@ def _ranges(
     visible: Tensor | None,
     softcap: float | None,
     precision: torch.dtype,
+    live: Live,
 ) -> tuple[Float[Tensor, "b h ranges x r"], Float[Tensor, "b h ranges x"]]:
     """(weighted sum of value latents, log-sum-exp) of each range of pages."""
     b, h, x, wide = query.shape
-    pages = next(iter(keys.stored.values())).shape[1]
+    of_keys, of_values = inputs.records(keys), inputs.records(values)
+    pages = of_keys.pages
     rows = max(16, min(64, triton.next_power_of_2(x), ROW_ELEMENTS // triton.next_power_of_2(values.width)))
     blocks = triton.cdiv(x, rows)
     size = _range(pages, b * h * blocks, query.device)
@@ -84,14 +87,19 @@ def _ranges(
     out = query.new_empty(b, h, ranges, x, values.width, dtype=torch.float32)
     lse = query.new_empty(b, h, ranges, x, dtype=torch.float32)
     positions = None if turn is None else _rows(turn.positions).expand(b, -1)
+    counts = None if live.counts is None else _rows(live.counts)
     flags = None if visible is None else _rows(visible).expand(b, h, x, -1).view(torch.uint8)
     _tuned[(b * h, ranges, blocks)](
         query.float().contiguous(),
-        side(keys),
+        side(keys, of_keys),
+        of_keys.device_addresses,
         *((None, None) if basis is None else (basis.up.contiguous(), basis.mean.contiguous())),
         positions,
         None if turn is None else turn.inv_freq.contiguous(),
-        side(values),
+        side(values, of_values),
+        of_values.device_addresses,
+        counts,
+        None if live.skips is None else live.skips.contiguous(),
         flags,
         out,
         lse,
@@ -100,16 +108,19 @@ def _ranges(
         pages,
         size,
         0 if positions is None else positions.stride(0),
+        *((0, 0) if counts is None else counts.stride()[:2]),
         *((0, 0, 0) if flags is None else flags.stride()[:3]),
         1.0 if turn is None else turn.scaling,
         softcap or 1.0,
-        **constants(keys, "K"),
-        **constants(values, "V"),
+        **constants(keys, of_keys, "K"),
+        **constants(values, of_values, "V"),
         REBUILT=basis is not None,
         WIDE=wide,
         PAIRS=0 if turn is None else len(turn.inv_freq),
         INTERLEAVED=turn is not None and turn.interleaved,
         CAPPED=softcap is not None,
+        COUNTED=counts is not None,
+        SKIPPING=live.skips is not None,
         MASKED=visible is not None,
         DTYPE=getattr(tl, str(precision).removeprefix("torch.")),
         T=keys.page,

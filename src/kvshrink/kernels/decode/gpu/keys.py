@@ -17,15 +17,16 @@ from kvshrink.kernels.decode.gpu.tiles import latents, multiply, rounded
 @triton.jit
 @no_type_check
 def products(
-    asked, alive, keys, row, head, heads, page, end,
-    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
-    DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    asked, alive, keys, records, member,
+    FORM: tl.constexpr, BITS: tl.constexpr, DATA: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    SHARE: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Scores [P * T, ROWS] with latents that are keys themselves."""
     scores = tl.zeros((P * T, ROWS), tl.float32)
     for at in range(0, WIDTH, C):
         channel = at + tl.arange(0, C)
-        z = latents(keys, row, head * GROUPS // heads, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        z = latents(keys, records, member, at, FORM, BITS, DATA, ALIGN, WIDTH, SHARE, DTYPE, P, T, C)
         scores = multiply(z, _rows(asked, alive, channel, channel < WIDTH, DTYPE), scores)
     return scores
 
@@ -34,8 +35,9 @@ def products(
 @no_type_check
 def turned(
     asked, alive, keys, up, basis, mean, positions, inv_freq, scaling,
-    row, head, heads, page, end, token, there,
-    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
+    records, member, head, heads, token, there,
+    FORM: tl.constexpr, BITS: tl.constexpr, DATA: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     DTYPE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +47,6 @@ def turned(
     """
     one, two, rest = lists(D, PAIRS, INTERLEAVED)
     pair = tl.arange(0, one.shape[0])
-    group = head * GROUPS // heads
     means = mean + head.to(tl.int64) * D  # [G, a] is [h, d]
     if PAIRS > 0:
         a = _start(means, one, pair < PAIRS, P * T)
@@ -53,7 +54,7 @@ def turned(
     if 2 * PAIRS < D:
         still = _start(means, rest, rest < D, P * T)
     for at in range(0, WIDTH, C):
-        z = latents(keys, row, group, page, end, at, FORM, BITS, WIDTH, SHARE, DTYPE, P, T, C)
+        z = latents(keys, records, member, at, FORM, BITS, DATA, ALIGN, WIDTH, SHARE, DTYPE, P, T, C)
         part = basis
         if WIDTH > C:
             part = columns(up, head, heads, at, WIDTH, GROUPS, D, PAIRS, INTERLEAVED, DTYPE, C)

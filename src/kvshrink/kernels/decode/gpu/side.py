@@ -1,9 +1,10 @@
-"""One side's stored pages as the programs take them: pointers, strides and the constants that a program is built for.
+"""One side's stored pages as the programs take them: where a record's parts lie, and the constants of a program.
 
 Imports no triton, so that a machine without it can ask what fits.
 """
 
 from functools import cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -13,24 +14,28 @@ from kvshrink.kernels import inputs
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.kernels.pack.reference import WIDTHS, packed_bytes
+from kvshrink.kernels.records import Records
 from kvshrink.shapes import Float, Int
 
 PAGES = (16, 32, 64, 128)  # tokens of a page: planes of codes are whole tokens, and tiles what a product takes
 WIDEST = 1024  # channels of value latents, whose weighted sum a program holds in registers
 
-Strides = tuple[int, int, int]
+ALIGNED = 16  # bytes that a thread reads at once at most
+
+Part = tuple[int, int]
 
 
 class Side(NamedTuple):
-    """Tensors whose last axes are contiguous, each with its strides of row, page and group, in elements."""
+    """Where the parts of a record begin, and how far apart those of its groups are, in bytes.
 
-    data: Tensor  # latents, or bytes of codes
-    data_at: Strides
-    scale: Tensor  # or gain; the data once more where the form has none
-    scale_at: Strides
-    low: Tensor
-    low_at: Strides
-    places: Tensor  # where each channel's codes lie, of "normal"
+    Plain numbers, since they are the same for all pages of a cache: a program is compiled for those that are a multiple
+    of 16 and those that are not.
+    """
+
+    data: Part  # latents, or bytes of codes
+    scale: Part  # or gain; the data once more where the form has none
+    low: Part
+    places: Tensor  # where each channel's codes lie, of "normal"; else nothing, as of `levels`
     levels: Tensor  # what codes stand for, of "normal" and "table"
 
 
@@ -39,37 +44,50 @@ def fits(keys: Packed, values: Packed) -> bool:
     return keys.page == values.page and keys.page in PAGES and keys.width > 0 and 0 < values.width <= WIDEST
 
 
-def side(packed: Packed) -> Side:
-    """The tensors of some pages; copied only where their last axes are not contiguous."""
-    data = inputs.whole(packed.stored["latent" if packed.form == "raw" else "codes"])
-    numbers = [inputs.whole(packed.stored[name]) for name in inputs.NUMBERS.get(packed.form, ())]
+def side(packed: Packed, records: Records) -> Side:
+    """How the records of some pages lie."""
+    device = records.holder.device
+    data = _part(records, _data(packed))
+    numbers = [_part(records, name) for name in inputs.NUMBERS.get(packed.form, ())]
     scale, low = (*numbers, data, data)[:2]
-    places, table = data, data
+    places = table = _nothing(device)
     if packed.form == "normal":
-        places, table = _places(packed.runs, packed.page, data.device), _levels(data.device)
+        places, table = _places(packed.runs, packed.page, device), _levels(device)
     elif packed.form == "table":
         assert packed.levels is not None
-        table = packed.levels.to(data.device, torch.float32)
-    return Side(data, _strides(data), scale, _strides(scale), low, _strides(low), places, table)
+        table = packed.levels.to(device, torch.float32)
+    return Side(data, scale, low, places, table)
 
 
-def constants(packed: Packed, name: str) -> dict[str, Any]:
+def constants(packed: Packed, records: Records, name: str) -> dict[str, Any]:
     """What a program is built for, under the names of its arguments."""
-    groups = next(iter(packed.stored.values())).shape[2]
+    data, size = records.field(_data(packed)), records.layout.size
     # one run is addressed by arithmetic; bits 0: there may be several, and a table says where a channel lies
     bits = packed.runs[0][0] if packed.form in ("channel", "token", "table") else 0
     return {
         f"{name}_FORM": packed.form,
         f"{name}_BITS": bits,
+        f"{name}_DATA": str(data.dtype).removeprefix("torch."),
+        f"{name}_ALIGN": gcd(size, ALIGNED),  # of every record's address
         f"{name}_WIDTH": packed.width,
-        f"{name}_GROUPS": groups,
+        f"{name}_GROUPS": data.shape[0] * records.lanes,
+        f"{name}_LANES": records.lanes,
         f"{name}_SHARE": packed.group if packed.form in ("token", "table", "normal") else 1,
     }
 
 
-def _strides(tensor: Tensor) -> Strides:
-    row, page, group = tensor.stride()[:3]
-    return row, page, group
+def _data(packed: Packed) -> str:
+    return "latent" if packed.form == "raw" else "codes"
+
+
+def _part(records: Records, name: str) -> Part:
+    field = records.field(name)
+    return field.offset, field.nbytes // max(1, field.shape[0])
+
+
+@cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Tiles of latents: unpacked and dequantised in registers. kernels/latents and kernels/pack say what is stored.
 
-A tile is P pages of T tokens, so P * T rows, of C channels from channel `first` on. Offsets into stored tensors are
-int64: a long cache has more than 2^31 elements.
+A tile is P pages of T tokens, so P * T rows, of C channels from channel `first` on. Each page's record is found by its
+address, which is read once for a tile.
 """
 
 from typing import no_type_check
@@ -14,18 +14,33 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 @no_type_check
+def lane(table, row, group, pages, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """(addresses of the records that a row has of a group, the group's index among those of a record)."""
+    MEMBERS: tl.constexpr = GROUPS // LANES
+    return table + (row * LANES + group // MEMBERS) * pages, group % MEMBERS
+
+
+@triton.jit
+@no_type_check
+def addresses(own, page, end, P: tl.constexpr):
+    """[P], of the records of pages from `page` on; 0 where there is none, and from page `end` on."""
+    at = page + tl.arange(0, P)
+    return tl.load(own + at, mask=at < end, other=0)
+
+
+@triton.jit
+@no_type_check
 def latents(
-    side, row, group, page, end, first,
-    FORM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr,
-    P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    side, records, member, first,
+    FORM: tl.constexpr, BITS: tl.constexpr, DATA: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    SHARE: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """[P * T, C] in DTYPE, of the pages from `page` on; 0 from page `end` on, finite from channel WIDTH on."""
-    group = group.to(tl.int64)
-    pages = (page + tl.arange(0, P)).to(tl.int64)[:, None, None]
+    """[P * T, C] in DTYPE, of records at these addresses; 0 where there is none, finite from channel WIDTH on."""
+    exists = (records != 0)[:, None, None]
     token = tl.arange(0, T)[None, :, None]
     channel = first + tl.arange(0, C)[None, None, :]
-    there = (pages < end) & (channel < WIDTH)
-    data = side.data + (row * side.data_at[0] + group * side.data_at[2]) + pages * side.data_at[1]
+    there = exists & (channel < WIDTH)
+    data = _part(records, side.data, member, DATA, ALIGN)
     if FORM == "raw":
         tile = tl.load(data + (token * WIDTH + channel), mask=there, other=0.0)
     else:
@@ -41,16 +56,24 @@ def latents(
         S: tl.constexpr = _alike(SHARE, WIDTH, C)
         N: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
         share = (first + tl.arange(0, C // S) * S)[None, None, :] // SHARE
-        known = (pages < end) & (share < N)
+        known = exists & (share < N)
         at = token * N + share if FORM == "token" or FORM == "table" else share
-        scale = side.scale + (row * side.scale_at[0] + group * side.scale_at[2]) + pages * side.scale_at[1] + at
+        scale = _part(records, side.scale, member, "float16", ALIGN) + at
         tile = (
             tl.reshape(codes, (P, T, C // S, S)) * tl.load(scale, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
         )
         if FORM == "channel" or FORM == "token":
-            low = side.low + (row * side.low_at[0] + group * side.low_at[2]) + pages * side.low_at[1] + at
+            low = _part(records, side.low, member, "float16", ALIGN) + at
             tile += tl.load(low, mask=known, other=0.0).to(tl.float32)[:, :, :, None]
     return tl.reshape(rounded(tile, DTYPE), (P * T, C))
+
+
+@triton.jit
+@no_type_check
+def _part(records, at, member, KIND: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers [P, 1, 1] to a part of each record."""
+    first = tl.multiple_of(records[:, None, None].to(_pointer("uint8")), (ALIGN, ALIGN, ALIGN))
+    return (first + (at[0] + member.to(tl.int64) * at[1])).to(_pointer(KIND))
 
 
 @triton.jit
@@ -113,6 +136,12 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.constexpr_function
+@no_type_check
+def _pointer(kind):
+    return tl.pointer_type(getattr(tl, kind))
 
 
 @triton.constexpr_function
