@@ -1,10 +1,10 @@
 """What a cache layer must show, worked out again with plain lists of tokens and the written rules.
 
-The rules: of a row of n tokens the pages before (n - window) // page, counted from its own first column, have left the
-window, and the others are exact; a page that a crop has cut short stays so, and another one takes the rest of
-its columns when they leave; the first `sinks` real tokens of a row stay exact for ever; nothing is encoded twice. Pages
-have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it is gone. A pad is
-any column that the mask hides. Joined rows end together; each has columns of its own.
+The rules: of a row of n tokens the pages before (n - window) // page, counted from its own first column, have left
+the window, and the others are exact; a page that a crop has cut short stays so, and another one takes the rest of its
+columns when they leave; the first `sinks` real tokens of a row stay exact for ever; nothing is encoded twice. Pages
+have an age: what an age cannot hold any more, the oldest first, gets the next one, after the last one it is gone. A
+pad is any column that the mask hides. Joined rows end together; each has columns of its own.
 """
 
 import itertools

@@ -62,7 +62,7 @@ def test_a_budget_of_many_steps_is_held_and_nearly_best(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [0.05, 0.1, 0.25])
-def test_the_budget_is_held_and_used(facts_of, kept):
+def test_the_budget_is_held_and_used(stats_of, kept):
     method = KVTC(budget=kept)
     budget = kept * SMALL.token_bytes * 32
     pair = method.codecs(SMALL, method.fit_layer(stats_of(SMALL)))
@@ -83,7 +83,7 @@ def test_the_error_is_that_of_the_best_choice(stats_of, kv, kept):
     method = KVTC(budget=kept)
     stats = stats_of(SMALL, keys=rows, values=rows)
     fitted = method.fit_layer(stats)
-    codec = method.codecs(SMALL, fitted)[side]
+    codec = method.codecs(SMALL, fitted)[kv]
     values = torch.linalg.eigvalsh(torch.cov(rows.T.double(), correction=0)).flip(0)
     energies = [float(part.sum()) for part in values.split(16)]
     whole = kept * SMALL.token_bytes * 32
@@ -97,11 +97,11 @@ def test_the_error_is_that_of_the_best_choice(stats_of, kv, kept):
     assert got == pytest.approx(best, rel=0.08)
 
 
-def test_components_without_bits_are_not_kept(facts_of):
+def test_components_without_bits_are_not_kept(stats_of):
     fitted = KVTC(budget=0.05).fit_layer(stats_of(SMALL))
-    for side in ("key", "value"):
-        assert (fitted[f"{side}_widths"] > 0).all()
-        assert fitted[f"{side}_up"].shape[1] == 16 * len(fitted[f"{side}_widths"]) < 80
+    for kv in ("key", "value"):
+        assert (fitted[f"{kv}_widths"] > 0).all()
+        assert fitted[f"{kv}_up"].shape[1] == 16 * len(fitted[f"{kv}_widths"]) < 80
 
 
 def test_the_transfer_form_is_smaller_and_the_same(stats_of, tmp_path):

@@ -206,9 +206,9 @@ def test_the_gain_follows_louder_text():
         packing.store(x * 1e6, None)
 
 
-def test_nothing_kept_reads_as_the_mean(facts_of):
+def test_nothing_kept_reads_as_the_mean(stats_of):
     method = Spectral(budget=0.1, allocation="energy")
-    fitted = method.fit_layer(facts_of(SMALL))
+    fitted = method.fit_layer(stats_of(SMALL))
     fitted["key_widths"] = torch.zeros(5, dtype=torch.uint8)
     codec = method.codecs(SMALL, fitted)[0]
     stored = codec.encode(torch.randn(2, 4, 64, 20), None)
