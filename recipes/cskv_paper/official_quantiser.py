@@ -20,6 +20,7 @@ from torch import Tensor
 from kvshrink.errors import EvalError
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
@@ -75,7 +76,13 @@ class OfficialCodec(Codec):
     def width(self) -> int:  # type: ignore[override]
         return self.basis.width
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
         latent = self.basis.project(rows)
         if valid is not None:
             latent = latent.masked_fill(~valid[:, None, :, None], 0.0)

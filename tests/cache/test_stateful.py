@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from kvshrink.cache import attend, layer
+from kvshrink.cache import attend, writing
 from kvshrink.methods._roles import Method
 from tests.cache.machine import METHODS, Machine
 from tests.cache.operations import Copy, Crop, Join, Reload, Reorder, Repeat, Reset, Select, Setup, Split, Update
@@ -91,7 +91,7 @@ operations = st.lists(st.one_of(updates, updates, others), min_size=1, max_size=
 def small(monkeypatch):
     """Small pages and blocks, so that tiny tensors cross every border."""
     monkeypatch.setattr(Method, "page", PAGE)
-    monkeypatch.setattr(layer, "ENCODE_TOKENS", 2 * PAGE)
+    monkeypatch.setattr(writing, "ENCODE_TOKENS", 2 * PAGE)
     for name in ("BLOCK_ELEMENTS", "SCORE_ELEMENTS"):  # each machine sets its own; this restores them
         monkeypatch.setattr(attend, name, getattr(attend, name))
 

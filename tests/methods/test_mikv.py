@@ -51,7 +51,7 @@ def test_important_tokens_are_exact_and_the_others_the_plain_formula(low, stats_
     learnt = fitted(stats_of)
     rows, importance = torch.randn(2, 2, 96, 20) * 3 + 1, torch.rand(2, 2, 96)
     for codec, b in zip(MiKV(low=low).codecs(SHAPE, learnt), (learnt["key_balancer"][:, None], 1.0), strict=True):
-        stored = codec.encode_by_importance(rows, None, importance)
+        stored = codec.encode(rows, None, importance)
         got = codec.decode(stored, 2)
         chosen = unpack(stored["mask"].transpose(1, 2), 1).bool().flatten(2)
         assert chosen.sum() == 2 * 2 * 3 * 8

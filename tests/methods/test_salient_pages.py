@@ -33,7 +33,7 @@ def formula(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 def test_the_tokens_worth_most_of_each_page_and_group_are_those_of_more_bits():
     importance = torch.rand(3, G, 4 * PAGE)
-    chosen = masks(salient().store_by_importance(torch.randn(3, G, 4 * PAGE, R), None, importance))
+    chosen = masks(salient().store(torch.randn(3, G, 4 * PAGE, R), None, importance))
     for i in range(3):
         for g in range(G):
             for page in range(4):
@@ -47,7 +47,7 @@ def test_groups_of_several_heads_choose_by_the_mean_and_of_equals_the_earlier_co
     importance[0, :3, 20] = torch.tensor([0.0, 0.0, 3.0])
     importance[0, :3, 21] = torch.tensor([0.9, 0.9, 0.9])
     importance[0, 3, 9] = 1.0
-    chosen = masks(salient().store_by_importance(torch.randn(1, G, PAGE, R), None, importance))[0]
+    chosen = masks(salient().store(torch.randn(1, G, PAGE, R), None, importance))[0]
     assert chosen[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 20, 21]
     assert chosen[1].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
 
@@ -57,7 +57,7 @@ def test_groups_of_several_heads_choose_by_the_mean_and_of_equals_the_earlier_co
 def test_each_token_is_what_its_class_s_formula_says(axis, high, low):
     rows, importance = torch.randn(2, G, 3 * PAGE, R) * torch.rand(R) * 10 + 1, torch.rand(2, G, 3 * PAGE)
     packing = salient(high, low, axis)
-    stored = packing.store_by_importance(rows, None, importance)
+    stored = packing.store(rows, None, importance)
     got, chosen = packing.load(stored), masks(stored)
     assert sum(t.nbytes for t in stored.values()) == 2 * 3 * packing.page_bytes()
     for i in range(2):
@@ -80,7 +80,7 @@ def test_pads_are_worth_less_than_any_token_and_leave_no_trace():
     for axis in ("token", "channel"):
         packing = salient(axis=axis)
         first, second = (
-            packing.store_by_importance(rows.masked_fill(pad[..., None], x), valid, importance.masked_fill(pad, y))
+            packing.store(rows.masked_fill(pad[..., None], x), valid, importance.masked_fill(pad, y))
             for x, y in ((0.0, 0.0), (float("nan"), 9.0))
         )
         assert all(torch.equal(t, second[name]) for name, t in first.items())
@@ -97,10 +97,10 @@ def test_pads_are_worth_less_than_any_token_and_leave_no_trace():
 
 def test_pages_do_not_depend_on_each_other():
     rows, importance, packing = torch.randn(2, G, 3 * PAGE, R), torch.rand(2, G, 3 * PAGE), salient(axis="channel")
-    whole = packing.store_by_importance(rows, None, importance)
+    whole = packing.store(rows, None, importance)
     for page in range(3):
         part = slice(page * PAGE, (page + 1) * PAGE)
-        own = packing.store_by_importance(rows[:, :, part], None, importance[:, :, part])
+        own = packing.store(rows[:, :, part], None, importance[:, :, part])
         assert all(torch.equal(t[:, 0], whole[name][:, page]) for name, t in own.items())
 
 
@@ -143,4 +143,4 @@ def test_a_separable_page_of_pads_or_of_what_is_not_finite():
         rows = torch.randn(2, G, PAGE, R)
         rows[1, 1, 30, 2] = bad
         with pytest.raises(DataError):
-            packing.store_by_importance(rows, None, torch.rand(2, G, PAGE))
+            packing.store(rows, None, torch.rand(2, G, PAGE))

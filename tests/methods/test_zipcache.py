@@ -24,7 +24,7 @@ def test_a_page_by_the_paper_s_formulas():
     best = importance.unflatten(2, (2, PAGE)).argsort(-1, descending=True)
     for codec, kv in zip(ZipCache().codecs(SHAPE, {}), ("key", "value"), strict=True):
         assert codec.needs_importance
-        stored = codec.encode_by_importance(rows, None, importance)
+        stored = codec.encode(rows, None, importance)
         got = codec.decode(stored, 2).unflatten(2, (2, PAGE))
         chosen = unpack(stored["mask"].transpose(1, 2), 1).bool()
         for i, h, p in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).tolist():

@@ -16,7 +16,7 @@ from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import ProbeQueries
+from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.errors import CacheError
 from kvshrink.store.modes import at_once, own_modes
 

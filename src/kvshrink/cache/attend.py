@@ -5,7 +5,7 @@ time: keys are rebuilt for one block, unless their codec absorbs queries and the
 after the weighted sum. No full-length K or V of a layer is ever alive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from kvshrink.cache.snapshot import Block, Snapshot, TierView
 from kvshrink.cache.view import Mask, QueryChunk, Visibility, both, visible
 from kvshrink.kernels.attention import Running, finish, fold, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, Turn
-from kvshrink.shapes import Float
+from kvshrink.shapes import Bool, Float
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
 SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
@@ -57,6 +57,15 @@ def attend_all(
     mask and snapshot, of any lengths."""
     parts = zip(queries, exact, masks, snapshots, strict=True)
     return [attend(query, *pair, mask, scaling, softcap, snapshot) for query, pair, mask, snapshot in parts]
+
+
+def stored_keys(snapshot: Snapshot) -> Iterator[tuple[Float[Tensor, "b h t d"], Bool[Tensor, "b h t"]]]:
+    """Keys of the body as attention uses them, a block at a time, and which of them are tokens that it shows."""
+    for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(_block_tokens(snapshot))):
+        keys, there = _keys(block, tier, snapshot), snapshot.shown(block)
+        every = keys.new_ones(keys.shape[:3], dtype=torch.bool)
+        heads = snapshot.shape.heads
+        yield keys, every if there is None else every & there.repeat_interleave(heads // there.shape[1], 1)
 
 
 def rebuild(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

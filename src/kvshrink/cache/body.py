@@ -6,7 +6,7 @@ the ladder: its pages are dropped. Columns ascend from the oldest tier to the yo
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from kvshrink.cache.snapshot import TierView
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
+from kvshrink.shapes import Float
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages, joined
 from kvshrink.store.names import under
@@ -36,10 +37,10 @@ class TierPages:
 
 
 class Body:
-    """All pages of a layer, of so many lanes a row."""
+    """All pages of a layer, of so many lanes a row. chooses: whether some tokens of each page are dropped."""
 
-    def __init__(self, tiers: Sequence[Tier], page: int, lanes: int = 1) -> None:
-        self.page, self.lanes = page, lanes
+    def __init__(self, tiers: Sequence[Tier], page: int, lanes: int = 1, chooses: bool = False) -> None:
+        self.page, self.lanes, self.chooses = page, lanes, chooses
         self.ages = [TierPages(tier, Pages.none(page, lanes)) for tier in tiers]  # the youngest first
 
     @property
@@ -49,12 +50,13 @@ class Body:
     @property
     def drops(self) -> bool:
         """Whether pages may be dropped."""
-        return self.ages[-1].tier.codecs is None
+        return self.chooses or self.ages[-1].tier.codecs is None
 
     @property
     def room(self) -> int | None:
         """Pages of a row that are held at most; None: no limit."""
-        return sum(age.limit or 0 for age in self.ages[:-1]) if self.drops else None
+        dropped = self.ages[-1].tier.codecs is None
+        return sum(age.limit or 0 for age in self.ages[:-1]) if dropped else None
 
     @property
     def tokens(self) -> int:
@@ -124,6 +126,12 @@ class Body:
                     self.hold(old, pages, trim=False)
             self.hold(young, staying)
 
+    def add_importance(self, more: Float[Tensor, "b h slots"]) -> None:
+        """To that of the stored tokens, of one KV head a lane."""
+        pages = self.youngest
+        assert pages.importance is not None
+        self.ages[0].pages = replace(pages, importance=pages.importance + more)
+
     def crop(self, lengths: np.ndarray) -> None:
         """Forget a row's columns from its length on. What has grown old stays so."""
         for age in self.ages:
@@ -142,7 +150,7 @@ class Body:
 
     def fork(self) -> "Body":
         """Another body of the same pages, which shares their records."""
-        other = Body([age.tier for age in self.ages], self.page, self.lanes)
+        other = Body([age.tier for age in self.ages], self.page, self.lanes, self.chooses)
         for own, age in zip(other.ages, self.ages, strict=True):
             other.hold(own, age.pages, trim=False)
         return other
@@ -150,7 +158,8 @@ class Body:
     @classmethod
     def joined(cls, bodies: Sequence["Body"], rows: Sequence[int]) -> "Body":
         """The rows of all, one below the other; rows: how many each has."""
-        other = cls([age.tier for age in bodies[0].ages], bodies[0].page, bodies[0].lanes)
+        some = bodies[0]
+        other = cls([age.tier for age in some.ages], some.page, some.lanes, some.chooses)
         for i, age in enumerate(other.ages):
             parts = [body.ages[i].pages.for_rows(b) for body, b in zip(bodies, rows, strict=True)]
             other.hold(age, joined(parts), trim=False)

@@ -18,7 +18,7 @@ from kvshrink.cache.owner import Owner
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows import crop_count, repeats_of, row_indices
-from kvshrink.cache.saliency import ProbeQueries
+from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.cache.sliding import check_crop, restore_sliding, sliding_state, sliding_tensors
 from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.cache.step import Staged

@@ -26,11 +26,6 @@ def encode(
     parts = [("k.", key_codec, rows), ("v.", value_codec, values)][: 1 if key_codec.joint else 2]
     stored: dict[str, Tensor] = {}
     for prefix, codec, x in parts:
-        if base is not None:
-            own = codec.encode_delta(base(prefix), x, valid)
-        elif importance is not None:
-            own = codec.encode_by_importance(x, valid, importance)
-        else:
-            own = codec.encode(x, valid)
+        own = codec.encode(x, valid, importance, None if base is None else base(prefix))
         stored |= {f"{prefix}{k}": t for k, t in own.items()}
     return stored

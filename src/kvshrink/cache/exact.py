@@ -47,6 +47,7 @@ class Window:
         self.own = 0  # tokens in the buffer, behind the shared ones
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.scores: Tensor | None = None  # importance [b, h, w] of the tokens, where a scorer adds it up
         self.lent = False  # whether a fork reads the same buffer: it is copied before the next write
 
     @property
@@ -85,9 +86,9 @@ class Window:
 
     def keep(self, keys: Tensor, values: Tensor, gone: int) -> None:
         """Let the first `gone` of these tokens [b, h, w, d] go, which are all that `extend` gave."""
+        self.scores = None if self.scores is None else self.scores[..., gone:].clone()
         if self.starts is not None:
-            starts = np.maximum(self.starts - gone, 0)
-            self.starts = starts if starts.any() else None
+            self.starts = _some(np.maximum(self.starts - gone, 0))
         shared = self.shared
         if shared is not None and gone < shared.tokens and self.count == keys.shape[2]:
             self.shared = Shared(shared.keys[:, :, gone:].clone(), shared.values[:, :, gone:].clone(), shared.rows)
@@ -120,16 +121,18 @@ class Window:
             keys, values, rows = self.shared
             stay = max(0, keys.shape[2] - count)
             self.shared = Shared(keys[:, :, :stay].clone(), values[:, :, :stay].clone(), rows) if stay else None
+        self.scores = None if self.scores is None else self.scores[..., : self.count].clone()
         if self.starts is not None:
-            self.starts = np.minimum(self.starts, self.count)
+            self.starts = _some(np.minimum(self.starts, self.count))
 
     def selected(self, index: Int[Tensor, " n"]) -> None:
         """Keep these rows, in this order. What rows have in common from now on is held once."""
         if self.keys is None or self.values is None:
             return
         if self.starts is not None:
-            self.starts = self.starts[index.cpu().numpy()]
+            self.starts = _some(self.starts[index.cpu().numpy()])
         index = index.to(self.keys.device)
+        self.scores = None if self.scores is None else self.scores[index]
         if self.shared is None and self.own and len(index) > len(index.unique()):
             every = torch.arange(len(self.keys), device=index.device)
             keys, values = (x[:, :, : self.own].clone() for x in (self.keys, self.values))
@@ -137,6 +140,8 @@ class Window:
             self._take(self.keys, self.values, 0)
         self.shared = None if self.shared is None else self.shared.selected(index)
         self.keys, self.values, self.lent = self.keys[index], self.values[index], False
+        if self.starts is not None and (gone := int(self.starts.min())):  # of rows that are not there any more
+            self.keep(*self.view(), gone)
 
     def fork(self) -> "Window":
         """Another window of the same tokens. Neither copies them before it writes."""
@@ -156,38 +161,53 @@ class Window:
             for w, (keys, _) in zip(windows, views, strict=True)
         ]
         other.restore({"keys": torch.cat([k for k, _ in parts]), "values": torch.cat([v for _, v in parts])}, left)
-        every = np.concatenate(starts)
-        other.starts = every if every.any() else None
+        if scores := [w.scores for w in windows if w.scores is not None]:
+            other.scores = torch.cat([pad(x, (count - x.shape[2], 0)) for x in scores])
+        other.starts = _some(np.concatenate(starts))
         return other
 
     def row(self, number: int, left: bool) -> "Window":
         """The tokens of one row alone."""
         other, start = Window(self.capacity), 0 if self.starts is None else int(self.starts[number])
         keys, values = (x[number : number + 1, :, start:] for x in self.view())
-        other.restore({"keys": keys, "values": values}, left)
+        scores = {} if self.scores is None else {"scores": self.scores[number : number + 1, :, start:]}
+        other.restore({"keys": keys, "values": values} | scores, left)
         return other
 
     def to(self, device: torch.device | str) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device, non_blocking=True), self.values.to(device, non_blocking=True)
+        self.scores = None if self.scores is None else self.scores.to(device, non_blocking=True)
         if self.shared is not None:
             self.shared = Shared(*(t.to(device, non_blocking=True) for t in self.shared))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held."""
         own = {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
+        own |= {} if self.scores is None else {"scores": self.scores}
         return own if self.shared is None else own | {f"shared.{k}": t for k, t in self.shared._asdict().items()}
+
+    def add_scores(self, more: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+        """Importance of the tokens so far and of the step's, the newest ones behind."""
+        old = more.new_zeros(*more.shape[:2], 0) if self.scores is None else self.scores
+        self.scores = more + pad(old, (0, more.shape[2] - old.shape[2]))
+        return self.scores
 
     def state(self) -> dict[str, Tensor]:
         """The tokens that are held, without the room for more."""
-        return {} if self.keys is None else dict(zip(("keys", "values"), self.view(), strict=True))
+        own = {} if self.keys is None else dict(zip(("keys", "values"), self.view(), strict=True))
+        return own if self.scores is None else own | {"scores": self.scores}
 
     def restore(self, tensors: Mapping[str, Tensor], left: bool) -> None:
         """From what `state` gave."""
         keys, values = tensors["keys"], tensors["values"]
-        self.shared, self.own, self.starts = None, keys.shape[2], None
+        self.shared, self.own, self.starts, self.scores = None, keys.shape[2], None, tensors.get("scores")
         self._take(keys, values, self.capacity if left else min(self.capacity, slots_for(self.own)))
         self.keys[:, :, : self.own], self.values[:, :, : self.own] = keys, values  # type: ignore[index]
+
+
+def _some(starts: np.ndarray) -> np.ndarray | None:
+    return starts if starts.any() else None
 
 
 class Sinks:

@@ -5,22 +5,23 @@ All per-sequence state of the library is in this class (and in the token table t
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvshrink.cache.attend import rebuild
+from kvshrink.cache.attend import rebuild, stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
-from kvshrink.cache.encode import encode
 from kvshrink.cache.exact import Sinks, Window
-from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spans
+from kvshrink.cache.leaving import left, spans
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import importance, probes
+from kvshrink.cache.scoring import received
 from kvshrink.cache.snapshot import ExactSinks, Snapshot
 from kvshrink.cache.step import Staged, appending
+from kvshrink.cache.writing import Leave
 from kvshrink.errors import CacheError
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
@@ -31,8 +32,6 @@ from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
-
-ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -73,7 +72,9 @@ class CompressedLayer(CacheLayerMixin):
         self.whole = True  # False while, and after, an update that did not come to its end
         self.window = Window(self.method.window + self.method.page)
         self.sinks = Sinks(self.method.sinks)
-        self.body = Body(self.tiers, self.method.page)
+        self.body = Body(
+            self.tiers, self.method.page, self.method.lanes(self.shape), self.method.token_budget is not None
+        )
         if self.watch is not None:
             self.watch.clear()
 
@@ -102,8 +103,9 @@ class CompressedLayer(CacheLayerMixin):
         leaves = self._leaves
         keys, values = self.window.extend(key_states, value_states, leaves)
         snapshot = self._snapshot(before, keys, staged.rope)
+        ranked = self._rank(staged, keys, snapshot, new)
         if leaves:
-            self._leave(keys, values, staged, new)
+            self._leave(keys, values, staged, ranked)
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:
             return (key_states, value_states) if keys.shape[2] == new else (keys, values)
@@ -186,107 +188,52 @@ class CompressedLayer(CacheLayerMixin):
         return self.seen >= self.method.window + self.method.page
 
     def probes(self, count: int) -> Tensor | None:
-        """Which of `count` new tokens must give their queries to `stage`; None: no codec asks, or none leaves for the
-        body in this step."""
-        if self.codecs is None or not any(codec.needs_importance for codec in self.codecs):
+        """Which of `count` new tokens must give their queries to `stage`; None: none is asked in this step."""
+        scorer = self.method.scorer
+        if scorer is None:
             return None
-        lengths = self.table.lengths if self.table.length == self.seen else self.table.lengths - count
-        window, page = self.method.window, self.method.page
-        lengths = lengths if len(lengths) else np.zeros(1, np.int64)
-        more = left(lengths + count, window, page) > np.maximum(
-            left(lengths, window, page), lengths - self._held(lengths)
-        )
-        return probes(count) if bool(np.any(more)) else None
+        known = self.table.length == self.seen  # else the table has the new columns already
+        lengths = (self.table.lengths + (count if known else 0)) if self.table.rows else np.full(1, count)
+        starts = 0 if self.window.starts is None else self.window.starts
+        exact = np.minimum(lengths, self.window.count - starts + count)
+        leaves = left(lengths, self.method.window, self.method.page) > lengths - exact
+        return scorer.queries(count) if scorer.running or bool(np.any(leaves)) else None
 
-    def _held(self, lengths: np.ndarray) -> np.ndarray:
-        """Exact tokens of each row."""
-        starts = self.window.starts
-        return np.minimum(lengths, self.window.count - (0 if starts is None else starts))
-
-    def _leave(self, keys: Tensor, values: Tensor, staged: Staged, new: int) -> None:
+    def _leave(self, keys: Tensor, values: Tensor, staged: Staged, ranked: Tensor | None) -> None:
         """Move what leaves of these exact tokens to sinks and body; the window keeps the rest."""
         window, page = self.method.window, self.method.page
         lengths, slots = self.table.lengths, keys.shape[2]
-        starts = self.window.starts
-        exact = np.minimum(lengths, slots - (0 if starts is None else starts))
+        exact = np.minimum(lengths, slots - (0 if self.window.starts is None else self.window.starts))
         positions = self.table.positions_on(keys.device)[:, self.seen - slots : self.seen]
-        ranked = None if staged.probe_queries is None else importance(staged.probe_queries, keys, positions >= 0, new)
+        first, parts = self.seen - slots, (self.body, self.sinks, self.watch, self._base_pages)
+        leave = Leave(self.method, self.codecs, self.table, *parts, staged.rope, first)
         for span in spans(lengths, exact, slots, window, page):
-            self._capture(span, keys, values)
+            leave.capture(span, keys, values)
             if self.codecs is not None:
-                self._store(span, keys, values, positions, staged.rope, ranked)
+                leave.store(span, keys, values, positions, ranked)
         stay = np.minimum(exact, lengths - left(lengths, window, page))
         if slots <= self.window.capacity and (stay == exact).all():
             return
         gone = slots - int(stay.max())
-        rest = slots - gone - stay
-        self.window.starts = rest + gone if rest.any() else None
+        starts = slots - stay
+        self.window.starts = starts if (starts != gone).any() else None
         self.window.keep(keys, values, gone)
 
-    def _capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Keep those of the span's tokens that are sinks."""
-        if self.sinks.full:
-            return
-        shifts = np.zeros(len(keys), np.int64) if self.table.shifts is None else self.table.shifts
-        first = self.seen - keys.shape[2]  # the batch's column of slot 0
-        real = self.table.positions_on(keys.device)[:, : self.seen] >= 0
-        wanted = self.sinks.wanted(real, first).clone()
-        slot = torch.arange(keys.shape[2], device=keys.device)
-        wanted &= (slot >= span.start) & (slot < span.stop)
-        if span.rows is not None:
-            others = np.setdiff1d(np.arange(len(keys)), span.rows)
-            wanted[torch.from_numpy(others).to(keys.device)] = False
-        columns = (slot + first) - torch.from_numpy(shifts).to(keys.device)[:, None]
-        part = slice(0, span.stop)
-        self.sinks.capture(keys[:, :, part], values[:, :, part], columns[:, part], wanted[:, part])
-
-    def _store(
-        self, span: Span, keys: Tensor, values: Tensor, positions: Tensor, rope: Rope | None, ranked: Tensor | None
-    ) -> None:
-        """Encode what leaves, some pages at a time, into the body."""
-        assert self.codecs is not None
-        if self.codecs[0].site == "k_pre" and rope is not None:
-            turned = rope
-        else:
-            turned = None
-        page, b = self.method.page, len(keys)
-        whole = paged(span, keys, values, positions, self.table.padded, page, self.body.lanes)
-        spots = _spread(span.of(positions, 1), span, page)
-        importance = None if ranked is None else _spread(span.of(ranked), span, page)
-        pages = whole.first.shape[1]
-        skip = 0 if (room := self.body.room) is None else max(0, pages - room)  # would be dropped at once
-        step = max(1, ENCODE_TOKENS // page)
-        parts = [(at, min(at + step, pages)) for at in range(skip, pages, step)]
-        encoded = (self._encode(cut(whole, *part, page), spots, importance, part[0] * page, turned) for part in parts)
-        if parts:
-            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], span.rows, b)
-
-    def _encode(
-        self, part: Paged, positions: Tensor, ranked: Tensor | None, at: int, rope: Rope | None
-    ) -> dict[str, Tensor]:
-        """Pages of some leaving tokens, whose positions and importance are those from slot `at` on."""
-        assert self.codecs is not None
-        keys, count = part.keys, part.keys.shape[2]
-        if rope is not None:
-            keys = rope.undo(keys, positions[:, at : at + count])
-        base = None
-        if self.base is not None:
-            base = self._base_of(part)
-        own = None if ranked is None else ranked[:, :, at : at + count]
-        stored = encode(self.codecs, keys, part.values, part.valid, own, base)
-        if self.watch is not None:
-            slots = np.arange(self.method.page)
-            columns = torch.from_numpy((part.first[:, :, None] + slots).reshape(len(keys), -1)).to(keys.device)
-            self.watch.add(keys, part.values, self.sinks.others(part.valid, columns))
-        return stored
-
-    def _base_of(self, part: Paged):
-        """The pages of the same tokens in the layer that this one follows, by side."""
-        assert self.base is not None
-        pages = self.base.pages
-        start = int(np.nonzero(pages.first[0] == part.first[0, 0])[0][-1])
-        records = pages.records(start, start + part.first.shape[1])
-        return lambda side: dict(records.under(side))
+    def _rank(self, staged: Staged, keys: Tensor, before: Snapshot, new: int) -> Tensor | None:
+        """Importance of the exact tokens, where something asks for it; a running scorer's goes on from step to step."""
+        scorer, probe = self.method.scorer, staged.probe_queries
+        if scorer is None or probe is None:
+            return None
+        positions = before.positions[:, before.first :]
+        real = positions >= 0
+        blocks = partial(stored_keys, before) if scorer.everything and before.tiers else tuple
+        got, stored = received(probe, keys, real, new, blocks)
+        ranked = scorer.importance(got)
+        if scorer.running:
+            ranked = self.window.add_scores(ranked)
+            if stored is not None:
+                self.body.add_importance(stored)
+        return ranked
 
     # --- joined and alone ---
 
@@ -331,7 +278,7 @@ class CompressedLayer(CacheLayerMixin):
         """Raise CacheError if the last `count` tokens cannot be taken back."""
         if count > self.seen:
             raise CacheError(f"cannot crop {count} tokens: the cache holds {self.seen}. Crop fewer or call reset().")
-        held = self.window.count + self.body.tokens
+        held = self.window.count + (0 if self.body.chooses else self.body.tokens)
         if self.body.drops and held < count < self.seen:
             raise CacheError(
                 f"cannot crop {count} tokens: {type(self.method).__name__} holds only the last {held} "
@@ -420,7 +367,13 @@ class CompressedLayer(CacheLayerMixin):
         if self.watch is not None:
             tensors["watch.sums"] = self.watch.sums
         starts = None if self.window.starts is None else self.window.starts.tolist()
-        own = {"seen": self.seen, "window": self.window.count, "starts": starts, "watched": self.watch is not None}
+        own = {
+            "seen": self.seen,
+            "window": self.window.count,
+            "starts": starts,
+            "sinks": self.sinks.keys is not None,
+            "watched": self.watch is not None,
+        }
         return own | values, tensors
 
     def restore(self, values: dict, tensors: dict[str, Tensor], empty: Sequence) -> None:
@@ -437,13 +390,3 @@ class CompressedLayer(CacheLayerMixin):
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on
             self.watch.sums = tensors["watch.sums"]
         self.whole = True
-
-
-def _spread(x: Tensor, span: Span, page: int) -> Tensor:
-    """Numbers of the span's tokens, on their last axis, where `paged` puts the tokens; the last one again at gaps."""
-    begin = int(span.columns[0]) % page
-    head = min(x.shape[-1], page - begin) if begin else 0
-    if not head:
-        return x
-    fill = x[..., head - 1 : head].expand(*x.shape[:-1], page - head)
-    return torch.cat([x[..., :head], fill, x[..., head:]], -1)

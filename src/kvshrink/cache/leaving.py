@@ -83,6 +83,16 @@ def paged(span: Span, keys: Tensor, values: Tensor, positions: Tensor, padded: b
     return Paged(keys, values, valid, first.astype(np.int32), used)
 
 
+def spread(x: Tensor, span: Span, page: int) -> Tensor:
+    """Numbers of the span's tokens, on their last axis, where `paged` puts the tokens; the last one again at gaps."""
+    begin = int(span.columns[0]) % page
+    head = min(x.shape[-1], page - begin) if begin else 0
+    if not head:
+        return x
+    fill = x[..., head - 1 : head].expand(*x.shape[:-1], page - head)
+    return torch.cat([x[..., :head], fill, x[..., head:]], -1)
+
+
 def cut(whole: Paged, start: int, stop: int, page: int) -> Paged:
     """The pages from `start` to `stop`."""
     part = slice(start * page, stop * page)

@@ -112,7 +112,7 @@ class Schema:
     def _compressed(self, i: int, layer: CompressedLayer, values: dict) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
-        _keys(values, {"seen", "window", "starts", "watched", *names}, f"layer {i}")
+        _keys(values, {"seen", "window", "starts", "sinks", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
         require(isinstance(values["watched"], bool), f"layer {i}: watched")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
@@ -121,7 +121,8 @@ class Schema:
         if values["seen"]:
             rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
             found |= {"window.keys": rows, "window.values": rows}
-        if values["seen"] and layer.sinks.size and _sinks_taken(values, window):
+        require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
+        if values["sinks"]:
             rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
             found |= {"sinks.keys": rows, "sinks.values": rows, "sinks.columns": (torch.int32, (b, layer.sinks.size))}
         if values["watched"]:
@@ -157,10 +158,6 @@ class Schema:
         if given["columns"]:
             found["columns"] = (torch.int32, (b, lanes, count * layer.method.page))
         return found
-
-
-def _sinks_taken(values: dict, window: int) -> bool:
-    return window < values["seen"] or values["starts"] is not None
 
 
 def _number(values: Mapping, key: str, where: str, low: int, high: int) -> int:

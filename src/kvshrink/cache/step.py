@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.saliency import ProbeQueries
+from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.errors import CacheError
 from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.modes import at_once, autocast_on

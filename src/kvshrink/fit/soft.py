@@ -3,7 +3,7 @@
 Rounding passes its gradient straight through (arXiv 1308.3432), and is left out where training does not ask for it.
 """
 
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Soft(Codec):
         self.codec, self.rounds = codec, rounds
         self.site, self.width = codec.site, codec.width
 
-    def encode(self, rows: Tensor, valid: Tensor | None) -> Stored:
+    def encode(self, rows: Tensor, valid: Tensor | None, importance: Any = None, base: Any = None) -> Stored:
         latent = self.codec.project(rows)
         return {"latent": self.codec.packing.fake_quantize(latent) if self.rounds else latent}
 

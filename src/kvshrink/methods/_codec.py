@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
-from kvshrink.methods._packing.base import Stored
+from kvshrink.methods._packing.base import Importance, Stored
 from kvshrink.shapes import Bool, Float, Int
 
 
@@ -29,23 +29,24 @@ class Codec(ABC):
     joint: bool = False
 
     @abstractmethod
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """Whole pages of rows, encoded. Invalid rows (left pads) may hold anything and must not matter."""
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
+        """Whole pages of rows, encoded, with everything that is known of them.
 
-    def encode_delta(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """`encode` of what a layer adds to another one, whose pages of the same tokens are `base`."""
-        raise NotImplementedError(f"{type(self).__name__} stores no delta")
+        valid:      invalid rows (left pads) may hold anything and must not matter; None: all are valid.
+        importance: of the tokens, where the codec needs it.
+        base:       pages of the same tokens in the layer that this one follows, where it stores a delta to them.
+        """
 
     @property
     def needs_importance(self) -> bool:
-        """Whether `encode_by_importance` differs from `encode`; only then is the importance of tokens computed."""
+        """Whether `encode` looks at the importance of tokens; only then is it computed."""
         return False
-
-    def encode_by_importance(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
-    ) -> Stored:
-        """As `encode`, which takes all tokens as equally important. Only `needs_importance` codecs look."""
-        return self.encode(rows, valid)
 
     @abstractmethod
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:

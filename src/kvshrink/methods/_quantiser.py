@@ -16,6 +16,7 @@ from torch import Tensor
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._policy import NormalisedAttention, Scorer
 from kvshrink.methods._roles import Codec, Fitted, Method, Tier
 from kvshrink.methods._settings import one_of
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
@@ -212,6 +213,10 @@ class Quantiser(Method):
         """Whether one of its packings ranks tokens by their importance."""
         some = Space(1, 64, self.page, torch.float32, True)
         return any(self.packing(kv, some, {}).needs_importance for kv in KVS)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        return NormalisedAttention() if self.needs_importance else None
 
     def apart(self, fitted: Fitted) -> str | None:
         some = Space(1, 64, self.page, torch.float32, True)

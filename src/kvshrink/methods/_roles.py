@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvshrink.methods._codec import Codec as Codec
 from kvshrink.methods._packing.base import Stored as Stored
+from kvshrink.methods._policy import Budget, Scorer
 from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
@@ -53,6 +54,20 @@ class Method(metaclass=Settings):
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
         """Ages of the body's pages, the youngest first, whose codecs are `codecs`."""
         return (Tier(self.codecs(shape, fitted)),)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What tokens are ranked by, where something depends on their importance."""
+        return None
+
+    @property
+    def token_budget(self) -> Budget | None:
+        """How many of the tokens that left the window may stay; None: all that the tiers hold."""
+        return None
+
+    def lanes(self, shape: LayerShape) -> int:
+        """Groups of neighbouring KV heads whose tokens come and go by themselves."""
+        return 1
 
     def stores_delta(self, fitted: Fitted) -> bool:
         """Whether a layer is stored as what it adds to the compressed layer before it."""
@@ -112,12 +127,16 @@ class Method(metaclass=Settings):
             return batch * min(room, slots_for(tokens)) * shape.token_bytes
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
         pages = (tokens - self.window) // self.page
-        index = self.pages_held(pages) * (PAGE_INDEX + LANE_INDEX)
+        index = self.index_bytes(shape, pages)
         return batch * (room * shape.token_bytes + sinks + self.body_bytes(shape, fitted, pages) + index)
 
     def pages_held(self, pages: int) -> int:
         """Pages of the body of one sequence, of so many that left the window."""
         return pages
+
+    def index_bytes(self, shape: LayerShape, pages: int) -> int:
+        """Bytes of what says where the body's pages are and which tokens they hold."""
+        return self.pages_held(pages) * (PAGE_INDEX + LANE_INDEX)
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         """Bytes of the body of one sequence, after so many pages left the window."""

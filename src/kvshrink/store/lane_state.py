@@ -25,8 +25,8 @@ def state(pages: Pages) -> tuple[dict, dict[str, Tensor]]:
         "used": torch.from_numpy(pages.used.copy()),
         "first": torch.from_numpy(pages.first.copy()),
     }
-    if pages.columns is not None:
-        tensors["columns"] = pages.columns
+    if pages.columns is not None and pages.importance is not None:
+        tensors |= {"columns": pages.columns, "importance": pages.importance}
     return {"pages": len(pages), "records": len(named), "columns": pages.columns is not None}, tensors
 
 
@@ -44,4 +44,5 @@ def restored(pages: Pages, values: Mapping, tensors: Mapping[str, Tensor], page:
         layout=Layout.of(page, pages.lanes),
         runs=(run,),
         columns=tensors.get("columns"),
+        importance=tensors.get("importance"),
     )

@@ -8,7 +8,7 @@ step adds tokens, and a fork copies a table. Rows may hold different numbers of 
 wide as the longest, with zeros behind the others' ends.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.records import Holder, Layout, Records
-from kvshrink.shapes import Int, UInt8
+from kvshrink.shapes import Float, Int, UInt8
 from kvshrink.store.pool import Places, Run, trimmed
 
 Stored = Mapping[str, Tensor]  # pages as codecs give them: every tensor is [b, p, ...]
@@ -37,6 +37,7 @@ class Pages(Holder):
     uint8 [b, L, n]; first: column of each page's first slot, int32 [b, n].
 
     columns: of every slot, -1 if none, where a lane's tokens do not follow each other; None: they do, in each page.
+    importance: of every slot's token, beside `columns`.
     """
 
     page: int
@@ -47,6 +48,7 @@ class Pages(Holder):
     layout: Layout | None = None
     runs: tuple[Run, ...] = ()
     columns: Int[Tensor, "b L slots"] | None = None
+    importance: Float[Tensor, "b L slots"] | None = None
 
     @classmethod
     def none(cls, page: int, lanes: int = 1, rows: int = 0) -> "Pages":
@@ -190,24 +192,28 @@ class Pages(Holder):
     def _widened(self, width: int) -> "Pages":
         """Arrays of its own, so wide."""
         more = width - len(self)
-        columns = self.columns
-        if columns is not None:
-            columns = torch.nn.functional.pad(columns, (0, more * self.page), value=-1)
         return replace(
-            self,
+            self._by_slot(lambda t: torch.nn.functional.pad(t, (0, more * self.page), value=-1)),
             table=np.pad(self.table, ((0, 0), (0, 0), (0, more))),
             used=np.pad(self.used, ((0, 0), (0, 0), (0, more))),
             first=np.pad(self.first, ((0, 0), (0, more))),
-            columns=columns,
         )
+
+    def _by_slot(self, change: Callable[[Tensor], Tensor]) -> "Pages":
+        """The same with a change of what is known of every slot."""
+        if self.columns is None or self.importance is None:
+            return self
+        return replace(self, columns=change(self.columns), importance=change(self.importance))
 
     def narrowed(self) -> "Pages":
         """Without the pages that no lane has any more, and without empty ones."""
         table = np.where(self.used == 0, 0, self.table)
         width = int((table != 0).sum(2).max(initial=0))
-        columns = None if self.columns is None else self.columns[..., : width * self.page].contiguous()
         return replace(
-            self, table=table[..., :width], used=self.used[..., :width], first=self.first[:, :width], columns=columns
+            self._by_slot(lambda t: t[..., : width * self.page].contiguous()),
+            table=table[..., :width],
+            used=self.used[..., :width],
+            first=self.first[:, :width],
         )
 
     def cropped(self, lengths: np.ndarray) -> "Pages":
@@ -240,11 +246,10 @@ class Pages(Holder):
         """These rows, in this order; the same one may come more than once."""
         index = torch.from_numpy(rows)
         return replace(
-            self,
+            self._by_slot(lambda t: t[index.to(t.device)]),
             table=self.table[rows],
             used=self.used[rows],
             first=self.first[rows],
-            columns=None if self.columns is None else self.columns[index.to(self.columns.device)],
         ).narrowed()
 
     def trimmed(self, holder: Any) -> "Pages":
@@ -255,16 +260,14 @@ class Pages(Holder):
     def to(self, device: torch.device | str) -> "Pages":
         """The records elsewhere, each once."""
         moved = [Run(run.data.to(device, non_blocking=True)) for run in self.runs]
-        return self.renamed(moved, None if self.columns is None else self.columns.to(device, non_blocking=True))
-
-    def renamed(self, runs: list[Run], columns: Tensor | None) -> "Pages":
-        """The same table over copies of the runs."""
-        run, index = self._places.of(np.where(self.table == 0, self.table.max(initial=0), self.table))
-        order = [self.runs.index(r) for r in self._places.runs]
-        bases = np.array([runs[i].base for i in order], np.int64)
-        steps = np.array([runs[i].step for i in order], np.int64)
-        table = np.where(self.table == 0, 0, bases[run] + index * steps[run]) if len(runs) else self.table
-        return replace(self, table=table, runs=tuple(runs), columns=columns)
+        table = self.table
+        if len(moved):
+            run, index = self._places.of(np.where(table == 0, table.max(initial=0), table))
+            order = [self.runs.index(r) for r in self._places.runs]
+            bases, steps = (np.array([getattr(moved[i], x) for i in order], np.int64) for x in ("base", "step"))
+            table = np.where(table == 0, 0, bases[run] + index * steps[run])
+        own = self._by_slot(lambda t: t.to(device, non_blocking=True))
+        return replace(own, table=table, runs=tuple(moved))
 
     # --- bytes ---
 
@@ -273,7 +276,9 @@ class Pages(Holder):
         """Bytes of what says where and which tokens the records are."""
         arrays = self.table.nbytes + self.used.nbytes + self.first.nbytes
         kept = [vars(self).get(name) for name in ("slots", "_table_on_device")]  # once they have been asked for
-        return arrays + sum(t.nbytes for t in {id(t): t for t in (self.columns, *kept) if t is not None}.values())
+        return arrays + sum(
+            t.nbytes for t in {id(t): t for t in (self.columns, self.importance, *kept) if t is not None}.values()
+        )
 
     def tensors(self) -> list[Tensor]:
         return [run.data for run in self.runs]
@@ -282,15 +287,17 @@ class Pages(Holder):
 def joined(parts: list[Pages]) -> Pages:
     """The rows of several, one below the other; no record is copied."""
     width = max(len(p) for p in parts)
-    ragged = next((p.columns for p in parts if p.columns is not None), None)
-    wide = []
-    for part in parts:
-        own = part._widened(width)
-        if ragged is not None and own.columns is None:
-            own = replace(own, columns=own.slots.to(ragged.device))
-        wide.append(own)
+    wide = [p._widened(width) for p in parts]
     runs: dict[int, Run] = {id(run): run for p in parts for run in p.runs}
-    columns = [p.columns for p in wide if p.columns is not None]
+    ragged = next((p for p in wide if p.columns is not None and p.importance is not None), None)
+    if ragged is not None and ragged.columns is not None and ragged.importance is not None:
+        like = ragged.columns, ragged.importance
+        none = [[t.new_full((len(p.table), *t.shape[1:]), -1) for t in like] for p in wide]
+        wide = [
+            p if p.columns is not None else replace(p, columns=n[0], importance=n[1])
+            for p, n in zip(wide, none, strict=True)
+        ]
+    columns, importance = ([t for p in wide if (t := getattr(p, k)) is not None] for k in ("columns", "importance"))
     return replace(
         wide[0],
         table=np.concatenate([p.table for p in wide]),
@@ -299,4 +306,5 @@ def joined(parts: list[Pages]) -> Pages:
         layout=next((p.layout for p in parts if p.layout is not None), None),
         runs=tuple(runs.values()),
         columns=torch.cat(columns) if columns else None,
+        importance=torch.cat(importance) if importance else None,
     )

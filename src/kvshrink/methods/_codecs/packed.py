@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.shapes import Bool, Float, Int
 
@@ -28,13 +29,14 @@ class PackedCodec(Codec):
     def needs_importance(self) -> bool:
         return self.packing.needs_importance
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.packing.store(self.project(rows), valid)
-
-    def encode_by_importance(
-        self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
     ) -> Stored:
-        return self.packing.store_by_importance(self.project(rows), valid, importance)
+        return self.packing.store(self.project(rows), valid, importance)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.packing.load(stored)

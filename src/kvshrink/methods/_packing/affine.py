@@ -12,7 +12,7 @@ from torch import Tensor
 from kvshrink.kernels.affine import dequantize, quantize
 from kvshrink.kernels.latents import Packed, load
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import Packing, Stored
+from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, slots_of
 from kvshrink.methods._packing.grouping import Grouping
 from kvshrink.methods._packing.raw import Raw
 from kvshrink.shapes import Bool, Float, Int
@@ -22,7 +22,7 @@ DTYPES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
 
 @final
 @dataclass(frozen=True)
-class Affine(Packing):
+class Affine(Packing, MovesSlots):
     """Latents as `bits`-bit codes; one scale per channel and page (axis "channel") or per token and `group`.
 
     clip:   share of a group's range that codes cover, about its middle; what lies outside takes the nearest end.
@@ -43,7 +43,9 @@ class Affine(Packing):
     def grouping(self) -> Grouping:
         return Grouping(self.axis, self.width, self.page, self.group)
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         grouping = self.grouping
         rows = grouping.split(latent)
         codes, scale, low = quantize(rows, self.bits, grouping.real(valid, rows), self.clip, DTYPES[self.scales])
@@ -85,6 +87,16 @@ class Affine(Packing):
             scale, low = (self.grouping.spread(stored[name][row, page, :, slot]) for name in ("scale", "low"))
             rows = dequantize(codes, scale, low)
         return rows.transpose(1, 2)
+
+    @property
+    def drops(self) -> frozenset[type]:
+        """A scale of a channel is over the tokens of a page."""
+        return frozenset({MovesSlots} if self.axis == "channel" else ())
+
+    def moved(self, stored: Stored, index: Int[Tensor, "b G k"]) -> Stored:
+        codes = unpack(stored["codes"], self.bits).unflatten(-1, (self.page, self.width))
+        numbers = {k: slots_of(stored[k], index) for k in ("scale", "low")}
+        return {"codes": pack(slots_of(codes, index).flatten(3), self.bits), **numbers}
 
     def page_bytes(self) -> int:
         metadata = 2 * DTYPES[self.scales].itemsize

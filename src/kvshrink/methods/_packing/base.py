@@ -13,8 +13,17 @@ from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float, Int
 
 Stored = Mapping[str, Tensor]  # every tensor is [b, p, ...]
+Importance = Float[Tensor, "b h t"] | None  # of tokens, by KV head; None: all alike
 
 METADATA_BYTES = 4  # float16 scale and float16 low
+
+
+class MovesSlots(ABC):
+    """A page's slots do not depend on each other, so that stored tokens may move to other pages, bit for bit."""
+
+    @abstractmethod
+    def moved(self, stored: Stored, index: Int[Tensor, "b G k"]) -> Stored:
+        """Whole pages made of the slots `index` of stored ones."""
 
 
 class Packing(ABC):
@@ -29,19 +38,18 @@ class Packing(ABC):
     metadata: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """Whole pages. Invalid rows (left pads) may hold anything. Raises DataError on what is not finite."""
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
+        """Whole pages. Invalid rows (left pads) may hold anything. Raises DataError on what is not finite.
+
+        importance: of the tokens, for a packing that needs it. Groups are of neighbouring KV heads.
+        """
 
     @property
     def needs_importance(self) -> bool:
-        """Whether `store_by_importance` differs from `store`."""
+        """Whether `store` looks at the importance of tokens; only then is it computed."""
         return False
-
-    def store_by_importance(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
-    ) -> Stored:
-        """The same as `store`, which takes all tokens as equally important. Groups are of neighbouring KV heads."""
-        return self.store(latent, valid)
 
     @abstractmethod
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
@@ -98,13 +106,10 @@ class Around(Packing):
     def needs_importance(self) -> bool:
         return self.inner.needs_importance
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.store_with(self.inner.store, latent, valid)
-
-    def store_by_importance(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
     ) -> Stored:
-        return self.store_with(partial(self.inner.store_by_importance, importance=importance), latent, valid)
+        return self.store_with(partial(self.inner.store, importance=importance), latent, valid)
 
     @property
     def groups(self) -> int:  # type: ignore[override]
@@ -124,6 +129,14 @@ class Around(Packing):
 
     def sound(self, stored: Stored) -> bool:
         return self.inner.sound(stored)
+
+
+def slots_of(pages: Tensor, index: Int[Tensor, "b G k"]) -> Tensor:
+    """Pages [b, p, G, page, ...] made of the slots `index` of other pages."""
+    page = pages.shape[3]
+    rows = pages.transpose(1, 2).flatten(2, 3)  # [b, G, t, ...]
+    index = index.view(*index.shape, *[1] * (rows.dim() - 3)).long()
+    return rows.take_along_dim(index, 2).unflatten(2, (-1, page)).transpose(1, 2)
 
 
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:

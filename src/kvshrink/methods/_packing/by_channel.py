@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import Around, Packing, Put, Stored, joined, paged, there
+from kvshrink.methods._packing.base import Around, Importance, Packing, Put, Stored, joined, paged, there
 from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.names import under
 
@@ -51,13 +51,10 @@ class ByChannel(Packing):
     def needs_importance(self) -> bool:
         return self.high.needs_importance or self.low.needs_importance
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self._store(latent, valid, self.high.store, self.low.store)
-
-    def store_by_importance(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
     ) -> Stored:
-        high, low = (partial(packing.store_by_importance, importance=importance) for packing in (self.high, self.low))
+        high, low = (partial(packing.store, importance=importance) for packing in (self.high, self.low))
         return self._store(latent, valid, high, low)
 
     def _store(self, latent: Tensor, valid: Tensor | None, put_high: Put, put_low: Put) -> Stored:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
-from kvshrink.methods._packing.base import Packing, Stored, checked
+from kvshrink.methods._packing.base import Importance, Packing, Stored, checked
 from kvshrink.methods._packing.grouping import Axis, Grouping
 from kvshrink.methods._settings import require
 from kvshrink.shapes import Bool, Float
@@ -73,7 +73,9 @@ class Codebook(Packing):
         """Of a code; 0: three levels, five codes in a byte."""
         return {2: 1, 3: 0, 4: 2, 8: 3, 16: 4, 256: 8}[len(self.levels)]
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         grouping = self.grouping
         rows = grouping.split(latent)
         real = grouping.real(valid, rows)

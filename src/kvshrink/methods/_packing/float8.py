@@ -6,7 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.base import Packing, Stored, checked, joined, paged, there
+from kvshrink.methods._packing.base import Importance, Packing, Stored, checked, joined, paged, there
 from kvshrink.shapes import Bool, Float
 
 E4M3 = torch.float8_e4m3fn
@@ -22,7 +22,9 @@ class Float8(Packing):
     page: int
     metadata: ClassVar[frozenset[str]] = frozenset({"scale"})
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         pages, real = paged(latent, self.page), there(valid, self.page)
         if real is not None:
             pages = pages.masked_fill(~real, 0.0)

@@ -16,7 +16,7 @@ from kvshrink.errors import DataError
 from kvshrink.kernels.latents import Packed, load
 from kvshrink.kernels.normal import to_codes
 from kvshrink.kernels.pack import pack, packed_bytes
-from kvshrink.methods._packing.base import Packing, Stored, paged, there
+from kvshrink.methods._packing.base import Importance, Packing, Stored, paged, there
 from kvshrink.shapes import Bool, Float
 
 GAIN_BYTES = 2
@@ -45,7 +45,9 @@ class Mixed(Packing):
             at += count
         return out
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         pages, real = paged(latent, self.page), there(valid, self.page)
         count: Tensor | float = float(self.page)
         if real is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvshrink.kernels.affine import quantize
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import METADATA_BYTES, Packing, Stored
+from kvshrink.methods._packing.base import METADATA_BYTES, Importance, Packing, Stored
 from kvshrink.methods._packing.grouping import Grouping
 from kvshrink.shapes import Bool, Float
 
@@ -37,7 +37,9 @@ class Planes(Packing):
     def grouping(self) -> Grouping:
         return Grouping(self.axis, self.width, self.page, self.group)
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         grouping = self.grouping
         rows = grouping.split(latent)
         codes, scale, low = quantize(rows, 8, grouping.real(valid, rows))

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from kvshrink.errors import DataError
 from kvshrink.kernels.latents import Packed, load
-from kvshrink.methods._packing.base import Packing, Stored
+from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, slots_of
 from kvshrink.shapes import Bool, Float, Int
 
 
 @final
 @dataclass(frozen=True)
-class Raw(Packing):
+class Raw(Packing, MovesSlots):
     """Latents stored as floats of `dtype`."""
 
     groups: int
@@ -22,7 +22,9 @@ class Raw(Packing):
     page: int
     dtype: torch.dtype
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
+    ) -> Stored:
         if valid is not None:
             latent = latent.masked_fill(~valid[:, None, :, None], 0.0)
         data = latent.to(self.dtype)
@@ -47,6 +49,9 @@ class Raw(Packing):
         page, slot = tokens // self.page, tokens % self.page
         row = torch.arange(len(tokens), device=tokens.device)[:, None]
         return stored["latent"][row, page, :, slot].transpose(1, 2).float()
+
+    def moved(self, stored: Stored, index: Int[Tensor, "b G k"]) -> Stored:
+        return {"latent": slots_of(stored["latent"], index)}
 
     def page_bytes(self) -> int:
         return self.page * self.groups * self.width * self.dtype.itemsize

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
-from kvshrink.methods._packing.base import Packing, Stored
+from kvshrink.methods._packing.base import Importance, Packing, Stored
 from kvshrink.shapes import Bool, Float
 from kvshrink.store.names import under
 
@@ -48,13 +48,11 @@ class Salient(Packing):
     def needs_importance(self) -> bool:
         return True
 
-    def store(self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        """As if all tokens were equally important: the first ones are the chosen."""
-        return self.store_by_importance(latent, valid, latent.new_zeros(latent.shape[:3], dtype=torch.float32))
-
-    def store_by_importance(
-        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Float[Tensor, "b h t"]
+    def store(
+        self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
     ) -> Stored:
+        if importance is None:  # all alike: the first ones are the chosen
+            importance = latent.new_zeros(latent.shape[:3], dtype=torch.float32)
         chosen = self._chosen(importance.unflatten(1, (self.groups, -1)).mean(2), valid)  # [b, G, p, page]
         stored = {"mask": _by_page(pack(chosen.byte(), 1))}
         order = (~chosen).byte().argsort(dim=-1, stable=True)  # slots of the chosen, then of the others

@@ -17,6 +17,7 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Affine, Raw, packing
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import BITS, require
 from kvshrink.methods._stats import CalibrationStats, LayerShape
@@ -41,7 +42,13 @@ class ChannelCodec(PackedCodec):
     fill: Float[Tensor, " n"]
     packing: Raw | Affine
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
         flat = rows.transpose(1, 2).flatten(2)  # [b, t, n]
         sound = flat.isfinite().all(-1) if valid is None else flat.isfinite().all(-1) | ~valid
         kept = flat.index_select(-1, self.kept)

@@ -30,6 +30,7 @@ from kvshrink.methods._codecs.basis import (
     weighted_svd,
 )
 from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._policy import Scorer
 from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
 from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.methods._settings import keep_and_bits, require
@@ -168,6 +169,10 @@ class CSKV(Method):
     def needs_importance(self) -> bool:
         """Whether its quantiser ranks tokens by their importance."""
         return self.codec is not None and self._quantiser().needs_importance
+
+    @property
+    def scorer(self) -> Scorer | None:
+        return None if self.codec is None else self._quantiser().scorer
 
     def apart(self, fitted: Fitted) -> str | None:
         return None if self.codec is None else self._quantiser().apart({})

@@ -20,6 +20,7 @@ from torch import Tensor
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import check_topk, reads_part, require
 from kvshrink.methods._stats import CalibrationStats, LayerShape
@@ -42,8 +43,14 @@ class ChoosingCodec(Codec):
     def width(self) -> int:  # type: ignore[override]
         return self.basis.width
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        return self.basis.encode(rows, valid)
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
+        return self.basis.encode(rows, valid, importance, base)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return self.basis.unpack(stored)

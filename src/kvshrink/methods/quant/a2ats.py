@@ -26,6 +26,7 @@ from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Codec, Fitted, Stored
 from kvshrink.methods._settings import check_topk, one_of, reads_part, require
@@ -57,7 +58,13 @@ class IndexedCodec(Codec):
     def width(self) -> int:  # type: ignore[override]
         return self.plain.width
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
         stored = self.plain.encode(rows, valid)
         index = nearest(rows.float() @ self.factor, self.centroids @ self.factor)
         if valid is not None:

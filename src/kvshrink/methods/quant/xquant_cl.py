@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
 from kvshrink.methods._settings import one_of
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
@@ -56,10 +57,14 @@ class DeltaCodec(Codec):
     def joint(self) -> bool:  # type: ignore[override]
         return self.own.joint
 
-    def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
-        raise NotImplementedError("it is stored as a difference only")
-
-    def encode_delta(self, base: Stored, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
+    def encode(
+        self,
+        rows: Float[Tensor, "b h t d"],
+        valid: Bool[Tensor, "b t"] | None,
+        importance: Importance = None,
+        base: Stored | None = None,
+    ) -> Stored:
+        assert base is not None, "it is stored as a difference only"
         return self.own.packing.store(self.own.project(rows) - self._predicted(base), valid)
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b G t r"]:

@@ -1,0 +1,168 @@
+"""One step's move from a layer's window to its sinks and body: what leaves is encoded, or chosen from, and kept."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.cache.body import Body
+from kvshrink.cache.drift import DriftWatch
+from kvshrink.cache.encode import encode
+from kvshrink.cache.exact import Sinks
+from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spread
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import SettingError
+from kvshrink.methods._abilities import MovesSlots, find
+from kvshrink.methods._roles import Codec, Method, Stored
+from kvshrink.shapes import Bool, Float, Int
+from kvshrink.store.choosing import kept, most_important
+from kvshrink.store.lanes import Pages, joined
+from kvshrink.store.names import under
+from kvshrink.store.tokens import TokenTable
+
+ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
+
+
+@dataclass(frozen=True)
+class Leave:
+    """What a layer's tokens leave into, and how. base: pages of the layer that this one is stored as a delta to."""
+
+    method: Method
+    codecs: tuple[Codec, Codec] | None
+    table: TokenTable
+    body: Body
+    sinks: Sinks
+    watch: DriftWatch | None
+    base: Pages | None
+    rope: Rope | None
+    first: int  # the batch's column of slot 0 of the exact tokens
+
+    def capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
+        """Keep those of the span's tokens that are sinks."""
+        if self.sinks.full:
+            return
+        seen, device = self.first + keys.shape[2], keys.device
+        wanted = self.sinks.wanted(self.table.positions_on(device)[:, :seen] >= 0, self.first).clone()
+        slot = torch.arange(keys.shape[2], device=device)
+        wanted &= (slot >= span.start) & (slot < span.stop)
+        if span.rows is not None:
+            others = np.setdiff1d(np.arange(len(keys)), span.rows)
+            wanted[torch.from_numpy(others).to(device)] = False
+        columns = self._columns(slot, len(keys))
+        part = slice(0, span.stop)
+        self.sinks.capture(keys[:, :, part], values[:, :, part], columns[:, part], wanted[:, part])
+
+    def store(
+        self, span: Span, keys: Tensor, values: Tensor, positions: Tensor, importance: Float[Tensor, "b h t"] | None
+    ) -> None:
+        """Encode what leaves, some pages at a time, into the body."""
+        page = self.method.page
+        if importance is None and self.method.token_budget is not None:  # no queries are known: all alike
+            importance = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        whole = paged(span, keys, values, positions, self.table.padded, page, self.body.lanes)
+        own = None if importance is None else spread(span.of(importance), span, page)
+        parts = list(self._parts(whole, spread(span.of(positions, 1), span, page), own))
+        if not parts:
+            return
+        skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
+        encoded = (self._encode(*part) for part in parts)
+        if self.method.token_budget is None:
+            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], span.rows, len(keys))
+        else:
+            stored = list(encoded)
+            self._choose(span, whole, {k: torch.cat([s[k] for s in stored], 1) for k in stored[0]}, own, len(keys))
+
+    def _parts(
+        self, whole: Paged, positions: Int[Tensor, "b t"], importance: Tensor | None
+    ) -> Iterator[tuple[Paged, Tensor, Tensor | None]]:
+        """Some pages at a time, with positions and importance of their tokens; not what would be dropped at once."""
+        page, pages = self.method.page, whole.first.shape[1]
+        skip = 0 if (room := self.body.room) is None else max(0, pages - room)
+        step = max(1, ENCODE_TOKENS // page)
+        for at in range(skip, pages, step):
+            stop = min(at + step, pages)
+            slots = slice(at * page, stop * page)
+            own = None if importance is None else importance[..., slots]
+            yield cut(whole, at, stop, page), positions[:, slots], own
+
+    def _encode(self, part: Paged, positions: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        assert self.codecs is not None
+        keys = part.keys
+        if self.codecs[0].site == "k_pre" and self.rope is not None:
+            keys = self.rope.undo(keys, positions)
+        stored = encode(self.codecs, keys, part.values, part.valid, importance, self._base_of(part))
+        if self.watch is not None:
+            self.watch.add(keys, part.values, self.sinks.others(part.valid, self._own_columns(part)))
+        return stored
+
+    def _base_of(self, part: Paged) -> Callable[[str], Stored] | None:
+        """The pages of the same tokens in the layer that this one is a delta to, by "k." and "v."."""
+        if self.base is None:
+            return None
+        start = int(np.nonzero(self.base.first[0] == part.first[0, 0])[0][-1])
+        return partial(under, dict(self.base.records(start, start + part.first.shape[1])))
+
+    def _choose(self, span: Span, whole: Paged, stored: Stored, importance: Tensor | None, batch: int) -> None:
+        """Keep the most important of what these rows hold and of what leaves now."""
+        budget, page = self.method.token_budget, self.method.page
+        assert budget is not None
+        assert importance is not None
+        pages = self.body.youngest.for_rows(batch)
+        old = pages if span.rows is None else pages.selected(span.rows)
+        columns = self._own_columns(whole).int()
+        shown = self._shown(whole, columns)
+        lanes = (len(columns), self.body.lanes, columns.shape[1])
+        fresh = importance.unflatten(1, (self.body.lanes, -1)).mean(2).masked_fill(~shown[:, None], -torch.inf)
+        columns = columns[:, None].expand(lanes)
+        if len(old) and old.columns is not None and old.importance is not None:
+            before = old.records()
+            stored = {k: torch.cat([before[k], t], 1) for k, t in stored.items()}
+            fresh = torch.cat([old.importance.masked_fill(old.columns < 0, -torch.inf), fresh], 2)
+            columns = torch.cat([old.columns, columns], 2)
+        rows = slice(None) if span.rows is None else span.rows
+        gone = torch.from_numpy(np.asarray(left(self.table.lengths[rows], self.method.window, page) // page))
+        index = most_important(fresh, budget.counts(fresh, gone, page), page)
+        chosen = kept(old, stored, columns, fresh, index, self._move)
+        self.body.hold(self.body.ages[0], chosen if span.rows is None else _placed(pages, chosen, span.rows))
+
+    def _move(self, stored: Stored, index: Int[Tensor, "b L k"]) -> Stored:
+        found: dict[str, Tensor] = {}
+        for prefix, codec in zip(("k.", "v."), self.codecs or (), strict=True):
+            able = find(codec, MovesSlots)  # type: ignore[type-abstract]  # mypy takes no abstract class as a value
+            if able is None:
+                name = type(self.method).__name__
+                raise SettingError(
+                    f"{name} drops stored tokens, which this codec's pages cannot. Use scales per token."
+                )
+            moved = able.moved(under(stored, prefix), index)
+            found |= {f"{prefix}{k}": t for k, t in moved.items()}
+        return found
+
+    def _shown(self, whole: Paged, columns: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+        """Slots that hold tokens, but no pads and no sinks."""
+        slot = torch.arange(self.method.page, device=columns.device)
+        used = torch.from_numpy(whole.used[:, 0].astype(np.int64)).to(columns.device)
+        shown = (slot < used[..., None]).flatten(1)
+        shown = shown if whole.valid is None else shown & whole.valid
+        others = self.sinks.others(None, columns)
+        return shown if others is None else shown & others
+
+    def _own_columns(self, part: Paged) -> Int[Tensor, "b t"]:
+        """A row's own column of every slot."""
+        slots = part.first[:, :, None] + np.arange(self.method.page)
+        return torch.from_numpy(slots.reshape(len(slots), -1)).to(part.keys.device)
+
+    def _columns(self, slot: Int[Tensor, " w"], rows: int) -> Int[Tensor, "b w"]:
+        """A row's own columns of slots of the exact tokens."""
+        shifts = np.zeros(rows, np.int64) if self.table.shifts is None else self.table.shifts
+        return slot + self.first - torch.from_numpy(shifts).to(slot.device)[:, None]
+
+
+def _placed(pages: Pages, chosen: Pages, rows: np.ndarray) -> Pages:
+    """Pages with others in place of some rows."""
+    rest = np.setdiff1d(np.arange(len(pages.table)), rows)
+    order = np.argsort(np.concatenate([rest, rows]), kind="stable")
+    return joined([pages.selected(rest), chosen]).selected(order)

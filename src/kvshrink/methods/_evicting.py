@@ -1,0 +1,69 @@
+"""What every method is that keeps the important tokens of each KV head and drops the others."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvshrink.methods._codecs.headwise import HeadwiseCodec
+from kvshrink.methods._packing import Packing, packing
+from kvshrink.methods._policy import Budget, Scorer, Uniform
+from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._settings import one_of, require
+from kvshrink.methods._stats import LayerShape
+from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX
+
+SLOT_INDEX = 8  # bytes of a slot's column and importance
+
+
+@dataclass(frozen=True)
+class Evicting(Method):
+    """Of the tokens that leave the window, each KV head keeps the most important ones, as keys after RoPE and values.
+
+    ratio: share of these tokens that is kept, in whole pages of 32. bits: of what is kept, with a scale and a minimum
+    for each token and 64 channels; None: the model's dtype.
+    """
+
+    ratio: float = 0.25
+    bits: int | None = None
+
+    drops_tokens: ClassVar[bool] = True
+    budget_setting: ClassVar[str] = "ratio"
+
+    @property
+    @abstractmethod
+    def scorer(self) -> Scorer: ...
+
+    @property
+    def token_budget(self) -> Budget:
+        return Uniform(self.ratio)
+
+    def check(self) -> None:
+        super().check()
+        require(0 < self.ratio <= 1, f"ratio={self.ratio}", "Use a share of tokens above 0, up to 1.")
+        one_of("bits", self.bits, (None, 8, 4, 2))
+
+    def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        left = max(1, (tokens - self.window) // self.page)
+        return [n / left for n in range(1, left + 1)]
+
+    def lanes(self, shape: LayerShape) -> int:
+        return shape.heads
+
+    def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
+        own = self._packing(shape)
+        return HeadwiseCodec("k_post", own), HeadwiseCodec("v", own)
+
+    def _packing(self, shape: LayerShape) -> Packing:
+        return packing(shape.heads, shape.head_dim, self.page, self.bits, "token", 64, shape.dtype)
+
+    def pages_held(self, pages: int) -> int:
+        """Pages of all heads together."""
+        return self.token_budget.pages(pages, 1)
+
+    def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
+        # sinks are not among the candidates: where all tokens are kept, the last page is not full
+        return self.token_budget.pages(pages, shape.heads) * 2 * self._packing(shape).page_bytes() // shape.heads
+
+    def index_bytes(self, shape: LayerShape, pages: int) -> int:
+        own = self.token_budget.pages(pages, shape.heads)
+        return self.token_budget.pages(pages, 1) * PAGE_INDEX + own * (LANE_INDEX + self.page * SLOT_INDEX)
