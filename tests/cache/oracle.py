@@ -8,6 +8,7 @@ pad is any column that the mask hides. Joined rows end together; each has column
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -59,7 +60,7 @@ class Dense(NamedTuple):
 
     keys: np.ndarray  # [b, h, seen, d]
     values: np.ndarray
-    shown: np.ndarray  # bool [b, seen]
+    shown: np.ndarray  # bool [b, h, seen]
 
 
 @dataclass
@@ -70,27 +71,32 @@ class Row:
     sinks: list[Token] = field(default_factory=list)
     pages: list[Page] = field(default_factory=list)
     window: list[Token] = field(default_factory=list)
+    chosen: list[list[Token]] = field(default_factory=list)  # of each head, where heads choose
 
     def copy(self) -> "Row":
-        return Row(list(self.real), list(self.sinks), [p.copy() for p in self.pages], list(self.window))
+        pages, chosen = [p.copy() for p in self.pages], [list(tokens) for tokens in self.chosen]
+        return Row(list(self.real), list(self.sinks), pages, list(self.window), chosen)
 
     def wanted(self, sinks: int) -> list[int]:
         """Columns of the first real tokens."""
         return list(islice((column for column, real in enumerate(self.real) if real), sinks))
 
-    def shown(self, sinks: int) -> list[Token]:
+    def shown(self, sinks: int, head: int) -> list[Token]:
         """Real tokens, each once: a sink is read exactly, never from its page."""
         wanted = self.wanted(sinks)
         body = [t for page in self.pages for t in page.tokens if t.column not in wanted]
+        body += self.chosen[head] if self.chosen else []
         return [t for t in (*self.sinks, *body, *self.window) if t.position >= 0]
 
 
 class Oracle:
     """One layer of h heads and d channels. `ages` of pages, the youngest first; without any, tokens are dropped."""
 
-    def __init__(self, window: int, sinks: int, page: int, h: int, d: int, ages: list[Age]) -> None:
-        self.settings = (window, sinks, page, h, d, ages)
-        self.window, self.sinks, self.page, self.h, self.d, self.ages = self.settings
+    def __init__(
+        self, window: int, sinks: int, page: int, h: int, d: int, ages: list[Age], shares: tuple[float, ...] = ()
+    ) -> None:
+        self.settings = (window, sinks, page, h, d, ages, shares)
+        self.window, self.sinks, self.page, self.h, self.d, self.ages, self.shares = self.settings
         self.rows: list[Row] = []
         self.seen = 0
         self.took_sinks = False  # storage for sinks is taken with the first page
@@ -117,6 +123,14 @@ class Oracle:
             wanted = row.wanted(self.sinks)
             out, row.window = row.window[: stop - start], row.window[stop - start :]
             row.sinks += [t for t in out if t.column in wanted]
+            if self.shares:
+                parts = [out[i : i + self.page] for i in range(0, len(out), self.page)]
+                back = [t for part in parts for t in self._encode(part).tokens]  # scales are of a token alone
+                fresh = [t for t in back if t.position >= 0 and t.column not in wanted]
+                most = [math.ceil(share * stop / self.page) * self.page for share in self.shares]
+                old = row.chosen or [[] for _ in self.shares]
+                row.chosen = [(own + fresh)[:n] for own, n in zip(old, most, strict=True)]
+                continue
             while out and self.ages:
                 count = self.page - out[0].column % self.page
                 row.pages.append(self._encode(out[:count]))
@@ -199,15 +213,16 @@ class Oracle:
     def dense(self) -> Dense:
         """What is there, column by column; zero where nothing is shown."""
         keys = np.zeros((len(self.rows), self.h, self.seen, self.d), np.float32)
-        values, shown = keys.copy(), np.zeros((len(self.rows), self.seen), bool)
+        values, shown = keys.copy(), np.zeros((len(self.rows), self.h, self.seen), bool)
         for i, row in enumerate(self.rows):
-            tokens, shift = row.shown(self.sinks), self.seen - len(row.real)
-            columns = [t.column + shift for t in tokens]
-            assert len(set(columns)) == len(columns), "the oracle itself shows a token twice"
-            if tokens:
-                keys[i][:, columns] = np.stack([t.key for t in tokens], 1)
-                values[i][:, columns] = np.stack([t.value for t in tokens], 1)
-                shown[i, columns] = True
+            for head in range(self.h):
+                tokens, shift = row.shown(self.sinks, head), self.seen - len(row.real)
+                columns = [t.column + shift for t in tokens]
+                assert len(set(columns)) == len(columns), "the oracle itself shows a token twice"
+                if tokens:
+                    keys[i, head, columns] = np.stack([t.key[head] for t in tokens])
+                    values[i, head, columns] = np.stack([t.value[head] for t in tokens])
+                    shown[i, head, columns] = True
         return Dense(keys, values, shown)
 
 
@@ -218,7 +233,7 @@ def attention(query: np.ndarray, dense: Dense, scaling: float, softcap: float | 
     scores = query.astype(float) @ keys.swapaxes(-1, -2) * scaling
     if softcap is not None:
         scores = np.tanh(scores / softcap) * softcap
-    visible = dense.shown[:, None, None, :] & (np.arange(seen) <= np.arange(seen - s, seen)[:, None])
+    visible = dense.shown.repeat(members, 1)[:, :, None, :] & (np.arange(seen) <= np.arange(seen - s, seen)[:, None])
     scores = np.where(visible, scores, -1e30)
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * visible
     return weights @ values / np.maximum(weights.sum(-1, keepdims=True), 1e-300)

@@ -18,8 +18,9 @@ from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.lane_state import restored, state
-from kvshrink.store.lanes import Pages, joined
+from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
+from kvshrink.store.rows import joined
 
 
 @dataclass

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.cache.exact import Sinks
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.state import Schema, require
 from kvshrink.kernels.records import Layout
 from kvshrink.shapes import Bool
@@ -66,8 +66,10 @@ class Contents:
         require(bool((table < len(stored["records"])).all() and (table >= -1).all()), f"{name}.table")
         require(bool((there[..., :-1] >= there[..., 1:]).all() and there.any(2).any()), f"{name}.table")
         require(bool((there == (used > 0)).all() and (used <= page).all()), f"{name}.used")
-        require("columns" not in stored, f"{name}.columns")
-        for row in range(len(table)):
+        require(("columns" in stored) == layer.body.chooses, f"{name}.columns")
+        if "columns" in stored:
+            self._check_chosen(name, used, stored["columns"].cpu().numpy(), covered)
+        for row in range(len(table) if "columns" not in stored else 0):
             for lane in range(table.shape[1]):
                 for k in range(int(there[row, lane].sum())):
                     start, stop = first[row, k], first[row, k] + used[row, lane, k]
@@ -82,6 +84,17 @@ class Contents:
         for kv, codec in zip("kv", layer.tiers[tier].codecs or (), strict=False):
             part = under(fields, f"{kv}.")
             require(not part or codec.sound(part), f"{name}.records ({'keys' if kv == 'k' else 'values'})")
+
+    def _check_chosen(self, name: str, used: np.ndarray, columns: np.ndarray, covered: list[np.ndarray]) -> None:
+        """Each slot that is filled has a column of its own, in order, that has left the window; the others have -1."""
+        slots = np.arange(self.layer.method.page)
+        filled = (slots < used[..., None]).reshape(columns.shape)
+        require(bool(((columns >= 0) == filled).all()), f"{name}.columns")
+        for row in range(len(columns)):
+            for own, there in zip(columns[row], filled[row], strict=True):
+                right = bool((np.diff(own[there]) > 0).all() and (own[there] < self.left[row]).all())
+                require(right, f"{name}.columns")
+            covered[row][:] = True  # the others were dropped
 
     def _check_sinks(self, columns: Tensor | None) -> list[np.ndarray]:
         """Sinks are the first real tokens of each row. What of the others must be in pages."""

@@ -1,12 +1,17 @@
 """Rows that join and leave a batch: caches as one, and rows as caches. No record is copied, nothing is padded."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvshrink.cache.body import Body
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.sliding import joined_sliding, sliding_row
+from kvshrink.cache.window import Window
 from kvshrink.errors import CacheError
 from kvshrink.store.tokens import TokenTable
 
@@ -27,7 +32,7 @@ def joined_layers(parts: Sequence[Sequence[Any]], table: TokenTable) -> list[Cac
     found: list[CacheLayerMixin] = []
     for layers in zip(*parts, strict=True):
         if isinstance(layers[0], CompressedLayer):
-            found.append(CompressedLayer.joined(layers, table, _base(layers[0], parts[0], found)))
+            found.append(_joined(layers, table, _base(layers[0], parts[0], found)))
         else:
             found.append(joined_sliding(layers, table.length))
     return found
@@ -38,7 +43,7 @@ def layers_of_row(layers: Sequence[Any], number: int, table: TokenTable) -> list
     found: list[CacheLayerMixin] = []
     for layer in layers:
         if isinstance(layer, CompressedLayer):
-            found.append(layer.row(number, table, _base(layer, layers, found)))
+            found.append(_row(layer, number, table, _base(layer, layers, found)))
         else:
             found.append(sliding_row(layer, number, table.length))
     return found
@@ -50,3 +55,28 @@ def _base(layer: CompressedLayer, old: Sequence[Any], new: Sequence[CacheLayerMi
     found = None if place is None else new[place]
     assert found is None or isinstance(found, CompressedLayer)
     return found
+
+
+def _joined(layers: Sequence[CompressedLayer], table: TokenTable, base: CompressedLayer | None) -> CompressedLayer:
+    """The rows of these layers, which are alike, under one table."""
+    some, rows = layers[0], [layer.table.rows for layer in layers]
+    other = CompressedLayer(some.method, some.shape, some.tiers, table, copy.deepcopy(some.watch), base)
+    other.seen = table.length
+    other.window = Window.joined([layer.window for layer in layers], other.leaves)
+    other.sinks = Sinks.joined([layer.sinks for layer in layers], rows)
+    other.body = Body.joined([layer.body for layer in layers], rows)
+    other.dtype, other.device, other.is_initialized = some.dtype, some.device, True
+    for layer in layers[1:]:
+        if other.watch is not None and layer.watch is not None:
+            other.watch.sums = other.watch.sums + layer.watch.sums
+    return other
+
+
+def _row(layer: CompressedLayer, number: int, table: TokenTable, base: CompressedLayer | None) -> CompressedLayer:
+    """One row alone, under a table of its own."""
+    other = copy.deepcopy(layer, {id(layer.table): table, id(layer.base): base})
+    other.seen = table.length
+    other.window = layer.window.row(number, other.leaves)
+    other.sinks.select(torch.tensor([number]))
+    other.body.select(torch.tensor([number]))
+    return other

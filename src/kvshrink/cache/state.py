@@ -112,7 +112,7 @@ class Schema:
     def _compressed(self, i: int, layer: CompressedLayer, values: dict) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
-        _keys(values, {"seen", "window", "starts", "sinks", "watched", *names}, f"layer {i}")
+        _keys(values, {"seen", "window", "starts", "sinks", "scores", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
         require(isinstance(values["watched"], bool), f"layer {i}: watched")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
@@ -121,6 +121,9 @@ class Schema:
         if values["seen"]:
             rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
             found |= {"window.keys": rows, "window.values": rows}
+            require(isinstance(values["scores"], bool), f"layer {i}: scores")
+            if values["scores"]:
+                found["window.scores"] = (torch.float32, (b, shape.heads, window))
         require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
         if values["sinks"]:
             rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
@@ -156,7 +159,9 @@ class Schema:
             "first": (torch.int32, (b, count)),
         }
         if given["columns"]:
-            found["columns"] = (torch.int32, (b, lanes, count * layer.method.page))
+            require(layer.body.chooses, f"{where}: {name}: columns")
+            slots = (b, lanes, count * layer.method.page)
+            found |= {"columns": (torch.int32, slots), "importance": (torch.float32, slots)}
         return found
 
 

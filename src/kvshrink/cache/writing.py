@@ -8,19 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
-from kvshrink.cache.exact import Sinks
-from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spread
-from kvshrink.cache.rope import Rope
+from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spans, spread
+from kvshrink.cache.scoring import ProbeQueries, received
+from kvshrink.cache.sinks import Sinks
+from kvshrink.cache.snapshot import Snapshot
+from kvshrink.cache.window import Window
 from kvshrink.errors import SettingError
 from kvshrink.methods._abilities import MovesSlots, find
 from kvshrink.methods._roles import Codec, Method, Stored
 from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.choosing import kept, most_important
-from kvshrink.store.lanes import Pages, joined
+from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
+from kvshrink.store.rows import joined
 from kvshrink.store.tokens import TokenTable
 
 ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
@@ -33,14 +37,51 @@ class Leave:
     method: Method
     codecs: tuple[Codec, Codec] | None
     table: TokenTable
-    body: Body
+    window: Window
     sinks: Sinks
+    body: Body
     watch: DriftWatch | None
     base: Pages | None
-    rope: Rope | None
-    first: int  # the batch's column of slot 0 of the exact tokens
+    before: Snapshot  # of the layer as the step reads it
 
-    def capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
+    @property
+    def first(self) -> int:
+        """The batch's column of slot 0 of the exact tokens."""
+        return self.before.first
+
+    def rank(self, probe: ProbeQueries | None, keys: Tensor, new: int) -> Float[Tensor, "b h t"] | None:
+        """Importance of the exact tokens, where something asks for it; a running scorer's goes on from step to step."""
+        scorer, before = self.method.scorer, self.before
+        if scorer is None or probe is None:
+            return None
+        blocks = partial(stored_keys, before) if scorer.everything else tuple
+        got, stored = received(probe, keys, before.positions[:, before.first :] >= 0, new, blocks)
+        ranked = scorer.importance(got)
+        if scorer.running:
+            ranked = self.window.add_scores(ranked)
+            if stored is not None and before.tiers:
+                self.body.add_importance(stored[..., 0 if before.sinks is None else before.sinks.size :])
+        return ranked
+
+    def run(self, keys: Tensor, values: Tensor, ranked: Float[Tensor, "b h t"] | None) -> None:
+        """Move what leaves of these exact tokens to sinks and body; the window keeps the rest."""
+        window, page, slots = self.method.window, self.method.page, keys.shape[2]
+        lengths, starts = self.table.lengths, self.window.starts
+        exact = np.minimum(lengths, slots - (0 if starts is None else starts))
+        positions = self.before.positions[:, self.first :]
+        for span in spans(lengths, exact, slots, window, page):
+            self._capture(span, keys, values)
+            if self.codecs is not None:
+                self._store(span, keys, values, positions, ranked)
+        stay = np.minimum(exact, lengths - left(lengths, window, page))
+        if slots <= self.window.capacity and (stay == exact).all():
+            return
+        gone = slots - int(stay.max())
+        starts = slots - stay
+        self.window.starts = starts if (starts != gone).any() else None
+        self.window.keep(keys, values, gone)
+
+    def _capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
         """Keep those of the span's tokens that are sinks."""
         if self.sinks.full:
             return
@@ -55,7 +96,7 @@ class Leave:
         part = slice(0, span.stop)
         self.sinks.capture(keys[:, :, part], values[:, :, part], columns[:, part], wanted[:, part])
 
-    def store(
+    def _store(
         self, span: Span, keys: Tensor, values: Tensor, positions: Tensor, importance: Float[Tensor, "b h t"] | None
     ) -> None:
         """Encode what leaves, some pages at a time, into the body."""
@@ -68,7 +109,7 @@ class Leave:
         if not parts:
             return
         skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
-        encoded = (self._encode(*part) for part in parts)
+        encoded = (self._encode(*part, span.rows) for part in parts)
         if self.method.token_budget is None:
             self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], span.rows, len(keys))
         else:
@@ -88,14 +129,16 @@ class Leave:
             own = None if importance is None else importance[..., slots]
             yield cut(whole, at, stop, page), positions[:, slots], own
 
-    def _encode(self, part: Paged, positions: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+    def _encode(
+        self, part: Paged, positions: Tensor, importance: Tensor | None, rows: np.ndarray | None
+    ) -> dict[str, Tensor]:
         assert self.codecs is not None
         keys = part.keys
-        if self.codecs[0].site == "k_pre" and self.rope is not None:
-            keys = self.rope.undo(keys, positions)
+        if self.codecs[0].site == "k_pre" and self.before.rope is not None:
+            keys = self.before.rope.undo(keys, positions)
         stored = encode(self.codecs, keys, part.values, part.valid, importance, self._base_of(part))
         if self.watch is not None:
-            self.watch.add(keys, part.values, self.sinks.others(part.valid, self._own_columns(part)))
+            self.watch.add(keys, part.values, self.sinks.others(part.valid, self._own_columns(part), rows))
         return stored
 
     def _base_of(self, part: Paged) -> Callable[[str], Stored] | None:
@@ -113,7 +156,7 @@ class Leave:
         pages = self.body.youngest.for_rows(batch)
         old = pages if span.rows is None else pages.selected(span.rows)
         columns = self._own_columns(whole).int()
-        shown = self._shown(whole, columns)
+        shown = self._shown(whole, columns, span.rows)
         lanes = (len(columns), self.body.lanes, columns.shape[1])
         fresh = importance.unflatten(1, (self.body.lanes, -1)).mean(2).masked_fill(~shown[:, None], -torch.inf)
         columns = columns[:, None].expand(lanes)
@@ -141,13 +184,13 @@ class Leave:
             found |= {f"{prefix}{k}": t for k, t in moved.items()}
         return found
 
-    def _shown(self, whole: Paged, columns: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    def _shown(self, whole: Paged, columns: Int[Tensor, "b t"], rows: np.ndarray | None) -> Bool[Tensor, "b t"]:
         """Slots that hold tokens, but no pads and no sinks."""
         slot = torch.arange(self.method.page, device=columns.device)
         used = torch.from_numpy(whole.used[:, 0].astype(np.int64)).to(columns.device)
         shown = (slot < used[..., None]).flatten(1)
         shown = shown if whole.valid is None else shown & whole.valid
-        others = self.sinks.others(None, columns)
+        others = self.sinks.others(None, columns, rows)
         return shown if others is None else shown & others
 
     def _own_columns(self, part: Paged) -> Int[Tensor, "b t"]:
