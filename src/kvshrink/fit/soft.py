@@ -7,17 +7,17 @@ from typing import final
 
 from torch import Tensor
 
-from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._roles import Codec, Stored
 
 
 @final
 class Soft(Codec):
-    """A `BasisCodec` that stores latents [b, G, t, r] instead of pages."""
+    """A `PackedCodec` that stores latents [b, G, t, r] instead of pages."""
 
     metadata = frozenset()
 
-    def __init__(self, codec: BasisCodec, rounds: bool) -> None:
+    def __init__(self, codec: PackedCodec, rounds: bool) -> None:
         self.codec, self.rounds = codec, rounds
         self.site, self.width = codec.site, codec.width
 

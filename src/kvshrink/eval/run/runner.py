@@ -34,7 +34,7 @@ from kvshrink.eval.run.entries import ZEROS, Entry
 from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
-from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.methods._roles import Bounded
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.log import Log, key_of
 from kvshrink.store.modes import without_dropout
@@ -237,7 +237,8 @@ class Runner:
                 for x, info in zip(dense.layers, self.attachment.layers, strict=True)
                 if not info.compressed
             )
-            method = StreamingLLM.within((held[entry.like] - fixed) / layers, self.shape)
+            assert isinstance(method, Bounded)
+            method = method.within((held[entry.like] - fixed) / layers, self.shape)
         cache = make_cache(self.model, method)
         fill(cache, dense, self.attachment, None if bool(mask.all()) else mask)
         return cache

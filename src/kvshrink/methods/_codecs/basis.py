@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
+from kvshrink.methods._codec import Projection
 from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._stats import CalibrationStats, Moments
 from kvshrink.shapes import Float
@@ -63,6 +65,13 @@ class BasisCodec(PackedCodec):
     @cached_property
     def expansion(self) -> Basis | None:  # type: ignore[override]
         return Basis(self.up, self.mean) if self._rebuilt else None
+
+    @property
+    def projection(self) -> Projection | None:
+        """None also where bits follow the channels' variances: then the basis alone does not say what is lost."""
+        if self.site == "k_post" or isinstance(self.packing, Mixed):
+            return None
+        return Projection(self.up.shape[1], self.smooth)
 
     def smooth(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t d"]:
         """Rows as they would come back if nothing were rounded: what the basis alone loses."""
@@ -126,6 +135,9 @@ def key_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
 def value_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a value costs: the squared error of the layer's output, each head by itself."""
     return torch.block_diag(*stats.output_gram.double())
+
+
+METRICS = {"key_metric": ("plain", "query"), "value_metric": ("plain", "output")}  # settings of `metrics_of`
 
 
 def metrics_of(method: Any, stats: CalibrationStats) -> tuple[Tensor | None, Tensor | None]:

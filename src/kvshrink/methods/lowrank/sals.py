@@ -12,9 +12,10 @@ alike; every layer is treated the same; sinks and 32 to 64 recent tokens are exa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
@@ -41,6 +42,9 @@ class ChoosingCodec(Codec):
     @property
     def width(self) -> int:  # type: ignore[override]
         return self.basis.width
+
+    def to(self, device: torch.device) -> "ChoosingCodec":
+        return replace(self, basis=self.basis.to(device))
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         return self.basis.encode(rows, valid)

@@ -11,7 +11,7 @@ group, none per token; allocation by measured KL instead of mean squared error.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._codecs.basis import BasisCodec, metrics_of, spectrum
+from kvshrink.methods._codecs.basis import METRICS, BasisCodec, metrics_of, spectrum
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
@@ -55,6 +55,7 @@ class Spectral(Method):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "budget"
+    byte_neutral: ClassVar[frozenset[str]] = frozenset({"rotate", *METRICS})
 
     def check(self) -> None:
         super().check()
@@ -65,6 +66,10 @@ class Spectral(Method):
     @property
     def probes(self) -> bool:
         return self.allocation == "kl"
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+        return {"rotate": (True, False), **METRICS}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""

@@ -44,6 +44,10 @@ class InputCodec(PackedCodec):
     def metadata(self) -> frozenset[str]:  # type: ignore[override]
         return self.basis.metadata if self.down is not None else frozenset()
 
+    def to(self, device: torch.device) -> "InputCodec":
+        down = None if self.down is None else self.down.to(device)
+        return InputCodec(self.basis.to(device), down, self.mean.to(device))
+
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b 1 t hidden"]:
         """The input. rows: of the keys' heads, then the values' heads."""
         assert self.down is not None, "values are stored with the keys"

@@ -16,7 +16,7 @@ choice per layer, by the sum of the query heads' scores. Several new tokens at o
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -56,6 +56,9 @@ class IndexedCodec(Codec):
     @property
     def width(self) -> int:  # type: ignore[override]
         return self.plain.width
+
+    def to(self, device: torch.device) -> "IndexedCodec":
+        return replace(self, factor=self.factor.to(device), centroids=self.centroids.to(device))
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         stored = self.plain.encode(rows, valid)

@@ -11,7 +11,7 @@ or in kind, or a layer is left over, it is stored as a first one. Otherwise as `
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -55,6 +55,10 @@ class DeltaCodec(Codec):
     @property
     def joint(self) -> bool:  # type: ignore[override]
         return self.own.joint
+
+    def to(self, device: torch.device) -> "DeltaCodec":
+        predictor = None if self.predictor is None else self.predictor.to(device)
+        return replace(self, own=self.own.to(device), predictor=predictor)
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         raise NotImplementedError("it is stored as a difference only")
