@@ -58,7 +58,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
             sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
-            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined]  # a saved one must fit
+            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined] # a saved one must fit
             layers.append(sliding)
         else:
             watched = _watch(artifact, i, ladders[i][0].codecs, _like(attachment, i)) if watch else None

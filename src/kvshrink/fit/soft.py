@@ -3,7 +3,7 @@
 Rounding passes its gradient straight through (arXiv 1308.3432), and is left out where training does not ask for it.
 """
 
-from typing import final
+from typing import Literal, final
 
 from torch import Tensor
 
@@ -19,7 +19,14 @@ class Soft(Codec):
 
     def __init__(self, codec: PackedCodec, rounds: bool) -> None:
         self.codec, self.rounds = codec, rounds
-        self.site, self.width = codec.site, codec.width
+
+    @property
+    def site(self) -> Literal["k_pre", "k_post", "v"]:
+        return self.codec.site
+
+    @property
+    def width(self) -> int:
+        return self.codec.width
 
     def encode(self, rows: Tensor, valid: Tensor | None) -> Stored:
         latent = self.codec.project(rows)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,25 @@ class Codec(ABC):
     Of a layer that is stored as a delta (`Method.stores_delta`) the pages hold that one's tensors too, as "base.*".
     """
 
-    site: Literal["k_pre", "k_post", "v"]
-    metadata: frozenset[str]
-    width: int
-    joint: bool = False
+    if TYPE_CHECKING:  # read only, so that it may be a field of a dataclass, or a property
+
+        @property
+        def site(self) -> Literal["k_pre", "k_post", "v"]: ...
+
+    else:
+        site: Literal["k_pre", "k_post", "v"]
+
+    @property
+    @abstractmethod
+    def metadata(self) -> frozenset[str]: ...
+
+    @property
+    @abstractmethod
+    def width(self) -> int: ...
+
+    @property
+    def joint(self) -> bool:
+        return False
 
     @abstractmethod
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
@@ -116,5 +131,5 @@ class Codec(ABC):
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
 
-    def __deepcopy__(self, memo: dict) -> "Codec":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Codec":
         return self  # settings and fitted tensors are shared by all sequences, also by a copied cache

@@ -39,12 +39,12 @@ class Method(metaclass=Settings):
     budget_setting: ClassVar[str | None] = None  # the setting that a byte budget moves
     byte_neutral: ClassVar[frozenset[str]] = frozenset()  # settings on which no byte depends
 
-    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence:
+    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence[Any]:
         """Values of the budget setting for a cache of `tokens` tokens, the one with the fewest bytes first."""
         return ()
 
     @classmethod
-    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
         """Values that a plan tries, {setting: values}, of all settings but the budget's; window and sinks are the
         plan's unless they are named. shapes: of the layers that are compressed."""
         return {}
@@ -98,7 +98,7 @@ class Method(metaclass=Settings):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Once all are fitted: what they share, as one byte budget. (tensors, record; "layers" in it joins theirs)."""
         return {i: dict(fitted) for i, fitted in layers.items()}, {}
 
@@ -124,7 +124,7 @@ class Method(metaclass=Settings):
         self.check()
         check_finite(self.settings())
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import artifact_file, name_of
@@ -27,8 +28,8 @@ class Artifact:
 
     method: Method
     layers: Mapping[int, Fitted]
-    model: dict = field(default_factory=dict)
-    provenance: dict = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

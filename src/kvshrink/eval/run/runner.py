@@ -25,7 +25,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
-from kvshrink.attach.fill import asks, fill, prefill
+from kvshrink.attach.fill import asks, fill, held_by, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import metrics
@@ -224,16 +224,16 @@ class Runner:
     def _cache(self, entry: Entry, held: dict[str, int], dense: DynamicCache, mask: Tensor) -> KVCache | DynamicCache:
         """The entry's cache, filled with the prefilled contexts."""
         if entry.method is None:
-            full = copy.deepcopy(dense)
+            full: Any = copy.deepcopy(dense)
             for layer in full.layers if entry.label == ZEROS else []:
-                layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)  # type: ignore
+                layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
             return full
         method = entry.method
         if entry.like is not None and self.shape is not None:
             layers = sum(info.compressed for info in self.attachment.layers)
             # sliding-window layers are the same in every cache
             fixed = sum(
-                (x.keys.nbytes + x.values.nbytes) // len(mask)  # type: ignore[union-attr]
+                sum(t.nbytes for t in held_by(x)) // len(mask)
                 for x, info in zip(dense.layers, self.attachment.layers, strict=True)
                 if not info.compressed
             )

@@ -53,7 +53,8 @@ class ChannelCodec(PackedCodec):
 
     def expand(self, latent: Float[Tensor, "b 1 t r"], heads: int) -> Float[Tensor, "b h t d"]:
         flat = self.fill.repeat(*latent.shape[::2], 1).index_copy_(2, self.kept, latent[:, 0])
-        return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
+        found: Tensor = flat.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return found
 
 
 def check(keep: float, bits: int | None) -> None:

@@ -32,9 +32,10 @@ from kvshrink.methods._codecs.basis import (
 )
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
-from kvshrink.methods._roles import Fitted, Method, Tier
+from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
+from kvshrink.methods._tier import Tier
 from kvshrink.methods._training import Training
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
 
@@ -138,7 +139,7 @@ class CSKV(Method):
         return [channels / shape.width for channels in range(1, shape.width + 1)]
 
     @classmethod
-    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
         heads = math.gcd(*(shape.heads for shape in shapes))
         sizes = (None, *(n for n in range(1, heads) if heads % n == 0))
         return {"bits": (None, 4, 3, 2), "key_share": KEY_SHARES, **METRICS, "group_heads": sizes}

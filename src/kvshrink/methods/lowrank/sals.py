@@ -40,7 +40,7 @@ class ChoosingCodec(Codec):
     metadata = frozenset({"scale", "low"})
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.basis.width
 
     def to(self, device: torch.device) -> "ChoosingCodec":

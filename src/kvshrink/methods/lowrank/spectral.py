@@ -13,7 +13,8 @@ group, none per token; allocation by measured KL instead of mean squared error.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from functools import partial
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Spectral(Method):
         return self.allocation == "kl"
 
     @classmethod
-    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
         return {"rotate": (True, False), **METRICS}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
@@ -99,7 +100,7 @@ class Spectral(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Share the budget between the operands of all layers, and keep the directions that got bits."""
         budget = sum(self._budget(shapes[i]) for i in layers)
         operands = [(i, kv) for i in layers for kv in KVS]
@@ -171,8 +172,8 @@ class Spectral(Method):
                 codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
                 metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
                 key = (layer, kv, size, self.widths, self.rotate, metric)
-                pair = (codec, None) if kv == "key" else (None, codec)
-                curve.append((size, probe.once(key, lambda pair=pair: probe.kl({layer: pair}))))
+                pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
+                curve.append((size, probe.once(key, partial(probe.kl, {layer: pair}))))
                 quiet = curve[-1][1] / error if curve[-1][1] < NOTHING and error > 0 else None
             else:
                 curve.append((size, quiet * error))

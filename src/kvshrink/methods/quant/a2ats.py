@@ -50,11 +50,11 @@ class IndexedCodec(Codec):
     site = "k_pre"
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.plain.metadata | {"index"}
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.plain.width
 
     def to(self, device: torch.device) -> "IndexedCodec":
@@ -150,7 +150,10 @@ def _factor(queries: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """L of E[q^T q] = L L^T."""
     moment = queries.T @ queries / len(queries)
     ridge = float(moment.diagonal().mean()) * RIDGE
-    return torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    found: Tensor = torch.linalg.cholesky(
+        moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    )
+    return found
 
 
 def means(rows: Float[Tensor, "m d"], count: int = CENTROIDS) -> Float[Tensor, "n d"]:

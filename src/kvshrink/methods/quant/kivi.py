@@ -11,7 +11,7 @@ once) and exactly R values. Scale and minimum are float16, as in the paper. The 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._quantiser import Quantiser, Space, axes
@@ -36,14 +36,14 @@ class KIVI(Quantiser):
     group: int = 32
 
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     @classmethod
-    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
         return {"sinks": (0,)}  # the paper has none
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:  # type: ignore[override] # of a class elsewhere, here of a setting
         return self.group  # the paper's one group size
 
     def check(self) -> None:

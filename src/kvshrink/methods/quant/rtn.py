@@ -6,7 +6,7 @@ The axes are KIVI's (arXiv 2402.02750), without its residual scheme.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._packing import Packing
@@ -28,7 +28,7 @@ class RTN(Quantiser):
     budget_setting: ClassVar[str] = "bits"
 
     @classmethod
-    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence]:
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
         return {"group": (32, 64, 128), "key_axis": ("channel", "token")}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
