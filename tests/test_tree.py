@@ -207,6 +207,25 @@ def test_numbers_in_the_readme_have_a_json_behind_them():
                 assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
 
 
+def test_every_path_in_contributing_is_a_link_to_what_is_there():
+    page = re.sub(r"^```.*?^```", "", (REPO / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+    links = [(text, link) for text, link in re.findall(r"\[([^]]+)\]\(([^)#]+)\)", page) if not link.startswith("http")]
+    assert len(links) > 20
+    for _, link in links:
+        assert (REPO / link).exists(), f"CONTRIBUTING.md links to {link}, which is not there"
+    rest = re.sub(r"\[[^]]+\]\([^)]+\)", "", page)
+    bare = [word for word in re.findall(r"`([^` ]+)`", rest) if "/" in word or word.endswith((".py", ".md"))]
+    assert not bare, f"make links of {bare}"
+
+
+def test_names_in_contributing_are_in_the_code():
+    """Of roles and hooks: what stands in backticks and is one word."""
+    page = re.sub(r"^```.*?^```", "", (REPO / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+    code = "\n".join(p.read_text() for p in SOURCES)
+    for name in set(re.findall(r"`([A-Za-z_]{3,})`", page)) - {"Scorer", "Budget"}:
+        assert re.search(rf"\b{name}\b", code), f"CONTRIBUTING.md names {name}, which is nowhere"
+
+
 def test_importing_the_library_imports_no_extra():
     """What a plot, a search, another evaluation or a GPU needs is imported where it is used.
 
