@@ -7,7 +7,7 @@ of all heads lie in one row of a page, so that heads may keep different numbers 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, final
 
 import torch
@@ -40,6 +40,9 @@ class ChannelCodec(PackedCodec):
     kept: Int[Tensor, " r"]
     fill: Float[Tensor, " n"]
     packing: Raw | Affine
+
+    def to(self, device: torch.device) -> "ChannelCodec":
+        return replace(self, kept=self.kept.to(device), fill=self.fill.to(device))
 
     def encode(self, rows: Float[Tensor, "b h t d"], valid: Bool[Tensor, "b t"] | None) -> Stored:
         flat = rows.transpose(1, 2).flatten(2)  # [b, t, n]
