@@ -96,6 +96,43 @@ def test_families_of_methods_do_not_import_each_other():
             assert not (wrong := named & families - {here}), f"{path.name} imports from {wrong}"
 
 
+def test_what_a_method_can_do_is_asked_of_it():
+    """Outside methods/ no class or name of a method is compared with, and a codec's site only where rows are stored."""
+    classes = {methods.get(name).__name__ for name in methods.names()}
+    found = []
+    for path in SOURCES:
+        room = path.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())) if room != "methods" else ():
+            if (why := _asks_a_class(node, classes)) or (room != "cache" and (why := _asks_a_site(node))):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {why}")
+    assert not found, found
+
+
+def _asks_a_class(node: ast.AST, classes: set[str]) -> str | None:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+        every = list(ast.walk(node.args[1]))
+        named = {x.id for x in every if isinstance(x, ast.Name)} | {
+            x.attr for x in every if isinstance(x, ast.Attribute)
+        }
+        return f"isinstance of {named & classes}" if named & classes else None
+    if isinstance(node, ast.Compare):
+        texts = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+        return f"compares with {texts & set(methods.names())}" if texts & set(methods.names()) else None
+    return None
+
+
+def _asks_a_site(node: ast.AST) -> str | None:
+    sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    return "compares a codec's site" if any(isinstance(x, ast.Attribute) and x.attr == "site" for x in sides) else None
+
+
+def test_a_class_that_is_asked_for_is_found():
+    for text in ("isinstance(m, CSKV)", "issubclass(c, (RTN, lowrank.CSKV))", "name == 'kivi'", "name in ('a', 'rtn')"):
+        assert _asks_a_class(ast.parse(text, mode="eval").body, {"CSKV", "RTN"}), text
+    assert not _asks_a_class(ast.parse("isinstance(m, Method | str)", mode="eval").body, {"CSKV"})
+    assert _asks_a_site(ast.parse("codec.site == 'k_pre'", mode="eval").body)
+
+
 def test_the_map_in_the_docstring_lists_every_package():
     packages = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     for name in packages:
@@ -168,6 +205,25 @@ def test_numbers_in_the_readme_have_a_json_behind_them():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_every_path_in_contributing_is_a_link_to_what_is_there():
+    page = re.sub(r"^```.*?^```", "", (REPO / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+    links = [(text, link) for text, link in re.findall(r"\[([^]]+)\]\(([^)#]+)\)", page) if not link.startswith("http")]
+    assert len(links) > 20
+    for _, link in links:
+        assert (REPO / link).exists(), f"CONTRIBUTING.md links to {link}, which is not there"
+    rest = re.sub(r"\[[^]]+\]\([^)]+\)", "", page)
+    bare = [word for word in re.findall(r"`([^` ]+)`", rest) if "/" in word or word.endswith((".py", ".md"))]
+    assert not bare, f"make links of {bare}"
+
+
+def test_names_in_contributing_are_in_the_code():
+    """Of roles and hooks: what stands in backticks and is one word."""
+    page = re.sub(r"^```.*?^```", "", (REPO / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+    code = "\n".join(p.read_text() for p in SOURCES)
+    for name in set(re.findall(r"`([A-Za-z_]{3,})`", page)) - {"Scorer", "Budget"}:
+        assert re.search(rf"\b{name}\b", code), f"CONTRIBUTING.md names {name}, which is nowhere"
 
 
 def test_importing_the_library_imports_no_extra():

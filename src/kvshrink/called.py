@@ -20,4 +20,5 @@ def call_as(package: str, function: Callable[..., Any]) -> None:
     """Let a package be called as a function of it, whose documentation and signature it then shows."""
     module = sys.modules[package]
     module.__class__ = Called
-    functools.update_wrapper(module, function, assigned=("__doc__",), updated=())  # type: ignore[arg-type]
+    shown: Any = module
+    functools.update_wrapper(shown, function, assigned=("__doc__",), updated=())

@@ -15,7 +15,7 @@ from kvshrink.fit.outputs import OutputLoss
 from kvshrink.fit.reconstruct import RowLoss
 from kvshrink.fit.soft import Soft
 from kvshrink.fit.source import InMemory
-from kvshrink.fit.train import FRACTIONS
+from kvshrink.methods.lowrank.cskv import DRAWN
 
 SHAPE = {
     "hidden_size": 32,
@@ -154,7 +154,7 @@ def test_the_guard_reads_what_a_cache_would_hold(model, rows, seen):
     info = layers_of(model)[0]
     codecs = CSKV(keep=0.25, bits=2).codecs(shape_of(info.module), fit(model, rows, bits=2).layers[0])
     last = {k: v[-1:] if k == "hidden_states" else v for k, v in seen[2][-1].items()}
-    wanted = _output_error(info.module, info.rope, codecs, last)
+    wanted = _output_error(info.module, info.rope, codecs, 32, last)
     assert records(artifact)[0]["held_out"]["closed form"] == pytest.approx(wanted, rel=1e-4)
 
 
@@ -285,9 +285,9 @@ def test_ranks_drawn_in_training_make_leading_components_good(model, rows, seen)
     error = {}
     for name, artifact in (("drawn", drawn), ("fixed", fixed)):
         assert records(artifact)[0]["kept"] == "trained"
-        for share in (FRACTIONS[0], 1.0):
+        for share in (DRAWN[0], 1.0):
             lower = CSKV(keep=0.5 * share)
-            pair = lower.codecs(shape, lower.cut(artifact.layers[0]))
+            pair = lower.codecs(shape, lower.cut(artifact.layers[0], {}))
             error[name, share] = float(loss({0: tuple(Soft(c, False) for c in pair)}, loss.trained))
     assert error["drawn", 0.25] < 0.9 * error["fixed", 0.25]
     assert error["drawn", 1.0] < error["drawn", 0.25]

@@ -9,6 +9,7 @@ from kvshrink import CSKV, methods
 from kvshrink.attach.fitted import moved
 from kvshrink.errors import SettingError
 from kvshrink.methods._quantiser import Quantiser
+from kvshrink.methods._roles import Codec
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.saw_int4 import SAWInt4
 
@@ -68,3 +69,23 @@ def test_a_basis_follows_the_model_to_its_device(stats_of):
         for tier in method.tiers(SHAPE, fitted):
             for codec in moved(tier, torch.device("meta")).codecs:
                 assert {t.device.type for t in (codec.up, codec.down, codec.mean)} == {"meta"}
+
+
+@pytest.mark.parametrize("name", sorted(methods.names()))
+def test_every_codec_follows_the_model_to_its_device(name, stats_of):
+    """All tensors that it holds itself, in codecs inside it too; what a packing holds is small and goes by itself."""
+    method, shape = methods.build(name, {}), LayerShape(4, 64, torch.float32)
+    fitted = method.fit_layer(stats_of(shape))
+    pair = method.codecs(shape, method.finish({0: fitted}, {0: shape}, None)[0][0] if not method.probes else fitted)
+    for codec in pair or ():
+        assert {t.device.type for t in tensors(codec.to(torch.device("meta")))} <= {"meta"}
+        assert not any(t.is_meta for t in tensors(codec)), "it is another object that moved"
+
+
+def tensors(codec: Codec) -> list[torch.Tensor]:
+    """Of a codec's fields, and of those of codecs among them."""
+    found = []
+    for f in dataclasses.fields(codec):
+        value = getattr(codec, f.name)
+        found += [value] if isinstance(value, torch.Tensor) else tensors(value) if isinstance(value, Codec) else []
+    return found

@@ -141,7 +141,7 @@ def test_the_number_of_a_real_device_is_a_divisor():
 def test_auto_promises_nothing_before_it_is_settled():
     method = CSKV(group_heads="auto")
     fitted = {"key_mean": torch.zeros(8, 128), "value_mean": torch.zeros(1, 1024)}
-    asks = [method.ranks, method.groups, lambda x: method.bits_per_token(x, {}), lambda x: method.cut(fitted)]
+    asks = [method.ranks, method.groups, lambda x: method.bits_per_token(x, {}), lambda x: method.cut(fitted, {})]
     for ask in asks:
         with pytest.raises(SettingError, match=r"^group_heads='auto' is a number only after `fit`\. Fit the method"):
             ask(LLAMA3)

@@ -103,7 +103,7 @@ def _plain(mask: Tensor | None, dropout: float, softcap: float | None, kwargs: d
 def _eager_of(module: nn.Module) -> Callable:
     import sys
 
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -19,8 +19,6 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
-from kvshrink.methods._codecs.basis import BasisCodec
-from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._types import shown
@@ -60,10 +58,10 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
             sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
-            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined]  # a saved one must fit
+            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined] # a saved one must fit
             layers.append(sliding)
         else:
-            watched = _watch(artifact, i, ladders[i][0].codecs) if watch else None
+            watched = _watch(artifact, i, ladders[i][0].codecs, _like(attachment, i)) if watch else None
             delta = artifact.method.stores_delta(artifact.layers.get(i, {}))
             base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if delta else None
             layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
@@ -100,16 +98,15 @@ def _like(attachment: Attachment, layer: int) -> torch.device:
     return key_value_weights(attachment.layers[layer].module)[0].device
 
 
-def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None) -> DriftWatch:
+def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None, device: torch.device) -> DriftWatch:
     """What a layer's calibration rows were like, to compare with. Raises SettingError if it is not known."""
     references, fitted = [], artifact.layers.get(layer, {})
     for kv, codec in zip(("key", "value"), codecs or (), strict=False):
         errors, centre = fitted.get(f"{kv}_errors"), fitted.get(f"{kv}_centre")
-        if not isinstance(codec, BasisCodec) or codec.site == "k_post" or errors is None or centre is None:
-            continue
-        if not isinstance(codec.packing, Mixed):  # where rounding is fitted too, the basis does not say what is lost
-            error = float(errors[codec.up.shape[1] - 1])
-            references.append(Reference(codec.smooth, centre.to(codec.up.device), error))
+        projection = codec.projection
+        if projection is not None and errors is not None and centre is not None:
+            error = float(errors[projection.rank - 1])
+            references.append(Reference(projection.apply, centre.to(device), error))
     if len(references) != 2:
         name = name_of(artifact.method)
         raise SettingError(f"this {name} has no error on a calibration text to watch. Fit cskv, or use watch=False.")

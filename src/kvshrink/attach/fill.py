@@ -22,6 +22,11 @@ from kvshrink.cache.saliency import probes
 from kvshrink.store.modes import without_dropout
 
 
+def held_by(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, h, t, d] of a layer of a full cache, whatever kind of layer it is."""
+    return layer.keys, layer.values
+
+
 @without_dropout
 @torch.inference_mode()
 def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = False) -> DynamicCache:
@@ -39,10 +44,11 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = F
     finally:
         for hook in hooks:
             hook.remove()
-    dense.asked = found  # type: ignore[attr-defined]
-    for layer in dense.layers:
+    made: Any = dense
+    made.asked = found
+    for layer in made.layers:
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
-        layer.keys, layer.values = _own(layer.keys), _own(layer.values)  # type: ignore[union-attr]
+        layer.keys, layer.values = _own(layer.keys), _own(layer.values)
     return dense
 
 

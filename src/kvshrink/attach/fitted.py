@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError
-from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
@@ -88,8 +87,8 @@ def _refusing(artifact: Artifact, layer: int) -> Iterator[None]:
 
 
 def moved(tier: Tier, device: torch.device) -> Tier:
-    """The tier with its bases on a device."""
+    """The tier with its codecs' tensors on a device."""
     if tier.codecs is None:
         return tier
-    key, value = (codec.to(device) if isinstance(codec, BasisCodec) else codec for codec in tier.codecs)
+    key, value = (codec.to(device) for codec in tier.codecs)
     return tier._replace(codecs=(key, value))

@@ -25,7 +25,7 @@ class Ours(str):
         self.previous = previous
         return self
 
-    def __getnewargs__(self) -> tuple:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple:
         return (self.previous,)
 
     def __format__(self, spec: str) -> str:
@@ -60,7 +60,7 @@ def is_ours(module: Any) -> bool:
 
 def choose(config: PreTrainedConfig, name: str | None) -> None:
     """Name another implementation in this config alone; its setter would change the configs inside it as well."""
-    config._attn_implementation_internal = name  # type: ignore[assignment]
+    config._attn_implementation_internal = name
 
 
 def distinct(configs: Iterable[PreTrainedConfig]) -> list[PreTrainedConfig]:

@@ -18,6 +18,7 @@ from kvshrink.eval.run import calibration, prompt
 from kvshrink.eval.run.entries import parse
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files
 
 SPECS = (
@@ -58,7 +59,8 @@ def _demo(out: Path, cases: int, json: bool) -> None:
     results = summarise(outcomes, entries)
     print_table(HEAD, [cells(line) for line in results], "accuracy beside the bytes held, all included")
     artifact = entries[3].method
-    artifact.save_pretrained(out / "artifact")  # type: ignore[union-attr]
+    assert isinstance(artifact, Artifact)
+    artifact.save_pretrained(out / "artifact")
     _show_report(model, tokenizer, artifact, keys[0].context)
     data = {"seconds": round(time.perf_counter() - started, 1), "results": [line.to_dict() for line in results]}
     files.write_json(out / "results.json", data)

@@ -90,9 +90,10 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Compare methods on a task. Unless --mode says otherwise, a context is compressed before the question is seen."""
-    given = [p for p in context.params if context.get_parameter_source(p).name == "COMMANDLINE"]  # type: ignore
-    if context.invoked_subcommand is not None:  # type: ignore[attr-defined]
-        _refuse_before(context.invoked_subcommand, given)  # type: ignore[attr-defined]
+    call: Any = context  # of click, whose types typer does not hand on
+    given = [p for p in call.params if call.get_parameter_source(p).name == "COMMANDLINE"]
+    if call.invoked_subcommand is not None:
+        _refuse_before(call.invoked_subcommand, given)
         return
     chosen = [Entry(FULL, None)]
     chosen += parse_all(method or ([] if artifact else DEFAULT), given_settings(keep, bits))

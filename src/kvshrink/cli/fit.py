@@ -26,7 +26,8 @@ from kvshrink.cli._common import (
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval.run import calibration
-from kvshrink.fit.job import fit_all, in_memory
+from kvshrink.fit.given import in_memory
+from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk
 from kvshrink.identity import difference

@@ -25,7 +25,7 @@ def lm_eval(
 
 
 # all that follows is lm-eval's, so nothing of it is parsed here: `run --help` is the help of run
-lm_eval.context_settings = {  # type: ignore[attr-defined]
+lm_eval.context_settings = {  # type: ignore[attr-defined] # typer reads it from the function
     "ignore_unknown_options": True,
     "allow_interspersed_args": False,
 }

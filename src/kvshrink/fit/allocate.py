@@ -6,30 +6,29 @@ from torch import Tensor, nn
 from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import SettingError
+from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import CalibrationStats
-from kvshrink.methods.lowrank.cskv import CSKV
-
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
-def choose_share(
-    method: CSKV, stats: CalibrationStats, module: nn.Module, rope: Rope | None, inputs: list[dict]
+def choose_split(
+    method: Method, stats: CalibrationStats, module: nn.Module, rope: Rope | None, inputs: list[dict]
 ) -> tuple[float, dict[float, float]]:
-    """(best share, relative squared error of the attention output per share).
+    """(best of `Method.splits`, relative squared error of the attention output per split).
 
     inputs: keyword arguments of the attention module for some calibration batches. The first half of a row is seen
-    through the codecs, the second half exactly, and the output of the second half is compared.
+    through the codecs, the second half exactly, and the output of the second half is compared. Raises SettingError
+    where no split gives both keys and values a channel.
     """
     errors = {}
-    for share in SHARES:
+    for share, candidate in method.splits().items():
         try:
-            fitted = method.fit_layer(stats, share)
+            fitted = candidate.fit_layer(stats)
         except SettingError:
             continue  # too few channels for keys or values at this share
-        codecs = method.codecs(stats.shape, fitted)
-        errors[share] = sum(_output_error(module, rope, codecs, kwargs) for kwargs in inputs) / len(inputs)
+        codecs = candidate.codecs(stats.shape, fitted)
+        errors[share] = sum(_output_error(module, rope, codecs, method.page, kwargs) for kwargs in inputs) / len(inputs)
     if not errors:
-        method.ranks(stats.shape)  # says what is wrong
+        method.fit_layer(stats)  # says what is wrong
     return min(errors, key=lambda s: errors[s]), errors
 
 
@@ -47,9 +46,9 @@ class Lossy:
 
 
 @torch.no_grad()
-def _output_error(module: nn.Module, rope: Rope | None, codecs, kwargs: dict) -> float:
+def _output_error(module: nn.Module, rope: Rope | None, codecs, page: int, kwargs: dict) -> float:
     plain = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
     exact = module(**plain, past_key_values=None)[0]
-    lossy = module(**plain, past_key_values=Lossy(codecs, rope, CSKV.page))[0]
+    lossy = module(**plain, past_key_values=Lossy(codecs, rope, page))[0]
     tail = slice(exact.shape[1] // 2, None)
     return float((exact[:, tail] - lossy[:, tail]).float().square().sum() / exact[:, tail].float().square().sum())

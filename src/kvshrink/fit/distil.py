@@ -16,7 +16,7 @@ from kvshrink.attach.families import LayerInfo
 from kvshrink.fit.outputs import float32
 from kvshrink.fit.probe import REPEATED, Reader, recall_rows, row_length
 from kvshrink.fit.train import Codecs, Loss, frozen, split
-from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods._roles import Method
 from kvshrink.shapes import Int
 
 
@@ -24,7 +24,9 @@ from kvshrink.shapes import Int
 class PredictionLoss(Loss):
     """Mean KL over the last quarter of a row."""
 
-    def __init__(self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: CSKV) -> None:
+    def __init__(
+        self, model: Any, infos: Sequence[LayerInfo], rows: Int[Tensor, "rows length"], method: Method
+    ) -> None:
         self.reader = Reader(float32(model), infos, method)
         count, _ = split(len(rows))
         parts = []

@@ -1,6 +1,8 @@
 """What a fit learns a layer from: its statistics, gathered while the calibration text runs through the model once."""
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from tqdm import tqdm
 
 from kvshrink.attach.families import layers_of
@@ -14,7 +16,7 @@ from kvshrink.store.modes import without_dropout
 
 @without_dropout
 def gather(
-    model: nn.Module, rows: Int[Tensor, "rows length"], batch: int, progress: bool, sample: bool = False
+    model: Any, rows: Int[Tensor, "rows length"], batch: int, progress: bool, sample: bool = False
 ) -> dict[int, CalibrationStats]:
     """Statistics of every compressed layer, in n x n numbers each: any number of methods can be fitted to them.
 
@@ -25,7 +27,7 @@ def gather(
     runner = LayerRunner(InMemory(model), rows, batch)
     for i in tqdm(range(runner.layers), desc="statistics", unit="layer", disable=not progress):
         seen = StatsCollector(0, False, sample) if infos[i].compressed else None
-        runner.run(i, model.get_decoder().layers[i], seen)  # type: ignore[operator]
+        runner.run(i, model.get_decoder().layers[i], seen)
         if seen is not None:
             found[i] = seen.stats(infos[i])
     return found

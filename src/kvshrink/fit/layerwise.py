@@ -6,6 +6,7 @@ for every batch.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,13 @@ class LayerRunner:
                         decoder(input_ids=part, use_cache=False)
                     except _Stop:
                         pass
-                    first: _Recorder = stand_ins[0]  # type: ignore[assignment]
+                    first: Any = stand_ins[0]  # a module to ModuleList
                     if hidden is None:
                         hidden = torch.empty(
                             *self.rows.shape, first.seen.shape[-1], dtype=first.seen.dtype, device=device
                         )
                     hidden[at : at + len(part)] = first.seen
-                    self.kwargs.setdefault(len(part), [r.kwargs for r in stand_ins])  # type: ignore[misc]
+                    self.kwargs.setdefault(len(part), [r.kwargs for r in stand_ins])
         finally:
             decoder.layers = real
         assert hidden is not None

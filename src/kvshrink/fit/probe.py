@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from kvshrink.attach.families import LayerInfo, text_config
+from kvshrink.attach.fill import held_by
 from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
@@ -48,12 +49,12 @@ class Reader:
 
     def predict(self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"]) -> Float[Tensor, "s v"]:
         """Log-probabilities after each token of the tail, the cache read through the codecs."""
-        cache = DynamicCache(config=self.model.config)
+        cache: Any = DynamicCache(config=self.model.config)
         for i, layer in enumerate(exact.layers):
-            keys, values = self._lossy(i, layer.keys, layer.values, *codecs.get(i, (None, None)))  # type: ignore
+            keys, values = self._lossy(i, *held_by(layer), *codecs.get(i, (None, None)))
             cache.update(keys, values, i)
             if hasattr(layer, "cumulative_length"):  # a sliding layer holds its last tokens alone
-                cache.layers[i].cumulative_length = layer.cumulative_length  # type: ignore[union-attr]
+                cache.layers[i].cumulative_length = layer.cumulative_length
         found, before = [], cache.get_seq_length()
         for part in tail.split(self.chunk or tail.shape[1], 1):
             self._slide(cache, codecs, before)

@@ -3,23 +3,30 @@
 Rounding passes its gradient straight through (arXiv 1308.3432), and is left out where training does not ask for it.
 """
 
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import Tensor
 
-from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._roles import Codec, Stored
 
 
 @final
 class Soft(Codec):
-    """A `BasisCodec` that stores latents [b, G, t, r] instead of pages."""
+    """A `PackedCodec` that stores latents [b, G, t, r] instead of pages."""
 
     metadata = frozenset()
 
-    def __init__(self, codec: BasisCodec, rounds: bool) -> None:
+    def __init__(self, codec: PackedCodec, rounds: bool) -> None:
         self.codec, self.rounds = codec, rounds
-        self.site, self.width = codec.site, codec.width
+
+    @property
+    def site(self) -> Literal["k_pre", "k_post", "v"]:
+        return self.codec.site
+
+    @property
+    def width(self) -> int:
+        return self.codec.width
 
     def encode(self, rows: Tensor, valid: Tensor | None, importance: Any = None, base: Any = None) -> Stored:
         latent = self.codec.project(rows)

@@ -1,7 +1,7 @@
 """Train fitted bases on a loss, and keep the result only where it beats its start on rows it was not trained on.
 
-Optimiser as in CSKV (arXiv 2409.10593, 3.3): AdamW, linear decay, gradient norm 1, one row a step, in float32. With
-`matryoshka` every step draws a rank for keys and one for values (arXiv 2410.14731), so that leading components are good
+Optimiser as in CSKV (arXiv 2409.10593, 3.3): AdamW, linear decay, gradient norm 1, one row a step, in float32. Every
+step draws one of `Training.ranks` for keys and one for values (arXiv 2410.14731), so that leading components are good
 by themselves. The start's moments include the held-out rows, which favours the start: a doubtful training is not kept.
 Held-out losses are read through the quantiser also where training is not, since that is what a cache holds.
 """
@@ -20,12 +20,12 @@ from kvshrink.errors import DataError
 from kvshrink.fit.curve import curve
 from kvshrink.fit.soft import Soft
 from kvshrink.methods._codecs.basis import leading
-from kvshrink.methods._roles import Fitted
+from kvshrink.methods._codecs.packed import PackedCodec
+from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._stats import KVS, LayerShape
-from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods._training import Training
 
 HELD = 0.1  # share of the rows that is never trained on
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the rank, for matryoshka
 SEED = 0
 
 Codecs = Mapping[int, tuple[Soft, Soft]]  # key codec and value codec per layer
@@ -50,7 +50,8 @@ def split(rows: int) -> tuple[int, int]:
 
 
 def train(
-    method: CSKV,
+    method: Method,
+    training: Training,
     layers: Mapping[int, Fitted],
     shapes: Mapping[int, LayerShape],
     loss: Loss,
@@ -58,11 +59,14 @@ def train(
     progress: bool,
     log_with: str | None = None,
 ) -> tuple[Basis, dict]:
-    """(tensors per layer, record): trained ones, or those given if they are better on the held-out rows."""
+    """(tensors per layer, record): trained ones, or those given if they are better on the held-out rows.
+
+    layers: as `Training` names them. training: the method's own.
+    """
     params = {i: _parameters(fitted) for i, fitted in layers.items()}
-    losses = _optimise(method, params, shapes, loss, label, progress, log_with)
+    losses = _optimise(method, training, params, shapes, loss, label, progress, log_with)
     trained = {i: {**layers[i], **{k: p.detach() for k, p in params[i].items()}} for i in layers}
-    before, after = (_held_out(method, tensors, shapes, loss) for tensors in (layers, trained))
+    before, after = (_held_out(method, training, tensors, shapes, loss) for tensors in (layers, trained))
     better = after < before  # False for NaN
     record = {
         "loss": [losses[0], losses[-1]],
@@ -82,7 +86,8 @@ def _parameters(fitted: Fitted) -> dict[str, nn.Parameter]:
 
 
 def _optimise(
-    method: CSKV,
+    method: Method,
+    training: Training,
     params: Mapping[int, dict[str, nn.Parameter]],
     shapes: Mapping[int, LayerShape],
     loss: Loss,
@@ -97,14 +102,14 @@ def _optimise(
     if log_with:
         accelerator.init_trackers("kvshrink")
     every = [p for layer in params.values() for p in layer.values()]
-    optimizer = torch.optim.AdamW(every, lr=method.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / method.steps))
+    optimizer = torch.optim.AdamW(every, lr=training.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / training.steps))
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     draw, losses = random.Random(SEED), []
-    with tqdm(total=method.steps, desc=label, leave=False, disable=not progress) as bar, torch.enable_grad():
-        for step in range(method.steps):
-            shares = [draw.choice(FRACTIONS) if method.matryoshka else 1.0 for _ in KVS]
-            value = _value(method, params, shapes, loss, step % loss.trained, shares, method.qat)
+    with tqdm(total=training.steps, desc=label, leave=False, disable=not progress) as bar, torch.enable_grad():
+        for step in range(training.steps):
+            shares = [draw.choice(training.ranks) for _ in KVS]
+            value = _value(method, params, shapes, loss, step % loss.trained, shares, training.qat)
             losses.append(_plain(float(value.detach())))
             if losses[-1] is None:
                 break
@@ -122,16 +127,20 @@ def _optimise(
 
 
 @torch.no_grad()
-def _held_out(method: CSKV, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], loss: Loss) -> float:
-    """Mean loss of the held-out rows, as a cache would read them; over all FRACTIONS if they are trained."""
+def _held_out(
+    method: Method, training: Training, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], loss: Loss
+) -> float:
+    """Mean loss of the held-out rows, as a cache would read them; over all ranks that are trained."""
     rows = range(loss.trained, loss.trained + loss.held)
-    shares = FRACTIONS if method.matryoshka else (1.0,)
-    rounds = method.bits is not None or method.codec is not None
-    found = [float(_value(method, layers, shapes, loss, row, (s, s), rounds)) for row in rows for s in shares]
+    found = [
+        float(_value(method, layers, shapes, loss, row, (s, s), training.rounds))
+        for row in rows
+        for s in training.ranks
+    ]
     return sum(found) / len(found)
 
 
-def _value(method: CSKV, layers: Mapping, shapes: Mapping, loss: Loss, row: int, shares, rounds: bool) -> Tensor:
+def _value(method: Method, layers: Mapping, shapes: Mapping, loss: Loss, row: int, shares, rounds: bool) -> Tensor:
     """The loss with shares of the components of keys and values; infinity where a quantiser cannot take them."""
     codecs = {}
     for i, fitted in layers.items():
@@ -139,7 +148,9 @@ def _value(method: CSKV, layers: Mapping, shapes: Mapping, loss: Loss, row: int,
         for kv, share in zip(KVS, shares, strict=True):
             if share < 1:
                 tensors |= leading(tensors, kv, max(1, int(share * tensors[f"{kv}_up"].shape[1])))
-        key, value = method.codecs(shapes[i], tensors)
+        key, value = method.codecs(shapes[i], tensors) or (None, None)
+        assert isinstance(key, PackedCodec)
+        assert isinstance(value, PackedCodec)
         codecs[i] = (Soft(key, rounds), Soft(value, rounds))
     try:
         return loss(codecs, row)

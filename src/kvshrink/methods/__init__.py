@@ -32,7 +32,8 @@ def get(name: object) -> type[Method]:
         near = difflib.get_close_matches(name[:60], known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SettingError(f"no method {name[:60]!r}. Known: {', '.join(known)}.{hint}")
-    return importlib.import_module(known[name]).METHOD
+    found: type[Method] = importlib.import_module(known[name]).METHOD
+    return found
 
 
 def build(name: object, settings: object) -> Method:

@@ -1,14 +1,24 @@
 """How rows of keys or values become stored pages, and rows again: the role of every form in which tokens are stored."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._packing.base import Importance, Stored
 from kvshrink.shapes import Bool, Float, Int
+
+
+class Projection(NamedTuple):
+    """The change of basis of a codec by itself: its rank, and rows [b, h, t, d] as they come back if nothing is
+    rounded."""
+
+    rank: int
+    apply: Callable[[Tensor], Tensor]
 
 
 class Codec(ABC):
@@ -23,10 +33,25 @@ class Codec(ABC):
     Of a layer that is stored as a delta (`Method.stores_delta`) the pages hold that one's tensors too, as "base.*".
     """
 
-    site: Literal["k_pre", "k_post", "v"]
-    metadata: frozenset[str]
-    width: int
-    joint: bool = False
+    if TYPE_CHECKING:  # read only, so that it may be a field of a dataclass, or a property
+
+        @property
+        def site(self) -> Literal["k_pre", "k_post", "v"]: ...
+
+    else:
+        site: Literal["k_pre", "k_post", "v"]
+
+    @property
+    @abstractmethod
+    def metadata(self) -> frozenset[str]: ...
+
+    @property
+    @abstractmethod
+    def width(self) -> int: ...
+
+    @property
+    def joint(self) -> bool:
+        return False
 
     @abstractmethod
     def encode(
@@ -94,8 +119,18 @@ class Codec(ABC):
         """Whether tensors of the right shapes, which come from a file, hold no place outside of what they index."""
         return True
 
+    @property
+    def projection(self) -> Projection | None:
+        """What is lost of keys before RoPE, or of values, but for rounding: what a drift watch compares with the
+        calibration text. None: it is no projection on a fitted basis alone."""
+        return None
+
+    def to(self, device: torch.device) -> "Codec":
+        """The codec with its tensors on a device; itself where it holds none."""
+        return self
+
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b h t d"]:
         return self.expand(self.unpack(stored), heads)
 
-    def __deepcopy__(self, memo: dict) -> "Codec":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Codec":
         return self  # settings and fitted tensors are shared by all sequences, also by a copied cache

@@ -17,9 +17,10 @@ from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import NormalisedAttention, Scorer
-from kvshrink.methods._roles import Codec, Fitted, Method, Tier
+from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import one_of
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
+from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Float
 from kvshrink.store.names import under
 
@@ -64,11 +65,13 @@ class Transform(NamedTuple):
 
     def forward(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         flat = rows.unflatten(1, (len(self.mean), -1)).transpose(2, 3).flatten(3)
-        return (flat - self.mean[:, None]) @ self.down
+        found: Tensor = (flat - self.mean[:, None]) @ self.down
+        return found
 
     def back(self, latent: Float[Tensor, "b G t r"], groups: int) -> Float[Tensor, "b h t d"]:
         rows = latent @ self.up + self.mean[:, None]
-        return rows.unflatten(-1, (groups // len(self.mean), -1)).transpose(2, 3).flatten(1, 2)
+        found: Tensor = rows.unflatten(-1, (groups // len(self.mean), -1)).transpose(2, 3).flatten(1, 2)
+        return found
 
     def to(self, device: torch.device) -> "Transform":
         return Transform(*(t.to(device) for t in self))
@@ -177,15 +180,15 @@ class Quantiser(Method):
     """A method that stores every channel in fewer bits."""
 
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
-    offered: ClassVar[tuple] = ()  # what `bits` may be, where there is such a setting
+    offered: ClassVar[tuple[Any, ...]] = ()  # what `bits` may be, where there is such a setting
     of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
 
     def check(self) -> None:
         super().check()
         if self.offered:
-            one_of("bits", self.bits, self.offered)  # type: ignore[attr-defined]
+            one_of("bits", self.settings()["bits"], self.offered)
 
-    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence:
+    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence[Any]:
         return self.offered
 
     @abstractmethod

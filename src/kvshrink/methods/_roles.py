@@ -7,7 +7,7 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from kvshrink.methods._policy import Budget, Scorer
 from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
+from kvshrink.methods._training import Training
 from kvshrink.methods._types import Settings, check_finite, check_types
 from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX, slots_for
 
@@ -37,10 +38,17 @@ class Method(metaclass=Settings):
     needs_fit: ClassVar[bool] = False
     drops_tokens: ClassVar[bool] = False
     budget_setting: ClassVar[str | None] = None  # the setting that a byte budget moves
+    byte_neutral: ClassVar[frozenset[str]] = frozenset()  # settings on which no byte depends
 
-    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence:
+    def budget_values(self, shape: LayerShape, tokens: int) -> Sequence[Any]:
         """Values of the budget setting for a cache of `tokens` tokens, the one with the fewest bytes first."""
         return ()
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        """Values that a plan tries, {setting: values}, of all settings but the budget's; window and sinks are the
+        plan's unless they are named. shapes: of the layers that are compressed."""
+        return {}
 
     def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
         """The method with what depends on the device decided, before a fit, so that an artifact means the same on
@@ -94,11 +102,30 @@ class Method(metaclass=Settings):
         """Whether `finish` needs a Probe, and so the whole model in memory."""
         return False
 
+    def splits(self) -> Mapping[float, "Method"]:
+        """Shares of a layer's channels that keys may get, each with the method that gives them so many: a fit takes,
+        layer by layer, the one whose attention output is nearest. Empty: the settings say it."""
+        return {}
+
+    def training(self) -> Training | None:
+        """How the bases of `fit_layer` are trained after it; None: they stay as they are."""
+        return None
+
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Once all are fitted: what they share, as one byte budget. (tensors, record; "layers" in it joins theirs)."""
         return {i: dict(fitted) for i, fitted in layers.items()}, {}
+
+    def at_ratio(self, ratio: float) -> "Method | None":
+        """The method at a lower share of channels, whose tensors are the leading components of this one's; None: it
+        has no components that could be left out. Raises SettingError where it cannot be this share of them."""
+        return None
+
+    def cut(self, fitted: Fitted, record: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A layer's tensors at this method's share of channels from those of one fitted at a higher share, of which
+        this is `at_ratio`. record: what the fit says of the layer (`Artifact.provenance`)."""
+        raise NotImplementedError(f"{type(self).__name__} has no components to leave out")
 
     def check(self) -> None:
         """Raise SettingError on settings that no model could use."""
@@ -112,7 +139,7 @@ class Method(metaclass=Settings):
         self.check()
         check_finite(self.settings())
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
@@ -141,3 +168,12 @@ class Method(metaclass=Settings):
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         """Bytes of the body of one sequence, after so many pages left the window."""
         return int(pages * self.bits_per_token(shape, fitted) * self.page / 8)
+
+
+class Bounded(Method):
+    """A method that holds no more tokens however long a text is, and so can be given another one's bytes."""
+
+    @classmethod
+    @abstractmethod
+    def within(cls, held_bytes: float, shape: LayerShape) -> "Bounded":
+        """The method that holds the most within so many bytes of a layer. Raises SettingError if none does."""

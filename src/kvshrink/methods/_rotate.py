@@ -21,13 +21,15 @@ def rotation(size: int) -> Float[Tensor, "size size"]:
     for block in _blocks(size, size):
         signs = torch.randint(0, 2, (block,), generator=generator) * 2.0 - 1.0
         blocks.append(signs[:, None] * _plain(block) / block**0.5)
-    return torch.block_diag(*blocks)
+    found: Tensor = torch.block_diag(*blocks)
+    return found
 
 
 @cache
 def hadamard(size: int, most: int) -> Float[Tensor, "size size"]:
     """Orthogonal, without signs, in blocks of at most `most`."""
-    return torch.block_diag(*(_plain(block) / block**0.5 for block in _blocks(size, most)))
+    found: Tensor = torch.block_diag(*(_plain(block) / block**0.5 for block in _blocks(size, most)))
+    return found
 
 
 def _blocks(size: int, most: int) -> list[int]:

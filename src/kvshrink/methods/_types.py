@@ -80,7 +80,7 @@ def fits(value: object, hint: Any) -> bool:
         )
     if hint is float:
         return fits(value, int) or type(value) is float
-    return type(value) is hint and (hint is not int or abs(value) <= MOST)  # type: ignore[arg-type]
+    return type(value) is hint and (type(value) is not int or abs(value) <= MOST)
 
 
 def shown(value: object) -> str:

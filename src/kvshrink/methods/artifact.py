@@ -6,14 +6,14 @@ On disk: `kvshrink.json` (format version, method and settings, layers, model, pr
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.methods import artifact_file, name_of
 from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods.artifact_file import CONFIG, WEIGHTS, Content
-from kvshrink.methods.lowrank.cskv import CSKV
 
 LOOKED_AT = ("_spectrum", "_curve", "_errors", "_centre")  # endings of tensors that no codec reads
 
@@ -28,8 +28,8 @@ class Artifact:
 
     method: Method
     layers: Mapping[int, Fitted]
-    model: dict = field(default_factory=dict)
-    provenance: dict = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -48,22 +48,23 @@ class Artifact:
         Exactly what a fit at that keep gives for a closed form; after training only with matryoshka=True, which trains
         for it. key_share="auto" stays as it was chosen at the higher keep. Raises SettingError on anything else.
         """
-        method, name = self.method, name_of(self.method)
-        if not isinstance(method, CSKV):
-            raise SettingError(f"{name} has no components to leave out. Fit it again with other settings.")
-        if keep > method.keep:
-            raise SettingError(f"keep={keep} is above the artifact's {method.keep}. Components can only be left out.")
-        if method.steps and not method.matryoshka:
-            raise SettingError("the artifact was trained for one rank only. Fit with matryoshka=True to cut it.")
-        lower, layers, records = replace(method, keep=keep), {}, dict(self.provenance.get("layers", {}))
+        lower = self.method.at_ratio(keep)
+        if lower is None:
+            raise SettingError(
+                f"{name_of(self.method)} has no components to leave out. Fit it again with other settings."
+            )
+        layers, records = {}, dict(self.provenance.get("layers", {}))
         for i, fitted in self.layers.items():
             record = dict(records.get(str(i), {}))
-            layers[i] = lower.cut(fitted, record.get("key_share"))
+            layers[i] = lower.cut(fitted, record)
             errors = {
                 f"{s}_error": float(e[-1]) for s in ("key", "value") if (e := layers[i].get(f"{s}_errors")) is not None
             }
             records[str(i)] = record | errors
-        provenance = self.provenance | {"cut_from": method.keep, "layers": records}
+        provenance = self.provenance | {
+            "cut_from": self.method.settings()[str(lower.budget_setting)],
+            "layers": records,
+        }
         return Artifact(lower, layers, dict(self.model), provenance)
 
     def save_pretrained(self, folder: str | Path) -> Path:

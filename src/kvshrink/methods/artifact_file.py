@@ -34,10 +34,10 @@ class Content:
     """What the two files hold, as plain values and tensors."""
 
     method: str
-    settings: dict
+    settings: dict[str, Any]
     layers: Mapping[int, Fitted]
-    model: dict
-    provenance: dict
+    model: dict[str, Any]
+    provenance: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{k}": t for i, layer in self.layers.items() for k, t in layer.items()}
@@ -69,7 +69,7 @@ def write(folder: Path, content: Content) -> None:
                 other.unlink()
 
 
-def read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict, dict]:
+def read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
     """(method, layers, model, provenance). Raises ArtifactError on anything that was not written so."""
     try:
         return _read(folder)
@@ -81,7 +81,7 @@ def read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict, dict
             raise error from None
 
 
-def _read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict, dict]:
+def _read(folder: Path) -> tuple[Method, dict[int, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
     data = files.read_json(folder / CONFIG)
     method, tensors = _described(data, folder / CONFIG), _weights(folder, data)
     return method, _layers(tensors, data, folder / CONFIG), data["model"], data["provenance"]
@@ -91,7 +91,7 @@ def _spare(sha256: str) -> str:
     return f"kvshrink-{sha256[:16]}.safetensors"
 
 
-def _described(data: dict, path: Path) -> Method:
+def _described(data: dict[str, Any], path: Path) -> Method:
     """The method, after everything but the tensors was looked at."""
     version = data.get("version")
     if type(version) is not int or version != VERSION:
@@ -118,7 +118,7 @@ def _share(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-def _weights(folder: Path, data: dict) -> dict[str, Tensor]:
+def _weights(folder: Path, data: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that the description is about, as tensors of their own, which no later change of the file reaches."""
     plain = {k: v for k, v in data.items() if k != "sha256"}
     for path in (folder / _spare(data["sha256"]), folder / WEIGHTS):
@@ -131,7 +131,7 @@ def _weights(folder: Path, data: dict) -> dict[str, Tensor]:
     )
 
 
-def _layers(tensors: Mapping[str, Tensor], data: dict, path: Path) -> dict[int, dict[str, Tensor]]:
+def _layers(tensors: Mapping[str, Tensor], data: dict[str, Any], path: Path) -> dict[int, dict[str, Tensor]]:
     layers: dict[int, dict[str, Tensor]] = {int(i): {} for i in data["layers"]}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")

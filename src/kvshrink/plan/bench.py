@@ -122,8 +122,8 @@ class Bench:
         ready = self.fitted(method) if method.needs_fit else Artifact(method, {i: {} for i in self.shapes})
         if ready.apart:
             return self.cached.kl(ready if method.needs_fit else method)
-        codecs = {i: method.codecs(shape, ready.layers[i]) for i, shape in self.shapes.items()}
-        return self.judge.seen_by(method).kl(codecs)  # type: ignore[arg-type]
+        pairs = {i: method.codecs(shape, ready.layers[i]) for i, shape in self.shapes.items()}
+        return self.judge.seen_by(method).kl({i: pair for i, pair in pairs.items() if pair is not None})
 
 
 def split(rows: Int[Tensor, "rows length"]) -> tuple[Tensor, Tensor]:

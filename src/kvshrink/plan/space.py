@@ -4,7 +4,6 @@ Every method has a setting that moves its bytes (`Method.budget_setting`); all e
 each trial uses its budget up, and the search compares what the bytes are spent on.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,13 +17,7 @@ from kvshrink.methods._roles import Method
 
 METHODS = ("spectral", "cskv", "rtn", "kivi")
 WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
-METRICS = {"key_metric": ("plain", "query"), "value_metric": ("plain", "output")}
-SPACE: dict[str, dict[str, tuple]] = {
-    "spectral": {"rotate": (True, False), **METRICS},
-    "cskv": {"bits": (None, 4, 3, 2), "key_share": (0.3, 0.4, 0.5, 0.6, 0.7), **METRICS},
-    "rtn": {"group": (32, 64, 128), "key_axis": ("channel", "token")},
-}
-FREE = ("window", "sinks", "rotate", *METRICS)  # bytes are fewest at the smallest, or do not depend on it
+FEWEST_FIRST = ("window", "sinks")  # of each, the smallest value takes the fewest bytes
 
 Choices = Mapping[str, Sequence]
 
@@ -44,13 +37,7 @@ def known(names: Sequence[str]) -> list[str]:
 
 def choices(name: str, sizes: CacheBudget) -> Choices:
     """{setting: values} of a method, its budget setting left out."""
-    found: dict[str, Sequence] = {"window": WINDOWS, "sinks": SINKS, **SPACE.get(name, {})}
-    if name == "kivi":
-        found.pop("sinks")  # the paper has none
-    heads = math.gcd(*(shape.heads for shape in sizes.layers))
-    if name == "cskv":
-        found["group_heads"] = (None, *(n for n in range(1, heads) if heads % n == 0))
-    return found
+    return {"window": WINDOWS, "sinks": SINKS, **get(name).search_space(sizes.layers)}
 
 
 def defaults(name: str, sizes: CacheBudget) -> dict[str, Any]:
@@ -80,9 +67,9 @@ def fit_to_budget(method: Method, sizes: CacheBudget, nbytes: float) -> Method |
 
 def smallest(name: str, sizes: CacheBudget) -> tuple[int, Method]:
     """(bytes of one sequence, the method) at the smallest of all its choices. Raises SettingError if none fits."""
-    every = choices(name, sizes)
-    found = []
-    for chosen in product(*(values[:1] if k in FREE else values for k, values in every.items())):
+    every, found = choices(name, sizes), []
+    alike = {*FEWEST_FIRST, *get(name).byte_neutral}
+    for chosen in product(*(values[:1] if k in alike else values for k, values in every.items())):
         method = build(name, dict(zip(every, chosen, strict=True)))
         values = method.budget_values(sizes.layers[0], sizes.tokens)
         held = [*range(len(values))]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ def digest(plain: object, tensors: Mapping[str, Tensor] | None = None) -> str:
     return h.hexdigest()
 
 
-def sealed(plain: dict) -> dict:
+def sealed(plain: dict[str, Any]) -> dict[str, Any]:
     """The values with their own digest."""
     return {**plain, "sha256": digest(plain)}
 
 
-def unsealed(sealed: dict) -> dict | None:
+def unsealed(sealed: dict[str, Any]) -> dict[str, Any] | None:
     """The values without their digest; None if it is not theirs."""
     plain = {k: v for k, v in sealed.items() if k != "sha256"}
     return plain if sealed.get("sha256") == digest(plain) else None

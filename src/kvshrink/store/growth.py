@@ -7,4 +7,5 @@ def slots_for(tokens: int, most: int | None = None) -> int:
     """Slots taken for so many tokens: a quarter more at most, in steps of 4 at least and of `most` at most."""
     step = max(4, 2 ** max(0, tokens.bit_length() - 3))
     step = step if most is None else min(most, step)
-    return -(-tokens // step) * step
+    found: int = -(-tokens // step) * step
+    return found

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 try:
     import fcntl
 except ImportError:  # not POSIX: whoever writes last wins
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment] # a module to mypy
 
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems cannot lock
 
@@ -47,7 +47,7 @@ def taken(fd: int) -> bool:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[int]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[int]:
     """Hold a folder's lock; gives its descriptor. Where a folder cannot be opened (not POSIX), -1."""
     if fcntl is None:
         yield -1

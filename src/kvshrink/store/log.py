@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from kvshrink.errors import EvalError
 from kvshrink.store import files
@@ -29,15 +30,15 @@ class Log:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         rows = () if path is None else _read(path)
-        self.rows: dict[str, dict] = {row["key"]: row for row in rows if isinstance(row.get("key"), str)}
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in rows if isinstance(row.get("key"), str)}
 
-    def has(self, key: str, valid: Callable[[dict], object] = lambda row: True) -> bool:
+    def has(self, key: str, valid: Callable[[dict[str, Any]], object] = lambda row: True) -> bool:
         """Whether there is a record of this key. One that is not as it must be is forgotten, to be made again."""
         if key in self.rows and not valid(self.rows[key]):
             del self.rows[key]
         return key in self.rows
 
-    def add(self, row: dict) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
         if self.path is not None:
             _append(self.path, row)
@@ -53,7 +54,7 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _append(path: Path, row: dict) -> None:
+def _append(path: Path, row: dict[str, Any]) -> None:
     """Add a line in one piece, also where several processes write; first end one that an interrupt cut off."""
     line = (json.dumps(sealed(row)) + "\n").encode()
     try:
@@ -84,7 +85,7 @@ def _write(fd: int, line: bytes, end: int) -> None:
         raise
 
 
-def _read(path: Path) -> Iterator[dict]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with files.opened(path) as f:
             whole = True
@@ -98,7 +99,7 @@ def _read(path: Path) -> Iterator[dict]:
         raise EvalError(f"cannot read {path}: {reason(error)}. Choose another folder.") from error
 
 
-def _row(line: bytes) -> dict | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = parsed(line)
     except ValueError:

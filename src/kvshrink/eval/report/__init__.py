@@ -13,7 +13,7 @@ from kvshrink.eval.report.results import read, silent, unique
 from kvshrink.eval.report.standings import standings
 from kvshrink.eval.report.style import RC, styles
 from kvshrink.eval.report.summary import Line
-from kvshrink.store import files
+from kvshrink.store import atomic, files
 
 __all__ = ["accuracy", "build", "check_installed", "leaderboard", "overview", "silent", "write_leaderboard"]
 
@@ -30,7 +30,7 @@ def build(folder: Path) -> Path:
     contents = {"report.html": page(results, board, found).encode(), "leaderboard.md": leaderboard(results).encode()}
     for figure in (drawing for place in found.values() for drawing in place):
         contents |= {f"{figure.name}.svg": figure.picture.svg, f"{figure.name}.png": figure.picture.png}
-    files.write_all({folder / name: _put(data) for name, data in contents.items()})
+    atomic.write_all({folder / name: _put(data) for name, data in contents.items()})
     return folder / "report.html"
 
 

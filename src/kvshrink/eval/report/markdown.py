@@ -10,7 +10,7 @@ from kvshrink.eval.report.notes import OF_FULL
 from kvshrink.eval.report.results import budget, fidelity_groups, known, modes, read_file, silent, unique
 from kvshrink.eval.report.standings import Standing, standings
 from kvshrink.eval.run.entries import CONTROLS
-from kvshrink.store import files
+from kvshrink.store import atomic
 
 BEGIN = "<!-- leaderboard: written by `kvshrink report DIR --leaderboard FILE` -->"
 END = "<!-- end of leaderboard -->"
@@ -62,7 +62,7 @@ def write_leaderboard(results: Path, page: Path) -> None:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     whole = f"{before}{BEGIN}\n\n{made}\n{END}{after}"
-    files.write_all({page: lambda part: part.write_text(whole, encoding="utf-8")})
+    atomic.write_all({page: lambda part: part.write_text(whole, encoding="utf-8")})
 
 
 def _table(rows: Sequence[Standing]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from kvshrink.errors import EvalError
-from kvshrink.store import files
+from kvshrink.store import atomic
 
 KINDS = ("png", "svg", "pdf")
 
@@ -50,7 +50,7 @@ def save(figure, path: Path) -> None:
     try:
         kind = check_ending(path)
         with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
-            files.write_all({path: lambda part: figure.savefig(part, dpi=130, format=kind)})
+            atomic.write_all({path: lambda part: figure.savefig(part, dpi=130, format=kind)})
     finally:
         pyplot().close(figure)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from kvshrink.data.text import literal
 from kvshrink.errors import SettingError
 from kvshrink.methods import build, get
-from kvshrink.methods._roles import Method
+from kvshrink.methods._roles import Bounded, Method
 from kvshrink.methods.artifact import Artifact
 
 FULL = "full"
@@ -25,7 +25,7 @@ class Entry:
 
     method: None is a control: "full" is the uncompressed cache; "zeros" is it with the context's keys and values
             set to zero, whose score is that of a guess.
-    like:   names an entry before it whose measured bytes this one, a StreamingLLM, is given sample by sample.
+    like:   names an entry before it whose measured bytes this one, a Bounded method, is given sample by sample.
     series:  what rows at several budgets have in common.
     target:  the share of bytes asked for; reached: within 5 % of it; setting: what the budget chose, "keep=0.31".
     """
@@ -47,7 +47,7 @@ def parse(text: str, defaults: dict | None = None) -> Entry:
     name, _, rest = text.partition(":")
     if name in CONTROLS and not rest:
         return Entry(name, None)
-    if name == "streaming_llm" and rest.startswith(f"{LIKE}="):
+    if rest.startswith(f"{LIKE}=") and issubclass(get(name), Bounded):
         like = rest.removeprefix(f"{LIKE}=")
         return Entry(f"{name} as {like}", build(name, {}), like)
     # a bare name must take every default; one with settings of its own takes those that it has

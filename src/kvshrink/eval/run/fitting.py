@@ -12,7 +12,8 @@ from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
-from kvshrink.methods.artifact import CONFIG, Artifact
+from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.artifact_file import CONFIG
 from kvshrink.store.log import key_of
 
 BATCH = 4  # calibration rows per forward pass

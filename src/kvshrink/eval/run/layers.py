@@ -71,7 +71,7 @@ def layer_errors(model: Any, method: Method | Artifact, ids: Tokens, prefix: int
     finally:
         for hook in hooks:
             hook.remove()
-    return [LayerError(i, *stored[i], *outputs[i].result()) for i in stored]  # type: ignore[call-arg]
+    return [LayerError(i, k, post, v, *outputs[i].result()) for i, (k, post, v) in stored.items()]
 
 
 class _Output:
@@ -106,7 +106,8 @@ def _stored(
     cache: KVCache, dense: DynamicCache, index: int, info: LayerInfo
 ) -> tuple[float, float, float] | tuple[None, None, None]:
     """(key error before RoPE, as attention uses them, value error) over the columns that lie in the layer's pages."""
-    layer: CompressedLayer = cache.layers[index]  # type: ignore[assignment]
+    layer = cache.layers[index]
+    assert isinstance(layer, CompressedLayer)
     if layer.codecs is None:
         return None, None, None
     snapshot = layer.snapshot(info.rope)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kvshrink import data
 from kvshrink.attach.factory import digest_of
+from kvshrink.attach.fill import held_by
 from kvshrink.attach.identity import model_key
 from kvshrink.data.text import read_text
 from kvshrink.errors import EvalError
@@ -104,7 +105,7 @@ class Meter:
 
         def make() -> dict:
             dense, caches = opened(self.model, {"": method}, ids[:, :-1].to(self.model.device))
-            full = nbytes(t for layer in dense.layers for t in (layer.keys, layer.values))  # type: ignore[union-attr]
+            full = nbytes(t for layer in dense.layers for t in held_by(layer))
             cache: Any = caches[""] or copy.deepcopy(dense)
             held = full if method is None else cache.nbytes
             return {

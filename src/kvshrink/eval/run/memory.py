@@ -48,7 +48,7 @@ def _cpu(step: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints two lines of its own
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         step()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     total = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()

@@ -25,7 +25,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
-from kvshrink.attach.fill import asks, fill, prefill
+from kvshrink.attach.fill import asks, fill, held_by, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import metrics
@@ -34,7 +34,7 @@ from kvshrink.eval.run.entries import ZEROS, Entry
 from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
-from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.methods._roles import Bounded
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.log import Log, key_of
 from kvshrink.store.modes import without_dropout
@@ -224,20 +224,21 @@ class Runner:
     def _cache(self, entry: Entry, held: dict[str, int], dense: DynamicCache, mask: Tensor) -> KVCache | DynamicCache:
         """The entry's cache, filled with the prefilled contexts."""
         if entry.method is None:
-            full = copy.deepcopy(dense)
+            full: Any = copy.deepcopy(dense)
             for layer in full.layers if entry.label == ZEROS else []:
-                layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)  # type: ignore
+                layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
             return full
         method = entry.method
         if entry.like is not None and self.shape is not None:
             layers = sum(info.compressed for info in self.attachment.layers)
             # sliding-window layers are the same in every cache
             fixed = sum(
-                (x.keys.nbytes + x.values.nbytes) // len(mask)  # type: ignore[union-attr]
+                sum(t.nbytes for t in held_by(x)) // len(mask)
                 for x, info in zip(dense.layers, self.attachment.layers, strict=True)
                 if not info.compressed
             )
-            method = StreamingLLM.within((held[entry.like] - fixed) / layers, self.shape)
+            assert isinstance(method, Bounded)
+            method = method.within((held[entry.like] - fixed) / layers, self.shape)
         cache = make_cache(self.model, method)
         fill(cache, dense, self.attachment, None if bool(mask.all()) else mask)
         return cache

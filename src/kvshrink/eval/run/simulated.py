@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshrink.attach import attach
+from kvshrink.attach.fill import held_by
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
@@ -65,7 +66,7 @@ def simulate(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int)
         return model(input_ids=part, past_key_values=cache, logits_to_keep=len(targets)).logits[0]
 
     full, tracks = run(dense), {}
-    size = sum(x.keys.nbytes + x.values.nbytes for x in dense.layers)  # type: ignore[union-attr]
+    size = sum(t.nbytes for layer in dense.layers for t in held_by(layer))
     for label, method in methods.items():
         started, logits = time.perf_counter(), full
         if method is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
-from kvshrink.attach.fill import asks, fill, prefill
+from kvshrink.attach.fill import asks, fill, held_by, prefill
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError
 from kvshrink.methods._roles import Method
@@ -98,7 +98,7 @@ def follow(
         spent = time.perf_counter() - started
         for lane in lanes:
             lane.feed(model, part, targets, full, spent)
-    size = nbytes(t for layer in dense.layers for t in (layer.keys, layer.values))  # type: ignore[union-attr]
+    size = nbytes(t for layer in dense.layers for t in held_by(layer))
     return {lane.label: lane.track(size) for lane in lanes}
 
 

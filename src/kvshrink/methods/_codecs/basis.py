@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
+from kvshrink.methods._codec import Projection
 from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
+from kvshrink.methods._packing.mixed import Mixed
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._stats import CalibrationStats, Moments
 from kvshrink.shapes import Float
@@ -39,15 +41,18 @@ class BasisCodec(PackedCodec):
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         groups = self.mean.shape[0]
         flat = rows.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # [b, G, t, a]
-        return (flat.float() - self.mean[:, None]) @ self.down
+        found: Tensor = (flat.float() - self.mean[:, None]) @ self.down
+        return found
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         groups = self.mean.shape[0]
         members = heads // groups
         if latent.shape[1] == groups:
             rows = (latent @ self.up).add_(self.mean[:, None])  # [b, G, x, a]
-            return rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
-        return latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+            found: Tensor = rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
+            return found
+        found = latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+        return found
 
     @cached_property
     def _rebuilt(self) -> bool:
@@ -61,15 +66,23 @@ class BasisCodec(PackedCodec):
         return query @ self._by_head(query.shape[1]).transpose(1, 2)
 
     @cached_property
-    def expansion(self) -> Basis | None:  # type: ignore[override]
+    def expansion(self) -> Basis | None:
         return Basis(self.up, self.mean) if self._rebuilt else None
+
+    @property
+    def projection(self) -> Projection | None:
+        """None also where bits follow the channels' variances: then the basis alone does not say what is lost."""
+        if self.site == "k_post" or isinstance(self.packing, Mixed):
+            return None
+        return Projection(self.up.shape[1], self.smooth)
 
     def smooth(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t d"]:
         """Rows as they would come back if nothing were rounded: what the basis alone loses."""
         return self.expand(self.project(rows), rows.shape[1])
 
     def _by_head(self, heads: int) -> Float[Tensor, "h r d"]:
-        return self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
+        found: Tensor = self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
+        return found
 
 
 def leading(fitted: Fitted, kv: str, rank: int) -> dict[str, Tensor]:
@@ -125,7 +138,11 @@ def key_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
 
 def value_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a value costs: the squared error of the layer's output, each head by itself."""
-    return torch.block_diag(*stats.output_gram.double())
+    found: Tensor = torch.block_diag(*stats.output_gram.double())
+    return found
+
+
+METRICS = {"key_metric": ("plain", "query"), "value_metric": ("plain", "output")}  # settings of `metrics_of`
 
 
 def metrics_of(method: Any, stats: CalibrationStats) -> tuple[Tensor | None, Tensor | None]:
@@ -157,7 +174,8 @@ def weighted_svd(
 def orthonormal(groups: int, width: int, rank: int, seed: int) -> Float[Tensor, "G r a"]:
     """Random orthonormal bases: the control that shows what an initialisation adds."""
     noise = torch.randn(groups, width, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(noise).Q.transpose(1, 2)
+    found: Tensor = torch.linalg.qr(noise).Q.transpose(1, 2)
+    return found
 
 
 def _blocks(matrix: Tensor, groups: int) -> list[Tensor]:
@@ -173,4 +191,5 @@ def _variances(directions: Tensor, blocks: Tensor) -> Tensor:
 def _top(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the largest eigenvalues as rows, [G, r, a], largest first."""
     vectors = torch.linalg.eigh(symmetric.double()).eigenvectors
-    return vectors.flip(-1)[..., :rank].transpose(1, 2)
+    found: Tensor = vectors.flip(-1)[..., :rank].transpose(1, 2)
+    return found

@@ -1,5 +1,7 @@
 """A codec that stores what it makes of rows by a packing: what all of these have from it."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
@@ -12,17 +14,23 @@ from kvshrink.shapes import Bool, Float, Int
 class PackedCodec(Codec):
     """`project` says what is stored of rows; `expand` is the codec's own."""
 
-    packing: Packing
+    if TYPE_CHECKING:  # read only, so that it may be a field of a dataclass, or a property
+
+        @property
+        def packing(self) -> Packing: ...
+
+    else:
+        packing: Packing
 
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         return rows
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.packing.metadata
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.packing.width
 
     @property

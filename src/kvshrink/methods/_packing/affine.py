@@ -104,7 +104,8 @@ class Affine(Packing, MovesSlots):
 
     def _lanes(self, stored: Stored) -> Tensor:
         """[b, p, G, m, r]: as planes of m * r codes are packed, lane i holds the tokens i, i + m, i + 2m, ..."""
-        return stored["codes"].unflatten(-1, (self.page * self.bits // 8, self.width))
+        found: Tensor = stored["codes"].unflatten(-1, (self.page * self.bits // 8, self.width))
+        return found
 
 
 def _kept(metadata: Tensor) -> Tensor:

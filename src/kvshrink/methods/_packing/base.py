@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,10 +32,25 @@ class Packing(ABC):
     groups, width, page: G, r and tokens of a page. metadata: names of what is no payload.
     """
 
-    groups: int
-    width: int
-    page: int
-    metadata: ClassVar[frozenset[str]] = frozenset()
+    if TYPE_CHECKING:  # read only, so that they may be fields of a dataclass, or properties
+
+        @property
+        def groups(self) -> int: ...
+
+        @property
+        def width(self) -> int: ...
+
+        @property
+        def page(self) -> int: ...
+
+    else:
+        groups: int
+        width: int
+        page: int
+
+    @property
+    def metadata(self) -> frozenset[str]:
+        return frozenset()
 
     @abstractmethod
     def store(
@@ -112,19 +127,19 @@ class Around(Packing):
         return self.store_with(partial(self.inner.store, importance=importance), latent, valid)
 
     @property
-    def groups(self) -> int:  # type: ignore[override]
+    def groups(self) -> int:
         return self.inner.groups
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.inner.width
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:
         return self.inner.page
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.inner.metadata
 
     def sound(self, stored: Stored) -> bool:
@@ -140,7 +155,8 @@ def slots_of(pages: Tensor, index: Int[Tensor, "b G k"]) -> Tensor:
 
 
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:
-    return latent.float().unflatten(2, (-1, page)).transpose(1, 2)
+    found: Tensor = latent.float().unflatten(2, (-1, page)).transpose(1, 2)
+    return found
 
 
 def joined(pages: Float[Tensor, "b p G page r"]) -> Float[Tensor, "b G t r"]:

@@ -31,19 +31,19 @@ class ByChannel(Packing):
     criterion: Literal["range", "size"]
 
     @property
-    def groups(self) -> int:  # type: ignore[override]
+    def groups(self) -> int:
         return self.high.groups
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:
         return self.high.page
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.high.width + self.low.width
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         inner = {f"{form}.{name}" for form, p in (("high", self.high), ("low", self.low)) for name in p.metadata}
         return frozenset(inner | {MASK})
 

@@ -56,7 +56,7 @@ class Codebook(Packing):
     read: Float[Tensor, " levels"] | None = None
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         names = {"one": [], "range": ["scale", "centre"]}.get(self.scale, ["scale"])
         return frozenset(names + [f"{name}_top" for name in names if self.stored_as == "nested"])
 
@@ -101,7 +101,8 @@ class Codebook(Packing):
         for name, change in (("scale", torch.mul), ("centre", torch.add)):
             if (metadata := _read(stored, name, self.stored_as)) is not None:
                 pages = change(pages, self.grouping.spread(metadata))
-        return pages.transpose(1, 2).flatten(2, 3)
+        found: Tensor = pages.transpose(1, 2).flatten(2, 3)
+        return found
 
     def sound(self, stored: Stored) -> bool:
         return self.bits > 0 or bool((stored["codes"] < TRITS).all())

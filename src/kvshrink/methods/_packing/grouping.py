@@ -47,7 +47,8 @@ class Grouping(NamedTuple):
         spare = self.per_token * self.group - self.width
         if spare:
             pages = torch.cat([pages, pages[..., -1:].expand(*pages.shape[:-1], spare)], -1)
-        return pages.unflatten(-1, (self.per_token, self.group))
+        found: Tensor = pages.unflatten(-1, (self.per_token, self.group))
+        return found
 
     def pages(self, x: Tensor) -> Tensor:
         """Groups as pages [b, p, G, page, r] again."""

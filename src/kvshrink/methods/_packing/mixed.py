@@ -33,7 +33,7 @@ class Mixed(Packing):
     metadata: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return sum(self.sizes)
 
     def runs(self) -> list[tuple[int, slice]]:

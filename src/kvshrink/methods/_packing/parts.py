@@ -18,7 +18,7 @@ class Parts(Around):
     count: int
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:
         return self.inner.page * self.count
 
     def store_with(self, put: Put, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None) -> Stored:

@@ -62,7 +62,8 @@ class Planes(Packing):
         assert codes is not None
         pages = codes.float().add_((2**shift - 1) / 2).unflatten(-1, (self.page, self.width))
         scale, low = (self.grouping.spread(stored[name]).float() for name in ("scale", "low"))
-        return pages.mul_(scale).add_(low).transpose(1, 2).flatten(2, 3)
+        found: Tensor = pages.mul_(scale).add_(low).transpose(1, 2).flatten(2, 3)
+        return found
 
     def page_bytes(self) -> int:
         codes = sum(packed_bytes(self.page * self.width, PLANES[name]) for name in KEPT[self.bits])

@@ -37,11 +37,11 @@ class Salient(Packing):
     low: Packing
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:
         return self.high.page + self.low.page
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return frozenset({"mask", *(f"{name}.{s}" for name, form in self._classes() for s in form.metadata)})
 
     @property

@@ -40,7 +40,7 @@ class Sparse(Around):
     rule: Rule
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.inner.metadata | {"places"}
 
     @cached_property

@@ -8,14 +8,14 @@ padding and several turns mean what they mean for a full cache.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._roles import Codec, Fitted, Method
+from kvshrink.methods._roles import Bounded, Codec, Fitted
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import LayerShape
 
 
 @final
 @dataclass(frozen=True)
-class StreamingLLM(Method):
+class StreamingLLM(Bounded):
     """`sinks` first tokens and at least `window` recent ones, exact; between window and window + 32 are held."""
 
     window: int = 256

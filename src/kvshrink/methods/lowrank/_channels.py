@@ -7,7 +7,7 @@ of all heads lie in one row of a page, so that heads may keep different numbers 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, final
 
 import torch
@@ -42,6 +42,9 @@ class ChannelCodec(PackedCodec):
     fill: Float[Tensor, " n"]
     packing: Raw | Affine
 
+    def to(self, device: torch.device) -> "ChannelCodec":
+        return replace(self, kept=self.kept.to(device), fill=self.fill.to(device))
+
     def encode(
         self,
         rows: Float[Tensor, "b h t d"],
@@ -60,7 +63,8 @@ class ChannelCodec(PackedCodec):
 
     def expand(self, latent: Float[Tensor, "b 1 t r"], heads: int) -> Float[Tensor, "b h t d"]:
         flat = self.fill.repeat(*latent.shape[::2], 1).index_copy_(2, self.kept, latent[:, 0])
-        return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
+        found: Tensor = flat.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return found
 
 
 def check(keep: float, bits: int | None) -> None:

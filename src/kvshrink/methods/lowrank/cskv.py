@@ -11,9 +11,9 @@ exact; the zero point is a float (the official one is clamped); between 32 and 6
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
 from kvshrink.methods import _latents as latents
 from kvshrink.methods._codecs.basis import (
+    METRICS,
     BasisCodec,
     leading,
     metrics_of,
@@ -32,12 +33,16 @@ from kvshrink.methods._codecs.basis import (
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import Scorer
 from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
-from kvshrink.methods._roles import Fitted, Method, Tier
+from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Moments
+from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
+from kvshrink.methods._tier import Tier
+from kvshrink.methods._training import Training
 from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
 
 ALPHA = 0.5  # ASVD's exponent on mean |x|
+KEY_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+DRAWN = (0.25, 0.5, 0.75, 1.0)  # of the rank, by a step of matryoshka
 
 
 @final
@@ -79,6 +84,7 @@ class CSKV(Method):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "keep"
+    byte_neutral: ClassVar[frozenset[str]] = frozenset(METRICS)
     value_group: ClassVar[int] = 64  # latent channels that share a value's scale
 
     @classmethod
@@ -133,6 +139,21 @@ class CSKV(Method):
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         return [channels / shape.width for channels in range(1, shape.width + 1)]
 
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        heads = math.gcd(*(shape.heads for shape in shapes))
+        sizes = (None, *(n for n in range(1, heads) if heads % n == 0))
+        return {"bits": (None, 4, 3, 2), "key_share": KEY_SHARES, **METRICS, "group_heads": sizes}
+
+    def splits(self) -> Mapping[float, "CSKV"]:
+        return {share: replace(self, key_share=share) for share in KEY_SHARES} if self.key_share == "auto" else {}
+
+    def training(self) -> Training | None:
+        if not self.steps:
+            return None
+        rounds = self.bits is not None or self.codec is not None
+        return Training(self.loss, self.steps, self.lr, self.qat, rounds, DRAWN if self.matryoshka else (1.0,))
+
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
         """(rank of each key group, rank of values): the one place where channels are rounded, down.
 
@@ -152,14 +173,14 @@ class CSKV(Method):
             )
         return rank_k, rank_v
 
-    def fit_layer(self, stats: CalibrationStats, key_share: float | None = None) -> dict[str, Tensor]:
+    def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         """Basis of keys and values of one layer, before any training."""
-        rank_k, rank_v = self.ranks(stats.shape, key_share)
+        rank_k, rank_v = self.ranks(stats.shape)
         groups = self.groups(stats.shape)
-        metrics = metrics_of(self, stats)
-        key = self._side(stats.key, stats.key_weight, stats.input_scale, groups, rank_k, 0, metrics[0])
-        value = self._side(stats.value, stats.value_weight, stats.input_scale, 1, rank_v, 1, metrics[1])
-        fitted = {f"key_{k}": t for k, t in key.items()} | {f"value_{k}": t for k, t in value.items()}
+        fitted: dict[str, Tensor] = {}
+        sides = zip(KVS, (groups, 1), (rank_k, rank_v), metrics_of(self, stats), strict=True)
+        for kv, bases, rank, metric in sides:
+            fitted |= {f"{kv}_{k}": t for k, t in self._side(kv, stats, bases, rank, metric).items()}
         if self.samples:
             for kv in KVS:
                 fitted |= latents.learn(self._quantiser(), kv, fitted, stats, self.page)
@@ -185,12 +206,19 @@ class CSKV(Method):
         assert self.codec is not None
         return latents.quantiser(self.codec, self.bits)
 
-    def cut(self, fitted: Fitted, key_share: float | None = None) -> dict[str, Tensor]:
-        """Tensors of this setting's ranks from those of a layer fitted at a higher `keep`."""
+    def at_ratio(self, ratio: float) -> "CSKV":
+        if ratio > self.keep:
+            raise SettingError(f"keep={ratio} is above the artifact's {self.keep}. Components can only be left out.")
+        if self.steps and not self.matryoshka:
+            raise SettingError("the artifact was trained for one rank only. Fit with matryoshka=True to cut it.")
+        return replace(self, keep=ratio)
+
+    def cut(self, fitted: Fitted, record: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The share of keys in `record` is the one that key_share="auto" chose."""
         require(not self.samples, f"codec={self.codec!r} at another keep", "It is fitted to one basis. Fit it again.")
         groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].shape[1]
         heads = groups * (self._settled() or 1)
-        ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), key_share)
+        ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), record.get("key_share"))
         return {**fitted, **leading(fitted, "key", ranks[0]), **leading(fitted, "value", ranks[1])}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[BasisCodec, BasisCodec]:
@@ -236,22 +264,16 @@ class CSKV(Method):
         return self.group_heads
 
     def _side(
-        self,
-        moments: Moments,
-        weight: Tensor,
-        input_scale: Tensor,
-        groups: int,
-        rank: int,
-        seed: int,
-        metric: Tensor | None,
+        self, kv: KV, stats: CalibrationStats, groups: int, rank: int, metric: Tensor | None
     ) -> dict[str, Tensor]:
+        moments, weight, input_scale = getattr(stats, kv), getattr(stats, f"{kv}_weight"), stats.input_scale
         mean = moments.mean.double().unflatten(0, (groups, -1))
         down = None
         if self.init == "pca":
             down, up = principal(moments.covariance, groups, rank, metric)
             down = None if metric is None else down  # an orthonormal basis is stored once
         elif self.init == "random":
-            up = orthonormal(groups, mean.shape[1], rank, seed).to(mean.device)
+            up = orthonormal(groups, mean.shape[1], rank, KVS.index(kv)).to(mean.device)
         else:
             scale = input_scale.double().add(1e-6).pow(ALPHA) if self.init == "asvd" else torch.ones_like(input_scale)
             down, up = weighted_svd(weight, scale, groups, rank)

@@ -13,7 +13,7 @@ quantised, keys per channel over a page and values per token.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -74,7 +74,7 @@ class EigenAttention(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Find the threshold that meets the budget, and drop the directions that it does not need."""
         operands = [(i, kv) for i in layers for kv in KVS]
         kept = [_kept(layers[i][f"{kv}_energy"]) for i, kv in operands]
@@ -84,7 +84,7 @@ class EigenAttention(Method):
         ]
         given = by_threshold(kept, costs, sum(self._budget(shapes[i]) for i in layers))
         done = {i: dict(fitted) for i, fitted in layers.items()}
-        errors: dict[int, dict] = {i: {} for i in layers}
+        errors: dict[int, dict[str, Any]] = {i: {} for i in layers}
         for (i, kv), rank in zip(operands, given, strict=True):
             errors[i][f"{kv}_error"] = float(done[i].pop(f"{kv}_energy")[:, rank:].double().sum())
             done[i][f"{kv}_basis"] = layers[i][f"{kv}_basis"][:, :rank].contiguous()

@@ -21,9 +21,9 @@ from kvshrink.errors import SettingError
 from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods._packing.mixed import group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
-from kvshrink.methods._stats import CalibrationStats, LayerShape
+from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank.spectral import KVS, Spectral, energies_of, group_sizes, trimmed
+from kvshrink.methods.lowrank.spectral import Spectral, energies_of, group_sizes, trimmed
 
 CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than a byte
 

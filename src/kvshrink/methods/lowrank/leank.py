@@ -11,7 +11,7 @@ saving of values is left out; a channel left out reads as its calibrated mean (`
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class LeanK(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """The channels of all layers under one budget; a layer may be left without any.
 
         The error of a score has one unit in all layers. As a share of each layer's scores (on the reference model, 4

@@ -19,7 +19,7 @@ than 32 where groups have less than 512 channels.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -97,10 +97,10 @@ class Palu(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Share the ranks between the keys and values of all layers, and drop the directions beyond them."""
         ranks = {(i, kv): self.rank(shapes[i]) for i in layers for kv in KVS}
-        record: dict = {}
+        record: dict[str, Any] = {}
         if self.ranks == "fisher":
             assert probe is not None
             fisher = {(i, kv): x for i, pair in probe.fisher().items() for kv, x in zip(KVS, pair, strict=True)}
@@ -113,7 +113,7 @@ class Palu(Method):
             record["fisher"] = {f"{i} {kv}": fisher[i, kv] for i, kv in ranks}
         record["ranks"] = {f"{i} {kv}": rank for (i, kv), rank in ranks.items()}
         done = {i: dict(fitted) for i, fitted in layers.items()}
-        errors: dict[int, dict] = {i: {} for i in layers}
+        errors: dict[int, dict[str, Any]] = {i: {} for i in layers}
         for (i, kv), rank in ranks.items():
             errors[i][f"{kv}_error"] = float(layers[i][f"{kv}_energy"][:, rank:].double().sum())
             for name in (f"{kv}_basis", f"{kv}_energy"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.methods._codecs.basis import BasisCodec, principal, second_moment
-from kvshrink.methods._packing import packing
+from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Moments
@@ -82,7 +82,7 @@ class RopeCommuting(Method):
         """By the rank rule alone: what is fitted does not change it."""
         return sum(p.page_bytes() for p in self._packings(shape)) * 8 / self.page
 
-    def _packings(self, shape: LayerShape):
+    def _packings(self, shape: LayerShape) -> tuple[Packing, Packing]:
         rank_k, rank_v = self.ranks(shape)
         return (
             packing(1, rank_k, self.page, self.bits, "channel", self.value_group, shape.dtype),

@@ -12,9 +12,10 @@ alike; every layer is treated the same; sinks and 32 to 64 recent tokens are exa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from kvshrink.kernels.decode import Basis
@@ -40,8 +41,11 @@ class ChoosingCodec(Codec):
     metadata = frozenset({"scale", "low"})
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.basis.width
+
+    def to(self, device: torch.device) -> "ChoosingCodec":
+        return replace(self, basis=self.basis.to(device))
 
     def encode(
         self,

@@ -11,15 +11,16 @@ group, none per token; allocation by measured KL instead of mean squared error.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from functools import partial
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.methods._codecs.basis import BasisCodec, metrics_of, spectrum
+from kvshrink.methods._codecs.basis import METRICS, BasisCodec, metrics_of, spectrum
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
@@ -55,6 +56,7 @@ class Spectral(Method):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "budget"
+    byte_neutral: ClassVar[frozenset[str]] = frozenset({"rotate", *METRICS})
 
     def check(self) -> None:
         super().check()
@@ -65,6 +67,10 @@ class Spectral(Method):
     @property
     def probes(self) -> bool:
         return self.allocation == "kl"
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        return {"rotate": (True, False), **METRICS}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
@@ -94,7 +100,7 @@ class Spectral(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Share the budget between the operands of all layers, and keep the directions that got bits."""
         budget = sum(self._budget(shapes[i]) for i in layers)
         operands = [(i, kv) for i in layers for kv in KVS]
@@ -166,8 +172,8 @@ class Spectral(Method):
                 codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
                 metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
                 key = (layer, kv, size, self.widths, self.rotate, metric)
-                pair = (codec, None) if kv == "key" else (None, codec)
-                curve.append((size, probe.once(key, lambda pair=pair: probe.kl({layer: pair}))))
+                pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
+                curve.append((size, probe.once(key, partial(probe.kl, {layer: pair}))))
                 quiet = curve[-1][1] / error if curve[-1][1] < NOTHING and error > 0 else None
             else:
                 curve.append((size, quiet * error))

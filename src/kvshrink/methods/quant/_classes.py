@@ -24,9 +24,9 @@ def shares(page: int) -> tuple[float, ...]:
     return tuple(tokens / page for tokens in range(STEP, page, STEP))
 
 
-def check_share(share: object) -> None:
+def check_share(share: float) -> None:
     """Raise SettingError unless the share is a number between 0 and 1."""
-    require(0 < share < 1, f"share={share}", "Use a share of tokens above 0 and below 1.")  # type: ignore[operator]
+    require(0 < share < 1, f"share={share}", "Use a share of tokens above 0 and below 1.")
 
 
 def check_order(high: int | None, low: int) -> None:

@@ -33,16 +33,20 @@ class InputCodec(PackedCodec):
     joint = True
 
     @property
-    def packing(self) -> Packing:  # type: ignore[override]
+    def packing(self) -> Packing:
         return self.basis.packing
 
     @property
-    def site(self) -> Literal["k_pre", "k_post", "v"]:  # type: ignore[override]
+    def site(self) -> Literal["k_pre", "k_post", "v"]:
         return self.basis.site
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.basis.metadata if self.down is not None else frozenset()
+
+    def to(self, device: torch.device) -> "InputCodec":
+        down = None if self.down is None else self.down.to(device)
+        return InputCodec(self.basis.to(device), down, self.mean.to(device))
 
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b 1 t hidden"]:
         """The input. rows: of the keys' heads, then the values' heads."""

@@ -16,7 +16,7 @@ choice per layer, by the sum of the query heads' scores. Several new tokens at o
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -51,12 +51,15 @@ class IndexedCodec(Codec):
     site = "k_pre"
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.plain.metadata | {"index"}
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.plain.width
+
+    def to(self, device: torch.device) -> "IndexedCodec":
+        return replace(self, factor=self.factor.to(device), centroids=self.centroids.to(device))
 
     def encode(
         self,
@@ -154,7 +157,10 @@ def _factor(queries: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """L of E[q^T q] = L L^T."""
     moment = queries.T @ queries / len(queries)
     ridge = float(moment.diagonal().mean()) * RIDGE
-    return torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    found: Tensor = torch.linalg.cholesky(
+        moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    )
+    return found
 
 
 def means(rows: Float[Tensor, "m d"], count: int = CENTROIDS) -> Float[Tensor, "n d"]:

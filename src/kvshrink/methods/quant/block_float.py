@@ -10,7 +10,7 @@ well; the query stays in float32; sinks and a recent window are exact.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class BlockFloat(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def check(self) -> None:
         super().check()

@@ -15,7 +15,7 @@ Between `window` and window + 128 recent tokens are exact; the paper's buffer ha
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._packing.parts import Parts
@@ -43,7 +43,7 @@ class GEAR(Quantiser):
 
     page: ClassVar[int] = 128
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def check(self) -> None:
         super().check()

@@ -9,14 +9,15 @@ that between 128 and 160 recent keys and values are exact; the paper keeps 0 to 
 once) and exactly R values. Scale and minimum are float16, as in the paper. The fused CPU kernel reads groups of 32.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of
-from kvshrink.methods._stats import KV
+from kvshrink.methods._stats import KV, LayerShape
 
 BITS, GROUPS = (2, 4), (32, 64, 128)
 
@@ -35,10 +36,14 @@ class KIVI(Quantiser):
     group: int = 32
 
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        return {"sinks": (0,)}  # the paper has none
 
     @property
-    def page(self) -> int:  # type: ignore[override]
+    def page(self) -> int:  # type: ignore[override] # of a class elsewhere, here of a setting
         return self.group  # the paper's one group size
 
     def check(self) -> None:

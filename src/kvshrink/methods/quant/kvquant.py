@@ -16,7 +16,7 @@ the fit. The last `window` tokens are exact; the paper has none but the sink.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class KVQuant(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ instead of 30,000 behind a warm-up; pages, and 256 to 288 recent tokens instead 
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class OSCAR(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def check(self) -> None:
         super().check()

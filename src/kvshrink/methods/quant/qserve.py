@@ -11,7 +11,7 @@ minimum (the paper rounds -15 min / (max - min)); sinks and a recent window are 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class QServe(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
         if kv == "value":

@@ -10,7 +10,7 @@ minimum; exact window and sinks; the straight-through training itself is not par
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class RoSTE(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def learn(self, kv: KV, stats: SideStats, space: Space) -> dict[str, Tensor]:
         packing = self.packing(kv, space, {})

@@ -12,7 +12,7 @@ every b (the official code has b^2 - 1).
 
 from dataclasses import dataclass
 from math import gcd
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class RotateKV(Quantiser):
     needs_fit: ClassVar[bool] = True
     site: ClassVar = "k_pre"
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def check(self) -> None:
         super().check()

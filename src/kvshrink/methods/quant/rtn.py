@@ -4,8 +4,9 @@ Keys per channel over a page of 32 tokens or per token, after RoPE; values per t
 The axes are KIVI's (arXiv 2402.02750), without its residual scheme.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._packing import Packing
@@ -25,6 +26,10 @@ class RTN(Quantiser):
     group: int = 32
 
     budget_setting: ClassVar[str] = "bits"
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        return {"group": (32, 64, 128), "key_axis": ("channel", "token")}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> tuple[int | None, ...]:
         return (*sorted(WIDTHS), None)

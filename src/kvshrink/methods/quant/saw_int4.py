@@ -7,7 +7,7 @@ Departures: pages and exact sinks and window as everywhere here; scale and minim
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._quantiser import Quantiser, Space, Transform, axes
@@ -29,7 +29,7 @@ class SAWInt4(Quantiser):
     block: int = 128
 
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def check(self) -> None:
         super().check()

@@ -19,7 +19,7 @@ ordered within each group.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class SKVQ(Quantiser):
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
 
     def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:

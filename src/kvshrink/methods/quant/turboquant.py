@@ -13,7 +13,7 @@ who run it leave it out; sinks and a recent window are exact; no layer is kept a
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ class TurboQuant(Quantiser):
     bits: int = 4
 
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
         return Transform.rotation(_rotation(space.width).expand(space.groups, -1, -1))

@@ -16,7 +16,7 @@ a recent window are exact. Of a layer with inputs the artifact holds 4 hidden^2 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class XQuant(Quantiser):
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_pre"
     of_latents: ClassVar[bool] = False  # its basis is the projection's; a low-rank method has its own
     budget_setting: ClassVar[str] = "bits"
-    offered: ClassVar[tuple] = BITS
+    offered: ClassVar[tuple[Any, ...]] = BITS
 
     @property
     def samples(self) -> bool:
@@ -89,10 +89,11 @@ class XQuant(Quantiser):
             return super().codecs(shape, fitted)
         stored, n = self.packing("key", self._space(shape), {}), shape.width
         bases = []
-        for site, kv, mean in zip(("k_pre", "v"), KVS, fitted["mean"].split(n), strict=True):
+        sites: tuple[Literal["k_pre", "v"], ...] = ("k_pre", "v")
+        for site, kv, mean in zip(sites, KVS, fitted["mean"].split(n), strict=True):
             up = fitted[f"{kv}_weight"][None]
             unused = up.transpose(1, 2)  # the rows of keys or values alone give no input
-            bases.append(BasisCodec(site, unused, up, mean[None], stored))  # type: ignore[arg-type]
+            bases.append(BasisCodec(site, unused, up, mean[None], stored))
         key = InputCodec(bases[0], fitted["down"], fitted["mean"])
         return key, InputCodec(bases[1], None, fitted["mean"])
 

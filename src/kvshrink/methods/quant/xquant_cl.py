@@ -11,13 +11,14 @@ or in kind, or a layer is left over, it is stored as a first one. Otherwise as `
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from kvshrink.methods._codecs.basis import BasisCodec
+from kvshrink.methods._codecs.packed import PackedCodec
 from kvshrink.methods._packing import Packing
 from kvshrink.methods._packing.base import Importance
 from kvshrink.methods._roles import Codec, Fitted, Method, Stored
@@ -42,20 +43,24 @@ class DeltaCodec(Codec):
     predictor: Float[Tensor, "r r"] | None
 
     @property
-    def site(self) -> Literal["k_pre", "k_post", "v"]:  # type: ignore[override]
+    def site(self) -> Literal["k_pre", "k_post", "v"]:
         return self.own.site
 
     @property
-    def metadata(self) -> frozenset[str]:  # type: ignore[override]
+    def metadata(self) -> frozenset[str]:
         return self.own.metadata
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         return self.own.width
 
     @property
-    def joint(self) -> bool:  # type: ignore[override]
+    def joint(self) -> bool:
         return self.own.joint
+
+    def to(self, device: torch.device) -> "DeltaCodec":
+        predictor = None if self.predictor is None else self.predictor.to(device)
+        return replace(self, own=self.own.to(device), predictor=predictor)
 
     def encode(
         self,
@@ -123,7 +128,7 @@ class XQuantCL(Method):
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
-    ) -> tuple[dict[int, dict[str, Tensor]], dict]:
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         found = {i: {k: t for k, t in fitted.items() if not k.endswith(ROWS)} for i, fitted in layers.items()}
         paired, order = [], sorted(layers)
         for first, second in zip(order[::2], order[1::2], strict=False):
@@ -151,7 +156,8 @@ class XQuantCL(Method):
         assert isinstance(key, BasisCodec | InputCodec)
         assert isinstance(value, BasisCodec | InputCodec)
         first, _ = self._plain(False).codecs(shape, fitted)
-        packing = first.packing  # type: ignore[attr-defined]
+        assert isinstance(first, PackedCodec)
+        packing = first.packing
         predictors = fitted.get("key_predictor"), fitted.get("value_predictor")
         return DeltaCodec(key, packing, predictors[0]), DeltaCodec(value, packing, predictors[1])
 
@@ -170,7 +176,10 @@ def _predictor(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> Flo
     x, y = first.double(), second.double()
     gram = x.T @ x
     ridge = float(gram.diagonal().mean()) * RIDGE
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=x.dtype, device=x.device), x.T @ y).float()
+    found: Tensor = torch.linalg.solve(
+        gram + ridge * torch.eye(len(gram), dtype=x.dtype, device=x.device), x.T @ y
+    ).float()
+    return found
 
 
 METHOD = XQuantCL
