@@ -5,13 +5,13 @@ from typing import final
 
 import pytest
 import torch
+from kvshrink.cache.saliency import importance, probes
 from transformers import DynamicCache
 
 import kvshrink
 from kvshrink import CSKV, RTN
 from kvshrink.attach import attention, stage
 from kvshrink.cache import layer as layer_file
-from kvshrink.cache.saliency import importance, probes
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._packing import Packing, Raw, Salient
 from kvshrink.methods._quantiser import Quantiser, Space

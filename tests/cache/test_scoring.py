@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from kvshrink.cache.saliency import ProbeQueries, importance, probes
 
 from kvshrink import CSKV
 from kvshrink.cache import layer as layer_file
 from kvshrink.cache import saliency
-from kvshrink.cache.saliency import ProbeQueries, importance, probes
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._stats import LayerShape
 from tests.cache.build import bases, make
