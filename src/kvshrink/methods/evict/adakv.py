@@ -33,9 +33,7 @@ class Shared(Budget):
         even = Uniform(self.ratio).counts(importance, pages, page)[:, :1]  # tokens of an even share, [b, 1]
         ranks = importance.flatten(1).argsort(-1, descending=True, stable=True).argsort(-1).view_as(importance)
         won = ((ranks < lanes * even[..., None]) & (importance > -torch.inf)).sum(-1)
-        share = (
-            self.floor * even + (1 - self.floor) * won * lanes * even / won.sum(-1, keepdim=True).clamp_min(1)
-        ) / page
+        share = (self.floor * even + (1 - self.floor) * won * lanes * even / won.sum(-1, keepdim=True).clamp_min(1)) / page
         whole = share.floor()
         spare = (lanes * even // page) - whole.sum(-1, keepdim=True)
         lost = (share - whole).argsort(-1, descending=True, stable=True).argsort(-1)
