@@ -78,12 +78,13 @@ def by_the_rule(method: SALS, fitted, query: Tensor, keys: Tensor, body: Tensor)
 
 def columns(handle, keys: Tensor) -> Tensor:
     """Columns of body pages that are tokens and no sinks, bool [b, columns], worked out from the pages."""
-    layer, found = handle.layer, torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
-    for first, used in list(zip(layer.pages.first, layer.pages.used, strict=True))[: handle.pages]:
+    found = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
+    (tier,) = handle.tiers
+    for first, used in zip(tier.pages.first[0], tier.pages.used[0, 0], strict=True):
         found[:, first : first + used] = True
-    for row, sinks in enumerate(layer.sinks.columns.tolist()):
+    for row, sinks in enumerate(handle.sinks.columns.tolist()):
         found[row, [c for c in sinks if c >= 0]] = False
-    return found & (layer.table.positions >= 0)
+    return found & (handle.positions >= 0)
 
 
 def exact(handle, keys: Tensor) -> Tensor:
