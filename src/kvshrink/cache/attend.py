@@ -60,7 +60,9 @@ def attend_all(
 
 
 def stored_keys(snapshot: Snapshot) -> Iterator[tuple[Float[Tensor, "b h t d"], Bool[Tensor, "b h t"]]]:
-    """Keys of the body as attention uses them, a block at a time, and which of them are tokens that it shows."""
+    """Sinks, then the body's keys as attention uses them, a block at a time, and which of them are tokens."""
+    if (sinks := snapshot.sinks) is not None:
+        yield sinks.keys.float(), (sinks.columns >= 0)[:, None].expand(sinks.keys.shape[:3])
     for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(_block_tokens(snapshot))):
         keys, there = _keys(block, tier, snapshot), snapshot.shown(block)
         every = keys.new_ones(keys.shape[:3], dtype=torch.bool)

@@ -71,6 +71,7 @@ class KVCache(Cache):
     # --- rows that come and go ---
 
     @classmethod
+    @outside_inference_mode
     def join(cls, caches: Sequence["KVCache"]) -> "KVCache":
         """One cache of all rows, of whatever lengths; nothing stored is copied, and the caches go on as they are.
 
@@ -85,6 +86,7 @@ class KVCache(Cache):
         some, table = caches[0], TokenTable.joined([cache.table for cache in caches])
         return some._with(joined_layers([cache.layers for cache in caches], table), table)
 
+    @outside_inference_mode
     def split(self) -> list["KVCache"]:
         """A cache for each row, in its own length; nothing stored is copied, and this cache goes on as it is."""
         self.check_whole()

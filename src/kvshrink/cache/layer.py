@@ -226,13 +226,13 @@ class CompressedLayer(CacheLayerMixin):
             return None
         positions = before.positions[:, before.first :]
         real = positions >= 0
-        blocks = partial(stored_keys, before) if scorer.everything and before.tiers else tuple
+        blocks = partial(stored_keys, before) if scorer.everything else tuple
         got, stored = received(probe, keys, real, new, blocks)
         ranked = scorer.importance(got)
         if scorer.running:
             ranked = self.window.add_scores(ranked)
-            if stored is not None:
-                self.body.add_importance(stored)
+            if stored is not None and before.tiers:
+                self.body.add_importance(stored[..., 0 if before.sinks is None else before.sinks.size :])
         return ranked
 
     # --- joined and alone ---

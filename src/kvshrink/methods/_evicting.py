@@ -64,6 +64,11 @@ class Evicting(Method):
         # sinks are not among the candidates: where all tokens are kept, the last page is not full
         return self.token_budget.pages(pages, shape.heads) * 2 * self._packing(shape).page_bytes() // shape.heads
 
+    def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
+        held = super().layer_bytes(shape, fitted, tokens, batch)
+        gone = max(0, tokens - self.window) // self.page * self.page
+        return held + (batch * shape.heads * (tokens - gone) * 4 if self.scorer.running else 0)
+
     def index_bytes(self, shape: LayerShape, pages: int) -> int:
         own = self.token_budget.pages(pages, shape.heads)
         return self.token_budget.pages(pages, 1) * PAGE_INDEX + own * (LANE_INDEX + self.page * SLOT_INDEX)

@@ -58,7 +58,6 @@ class Budget(ABC):
         """Pages that all lanes of a row hold, of so many that left."""
 
 
-@final
 @dataclass(frozen=True)
 class Uniform(Budget):
     """The same share of tokens in every lane, rounded up to whole pages."""

@@ -1,10 +1,8 @@
 """AdaKV: a layer's heads share one budget; those whose attention is spread get more of it. arXiv 2407.11550
 
-Importance is SnapKV's. All heads' tokens compete for the layer's budget, so that a head gets as many tokens as it has
-among the most important ones; each keeps at least `floor` of an even share, the paper's safeguard of .2.
-
-Departure: a head's share is a number of whole pages of 32 tokens. Of what rounding down leaves, a page each goes to the
-heads that lost most by it, so that a layer holds as many pages as with even shares.
+Importance is SnapKV's. All heads' tokens compete for the layer's budget: a head gets as many as it has among the most
+important ones, and `floor` of an even share at least, the paper's safeguard of .2. Departure: shares are whole pages of
+32 tokens; what rounding down leaves goes to the heads that lost most, so that a layer holds as many as with even ones.
 """
 
 from dataclasses import dataclass
@@ -22,25 +20,21 @@ from kvshrink.shapes import Float, Int
 
 @final
 @dataclass(frozen=True)
-class Shared(Budget):
+class Shared(Uniform):
     """An even share is `ratio` of the pages that left."""
 
-    ratio: float
     floor: float
 
     def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
-        lanes = importance.shape[1]
-        even = Uniform(self.ratio).counts(importance, pages, page)[:, :1]  # tokens of an even share, [b, 1]
-        ranks = importance.flatten(1).argsort(-1, descending=True, stable=True).argsort(-1).view_as(importance)
+        lanes, even = importance.shape[1], super().counts(importance, pages, page)[:, :1]
+        ranks = importance.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(importance)
         won = ((ranks < lanes * even[..., None]) & (importance > -torch.inf)).sum(-1)
-        share = (self.floor * even + (1 - self.floor) * won * lanes * even / won.sum(-1, keepdim=True).clamp_min(1)) / page
+        own = won * lanes * even / won.sum(-1, keepdim=True).clamp_min(1)
+        share = (self.floor * even + (1 - self.floor) * own) / page
         whole = share.floor()
-        spare = (lanes * even // page) - whole.sum(-1, keepdim=True)
-        lost = (share - whole).argsort(-1, descending=True, stable=True).argsort(-1)
+        spare = lanes * even // page - whole.sum(-1, keepdim=True)
+        lost = (share - whole).argsort(dim=1, descending=True, stable=True).argsort(1)
         return ((whole + (lost < spare)) * page).long()
-
-    def pages(self, left: int, lanes: int) -> int:
-        return Uniform(self.ratio).pages(left, lanes)
 
 
 @final
@@ -52,7 +46,7 @@ class AdaKV(Evicting):
 
     @property
     def scorer(self) -> Scorer:
-        return Observed(32, 7)
+        return Observed(last=32, pool=7)
 
     @property
     def token_budget(self) -> Budget:

@@ -1,7 +1,7 @@
 """H2O: keep the heavy hitters, the tokens that attention has read most so far. arXiv 2306.14048
 
 A token's importance is the attention that all queries paid it, added up over the prompt and every later step, by the
-query heads of its KV head. When tokens leave the window they compete with those that are held; the lightest are dropped.
+query heads of its KV head. Tokens that leave the window compete with those that are held; the lightest are dropped.
 
 Departures: the recent half of the paper's budget is the window, whose size is a setting; tokens are dropped in whole
 pages of 32 when a page leaves the window, not one in each step, so that between two of these moments up to 31 more are

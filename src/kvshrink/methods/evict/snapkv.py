@@ -1,8 +1,8 @@
 """SnapKV: keep what the end of the prompt looks at. arXiv 2404.14469
 
-The last `observed` queries of a prompt vote: a token's importance is the attention they pay it, averaged over them and
-the query heads of its KV head, then averaged over `pool` neighbouring tokens, so that a find comes with its surroundings.
-Each KV head keeps its own tokens, all heads as many.
+The last `observed` queries of a prompt vote: a token's importance is the attention they pay it, averaged over them,
+summed over the query heads of its KV head, then averaged over `pool` neighbouring tokens, so that a find comes with its
+surroundings. Each KV head keeps its own tokens, all heads as many.
 
 Departures: what is kept is a share of the tokens behind the window, in whole pages of 32; the window is as always 32 to
 63 tokens, and the first 4 are exact too. A prompt in chunks is judged chunk by chunk, stored tokens by what they once
