@@ -11,9 +11,10 @@ import kvshrink
 from kvshrink import CSKV, RTN
 from kvshrink.attach import attention, stage
 from kvshrink.cache import layer as layer_file
-from kvshrink.cache.saliency import importance, probes
+from kvshrink.cache.scoring import received
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._packing import Packing, Raw, Salient
+from kvshrink.methods._policy import probes
 from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods.quant.edgeqat import EdgeQAT
 from kvshrink.methods.quant.mikv import MiKV
@@ -31,13 +32,13 @@ def test_queries_are_those_that_the_model_s_attention_uses(name, monkeypatch):
         used.append((query * scaling, softcap))
         return real_dense(module, query, key, value, mask, scaling, dropout, softcap, kwargs)
 
-    def noted(given, keys, real, new):
+    def noted(given, *rest):
         asked.append(given)
-        return importance(given, keys, real, new)
+        return received(given, *rest)
 
     cache, real_dense = kvshrink.make_cache(model, EdgeQAT(window=8)), attention._dense
     monkeypatch.setattr(attention, "_dense", dense)
-    monkeypatch.setattr(layer_file, "importance", noted)
+    monkeypatch.setattr(layer_file, "received", noted)
     feed(model, tokens(2, 100), cache)
     sliding = {i for i, layer in enumerate(cache.layers) if not isinstance(layer, layer_file.CompressedLayer)}
     used = [u for i, u in enumerate(used) if i not in sliding]
@@ -91,7 +92,7 @@ def test_a_planted_token_has_more_bits_than_its_page(pads, sinks):
     cache = kvshrink.make_cache(model, EdgeQAT(window=8, sinks=sinks, share=0.25))
     feed(model, ids, cache, mask=mask)
     layer = cache.layers[0]
-    first = layer.pages.first[0]
+    first = int(layer.pages.first[0, 0])
     for kv in "kv":
         chosen = masks(layer, kv).flatten(2)
         assert chosen.shape == (2, 2, 64)
@@ -100,7 +101,7 @@ def test_a_planted_token_has_more_bits_than_its_page(pads, sinks):
         real = mask[:, first : first + 64] > 0
         assert not (chosen & ~real[:, None]).any(), "a pad has no bits to win"
     wanted = exact(model, ids, mask)[:, :, first : first + 64]
-    keys = layer.codecs[0].decode(next(layer.pages.runs(2)).part("k."), 2)
+    keys = layer.codecs[0].decode(layer.pages.records(0, 2).under("k."), 2)
     error = (keys - wanted).square().sum(-1) / wanted.square().sum(-1)
     assert error[:, :, at - first].max() < 1e-4 < error.max()
 
@@ -116,17 +117,18 @@ def test_crop_reorder_and_a_file_leave_pages_as_they_are(method, tmp_path):
     model = FAMILIES["llama"].build()
     cache = kvshrink.make_cache(model, method)
     feed(model, tokens(2, 200), cache)
-    before = {k: t.clone() for k, t in cache.layers[0].pages.extents[0].items()}
+    before = {k: t.clone() for k, t in cache.layers[0].pages.records().items()}
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.save(tmp_path / "cache.safetensors")
     cache = kvshrink.make_cache(model, method).load(tmp_path / "cache.safetensors")
     cache.crop(-70)  # into a page
-    assert cache.layers[0].pages.used[-1] < method.page
+    assert (cache.layers[0].pages.used[..., -1] < method.page).all()
+    cut = len(cache.layers[0].pages)
     out = generate(model, tokens(2, 200).flip(0)[:, :140], cache, max_new_tokens=60)
     assert out.shape == (2, 200)
     for name, tensor in before.items():
-        kept = cache.layers[0].pages.extents[0][name]
-        assert torch.equal(kept, tensor.flip(0)[:, : kept.shape[1]])
+        kept = cache.layers[0].pages.records(0, cut)[name]
+        assert torch.equal(kept, tensor.flip(0)[:, :cut])
 
 
 @pytest.mark.parametrize("method", [MiKV(window=8), CSKV(keep=0.5, codec="zipcache", window=8)])
@@ -173,5 +175,4 @@ def test_tokens_in_order_of_worth_are_read_as_if_nothing_had_moved(family, scena
 
 def masks(layer, kv: str) -> torch.Tensor:
     """Which tokens of the body have more bits, bool [b, G, p, page]."""
-    stored = [extent[f"{kv}.mask"] for extent in layer.pages.extents]
-    return unpack(torch.cat(stored, 1).transpose(1, 2), 1).bool()
+    return unpack(layer.pages.records()[f"{kv}.mask"].transpose(1, 2), 1).bool()

@@ -1,12 +1,14 @@
 """A body of several ages: one tier is no ladder at all, and what a step reads does not move under it."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
+from kvshrink.cache import writing
 from kvshrink.cache.attend import attend, rebuild
-from kvshrink.cache.step import Handle
+from kvshrink.cache.layout import empty_pages
 from kvshrink.errors import CacheError
 from kvshrink.methods._roles import Tier
 from kvshrink.methods._stats import LayerShape
@@ -33,11 +35,11 @@ def test_a_ladder_whose_first_step_is_never_left_is_no_ladder():
         given, query, out = rows(tokens), torch.randn(2, 4, tokens, 16), []
         for cache in (one, other):
             keys, values = feed(cache, [x.clone() for x in given[0]], [x.clone() for x in given[1]])[0]
-            handle = getattr(keys, "_kvshrink", None)
-            out.append(keys if handle is None else attend(query, keys, values, None, 0.25, None, handle))
+            snapshot = getattr(keys, "_kvshrink", None)
+            out.append(keys if snapshot is None else attend(query, keys, values, None, 0.25, None, snapshot))
         assert torch.equal(*out)
     for name in ("scale", "codes"):
-        a, b = (torch.cat([e[f"k.{name}"] for e in c.layers[0].pages.extents], 1) for c in (one, other))
+        a, b = (c.layers[0].pages.records()[f"k.{name}"] for c in (one, other))
         assert torch.equal(a, b)
     assert one.layers[0].held() == other.layers[0].held()
 
@@ -53,34 +55,37 @@ def test_a_long_turn_reads_the_pages_as_they_were_before_it(method):
     query = torch.randn(2, 4, 400, 16)
     out = attend(query, keys, values, None, 0.25, None, keys._kvshrink)
     window = [torch.cat([a, b], 2) for a, b in zip(before.window.view(), (k, v), strict=True)]
-    before.table, before.seen = layer.table, layer.seen
-    asked = Handle(before, None, before.body.shelves(), 300 - before.window.count)
+    asked = dataclasses.replace(
+        before.snapshot(None), positions=layer.table.positions, seen=layer.seen, first=300 - before.window.count
+    )
     torch.testing.assert_close(out, attend(query, *window, None, 0.25, None, asked))
-    assert layer.pages.first[0] > before.pages.first[-1], "no page of that age is left"
+    assert layer.pages.first[0, 0] > before.pages.first[0, -1], "no page of that age is left"
 
 
 def test_attention_over_the_ages_is_attention_over_rebuilt_keys():
     cache = make(SAQ(ages=(64, 96), sinks=0), SHAPE, [{}])
     feed(cache, *rows(400))
     keys, values = feed(cache, *rows(3))[0]
-    handle, query = keys._kvshrink, torch.randn(2, 4, 3, 16)
-    assert [shelf.limit for shelf in handle.shelves] == [len(age.pages) for age in reversed(handle.layer.body.ages)]
-    all_keys, all_values = rebuild(handle, keys, values)
+    snapshot, query = keys._kvshrink, torch.randn(2, 4, 3, 16)
+    assert [len(tier.pages) for tier in snapshot.tiers] == [
+        len(age.pages) for age in reversed(cache.layers[0].body.ages)
+    ]
+    all_keys, all_values = rebuild(snapshot, keys, values)
     mask = torch.ones(3, 403, dtype=torch.bool).tril(400)
     scores = (query @ all_keys.repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(~mask, -torch.inf)
     wanted = scores.softmax(-1) @ all_values.repeat_interleave(2, 1)
-    torch.testing.assert_close(attend(query, keys, values, None, 0.25, None, handle), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attend(query, keys, values, None, 0.25, None, snapshot), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_save_of_one_tier_has_no_other_names_and_a_ladder_takes_it():
     cache = make(RTN(bits=8), SHAPE, [{}])
     feed(cache, *rows(300))
     values, tensors = cache.layers[0].state()
-    assert set(values) == {"seen", "window", "watched", "pages"}
+    assert set(values) == {"seen", "window", "starts", "sinks", "watched", "pages"}
     assert {name.split(".")[0] for name in tensors} == {"window", "sinks", "pages"}
     pair = RTN(bits=8).codecs(SHAPE, {})
     layer = assemble(RTN(bits=8), SHAPE, [(Tier(pair, 64), Tier(None))]).layers[0]
-    layer.restore(values, tensors)
+    layer.restore(values, tensors, [page or None for page in empty_pages(layer.tiers, SHAPE, 32, torch.device("cpu"))])
     assert len(layer.body) == len(cache.layers[0].body) > 0
 
 
@@ -96,9 +101,10 @@ def test_tokens_that_are_dropped_cannot_come_back():
 
 def test_what_would_be_dropped_at_once_is_never_encoded(monkeypatch):
     cache, encoded = make(AccLLM(recent=128), SHAPE, [{}]), []
-    layer = cache.layers[0]
-    real = layer._encode
-    monkeypatch.setattr(layer, "_encode", lambda keys, *rest: encoded.append(keys.shape[2]) or real(keys, *rest))
+    real = writing.encode
+    monkeypatch.setattr(
+        writing, "encode", lambda codecs, keys, *rest: encoded.append(keys.shape[2]) or real(codecs, keys, *rest)
+    )
     feed(cache, *rows(1000))
     assert encoded == [128]
 

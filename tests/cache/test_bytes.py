@@ -56,13 +56,13 @@ def prefill(layer, bits: int | None, tokens: int) -> tuple[KVCache, int]:
 
 
 def formula(shape: LayerShape, bits: int | None, tokens: int) -> int:
-    """Bytes after one prefill, by hand: pages of 32 beyond 4 sinks and a window of 32 in a buffer of 64."""
-    n, rank, pages = shape.width, int(KEEP * shape.width), (tokens - 4 - 32) // 32
+    """Bytes after one prefill, by hand: pages of 32 beyond a window of 32 in a buffer of 64, and 4 sinks."""
+    n, rank, pages = shape.width, int(KEEP * shape.width), (tokens - 32) // 32
     if bits is None:
         page = 32 * 2 * rank * 2
     else:
         page = 32 * 2 * rank * bits // 8 + rank * 4 + 32 * -(-rank // 64) * 4
-    return pages * page + 64 * 2 * n * 2 + 4 * (2 * n * 2 + 4) + 4 * tokens
+    return pages * (page + 8 + 1 + 4) + 64 * 2 * n * 2 + 4 * (2 * n * 2 + 4) + 4 * tokens
 
 
 def live() -> int:
@@ -142,7 +142,7 @@ def test_spectral_bits_at_32k_tokens(layer, capsys):
     feed(cache, [rows[0]], [rows[1]], ROPE)
     report = cache.report()
     page = 2 * (groups // 16) * sum(32 * 16 * bits // 8 + 2 for bits in (8, 4, 3, 2, 1))
-    assert report.held.payload + report.held.metadata == (32768 - 36) // 32 * page
+    assert report.held.payload + report.held.metadata == (32768 - 32) // 32 * page
     assert live() - before - basis == pytest.approx(cache.nbytes, rel=0.02)
     ((keys, values),) = feed(cache, [rows[0, :, :, :1]], [rows[1, :, :, :1]], ROPE)
     query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM).bfloat16()

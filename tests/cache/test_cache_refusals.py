@@ -117,8 +117,8 @@ def test_a_crop_of_more_than_there_is():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 1, r"another version \(1, not 2\)"),
-        ("version", True, r"another version \(True, not 2\)"),
+        ("version", 1, r"another version \(1, not 3\)"),
+        ("version", True, r"another version \(True, not 3\)"),
         ("fitted", "otherfit", r"another method or artifact \(otherfit, not fitted\)"),
         ("layers", [{}], r"another number of layers \(1, not 2\)"),
     ],
@@ -153,8 +153,8 @@ def test_a_state_without_description(plain):
         "layers.1.window.",
         "layers.0.sinks.columns",
         "layers.0.sinks.",
-        "layers.1.pages.0.k.codes",
-        "layers.1.pages.0.v.scale",
+        "layers.1.pages.records",
+        "layers.1.pages.used",
         "layers.0.pages.",
     ],
 )
@@ -169,10 +169,12 @@ def test_an_incomplete_state(missing):
     assert torch.equal(shown(cache), before), "a refused load must leave the cache as it was"
 
 
-@pytest.mark.parametrize("name", ["table.positions", "layers.0.window.values", "layers.1.pages.0.v.codes"])
+@pytest.mark.parametrize(
+    "name", ["table.positions", "layers.0.window.values", "layers.1.pages.records", "layers.1.pages.table"]
+)
 def test_a_state_of_other_shapes_or_with_more_in_it(name):
     state = filled().state_dict()
-    for other in (state | {name: state[name][..., :-1]}, state | {"layers.0.pages.7.k.codes": state[name]}):
+    for other in (state | {name: state[name][..., :-1]}, state | {"layers.0.pages.columns": state[name]}):
         with pytest.raises(ArtifactError, match=r"^the saved cache is incomplete or edited \(.+\)\. Save it again\.$"):
             new().load_state_dict(other)
 

@@ -117,7 +117,7 @@ def test_sums_are_those_of_the_tokens_in_the_body(model, artifact, rows):
     layer, fitted = cache.layers[0], artifact.layers[0]
     for n, kv in enumerate(("key", "value")):
         x = torch.cat([pair[n] for pair in seen], 2).transpose(1, 2).flatten(2).double()
-        last = max(layer.pages.first) + 32
+        last = int(layer.pages.first.max()) + 32
         body = torch.cat([x[0, 4:last], x[1, 37 + 4 : last]])
         up, mean = fitted[f"{kv}_up"][0].double(), fitted[f"{kv}_mean"][0].double()
         back = (body - mean) @ up.T @ up + mean
@@ -132,7 +132,7 @@ def test_watching_changes_no_token_and_no_page(model, artifact, rows):
     for cache in (plain, watched):
         read(model, cache, rows[:1])
     for a, b in zip(plain.layers, watched.layers, strict=True):
-        assert all(torch.equal(s, t) for (_, s), (_, t) in zip(a.pages.tensors(), b.pages.tensors(), strict=True))
+        assert all(torch.equal(s, t) for s, t in zip(a.pages.tensors(), b.pages.tensors(), strict=True))
     more = watched.report().nbytes - plain.report().nbytes
     assert more == len(watched.layers) * 4 * 8, "two float64 sums a layer for keys and for values, whatever the length"
 

@@ -1,6 +1,7 @@
 """Saved caches: whatever is changed in one is seen, or is of a kind that no cache has, or at least does no harm."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,17 +54,37 @@ def edited(state: dict, change, rightly: bool = True) -> dict:
         lambda p, t: p["layers"][0].update(seen=200.0),
         lambda p, t: p["layers"][0].update(pages=[]),
         lambda p, t: p["layers"][0].pop("pages"),
-        lambda p, t: p["layers"][0]["pages"].update(extents=10**9),
-        lambda p, t: p["layers"][0]["pages"].update(extents=[10**9]),
-        lambda p, t: p["layers"][0]["pages"].update(extents=[]),
-        lambda p, t: p["layers"][0]["pages"].update(extents=[2, 2]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[0, 5, 32]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[4, 5, 31]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[4, 4, 32], [100, 1, 32]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[5, 5, 32]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[4, 4, 32]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[4, 10**12, 32]]),
-        lambda p, t: p["layers"][0]["pages"].update(runs=[[4, 5]]),
+        lambda p, t: p["layers"][0].update(starts=[0, 1]),
+        lambda p, t: p["layers"][0].update(starts=[0, 10**6]),
+        lambda p, t: p["layers"][0].update(starts=[0, -1]),
+        lambda p, t: p["layers"][0].update(starts=[0]),
+        lambda p, t: p["layers"][0].update(sinks=False),
+        lambda p, t: p["layers"][0].update(sinks=1),
+        lambda p, t: p["layers"][0]["pages"].update(pages=10**9),
+        lambda p, t: p["layers"][0]["pages"].update(pages=[5]),
+        lambda p, t: p["layers"][0]["pages"].update(pages=4),
+        lambda p, t: p["layers"][0]["pages"].update(pages=0),
+        lambda p, t: p["layers"][0]["pages"].update(records=0),
+        lambda p, t: p["layers"][0]["pages"].update(records=9),
+        lambda p, t: p["layers"][0]["pages"].update(records=10**9),
+        lambda p, t: p["layers"][0]["pages"].update(columns=True),
+        lambda p, t: p["layers"][0]["pages"].update(columns=0),
+        lambda p, t: t["layers.0.pages.table"].fill_(10**6),
+        lambda p, t: t["layers.0.pages.table"].fill_(-2),
+        lambda p, t: t["layers.0.pages.table"].fill_(-1),
+        lambda p, t: t["layers.0.pages.table"][0, 0, 0].fill_(-1),
+        lambda p, t: t["layers.0.pages.used"].fill_(33),
+        lambda p, t: t["layers.0.pages.used"].fill_(31),
+        lambda p, t: t["layers.0.pages.used"].fill_(0),
+        lambda p, t: t["layers.0.pages.first"].fill_(0),
+        lambda p, t: t["layers.0.pages.first"].add_(1),
+        lambda p, t: t["layers.0.pages.first"].sub_(1),
+        lambda p, t: t["layers.0.pages.first"].copy_(t["layers.0.pages.first"].flip(1)),
+        lambda p, t: t.update({"layers.0.pages.table": t["layers.0.pages.table"].long()}),
+        lambda p, t: t.update({"layers.0.pages.table": t["layers.0.pages.table"][..., :-1]}),
+        lambda p, t: p["table"].update(shifts=[0, 1]),
+        lambda p, t: p["table"].update(shifts=[0, 300]),
+        lambda p, t: p["table"].update(shifts=[0, 0]),
         lambda p, t: p["layers"][0].update({"older.0": {}}),
         lambda p, t: p["layers"].__setitem__(0, 3),
         lambda p, t: p.update(layers=[p["layers"][0]]),
@@ -80,16 +101,16 @@ def edited(state: dict, change, rightly: bool = True) -> dict:
         lambda p, t: t["layers.0.sinks.columns"].fill_(-1),
         lambda p, t: t["layers.0.sinks.columns"].fill_(10**6),
         lambda p, t: t["layers.0.sinks.columns"].copy_(t["layers.0.sinks.columns"].flip(1)),
-        lambda p, t: t.update({"layers.0.pages.0.k.codes": t["layers.0.pages.0.k.codes"][..., :0]}),
-        lambda p, t: t.update({"layers.0.pages.0.k.codes": t["layers.0.pages.0.k.codes"][..., :1]}),
-        lambda p, t: t.update({"layers.0.pages.0.k.codes": t["layers.0.pages.0.k.codes"][:, :2]}),
-        lambda p, t: t.update({"layers.0.pages.0.k.scale": t["layers.0.pages.0.k.scale"].float()}),
+        lambda p, t: t.update({"layers.0.pages.records": t["layers.0.pages.records"][..., :0]}),
+        lambda p, t: t.update({"layers.0.pages.records": t["layers.0.pages.records"][..., :-1]}),
+        lambda p, t: t.update({"layers.0.pages.records": t["layers.0.pages.records"][:4]}),
+        lambda p, t: t.update({"layers.0.pages.records": t["layers.0.pages.records"].float()}),
         lambda p, t: t.update({"layers.0.window.keys": t["layers.0.window.keys"].half()}),
         lambda p, t: t.update({"layers.0.window.keys": t["layers.0.window.keys"][:1]}),
         lambda p, t: t.pop("layers.0.window.values"),
         lambda p, t: t.pop("layers.1.sinks.keys"),
-        lambda p, t: t.update({"layers.0.pages.9.k.codes": t["layers.0.pages.0.k.codes"]}),
-        lambda p, t: t.update({"layers.0.pages.x": t["layers.0.pages.0.k.codes"]}),
+        lambda p, t: t.update({"layers.0.older.0.records": t["layers.0.pages.records"]}),
+        lambda p, t: t.update({"layers.0.pages.x": t["layers.0.pages.records"]}),
         lambda p, t: t.update({"more": torch.zeros(3)}),
     ],
 )
@@ -103,7 +124,7 @@ def test_what_no_cache_has_is_refused_whatever_its_digest(change, rightly):
     assert all(torch.equal(after[k], t) for k, t in before.items()), "a refused load must leave the cache as it was"
 
 
-@pytest.mark.parametrize("name", ["pages.0.k.codes", "pages.0.v.scale", "window.values", "sinks.keys"])
+@pytest.mark.parametrize("name", ["pages.records", "window.values", "sinks.keys"])
 def test_no_number_changes_unseen(tmp_path, name):
     cache = filled()
 
@@ -132,13 +153,17 @@ def test_no_number_changes_unseen(tmp_path, name):
 def test_no_place_outside_of_what_it_indexes_is_taken(method, name):
     cache = filled(method, 400)
 
+    (stored,) = [k for k in cache.layers[0].pages.layout.fields if name in k]
+    field = cache.layers[0].pages.layout.fields[stored]
+
     def change(p, t):
-        for key in [k for k in t if name in k]:
-            t[key] = torch.full_like(t[key], 127 if t[key].dtype == torch.int8 else 255)
+        for i in range(2):
+            part = t[f"layers.{i}.pages.records"][:, field.offset : field.offset + field.nbytes]
+            part.fill_(127 if field.dtype == torch.int8 else 255)
 
     state = cache.state_dict()
-    assert any(name in k for k in state), [k for k in state if k.startswith("layers.0")]
-    with pytest.raises(ArtifactError, match=r"edited \(layers\.0\.pages\.0\.[kv]\)\. Save it again\.$"):
+    kind = "keys" if name.startswith("k.") else "values"
+    with pytest.raises(ArtifactError, match=rf"edited \(layers\.0\.pages\.records \({kind}\)\)\. Save it again\.$"):
         new(cache).load_state_dict(edited(state, change))
 
 
@@ -147,7 +172,7 @@ def test_tiers_hold_no_more_than_they_may():
 
     def change(p, t):
         layer = p["layers"][0]
-        layer["pages"], layer["older.0"] = layer["older.0"], layer["pages"]
+        layer["pages"], layer["older.1"] = layer["older.1"], layer["pages"]
 
     new(cache).load_state_dict(cache.state_dict())
     with pytest.raises(ArtifactError, match="the saved cache is incomplete or edited"):
@@ -157,7 +182,7 @@ def test_tiers_hold_no_more_than_they_may():
 def test_a_layer_s_pages_are_laid_out_as_its_codecs_do_before_anything_is_inflated(tmp_path, monkeypatch):
     cache = filled()
     cache.save(tmp_path / "x", deflate=True)
-    monkeypatch.setattr(states, "kinds_of", lambda page: {k: (t.dtype, (9,)) for k, t in page.items()})
+    monkeypatch.setattr(states, "Layout", SimpleNamespace(of=lambda page, lanes: SimpleNamespace(size=9)))
     inflate = []
     monkeypatch.setattr("kvshrink.store.deflate._inflate", lambda *a: inflate.append(a[1]) or b"")
     with pytest.raises(Exception, match=r".+"):

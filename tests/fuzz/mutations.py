@@ -20,7 +20,16 @@ NASTY: tuple = (
     *(float("nan"), float("inf"), "", "a", "0", "\ud800", "x" * 300, "\x00", "a\nb", "../..", [], {}, [1], [[]]),
     *({"a": 1}, [1, 2, 3], [-1], [2**40, 2**40], "float32", "int8", "uint8", "complex64", "rtn", [0] * 5000),
 )
-NAMES = ("a", "0.a", "layers.0.pages.7.k.codes", "table.x", "9.key_up", "layers.x", "a\nb")  # of tensors that are new
+NAMES = (
+    "a",
+    "0.a",
+    "layers.0.pages.columns",
+    "layers.0.older.0.records",
+    "table.x",
+    "9.key_up",
+    "layers.x",
+    "a\nb",
+)  # of tensors that are new
 DTYPES = (
     torch.float32,
     torch.float16,

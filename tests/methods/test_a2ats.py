@@ -81,8 +81,9 @@ def test_a_step_reads_the_tokens_that_score_highest_and_no_others(stats):
     feed(cache, [k], [v])
     keys, values = feed(cache, [k[:, :, :1]], [v[:, :, :1]])[0]
     handle, query = keys._kvshrink, torch.randn(1, 4, 1, 16)
-    block = next(handle.shelves[0].blocks(10**6))
-    scores = handle.shelves[0].codecs[0].scores(query.unflatten(1, (2, 2))[:, :, :, 0], block.part("k."))
+    (tier,) = handle.tiers
+    block = next(tier.blocks(10**6))
+    scores = tier.codecs[0].scores(query.unflatten(1, (2, 2))[:, :, :, 0], block.part("k."))
     mask = torch.zeros(321, dtype=torch.bool)
     mask[handle.first :] = True
     mask[scores[0].topk(20).indices] = True

@@ -30,8 +30,7 @@ def test_keys_per_channel_values_per_token_in_groups_of_32_after_a_stream_of_tok
     assert stored
     for codec, prefix, exact, x in zip(layer.codecs, ("k.", "v."), (keys, values), rows, strict=True):
         assert torch.equal(exact, x[:, :, body:])
-        block = next(iter(layer.pages.blocks(512, len(layer.pages)))).stored
-        got = codec.decode({k.removeprefix(prefix): t for k, t in block.items() if k.startswith(prefix)}, 2)
+        got = codec.decode(layer.pages.records().under(prefix), 2)
         by_channel = x[:, :, :body].transpose(2, 3)  # groups of 32 tokens of one channel
         groups = (by_channel if prefix == "k." else x[:, :, :body]).unflatten(-1, (-1, 32))
         want = rounded(groups, bits).flatten(-2)

@@ -10,8 +10,7 @@ from kvshrink.cache import chosen
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.rope import Rope
-from kvshrink.cache.step import Handle
-from kvshrink.cache.view import Mask, View
+from kvshrink.cache.view import Mask, Visibility
 from kvshrink.errors import SettingError
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import packing
@@ -32,7 +31,7 @@ def fitted(stats_of):
 
 
 def filled(method, fitted, tokens: int, real: Tensor | None = None, seed: int = 0) -> KVCache:
-    """A cache that took a prompt, then a few tokens one by one, so that pages come in several extents."""
+    """A cache that took a prompt, then a few tokens one by one, so that pages come in several runs."""
     b = 2 if real is None else len(real)
     cache = make(method, SHAPE, [fitted])
     k, v = torch.randn(2, b, 2, tokens, 8, generator=torch.Generator().manual_seed(seed))
@@ -79,20 +78,21 @@ def by_the_rule(method: SALS, fitted, query: Tensor, keys: Tensor, body: Tensor)
 
 def columns(handle, keys: Tensor) -> Tensor:
     """Columns of body pages that are tokens and no sinks, bool [b, columns], worked out from the pages."""
-    layer, found = handle.layer, torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
-    for first, used in list(zip(layer.pages.first, layer.pages.used, strict=True))[: handle.pages]:
+    found = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
+    (tier,) = handle.tiers
+    for first, used in zip(tier.pages.first[0], tier.pages.used[0, 0], strict=True):
         found[:, first : first + used] = True
-    for row, sinks in enumerate(layer.sinks.columns.tolist()):
+    for row, sinks in enumerate(handle.sinks.columns.tolist()):
         found[row, [c for c in sinks if c >= 0]] = False
-    return found & (layer.table.positions >= 0)
+    return found & (handle.positions >= 0)
 
 
 def exact(handle, keys: Tensor) -> Tensor:
     shown = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
     shown[:, handle.first :] = True
-    for row, sinks in enumerate(handle.layer.sinks.columns.tolist()):
+    for row, sinks in enumerate(handle.sinks.columns.tolist()):
         shown[row, [c for c in sinks if c >= 0]] = True
-    return shown & (handle.layer.table.positions >= 0)
+    return shown & (handle.positions >= 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 4}, {"bits": 3, "score_rank": 1.0}, {"bits": 2}], ids=str)
@@ -116,7 +116,7 @@ def test_attention_is_that_over_the_chosen_tokens(fitted, settings, topk, cut, s
     mask[..., 100:130] = False
     mask[1:, ..., :200] = real[1:, None, None, :200] & mask[1:, ..., :200]
     got, handle, keys, values = step(cache, query, mask)
-    assert cut == 0 or any(u < 32 for u in cache.layers[0].pages.used)
+    assert cut == 0 or (cache.layers[0].pages.used < 32).any()
     body, seen = columns(handle, keys), mask[:, 0, 0]
     assert int(body.sum(1).min()) > 10
     picked = by_the_rule(method, fitted, query, keys, body & seen)
@@ -166,10 +166,8 @@ def test_a_needle_is_read(fitted):
         feed(cache, [ROPE.apply(keys, positions)], [values], ROPE)
         query = direction[None].expand(-1, -1, 2, -1) * 20  # [b, h, x, d]
         layer = cache.layers[0]
-        best, _ = chosen._best(
-            query, View(Mask(None, None), 1, 0, 1, 2, Handle(layer, ROPE, layer.shelves(), layer.seen)), 10**6
-        )
-        assert best.tolist() == [[place - layer.pages.first[0]]]
+        best, _ = chosen._best(query, Visibility(Mask(None, None), 1, 0, 1, 2, layer.snapshot(ROPE)), 10**6)
+        assert best.tolist() == [[place - int(layer.pages.first[0, 0])]]
 
 
 @pytest.mark.parametrize("topk", [9, 0.1])

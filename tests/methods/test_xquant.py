@@ -128,7 +128,7 @@ def test_a_cache_of_inputs_is_read_alike_by_all_ways(layer_of, monkeypatch):
     k, v = (x.repeat_interleave(2, 1) for x in rebuild(keys._kvshrink, keys, values))
     scores = (query @ k.transpose(2, 3) * 0.25).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(out[0], scores.softmax(-1) @ v, rtol=1e-3, atol=1e-4)
-    assert not any(name.startswith("v.") for e in cache.layers[0].pages.extents for name in e)
+    assert not any(name.startswith("v.") for name in cache.layers[0].pages.records())
 
 
 def test_a_norm_on_keys_leaves_no_input(layer_of):

@@ -1,5 +1,6 @@
 import torch
 
+from kvshrink.store.growth import slots_for
 from kvshrink.store.tokens import CHUNK, TokenTable
 
 
@@ -26,12 +27,12 @@ def test_pads_have_position_minus_one():
     assert table.positions.tolist() == [[0, 1, 2, 3], [-1, -1, 0, 1]]
 
 
-def test_it_grows_in_chunks_and_keeps_what_it_had():
+def test_it_grows_by_a_quarter_at_most_and_keeps_what_it_had():
     table = TokenTable()
     for start in range(0, 3 * CHUNK, 100):
         table.append(run(start, 100), None)
         (held,) = table.tensors()
-        assert held.shape[1] == -(-table.length // CHUNK) * CHUNK
+        assert held.shape[1] == slots_for(table.length, CHUNK)
         assert torch.equal(table.positions, run(0, table.length))
 
 
@@ -53,9 +54,9 @@ def test_crop_then_append_overwrites():
 
 def test_rows_follow_batch_operations():
     table = TokenTable()
-    table.map_rows(lambda t: t[[0]])  # nothing is there yet
+    table.select(torch.tensor([0]))  # nothing is there yet
     table.append(torch.tensor([[0, 1], [5, 6]], dtype=torch.int32), None)
-    table.map_rows(lambda t: t.index_select(0, torch.tensor([1, 1, 0])))
+    table.select(torch.tensor([1, 1, 0]))
     assert table.positions.tolist() == [[5, 6], [5, 6], [0, 1]]
 
 
@@ -78,3 +79,21 @@ def test_state_round_trip():
     empty = TokenTable()
     empty.restore(*TokenTable().state())
     assert (empty.length, empty.tensors()) == (0, [])
+
+
+def test_joined_rows_end_together_and_are_alone_again_as_they_were():
+    long, short = TokenTable(), TokenTable()
+    long.append(run(0, 5), torch.tensor([[True] * 5, [False, True, True, True, True]]))
+    short.append(run(7, 2, b=1), None)
+    both = TokenTable.joined([long, short])
+    assert both.positions.tolist() == [[0, 1, 2, 3, 4], [-1, 1, 2, 3, 4], [-1, -1, -1, 7, 8]]
+    assert (both.shifts.tolist(), both.lengths.tolist(), both.padded) == ([0, 0, 3], [5, 5, 2], True)
+    assert both.pads.tolist() == [[False] * 5, [True] + [False] * 4, [True] * 3 + [False] * 2]
+    for i, (positions, padded) in enumerate((([0, 1, 2, 3, 4], False), ([-1, 1, 2, 3, 4], True), ([7, 8], False))):
+        alone = both.row(i)
+        assert (alone.positions.tolist(), alone.padded, alone.shifts) == ([positions], padded, None)
+    again = TokenTable()
+    again.restore(*both.state())
+    assert again.shifts.tolist() == [0, 0, 3]
+    both.select(torch.tensor([1, 0]))
+    assert both.shifts is None

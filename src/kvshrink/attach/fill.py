@@ -18,7 +18,7 @@ from kvshrink.attach.hook import Attachment
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.saliency import probes
+from kvshrink.methods._policy import probes
 from kvshrink.store.modes import without_dropout
 
 

@@ -16,7 +16,7 @@ from kvshrink.store.names import under
 
 def check_contents(schema: Schema, state: Mapping[str, Tensor]) -> None:
     """Raise ArtifactError if tensors of the right kind hold what no cache holds."""
-    positions = state.get("table.positions", torch.zeros(0, 0, dtype=torch.int32)).cpu()
+    positions = state.get("table.positions", torch.zeros(schema.batch, 0, dtype=torch.int32)).cpu()
     absent = torch.arange(schema.length) < torch.tensor(schema.shifts, dtype=torch.int64)[:, None]
     least = positions.new_full((), -1 if schema.padded else 0).where(~absent, -1) if positions.numel() else positions
     require(bool((positions >= least).all()) and bool((positions[absent] == -1).all()), "table.positions")

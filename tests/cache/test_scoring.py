@@ -6,14 +6,21 @@ import pytest
 import torch
 
 from kvshrink import CSKV
-from kvshrink.cache import layer as layer_file
-from kvshrink.cache import saliency
-from kvshrink.cache.saliency import ProbeQueries, importance, probes
+from kvshrink.cache import scoring, writing
+from kvshrink.cache.scoring import ProbeQueries, received
 from kvshrink.kernels.pack import unpack
+from kvshrink.methods._policy import NormalisedAttention, probes
 from kvshrink.methods._stats import LayerShape
 from tests.cache.build import bases, make
 
 H, MEMBERS, D = 2, 3, 4  # KV heads, query heads of each, channels
+
+
+def importance(probe: ProbeQueries, keys: torch.Tensor, real: torch.Tensor, new: int) -> torch.Tensor:
+    """ZipCache's, of the exact tokens at hand."""
+    got, stored = received(probe, keys, real, new)
+    assert stored is None
+    return NormalisedAttention().importance(got)
 
 
 def by_hand(queries, rows, keys, real, new, softcap) -> torch.Tensor:
@@ -39,10 +46,10 @@ def by_hand(queries, rows, keys, real, new, softcap) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("alive", [saliency.SCORE_ELEMENTS, 1, 200])
+@pytest.mark.parametrize("alive", [scoring.SCORE_ELEMENTS, 1, 200])
 def test_worth_is_that_of_a_softmax_in_loops(softcap, alive, monkeypatch):
     """30 tokens, 22 of them new; pads: none, on the left and among the new, on the left, all. Junk at pads is none."""
-    monkeypatch.setattr(saliency, "SCORE_ELEMENTS", alive)
+    monkeypatch.setattr(scoring, "SCORE_ELEMENTS", alive)
     keys, rows = torch.randn(4, H, 30, D) * 2, torch.tensor([1, 7, 20, 21])
     queries = torch.randn(4, H * MEMBERS, len(rows), D)
     real = torch.arange(30) >= torch.tensor([[0], [3], [16], [30]])
@@ -64,13 +71,13 @@ def test_a_token_is_not_worth_less_for_being_seen_by_more_queries_that_do_not_as
 
 
 def test_scores_alive_are_bounded(monkeypatch):
-    sizes, real = [], saliency._attention
-    monkeypatch.setattr(saliency, "SCORE_ELEMENTS", 5000)
-    monkeypatch.setattr(saliency, "_attention", lambda *a: sizes.append((out := real(*a)).numel()) or out)
+    sizes, real = [], scoring._scores
+    monkeypatch.setattr(scoring, "SCORE_ELEMENTS", 5000)
+    monkeypatch.setattr(scoring, "_scores", lambda *a: sizes.append((out := real(*a)).numel()) or out)
     probe_queries = ProbeQueries(torch.arange(100, 200), torch.randn(2, H * MEMBERS, 100, D), None)
     importance(probe_queries, torch.randn(2, H, 200, D), torch.ones(2, 200, dtype=torch.bool), 200)
     assert max(sizes) <= 5000
-    assert sum(sizes) == 2 * H * MEMBERS * 100 * 200
+    assert sum(sizes) == 2 * 2 * H * MEMBERS * 100 * 200, "once for the norm, once for the sum"
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, 21, 1000])
@@ -89,7 +96,7 @@ def test_probes_are_the_last_tokens_and_as_many_random_ones(count):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_latents_of_several_heads_take_the_mean_of_their_importance(groups, monkeypatch):
     """CSKV's keys have `groups` bases, its values one: each chooses by the heads that it stores. Encoded by parts."""
-    monkeypatch.setattr(layer_file, "ENCODE_TOKENS", 32)
+    monkeypatch.setattr(writing, "ENCODE_TOKENS", 32)
     shape = LayerShape(4, 8, torch.float32)
     method = CSKV(keep=0.5, codec="edgeqat", window=8, sinks=0, group_heads=4 // groups)
     cache = make(method, shape, [bases(shape, 16 // groups, 16, groups)])
@@ -105,5 +112,4 @@ def test_latents_of_several_heads_take_the_mean_of_their_importance(groups, monk
 
 def masks(layer, kv: str) -> torch.Tensor:
     """Which tokens of the body have more bits, bool [b, G, p, page]."""
-    stored = [extent[f"{kv}.mask"] for extent in layer.pages.extents]
-    return unpack(torch.cat(stored, 1).transpose(1, 2), 1).bool()
+    return unpack(layer.pages.records()[f"{kv}.mask"].transpose(1, 2), 1).bool()
