@@ -114,17 +114,16 @@ class Schema:
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
         _keys(values, {"seen", "window", "starts", "sinks", "scores", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
-        require(isinstance(values["watched"], bool), f"layer {i}: watched")
+        for flag in ("sinks", "scores", "watched"):
+            require(isinstance(values[flag], bool), f"layer {i}: {flag}")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
         b, shape = self.batch, layer.shape
         found: dict[str, Kind] = {}
         if values["seen"]:
             rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
             found |= {"window.keys": rows, "window.values": rows}
-            require(isinstance(values["scores"], bool), f"layer {i}: scores")
             if values["scores"]:
                 found["window.scores"] = (torch.float32, (b, shape.heads, window))
-        require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
         if values["sinks"]:
             rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
             found |= {"sinks.keys": rows, "sinks.values": rows, "sinks.columns": (torch.int32, (b, layer.sinks.size))}

@@ -151,7 +151,8 @@ def slots_of(pages: Tensor, index: Int[Tensor, "b G k"]) -> Tensor:
     page = pages.shape[3]
     rows = pages.transpose(1, 2).flatten(2, 3)  # [b, G, t, ...]
     index = index.view(*index.shape, *[1] * (rows.dim() - 3)).long()
-    return rows.take_along_dim(index, 2).unflatten(2, (-1, page)).transpose(1, 2)
+    moved: Tensor = rows.take_along_dim(index, 2).unflatten(2, (-1, page)).transpose(1, 2)
+    return moved
 
 
 def paged(latent: Float[Tensor, "b G t r"], page: int) -> Float[Tensor, "b p G page r"]:
