@@ -187,7 +187,9 @@ class KVCache(SavedCache):
                 full = b * layer.seen * layer.shape.token_bytes
                 numbers = layer.body.slots * 2 * layer.shape.width // layer.body.lanes
                 held = layer.held()
-                rows.append(Row(i, name, layer.seen, held, full, drift, nbytes(layer.body.tensors()), numbers))
+                fused = next((str(tier.kernel) for tier in layer.body.view(layer.base and layer.base.pages)), None)
+                body = nbytes(layer.body.tensors())
+                rows.append(Row(i, name, layer.seen, held, full, drift, body, numbers, fused))
             else:
                 size = nbytes(sliding_tensors(layer).values())
                 rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))

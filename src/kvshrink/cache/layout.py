@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kvshrink.cache.body import demoted
 from kvshrink.cache.encode import encode
+from kvshrink.cache.snapshot import kernel_of
+from kvshrink.kernels.decode import Choice
+from kvshrink.kernels.records import recorded
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
@@ -33,6 +36,15 @@ def empty_pages(
         else:
             found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
     return found
+
+
+def kernel_for(codecs: tuple[Codec, Codec], shape: LayerShape, page: int, device: torch.device) -> Choice:
+    """The fused kernel for pages of a layer that holds none yet, or why there is none."""
+    empty = empty_pages([Tier(codecs)], shape, page, device)[0]
+    records = recorded(empty)
+    keys = records.under("k.")
+    values = keys if codecs[1].joint else records.under("v.")
+    return kernel_of(codecs, (codecs[0].packed(keys), codecs[1].packed(values)), device)
 
 
 def try_out(tiers: Sequence[Tier], shape: LayerShape, page: int, device: torch.device, base: Stored | None) -> Stored:

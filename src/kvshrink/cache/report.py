@@ -19,6 +19,7 @@ class Row:
     drift: Drift | None = None  # of a watched layer
     body: int = 0  # bytes of the body
     numbers: int = 0  # slots of keys and values in the body; a page that was cut keeps all of its own
+    fused: str | None = None  # whether one kernel reads the body, or why none does; None: nothing is stored
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Report:
         lines.insert(0, head)
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         table = "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-        return table if self.bits is None else f"{table}\n{self.bits:.2f} bits a stored number"
+        table = table if self.bits is None else f"{table}\n{self.bits:.2f} bits a stored number"
+        fused = {r.fused: None for r in self.rows if r.fused is not None}
+        return "\n".join([table, *(f"fused kernel: {answer}" for answer in fused)])
 
 
 def _cells(held: Held) -> tuple[str, ...]:

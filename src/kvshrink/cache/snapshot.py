@@ -54,6 +54,13 @@ class Block:
         return self.pages.slots[:, :, self.start * page : self.stop * page].to(device)
 
 
+def kernel_of(codecs: tuple[Codec, Codec], packed: tuple[Packed | None, Packed | None], device: torch.device) -> Choice:
+    """The fused kernel that reads these codecs' pages, or why there is none."""
+    if codecs[0].site == "k_pre" and codecs[0].expansion is None:
+        return Choice(None, "keys before RoPE that no basis rebuilds")
+    return fused(device, *packed)
+
+
 @dataclass(frozen=True, eq=False)
 class TierView:
     """Pages of one age as a step reads them.
@@ -93,7 +100,7 @@ class TierView:
         """The fused kernel for these pages, or why there is none."""
         if self.base is not None:
             return Choice(None, "stored as what it adds to another layer")
-        return fused(self.pages.device, *self.packed)
+        return kernel_of(self.codecs, self.packed, self.pages.device)
 
     @cached_property
     def counts(self) -> UInt8[Tensor, "b L p"] | None:

@@ -7,6 +7,7 @@ import torch
 import typer
 
 from kvshrink.attach.families import key_value_weights, layers_of, shape_of
+from kvshrink.cache.layout import kernel_for
 from kvshrink.cli._common import (
     BitsOption,
     JsonOption,
@@ -68,6 +69,8 @@ def inspect(
     rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
     head = ("layer", "method", "B/token full / body", "of full", *(f"{n // 1024}k full / held" for n in LENGTHS))
     print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
+    if fused := _fused(chosen, shapes, fitted):
+        console.print(f"fused kernel on this machine: {', '.join(fused)}")
     spectra = _fitted_spectra(fitted) if fitted else weights
     what = "keys and values on the calibration text, centred" if fitted else "key and value projection weights"
     plots.spectra(spectra, out, f"Singular values of {what}: {Path(model).name}")
@@ -75,7 +78,21 @@ def inspect(
         console.print(f"fitted tensors: {human(fitted.nbytes)}, once per model, not per sequence")
     console.print(f"wrote {out}")
     if json:
-        print_json({"model": model, "method": name_of(chosen), "settings": chosen.settings(), "layers": rows})
+        print_json(
+            {"model": model, "method": name_of(chosen), "settings": chosen.settings(), "fused": fused, "layers": rows}
+        )
+
+
+def _fused(method: Method, shapes: dict[int, LayerShape], artifact: Artifact | None) -> list[str]:
+    """Whether a kernel reads what the method stores, or why none does; of a method to be fitted only once it is."""
+    if method.needs_fit and artifact is None:
+        return []
+    fitted = {i: artifact.layers[i] if artifact else {} for i in shapes}
+    alone = {i: shape for i, shape in shapes.items() if not method.stores_delta(fitted[i])}
+    pairs = {i: method.codecs(shape, fitted[i]) for i, shape in alone.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {str(kernel_for(pair, shapes[i], method.page, device)): None for i, pair in pairs.items() if pair}
+    return list(found)
 
 
 def _layers(source: OnDisk, spectra: bool):

@@ -28,6 +28,9 @@ class Choice(NamedTuple):
     kernel: Callable | None
     why: str = ""
 
+    def __str__(self) -> str:
+        return f"no: {self.why}" if self.kernel is None else "yes"
+
 
 def fused(device: torch.device, keys: Packed | None, values: Packed | None) -> Choice:
     """The kernel for pages of these forms on this device. None: a form that `kernels/latents` does not know.
