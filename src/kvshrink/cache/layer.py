@@ -371,6 +371,7 @@ class CompressedLayer(CacheLayerMixin):
             "seen": self.seen,
             "window": self.window.count,
             "starts": starts,
+            "scores": self.window.scores is not None,
             "sinks": self.sinks.keys is not None,
             "watched": self.watch is not None,
         }

@@ -112,7 +112,7 @@ class Schema:
     def _compressed(self, i: int, layer: CompressedLayer, values: dict) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
-        _keys(values, {"seen", "window", "starts", "sinks", "watched", *names}, f"layer {i}")
+        _keys(values, {"seen", "window", "starts", "scores", "sinks", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
         require(isinstance(values["watched"], bool), f"layer {i}: watched")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
@@ -121,6 +121,11 @@ class Schema:
         if values["seen"]:
             rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
             found |= {"window.keys": rows, "window.values": rows}
+        require(isinstance(values["scores"], bool), f"layer {i}: scores")
+        running = layer.method.scorer is not None and layer.method.scorer.running
+        require(not values["scores"] or (running and window > 0), f"layer {i}: scores")
+        if values["scores"]:
+            found["window.scores"] = (torch.float32, (b, shape.heads, window))
         require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
         if values["sinks"]:
             rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
@@ -145,9 +150,9 @@ class Schema:
         count = _number(given, "pages", f"{where}: {name}", 0, MOST if most is None else most)
         b, lanes = self.batch, layer.body.lanes
         records = _number(given, "records", f"{where}: {name}", min(1, count), b * lanes * count)
-        require(isinstance(given["columns"], bool), f"{where}: {name}: columns")
+        chooses = layer.body.chooses and count > 0
+        require(given["columns"] is chooses, f"{where}: {name}: columns")
         if not count:
-            require(not given["columns"], f"{where}: {name}: columns")
             return {}
         found: dict[str, Kind] = {
             "records": (torch.uint8, (records, Layout.of(page, lanes).size)),
@@ -157,6 +162,7 @@ class Schema:
         }
         if given["columns"]:
             found["columns"] = (torch.int32, (b, lanes, count * layer.method.page))
+            found["importance"] = (torch.float32, (b, lanes, count * layer.method.page))
         return found
 
 
