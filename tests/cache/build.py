@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.methods._stats import LayerShape
 from kvshrink.store.tokens import TokenTable
@@ -53,13 +54,27 @@ def orthonormal(groups: int, width: int, rank: int, generator: torch.Generator) 
     return torch.linalg.qr(noise).Q.transpose(1, 2).contiguous()
 
 
-def feed(cache: KVCache, keys: list[Tensor], values: list[Tensor], rope=None, real=None, own: bool = True) -> list:
-    """Give s new tokens to all layers, positions counted on from the columns; what `update` returned, per layer."""
+def feed(
+    cache: KVCache,
+    keys: list[Tensor],
+    values: list[Tensor],
+    rope=None,
+    real=None,
+    own: bool = True,
+    asked: bool = False,
+) -> list:
+    """Give s new tokens to all layers, positions counted on from the columns; what `update` returned, per layer.
+
+    asked: with random queries, where a layer ranks tokens.
+    """
     b, _, s, _ = keys[0].shape
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + s, dtype=torch.int32).expand(b, s)
     out = []
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-        cache.stage(i, positions, real, rope, own, "model")
+        probe, layer = None, cache.layers[i]
+        if asked and (rows := layer.probes(s)) is not None:
+            probe = ProbeQueries(rows, torch.randn(b, 2 * k.shape[1], len(rows), k.shape[3]).to(k.dtype), None)
+        cache.stage(i, positions, real, rope, own, "model", probe)
         out.append(cache.update(k, v, i))
     return out

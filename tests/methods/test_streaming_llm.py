@@ -5,6 +5,7 @@ from kvshrink.cache.attend import attend
 from kvshrink.errors import CacheError, SettingError
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
+from kvshrink.store.growth import slots_for
 from tests.cache.build import feed, make
 
 SHAPE = LayerShape(1, 4, torch.float32)
@@ -25,12 +26,13 @@ def test_only_sinks_and_recent_tokens_are_attended_to():
 
 def test_bytes_do_not_grow():
     cache = make(StreamingLLM(window=8, sinks=2), SHAPE, [{}])
-    sizes = set()
+    sizes = []
     for _ in range(300):
         k, v = torch.randn(2, 1, 1, 1, 4)
         feed(cache, [k], [v])
-        sizes.add(cache.layers[0].held().total)
-    assert sizes == {40 * 32, 40 * 32 + 2 * (32 + 4)}  # the buffer; with two sinks and their columns
+        sizes.append(cache.layers[0].held().total)
+    assert sizes[:39] == [min(40, slots_for(n)) * 32 for n in range(1, 40)]  # the buffer
+    assert set(sizes[39:]) == {40 * 32 + 2 * (32 + 4)}  # with two sinks and their columns
 
 
 @pytest.mark.parametrize("held", [80_000.0, 100_000.0, 1_234_567.0])

@@ -103,7 +103,7 @@ def test_a_difference_loses_less_than_the_same_bits_by_themselves(layers_of, hid
         k, v = feed(cache, *rows(layers, slice(0, 1)), ROPE)[1]
         end = k._kvshrink.first
         errors.append(float((rebuild(k._kvshrink, k, v)[0][:, :, :end] - keys[1][:, :, :end]).norm()))
-        assert layer.body.nbytes()[0] == len(layer.body) * 32 * (1 if hidden == 64 else 2) * 64 * 2 // 8
+        assert layer.held().payload == len(layer.body) * 32 * (1 if hidden == 64 else 2) * 64 * 2 // 8
     assert errors[0] < errors[1] * share
 
 

@@ -6,6 +6,7 @@ tokens by importance.
 """
 
 import copy
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from kvshrink.attach.hook import Attachment
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.methods._policy import probes
+from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.store.modes import without_dropout
+
+Asked = Callable[[int], Tensor]  # of so many tokens, those that are asked, in order
 
 
 def held_by(layer: Any) -> tuple[Tensor, Tensor]:
@@ -29,15 +32,15 @@ def held_by(layer: Any) -> tuple[Tensor, Tensor]:
 
 @without_dropout
 @torch.inference_mode()
-def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = False) -> DynamicCache:
-    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. asked: for methods of `asks` as well."""
+def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: Asked | None = None) -> DynamicCache:
+    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. asked: as `asked_by` says."""
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
     found: dict[int, Any] = {}
     hooks = [
-        info.module.register_forward_pre_hook(partial(_listen, found, i, info.rope), with_kwargs=True)
+        info.module.register_forward_pre_hook(partial(_listen, found, i, info.rope, asked), with_kwargs=True)
         for i, info in enumerate(layers_of(model))
-        if asked and info.compressed
+        if asked is not None and info.compressed
     ]
     try:
         model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
@@ -52,16 +55,19 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: bool = F
     return dense
 
 
-def asks(method: Any) -> bool:
-    """Whether a method or artifact ranks tokens by importance."""
-    return bool(getattr(getattr(method, "method", method), "needs_importance", False))
+def asked_by(methods: Iterable[Any]) -> Asked | None:
+    """Which of a prompt's tokens must give their queries, in order, so that each of these methods or artifacts can rank
+    tokens as it does; None: no method ranks them."""
+    found = [getattr(getattr(m, "method", m), "scorer", None) for m in methods]
+    scorers = [s for s in found if s is not None]
+    return (lambda count: torch.cat([s.queries(count) for s in scorers]).unique()) if scorers else None
 
 
-def _listen(found: dict[int, Any], index: int, rope: Any, module: Any, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of an attention module: the queries of its probes."""
+def _listen(found: dict[int, Any], index: int, rope: Any, asked: Asked, module: Any, args: tuple, kwargs: dict) -> None:
+    """Pre-hook of an attention module: the queries of the tokens that are asked."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     positions = kwargs["position_ids"].to(torch.int32)
-    found[index] = probe_queries_of(module, hidden, positions, rope, probes(hidden.shape[1]).to(hidden.device))
+    found[index] = probe_queries_of(module, hidden, positions, rope, asked(hidden.shape[1]).to(hidden.device))
 
 
 def _own(tensor: Any) -> Any:
@@ -84,10 +90,17 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
             positions = positions_of(mask)
         real = None if mask is None or bool(mask.all()) else mask.bool()
         layer, asked = cache.layers[i], None
-        if isinstance(layer, CompressedLayer) and layer.probes(t) is not None:
-            asked = getattr(dense, "asked", {}).get(i)  # bytes do not depend on how tokens are ranked
+        if isinstance(layer, CompressedLayer) and (rows := layer.probes(t)) is not None:
+            asked = _part(getattr(dense, "asked", {}).get(i), rows)
         cache.stage(i, positions.to(torch.int32), real, info.rope, True, cache.model, asked)
         cache.update(keys, values, i)
+
+
+def _part(given: ProbeQueries | None, rows: Tensor) -> ProbeQueries | None:
+    """The queries of these rows; None unless all are there: bytes do not depend on how tokens are ranked."""
+    if given is None or not bool(torch.isin(rows := rows.to(given.rows.device), given.rows).all()):
+        return None
+    return ProbeQueries(rows, given.queries[:, :, torch.searchsorted(given.rows, rows)], given.softcap)
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ class KVCache(SavedCache):
                 full = b * layer.seen * layer.shape.token_bytes
                 numbers = layer.body.slots * 2 * layer.shape.width // layer.body.lanes
                 held = layer.held()
-                fused = next((str(tier.kernel) for tier in layer.body.view(layer.base and layer.base.pages)), None)
+                tiers = layer.body.view(None if layer.base is None else layer.base.pages)
+                fused = next((str(tier.kernel) for tier in tiers), None)
                 body = nbytes(layer.body.tensors())
                 rows.append(Row(i, name, layer.seen, held, full, drift, body, numbers, fused))
             else:

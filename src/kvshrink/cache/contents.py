@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvshrink.cache.exact import Sinks
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.state import Schema, require
 from kvshrink.kernels.records import Layout
 from kvshrink.shapes import Bool
@@ -39,7 +39,7 @@ class Contents:
 
     def check(self, own: Mapping[str, Tensor]) -> None:
         layer = self.layer
-        shown = self._check_sinks(own.get("sinks.columns"))
+        shown = self.shown = self._check_sinks(own.get("sinks.columns"))
         sums = own.get("watch.sums")
         require(sums is None or bool((sums.isfinite() & (sums >= 0)).all()), f"{self.name}.watch.sums")
         covered = [np.zeros(n, bool) for n in self.left]
@@ -51,6 +51,8 @@ class Contents:
                 self._check_pages(f"{self.name}.{name}", n, stored, covered, ends)
         for row, (seen, needed) in enumerate(zip(covered, shown, strict=True)):
             first = int(seen.argmax()) if seen.any() else len(seen)
+            if layer.body.chooses:
+                continue
             missing = needed & ~seen
             if layer.body.drops:
                 missing = missing[first:]
@@ -66,9 +68,8 @@ class Contents:
         require(bool((table < len(stored["records"])).all() and (table >= -1).all()), f"{name}.table")
         require(bool((there[..., :-1] >= there[..., 1:]).all() and there.any(2).any()), f"{name}.table")
         require(bool((there == (used > 0)).all() and (used <= page).all()), f"{name}.used")
-        require(("columns" in stored) == layer.body.chooses, f"{name}.columns")
         if "columns" in stored:
-            self._check_chosen(name, used, stored["columns"].cpu().numpy(), covered)
+            self._check_chosen(name, stored, used)
         for row in range(len(table) if "columns" not in stored else 0):
             for lane in range(table.shape[1]):
                 for k in range(int(there[row, lane].sum())):
@@ -85,16 +86,19 @@ class Contents:
             part = under(fields, f"{kv}.")
             require(not part or codec.sound(part), f"{name}.records ({'keys' if kv == 'k' else 'values'})")
 
-    def _check_chosen(self, name: str, used: np.ndarray, columns: np.ndarray, covered: list[np.ndarray]) -> None:
-        """Each slot that is filled has a column of its own, in order, that has left the window; the others have -1."""
-        slots = np.arange(self.layer.method.page)
-        filled = (slots < used[..., None]).reshape(columns.shape)
-        require(bool(((columns >= 0) == filled).all()), f"{name}.columns")
-        for row in range(len(columns)):
-            for own, there in zip(columns[row], filled[row], strict=True):
-                right = bool((np.diff(own[there]) > 0).all() and (own[there] < self.left[row]).all())
-                require(right, f"{name}.columns")
-            covered[row][:] = True  # the others were dropped
+    def _check_chosen(self, name: str, stored: Mapping[str, Tensor], used: np.ndarray) -> None:
+        """Tokens of each lane that have left the window, in order: no pads, no sinks, and no more than pages hold."""
+        columns, importance = (stored[k].cpu().numpy() for k in ("columns", "importance"))
+        there = columns >= 0
+        count = there.reshape(*used.shape, -1).sum(3)
+        require(bool((columns >= -1).all() and (count == used).all()), f"{name}.columns")
+        require(bool((stored["first"] == 0).all()), f"{name}.first")
+        require(not np.isnan(importance[there]).any(), f"{name}.importance")
+        for row, (shown, lanes) in enumerate(zip(self.shown, columns, strict=True)):
+            for own in lanes:
+                own = own[own >= 0]
+                require(bool((np.diff(own) > 0).all()), f"{name}.columns")
+                require(len(own) == 0 or (own[-1] < len(shown) and bool(shown[own].all())), f"{name}.columns ({row})")
 
     def _check_sinks(self, columns: Tensor | None) -> list[np.ndarray]:
         """Sinks are the first real tokens of each row. What of the others must be in pages."""

@@ -233,8 +233,8 @@ class CompressedLayer(RowsLayer):
             "seen": self.seen,
             "window": self.window.count,
             "starts": starts,
-            "sinks": self.sinks.keys is not None,
             "scores": self.window.scores is not None,
+            "sinks": self.sinks.keys is not None,
             "watched": self.watch is not None,
         }
         return own | values, tensors

@@ -112,18 +112,21 @@ class Schema:
     def _compressed(self, i: int, layer: CompressedLayer, values: dict) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
-        _keys(values, {"seen", "window", "starts", "sinks", "scores", "watched", *names}, f"layer {i}")
+        _keys(values, {"seen", "window", "starts", "scores", "sinks", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
-        for flag in ("sinks", "scores", "watched"):
-            require(isinstance(values[flag], bool), f"layer {i}: {flag}")
+        require(isinstance(values["watched"], bool), f"layer {i}: watched")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
         b, shape = self.batch, layer.shape
         found: dict[str, Kind] = {}
         if values["seen"]:
             rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
             found |= {"window.keys": rows, "window.values": rows}
-            if values["scores"]:
-                found["window.scores"] = (torch.float32, (b, shape.heads, window))
+        require(isinstance(values["scores"], bool), f"layer {i}: scores")
+        running = layer.method.scorer is not None and layer.method.scorer.running
+        require(not values["scores"] or (running and window > 0), f"layer {i}: scores")
+        if values["scores"]:
+            found["window.scores"] = (torch.float32, (b, shape.heads, window))
+        require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
         if values["sinks"]:
             rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
             found |= {"sinks.keys": rows, "sinks.values": rows, "sinks.columns": (torch.int32, (b, layer.sinks.size))}
@@ -147,9 +150,9 @@ class Schema:
         count = _number(given, "pages", f"{where}: {name}", 0, MOST if most is None else most)
         b, lanes = self.batch, layer.body.lanes
         records = _number(given, "records", f"{where}: {name}", min(1, count), b * lanes * count)
-        require(isinstance(given["columns"], bool), f"{where}: {name}: columns")
+        chooses = layer.body.chooses and count > 0
+        require(given["columns"] is chooses, f"{where}: {name}: columns")
         if not count:
-            require(not given["columns"], f"{where}: {name}: columns")
             return {}
         found: dict[str, Kind] = {
             "records": (torch.uint8, (records, Layout.of(page, lanes).size)),
@@ -158,9 +161,8 @@ class Schema:
             "first": (torch.int32, (b, count)),
         }
         if given["columns"]:
-            require(layer.body.chooses, f"{where}: {name}: columns")
-            slots = (b, lanes, count * layer.method.page)
-            found |= {"columns": (torch.int32, slots), "importance": (torch.float32, slots)}
+            found["columns"] = (torch.int32, (b, lanes, count * layer.method.page))
+            found["importance"] = (torch.float32, (b, lanes, count * layer.method.page))
         return found
 
 

@@ -24,7 +24,7 @@ class Judge:
 
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
-        self.exact = [prefill(self.model, row[:, : -recall.tail], asked=True) for row in recall.made[:, None]]
+        self.exact = [prefill(self.model, row[:, : -recall.tail], asked=torch.arange) for row in recall.made[:, None]]
 
     @torch.no_grad()
     def kl(self, method: Method | Artifact) -> float:

@@ -25,7 +25,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
-from kvshrink.attach.fill import asks, fill, held_by, prefill
+from kvshrink.attach.fill import asked_by, fill, held_by, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import metrics
@@ -120,7 +120,7 @@ class Runner:
     ) -> Iterator[Outcome]:
         try:
             ids, mask = left_pad(group.contexts, self._pad, next(self.model.parameters()).device)
-            asked = any(asks(entry.method) for entry in self.entries)
+            asked = asked_by(entry.method for entry in self.entries)
             dense = prefill(self.model, ids, None if bool(mask.all()) else mask, asked)
         except Exception as error:
             if not self.isolate:

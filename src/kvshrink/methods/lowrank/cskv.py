@@ -105,11 +105,8 @@ class CSKV(Method):
             metric = getattr(self, name)
             require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
         require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
-        require(
-            not self.qat or (self.steps > 0 and (self.bits is not None or self.codec is not None)),
-            "qat=True without steps and bits",
-            "Set both.",
-        )
+        rounds = self.bits is not None or self.codec is not None
+        require(not self.qat or (self.steps > 0 and rounds), "qat=True without steps and bits", "Set both.")
         require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
         require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
         if self.codec is not None:
