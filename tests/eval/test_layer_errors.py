@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 
 from kvshrink import CSKV, RTN, Artifact, data, make_cache
 from kvshrink.attach.identity import identity_of

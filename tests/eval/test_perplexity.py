@@ -5,7 +5,7 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
-from kvshrink.methods._facts import LayerShape
+from kvshrink.methods._stats import LayerShape
 from transformers.models.llama import modeling_llama
 
 from kvshrink import CSKV, RTN, Artifact, data

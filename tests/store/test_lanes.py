@@ -1,5 +1,7 @@
 """Pages lane by lane: values that share records, read as views or copies, in runs that go when nobody needs them."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -308,6 +310,17 @@ def test_state_round_trip():
     assert read(other, 8) == read(pages, 8)
     other = other.cropped(np.array([3, 3, 3]))
     assert pages.used[1].tolist() == [[4, 4, 4, 2]], "the restored pages must not share their arrays"
+
+
+def test_pickled_pages_name_their_own_records():
+    pages = filled(2, 1).cropped(np.array([3, 12])).selected(np.array([1, 0, 1]))
+    text = pickle.dumps(pages)
+    wanted = read(pages)
+    for run in pages.runs:
+        run.data.zero_()
+    again = pickle.loads(text)
+    assert read(again) == wanted
+    assert not set(again.table[again.table > 0].tolist()) & set(pages.table.ravel().tolist())
 
 
 # --- tokens of each lane's own choice ---

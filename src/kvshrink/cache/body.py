@@ -44,6 +44,15 @@ class Body:
         self.page, self.lanes, self.chooses = page, lanes, chooses
         self.ages = [TierPages(tier, Pages.none(page, lanes)) for tier in tiers]  # the youngest first
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "ages": [replace(age, view=None) for age in self.ages]}
+
+    def __setstate__(self, own: dict) -> None:
+        vars(self).update(own)
+        for age in self.ages:
+            for run in age.pages.runs:
+                run.holders.add(self)
+
     @property
     def youngest(self) -> Pages:
         return self.ages[0].pages

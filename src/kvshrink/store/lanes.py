@@ -9,7 +9,7 @@ wide as the longest, with zeros behind the others' ends.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,6 +49,22 @@ class Pages(Holder):
     runs: tuple[Run, ...] = ()
     columns: Int[Tensor, "b L slots"] | None = None
     importance: Float[Tensor, "b L slots"] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be pickled: places in runs, since addresses are another process's."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.runs:
+            return own
+        run, index = self._places.of(np.where(self.table == 0, self.table.max(initial=0), self.table))
+        return own | {"runs": tuple(self._places.runs), "table": np.where(self.table == 0, -1, (run << 40) + index)}
+
+    def __setstate__(self, own: dict[str, Any]) -> None:
+        if runs := own["runs"]:
+            bases, steps = (np.array([getattr(run, x) for run in runs], np.int64) for x in ("base", "step"))
+            place = np.maximum(own["table"], 0)
+            table = bases[place >> 40] + (place & (2**40 - 1)) * steps[place >> 40]
+            own = own | {"table": np.where(own["table"] < 0, 0, table)}
+        vars(self).update(own)
 
     @classmethod
     def none(cls, page: int, lanes: int = 1, rows: int = 0) -> "Pages":

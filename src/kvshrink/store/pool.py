@@ -28,6 +28,9 @@ class Run:
     def take(cls, records: int, layout: Layout, device: torch.device) -> "Run":
         return cls(torch.empty(records, layout.size, dtype=torch.uint8, device=device))
 
+    def __reduce__(self) -> tuple:
+        return Run, (self.data,)  # who holds it there, they say themselves
+
     @property
     def base(self) -> int:
         return self.data.data_ptr() or 1  # records without bytes have an address too
