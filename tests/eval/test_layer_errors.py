@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from kvshrink.methods._stats import LayerShape
 
 from kvshrink import CSKV, RTN, Artifact, data, make_cache
 from kvshrink.attach.identity import identity_of
@@ -12,6 +11,7 @@ from kvshrink.cache import attend
 from kvshrink.errors import EvalError
 from kvshrink.eval.run.layers import layer_errors
 from kvshrink.eval.run.memory import decode_peak
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 

@@ -5,7 +5,6 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
-from kvshrink.methods._stats import LayerShape
 from transformers.models.llama import modeling_llama
 
 from kvshrink import CSKV, RTN, Artifact, data
@@ -14,6 +13,7 @@ from kvshrink.errors import EvalError
 from kvshrink.eval.run.perplexity import MODES, perplexity, scored_bytes, tracks
 from kvshrink.eval.run.simulated import simulate
 from kvshrink.eval.run.teacher import compare, follow
+from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from tests.cache.build import bases
 from tests.scenarios.families import FAMILIES

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.state import Schema, require
 from kvshrink.kernels.records import Layout
 from kvshrink.shapes import Bool

@@ -20,6 +20,11 @@ from torch import Tensor
 from kvshrink.shapes import Float, UInt8
 
 
+def record_bytes(count: int) -> int:
+    """Bytes of a record whose parts take so many: a multiple of 4, so that numbers of 4 bytes are aligned in all."""
+    return -(-count // 4) * 4
+
+
 class Field(NamedTuple):
     """One tensor of a record: its shape [G / lanes, ...] and where it begins, in bytes."""
 
@@ -33,7 +38,7 @@ class Field(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a record lies. size: its bytes, a multiple of its widest number's; lanes: of a row."""
+    """How a record lies. size: its bytes, as `record_bytes` and the widest number want them; lanes: of a row."""
 
     fields: Mapping[str, Field]
     size: int
@@ -48,7 +53,7 @@ class Layout(NamedTuple):
             shape = shape if lanes == 1 else (shape[0] // lanes, *shape[1:])
             fields[name] = Field(t.dtype, shape, at)
             at, widest = at + fields[name].nbytes, max(widest, t.dtype.itemsize)
-        return cls(fields, -(-at // widest) * widest, lanes)
+        return cls(fields, record_bytes(-(-at // widest) * widest), lanes)
 
     def write(self, records: UInt8[Tensor, "b L p size"], stored: Mapping[str, Tensor]) -> None:
         """Copy pages [b, p, G, ...] into their records."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.records import record_bytes
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing, packing
@@ -171,7 +172,7 @@ def held(ladders: Sequence[Ladder], pages: int, page: int) -> int:
     for (of_keys, tokens), (of_values, _) in zip(*ladders, strict=True):
         count = pages if tokens is None else min(pages, tokens // page)
         pages -= count
-        total += count * sum(x.page_bytes() for x in (of_keys, of_values) if x is not None)
+        total += count * record_bytes(sum(x.page_bytes() for x in (of_keys, of_values) if x is not None))
     return total
 
 

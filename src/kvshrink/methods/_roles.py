@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.records import record_bytes
 from kvshrink.methods._codec import Codec as Codec
 from kvshrink.methods._packing.base import Stored as Stored
 from kvshrink.methods._policy import Budget, Scorer
@@ -167,7 +168,7 @@ class Method(metaclass=Settings):
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         """Bytes of the body of one sequence, after so many pages left the window."""
-        return int(pages * self.bits_per_token(shape, fitted) * self.page / 8)
+        return pages * record_bytes(int(self.bits_per_token(shape, fitted) * self.page / 8))
 
 
 class Bounded(Method):

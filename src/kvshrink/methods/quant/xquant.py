@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.kernels.records import record_bytes
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._packing import Affine, Packing
 from kvshrink.methods._quantiser import Quantiser, Space, Transform
@@ -103,7 +104,7 @@ class XQuant(Quantiser):
         return both / 2 if "down" in fitted or (self.mode == "input" and not fitted) else both
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
-        return int(pages * self.bits_per_token(shape, fitted) * self.page / 8)
+        return pages * record_bytes(int(self.bits_per_token(shape, fitted) * self.page / 8))
 
 
 def _basis(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
