@@ -73,7 +73,7 @@ def test_errors_of_keys_and_values_by_hand(model, ids, artifact):
     """Of what is stored: the keys before RoPE, from the layer's own input, through the basis and back."""
     hidden = input_of(model, 2, ids[: PREFIX - 1])[0]
     module, fitted = model.model.layers[2].self_attn, artifact.layers[2]
-    body = slice(4, 4 + (PREFIX - 1 - 36) // 32 * 32)  # after the sinks, whole pages before the window
+    body = slice(4, (PREFIX - 1 - 32) // 32 * 32)  # after the sinks, whole pages before the window
     (row,) = [r for r in layer_errors(model, artifact, ids[:TOKENS], PREFIX) if r.layer == 2]
     for kv, found in (("key", row.key_error), ("value", row.value_error)):
         exact = getattr(module, f"{kv[0]}_proj")(hidden)[0, body].detach()
@@ -102,8 +102,8 @@ def test_a_layers_output_by_hand(model, ids):
 
 
 def test_chunks_are_replayed_too(model, ids):
-    """PREFIX is in phase: 199 tokens leave window + 3; chunks of 16 then spill as decoding does until 29 are fed."""
-    one, many = (layer_errors(model, RTN(bits=2), ids[: PREFIX + 29], PREFIX, c) for c in (1, 16))
+    """With 192 tokens filled a page has just left: chunks of 16 then read what decoding does until 29 are fed."""
+    one, many = (layer_errors(model, RTN(bits=2), ids[: 193 + 29], 193, c) for c in (1, 16))
     for a, b in zip(one, many, strict=True):
         assert (a.key_error, a.value_error) == (b.key_error, b.value_error)
         assert a.output_error == pytest.approx(b.output_error, rel=1e-3)
@@ -120,9 +120,9 @@ def test_hooks_are_gone_afterwards_also_after_an_error(model, ids, monkeypatch):
 
 
 def test_an_exact_prefix_is_refused(model, ids):
-    with pytest.raises(EvalError, match=r"prefix of 68 tokens is held exactly\. Use a prefix of at least 69"):
-        layer_errors(model, RTN(bits=2), ids[:TOKENS], 68)
-    assert layer_errors(model, RTN(bits=2), ids[:80], 69)[0].key_error > 0
+    with pytest.raises(EvalError, match=r"prefix of 64 tokens is held exactly\. Use a prefix of at least 65"):
+        layer_errors(model, RTN(bits=2), ids[:TOKENS], 64)
+    assert layer_errors(model, RTN(bits=2), ids[:80], 65)[0].key_error > 0
 
 
 @torch.inference_mode()

@@ -175,7 +175,8 @@ def compressed_tokens(cache: KVCache) -> int:
 
 def remedy(method: Method) -> str:
     """What to say where nothing was compressed."""
-    least = method.window + method.page + max(method.sinks, 1) + 1
+    pages = method.sinks // method.page + 1  # the first that holds more than sinks
+    least = method.window + pages * method.page + 1
     return (
         f"a prefix of at least {least} tokens (window {method.window}, page {method.page}, sinks {method.sinks}), "
         "or a smaller window."

@@ -6,7 +6,7 @@ paper trains a small model, its weights and activations quantised, on the entrop
 and keys, and is not here.
 
 Departures: the half is that of each page of 32 tokens, not of the sequence; importance is the normalised attention of
-some probes (cache/saliency.py), as ZipCache's; nothing is trained; exact window and sinks.
+some probes (methods/_policy.py), as ZipCache's; nothing is trained; exact window and sinks.
 A prompt in chunks is judged chunk by chunk, so that what is chosen depends on them.
 """
 

@@ -7,7 +7,7 @@ scores and of channels that count alike. It folds into the query.
 
 Departures: the balancer is from a calibration text, not from the prompt (in latents of another method by the queries'
 root mean square instead of their maximum); it is after RoPE; importance is the normalised attention of some probes
-(cache/saliency.py), not H2O's running sum, and is judged once, when a page leaves the window; `share` is a multiple of
+(methods/_policy.py), not H2O's running sum, and is judged once, when a page leaves the window; `share` is a multiple of
 8 of each page's 32 tokens; exact window and sinks. A `share` of 1/4 is our choice.
 A prompt in chunks is judged chunk by chunk, so that what is chosen depends on them.
 """

@@ -1,7 +1,7 @@
 """ZipCache: the tokens that attention reads most at 4 bits, the others at 2. arXiv 2405.14256
 
 A token's importance is its normalised attention: what the last 5 % of the queries and a random 5 % pay it, by the
-number of these that see it (cache/saliency.py). Keys have one scale per channel over a page's tokens of one class.
+number of these that see it (methods/_policy.py). Keys have one scale per channel over a page's tokens of one class.
 Values are channel-separable: divided by c = sqrt(max |v|) of their channel over a page (float16, one for both classes),
 they have one scale per token over a head's channels. Which class a token is in takes one bit a token and head.
 
