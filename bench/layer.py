@@ -21,7 +21,7 @@ class Layer:
         self.tokens, self.batch, self.device = tokens, batch, device
         self.shape = LayerShape(self.heads, self.d, dtype)
         self.module = torch.nn.Module()
-        self.module.num_key_value_groups = self.q_heads // self.heads  # type: ignore[assignment]
+        self.module.num_key_value_groups = self.q_heads // self.heads
         self.rope = Rope(theta ** (-torch.arange(0, self.d, 2, device=device).float() / self.d), 1.0, False)
         g = torch.Generator(device).manual_seed(0)
 

@@ -38,7 +38,7 @@ def test_queries_are_those_that_the_model_s_attention_uses(name, monkeypatch):
 
     cache, real_dense = kvshrink.make_cache(model, EdgeQAT(window=8)), attention._dense
     monkeypatch.setattr(attention, "_dense", dense)
-    monkeypatch.setattr(layer_file, "received", noted)
+    monkeypatch.setattr("kvshrink.cache.writing.received", noted)
     feed(model, tokens(2, 100), cache)
     sliding = {i for i, layer in enumerate(cache.layers) if not isinstance(layer, layer_file.CompressedLayer)}
     used = [u for i, u in enumerate(used) if i not in sliding]

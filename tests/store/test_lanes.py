@@ -10,8 +10,9 @@ from kvshrink.kernels.records import Layout
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.choosing import kept, most_important
 from kvshrink.store.lane_state import restored, state
-from kvshrink.store.lanes import Pages, Span, joined
+from kvshrink.store.lanes import Pages, Span
 from kvshrink.store.pool import Places, Run
+from kvshrink.store.rows import joined
 
 PAGE = 4
 RECORD = (PAGE + 1) * 4  # codes and a scale of a lane, float32

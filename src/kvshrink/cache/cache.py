@@ -132,9 +132,10 @@ class KVCache(SavedCache):
         for layer in self.layers:
             layer.check_crop(count) if isinstance(layer, CompressedLayer) else check_crop(layer, count)
         with self._changing():
-            for layer in self.layers:
+            layers: list[Any] = list(self.layers)
+            for layer in layers:
                 if count or getattr(layer, "record_past", False):  # which keeps more than the window until a crop
-                    layer.crop(-count)  # type: ignore[union-attr]
+                    layer.crop(-count)
             self.table.crop(seen - count)
 
     def reset(self) -> None:
@@ -156,7 +157,7 @@ class KVCache(SavedCache):
         if self.rows:
             index = row_indices(given, self.rows, what)
             with self._changing():
-                super().reorder_cache(index)  # type: ignore[arg-type]
+                super().reorder_cache(index)  # type: ignore[arg-type] # any tensor of indices
                 self.table.select(index)
 
     def batch_repeat_interleave(self, repeats: Any) -> None:
@@ -172,7 +173,8 @@ class KVCache(SavedCache):
     @property
     def is_initialized(self) -> bool:
         """Whether every layer holds tokens, as DynamicCache says; transformers' own asks only layers of fixed size."""
-        return all(layer.is_initialized for layer in self.layers)  # type: ignore[union-attr]
+        layers: list[Any] = list(self.layers)
+        return all(layer.is_initialized for layer in layers)
 
     # --- bytes ---
 

@@ -18,7 +18,7 @@ from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows_layer import RowsLayer
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import ExactSinks, Snapshot
-from kvshrink.cache.step import Staged, appending
+from kvshrink.cache.step import SNAPSHOT, Staged, appending
 from kvshrink.cache.window import Window
 from kvshrink.cache.writing import Leave
 from kvshrink.errors import CacheError
@@ -115,7 +115,7 @@ class CompressedLayer(RowsLayer):
         if not staged.own_attention:  # all tokens at full width: slower, equally right
             return rebuild(snapshot, keys, values)
         keys = keys.view_as(keys)
-        keys._kvshrink = snapshot  # type: ignore[attr-defined]
+        setattr(keys, SNAPSHOT, snapshot)
         return keys, values
 
     # --- what a step reads ---

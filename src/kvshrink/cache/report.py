@@ -67,10 +67,10 @@ class Report:
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         rows = [{**asdict(r), "held": {**asdict(r.held), "total": r.held.total}} for r in self.rows]
-        for row, r in zip(rows, self.rows, strict=True):
+        for row in rows:
             drift = row.pop("drift")
             if drift is not None:
-                row["drift"] = r.drift._asdict()  # type: ignore[union-attr]
+                row["drift"] = Drift(*drift)._asdict()
         watched = {"drifted": self.drifted} if self._watched else {}
         return watched | {
             "layers": rows,

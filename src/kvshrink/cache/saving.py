@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class SavedCache(Cache):
         """Raise CacheError if an interrupt left the layers with different tokens or rows."""
         if not self.whole:
             raise CacheError("a change of the cache was interrupted, and its layers differ. Call reset().")
-        seen = [layer.get_seq_length() for layer in self.layers]  # type: ignore[union-attr]
+        layers: list[Any] = list(self.layers)
+        seen = [layer.get_seq_length() for layer in layers]
         same = len({*seen, *([self.table.length] if self.compressed else [])}) == 1
         if not same or not all(layer.whole for layer in self.compressed):
             raise CacheError(f"layers hold {min(seen)} to {max(seen)} tokens: a step was interrupted. Call reset().")

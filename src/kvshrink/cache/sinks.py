@@ -79,6 +79,8 @@ class Sinks:
             index = index.to(self.keys.device)
             self.keys, self.values, self.columns = self.keys[index], self.values[index], self.columns[index]
             self._settle()
+            if not bool((self.columns >= 0).any()):  # of these rows no token has left yet
+                vars(self).update(vars(Sinks(self.size)))
 
     @classmethod
     def joined(cls, parts: Sequence["Sinks"], rows: Sequence[int]) -> "Sinks":

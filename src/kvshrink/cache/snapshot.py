@@ -15,7 +15,6 @@ from torch import Tensor
 from kvshrink.cache.rope import Rope
 from kvshrink.kernels.decode import Choice, Live, fused
 from kvshrink.kernels.latents import Packed
-from kvshrink.kernels.records import Records
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.shapes import Bool, Float, Int, UInt8
@@ -24,18 +23,20 @@ from kvshrink.store.lanes import Pages, Span
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some consecutive pages of all lanes. stored: their tensors, by "k." and "v."."""
+    """Some consecutive pages of all lanes. base: pages of the same tokens in the layer that this one follows."""
 
     pages: Pages
     start: int
     stop: int
-    stored: Stored
+    base: Pages | None = None
 
     def part(self, prefix: str) -> Stored:
-        """The tensors whose names begin so, without it."""
-        if isinstance(self.stored, Records):
-            return self.stored.under(prefix)
-        return {k.removeprefix(prefix): t for k, t in self.stored.items() if k.startswith(prefix)}
+        """Tensors of the keys, "k.", or of the values, "v."; those of the other layer beside them, as "base.*"."""
+        records = self.pages.records(self.start, self.stop).under(prefix)
+        if self.base is None:
+            return records
+        beside = self.base.records(self.start, self.stop).under(prefix)
+        return {**records, **{f"base.{k}": beside[k] for k in beside}}
 
     @property
     def tokens(self) -> int:
@@ -73,11 +74,7 @@ class TierView:
     base: Pages | None = None
 
     def block(self, start: int, stop: int) -> Block:
-        stored: Stored = self.pages.records(start, stop)
-        if self.base is not None:
-            beside = self.base.records(start, stop)
-            stored = {**stored, **{f"{k[:2]}base.{k[2:]}": beside[k] for k in beside}}
-        return Block(self.pages, start, stop, stored)
+        return Block(self.pages, start, stop, self.base)
 
     def blocks(self, tokens: int) -> Iterator[Block]:
         return (self.block(*part) for part in self.pages.blocks(tokens))

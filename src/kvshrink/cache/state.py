@@ -167,9 +167,9 @@ class Schema:
 
 
 def _number(values: Mapping, key: str, where: str, low: int, high: int) -> int:
-    value = values.get(key)
+    value: Any = values.get(key)
     require(type(value) is int and low <= value <= high, f"{where}: {key}={value!s:.40}")
-    return value  # type: ignore[return-value]
+    return int(value)
 
 
 def _keys(values: Mapping, keys: set[str], where: str) -> None:

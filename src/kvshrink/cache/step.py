@@ -14,6 +14,8 @@ from kvshrink.errors import CacheError
 from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.modes import at_once, autocast_on
 
+SNAPSHOT = "_kvshrink"  # the attribute of a key tensor that carries what else attention reads
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -37,13 +39,13 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
         stored, given, auto = layer.shape.dtype, keys.dtype, autocast_on()
         new = (keys.to(stored), values.to(stored)) if auto else (keys, values)
         all_keys, all_values = update(layer, *new, *args, **kwargs)
-        snapshot = getattr(all_keys, "_kvshrink", None)
+        snapshot = getattr(all_keys, SNAPSHOT, None)
         if auto and snapshot is None:  # others' attention gets both as DynamicCache gives them
             all_keys, all_values = all_keys.to(given), all_values.to(given)
         if torch.is_grad_enabled() and keys.requires_grad and all_keys is not keys:
             all_keys = _Unlearnt.apply(all_keys, keys)
             if snapshot is not None:
-                all_keys._kvshrink = snapshot  # type: ignore[attr-defined]
+                setattr(all_keys, SNAPSHOT, snapshot)
         return all_keys, all_values
 
     return run

@@ -77,9 +77,8 @@ class Window:
                 return keys, values
             old_keys, old_values = self.view()
             return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-        self._make_room(self.capacity if left and self.shared is None else min(self.capacity, slots_for(end)))
-        self.keys[:, :, self.own : end] = keys  # type: ignore[index]
-        self.values[:, :, self.own : end] = values  # type: ignore[index]
+        room = self._make_room(self.capacity if left and self.shared is None else min(self.capacity, slots_for(end)))
+        _write(room, self.own, keys, values)
         self.own = end
         return self.view()
 
@@ -93,24 +92,24 @@ class Window:
             self.shared = Shared(shared.keys[:, :, gone:].clone(), shared.values[:, :, gone:].clone(), shared.rows)
             return
         self.shared = None
-        self._take(keys, values, self.capacity)
+        _write(self._take(keys, values, self.capacity), 0, keys[:, :, gone:], values[:, :, gone:])
         self.own = keys.shape[2] - gone
-        self.keys[:, :, : self.own] = keys[:, :, gone:]  # type: ignore[index]
-        self.values[:, :, : self.own] = values[:, :, gone:]  # type: ignore[index]
 
-    def _take(self, keys: Tensor, values: Tensor, slots: int) -> None:
+    def _take(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         (b, h, _, d), wide = keys.shape, values.shape[3]
         self.keys, self.values, self.lent = keys.new_empty(b, h, slots, d), values.new_empty(b, h, slots, wide), False
+        return self.keys, self.values
 
-    def _make_room(self, slots: int) -> None:
+    def _make_room(self, slots: int) -> tuple[Tensor, Tensor]:
         """A buffer of at least so many slots that nobody else reads."""
         old_keys, old_values = self.keys, self.values
         assert old_keys is not None
         assert old_values is not None
         if slots > old_keys.shape[2] or self.lent:
-            self._take(old_keys, old_values, max(slots, old_keys.shape[2]))
-            self.keys[:, :, : self.own] = old_keys[:, :, : self.own]  # type: ignore[index]
-            self.values[:, :, : self.own] = old_values[:, :, : self.own]  # type: ignore[index]
+            room = self._take(old_keys, old_values, max(slots, old_keys.shape[2]))
+            _write(room, 0, old_keys[:, :, : self.own], old_values[:, :, : self.own])
+            return room
+        return old_keys, old_values
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens, or all that there are."""
@@ -201,8 +200,14 @@ class Window:
         """From what `state` gave."""
         keys, values = tensors["keys"], tensors["values"]
         self.shared, self.own, self.starts, self.scores = None, keys.shape[2], None, tensors.get("scores")
-        self._take(keys, values, self.capacity if left else min(self.capacity, slots_for(self.own)))
-        self.keys[:, :, : self.own], self.values[:, :, : self.own] = keys, values  # type: ignore[index]
+        room = self._take(keys, values, self.capacity if left else min(self.capacity, slots_for(self.own)))
+        _write(room, 0, keys, values)
+
+
+def _write(room: tuple[Tensor, Tensor], at: int, keys: Tensor, values: Tensor) -> None:
+    """Tokens into a buffer, from a slot on."""
+    for buffer, rows in zip(room, (keys, values), strict=True):
+        buffer[:, :, at : at + rows.shape[2]] = rows
 
 
 def _some(starts: np.ndarray) -> np.ndarray | None:

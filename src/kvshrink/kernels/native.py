@@ -57,7 +57,7 @@ def forget() -> None:
     _answer = None
 
 
-library.cache_clear = forget  # type: ignore[attr-defined]
+library.cache_clear = forget  # type: ignore[attr-defined] # as functools.cache has it
 
 
 def _ask() -> _Answer:

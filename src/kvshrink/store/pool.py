@@ -115,4 +115,4 @@ def _even(index: np.ndarray) -> tuple[int, int, int] | None:
         step * np.arange(n).reshape([-1 if i == j else 1 for j in range(3)])
         for i, (step, n) in enumerate(zip(steps, index.shape, strict=True))
     )
-    return tuple(steps) if min(steps) >= 0 and np.array_equal(grid, index) else None  # type: ignore[return-value]
+    return (steps[0], steps[1], steps[2]) if min(steps) >= 0 and np.array_equal(grid, index) else None

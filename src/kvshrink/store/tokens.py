@@ -45,8 +45,7 @@ class TokenTable:
             return own
         found = self._elsewhere.get(device)
         if found is None or found.shape[1] < self.length:
-            found = self._elsewhere[device] = self._positions.to(device)  # type: ignore[union-attr]
-            found = self._elsewhere[device] = found[:, : self.length]
+            found = self._elsewhere[device] = own.to(device)
         return found[:, : self.length]
 
     @property
