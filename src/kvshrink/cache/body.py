@@ -8,6 +8,7 @@ the ladder: its pages are dropped. Columns ascend from the oldest tier to the yo
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,10 @@ class Body:
         self.page, self.lanes, self.chooses = page, lanes, chooses
         self.ages = [TierPages(tier, Pages.none(page, lanes)) for tier in tiers]  # the youngest first
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "ages": [replace(age, view=None) for age in self.ages]}
 
-    def __setstate__(self, own: dict) -> None:
+    def __setstate__(self, own: dict[str, Any]) -> None:
         vars(self).update(own)
         for age in self.ages:
             for run in age.pages.runs:
@@ -194,9 +195,9 @@ class Body:
     def index_bytes(self) -> int:
         return sum(age.pages.index_bytes for age in self.ages)
 
-    def state(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain values, tensors): the youngest tier as "pages", and the older ones."""
-        plain: dict = {}
+        plain: dict[str, Any] = {}
         found: dict[str, Tensor] = {}
         for i, age in enumerate(self.ages):
             name = f"older.{i - 1}" if i else "pages"
@@ -205,7 +206,7 @@ class Body:
             found |= {f"{name}.{k}": t for k, t in tensors.items()}
         return plain, found
 
-    def restore(self, values: Mapping, tensors: Mapping[str, Tensor], empty: Sequence[Stored | None]) -> None:
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], empty: Sequence[Stored | None]) -> None:
         """From what `state` gave, and more. empty: one page as each tier lays it out, None where it is dropped."""
         for i, (age, page) in enumerate(zip(self.ages, empty, strict=True)):
             name = f"older.{i - 1}" if i else "pages"

@@ -48,7 +48,7 @@ class KVCache(SavedCache):
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
     @outside_inference_mode
-    def __deepcopy__(self, memo: dict) -> "KVCache":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
         """A fork: sequences are copied, settings and fitted tensors are shared."""
         fork = self.__class__.__new__(self.__class__)
         memo[id(self)] = fork
@@ -141,7 +141,7 @@ class KVCache(SavedCache):
     def reset(self) -> None:
         """Forget everything; the object can be used again."""
         with self._changing():
-            super().reset()
+            super().reset()  # type: ignore[no-untyped-call] # transformers' own
             self.table.reset()
 
     def reorder_cache(self, beam_idx: Any) -> None:

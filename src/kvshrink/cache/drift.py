@@ -11,7 +11,7 @@ larger as a whole around m has the same error, and so no drift.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Reference:
     centre: Float[Tensor, " n"]
     error: float
 
-    def __deepcopy__(self, memo: dict) -> "Reference":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Reference":
         return self
 
 

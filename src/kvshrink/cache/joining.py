@@ -16,7 +16,7 @@ from kvshrink.errors import CacheError
 from kvshrink.store.tokens import TokenTable
 
 
-def check_alike(kinds: Sequence[tuple], lengths: Sequence[int]) -> None:
+def check_alike(kinds: Sequence[tuple[Any, ...]], lengths: Sequence[int]) -> None:
     """Raise CacheError unless caches of these (attachment, method's digest, layers) and lengths can be one batch."""
     if not kinds:
         raise CacheError("join takes one or more caches, not none.")

@@ -5,6 +5,7 @@ All per-sequence state of the library is in this class (and in the token table t
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class CompressedLayer(RowsLayer):
         watch: DriftWatch | None = None,
         base: "CompressedLayer | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # transformers' own
         self.method, self.shape, self.tiers, self.table = method, shape, tiers, table
         self.watch, self.base = watch, base  # base: the layer that this one follows
         self.staged: Staged | None = None
@@ -77,7 +78,7 @@ class CompressedLayer(RowsLayer):
 
     @appending
     def update(
-        self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args, **kwargs
+        self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append s tokens; return the exact ones, with a snapshot of the rest; or all, while nothing is encoded."""
         staged, self.staged = self.staged, None
@@ -124,7 +125,7 @@ class CompressedLayer(RowsLayer):
         """What attention would read now, beside `window.view()`."""
         return self._snapshot(self.body.view(self._base_pages), self.window.view()[0], rope)
 
-    def _snapshot(self, before: tuple, keys: Tensor, rope: Rope | None) -> Snapshot:
+    def _snapshot(self, before: tuple[Any, ...], keys: Tensor, rope: Rope | None) -> Snapshot:
         sinks, exact, table = self.sinks, None, self.table
         shifts = None if table.shifts is None else torch.from_numpy(table.shifts.astype(np.int32)).to(keys.device)
         if sinks.keys is not None and sinks.values is not None and sinks.columns is not None and sinks.size:
@@ -146,7 +147,7 @@ class CompressedLayer(RowsLayer):
             hidden=sinks.hidden,
         )
 
-    def __deepcopy__(self, memo: dict) -> "CompressedLayer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedLayer":
         """A fork: what is stored is shared, and nothing is copied before one of the two writes."""
         fork = self.__class__.__new__(self.__class__)
         memo[id(self)] = fork
@@ -221,7 +222,7 @@ class CompressedLayer(RowsLayer):
             self.body.index_bytes,
         )
 
-    def state(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the layer."""
         values, tensors = self.body.state()
         tensors |= {f"window.{k}": t for k, t in self.window.state().items()}
@@ -239,7 +240,7 @@ class CompressedLayer(RowsLayer):
         }
         return own | values, tensors
 
-    def restore(self, values: dict, tensors: dict[str, Tensor], empty: Sequence) -> None:
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor], empty: Sequence[Any]) -> None:
         """empty: one page as each tier lays it out."""
         self.reset()
         self.seen, self.whole = values["seen"], False

@@ -26,10 +26,10 @@ class Owner:
         decoder = self.decoder()
         return self.identity if decoder is None else self.look(decoder)
 
-    def __deepcopy__(self, memo: dict) -> "Owner":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         return replace(self)  # a fork of a cache is of the same model
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A pickled cache leaves the model behind, and is compared with the next one that uses it."""
         return Owner, (self.identity, gone, None, self.look)
 

@@ -1,6 +1,7 @@
 """What a cache holds, layer by layer and by purpose, beside what a full cache would."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from kvshrink.cache.drift import Drift
 from kvshrink.errors import CacheError
@@ -64,7 +65,7 @@ class Report:
     def byte_ratio(self) -> float:
         return self.nbytes / self.full if self.full else 0.0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rows = [{**asdict(r), "held": {**asdict(r.held), "total": r.held.total}} for r in self.rows]
         for row in rows:

@@ -1,6 +1,7 @@
 """The rotation of one layer's keys: frequencies and layout, enough to apply RoPE at any position and undo it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Rope:
     scaling: float
     interleaved: bool
 
-    def __deepcopy__(self, memo: dict) -> "Rope":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rope":
         return self
 
     def pairs(self) -> tuple[Tensor, Tensor]:

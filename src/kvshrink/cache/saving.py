@@ -71,7 +71,7 @@ class SavedCache(Cache):
         self.check_whole()
         table, tensors = self.table.state()
         out = {f"table.{k}": t for k, t in tensors.items()}
-        layers: list[dict] = []
+        layers: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
             values, tensors = layer.state() if isinstance(layer, CompressedLayer) else sliding_state(layer)
             layers.append(values)
@@ -118,7 +118,7 @@ class SavedCache(Cache):
         check_kinds(given, schema.kinds)  # before anything is inflated
         return self.load_state_dict(inflated(tensors, metadata))
 
-    def _schema(self, state: Mapping[str, Tensor]) -> tuple[dict, Schema]:
+    def _schema(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Schema]:
         """The description of a state, and what it implies. Raises ArtifactError on one of something else."""
         plain = description(state)
         wanted = (VERSION, self.fitted, self._dtype(), len(self.layers))
@@ -145,7 +145,7 @@ class SavedCache(Cache):
         return str(self.compressed[0].shape.dtype) if self.compressed else ""
 
     @outside_inference_mode
-    def _restore(self, plain: dict, state: Mapping[str, Tensor], schema: Schema) -> None:
+    def _restore(self, plain: dict[str, Any], state: Mapping[str, Tensor], schema: Schema) -> None:
         copies = {k: t.detach().clone().to(self.device) for k, t in state.items()}
         for compressed in self.compressed:
             compressed.whole = False  # until all are

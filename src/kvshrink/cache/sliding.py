@@ -29,7 +29,7 @@ def check_crop(layer: Any, count: int) -> None:
         )
 
 
-def sliding_state(layer: Any) -> tuple[dict, dict[str, Tensor]]:
+def sliding_state(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(plain values, tensors): the tokens that the next step may see, and no more."""
     seen = layer.get_seq_length()
     if not seen:
@@ -40,7 +40,7 @@ def sliding_state(layer: Any) -> tuple[dict, dict[str, Tensor]]:
     return {"seen": seen, "shape": list(keys.shape[1:]), "dtype": str(keys.dtype).removeprefix("torch.")}, tensors
 
 
-def restore_sliding(layer: Any, values: dict, tensors: dict[str, Tensor]) -> None:
+def restore_sliding(layer: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """From what `sliding_state` gave."""
     layer.reset()
     layer.cumulative_length = values["seen"]

@@ -87,14 +87,14 @@ class Schema:
             return [0] * self.batch
         right = isinstance(given, list) and len(given) == self.batch
         require(right and all(type(n) is int and 0 <= n <= most for n in given) and any(given), what)
-        return given
+        return list(given)
 
     @staticmethod
     def _seen(values: Any) -> int:
         require(isinstance(values, dict), "a layer without values")
         return _number(values, "seen", "a layer", 0, MOST)
 
-    def _sliding(self, i: int, layer: Any, values: dict) -> dict[str, Kind]:
+    def _sliding(self, i: int, layer: Any, values: dict[str, Any]) -> dict[str, Kind]:
         _keys(values, {"seen", "shape", "dtype"} if values["seen"] else {"seen"}, f"layer {i}")
         if not values["seen"]:
             return {}
@@ -109,7 +109,7 @@ class Schema:
         kind = (getattr(torch, dtype), (self.batch, *given))
         return {"keys": kind, "values": kind}
 
-    def _compressed(self, i: int, layer: CompressedLayer, values: dict) -> dict[str, Kind]:
+    def _compressed(self, i: int, layer: CompressedLayer, values: dict[str, Any]) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
         _keys(values, {"seen", "window", "starts", "scores", "sinks", "watched", *names}, f"layer {i}")
@@ -143,7 +143,7 @@ class Schema:
         return found
 
     def _pages(
-        self, values: dict, name: str, where: str, layer: CompressedLayer, page: Stored, most: int | None
+        self, values: dict[str, Any], name: str, where: str, layer: CompressedLayer, page: Stored, most: int | None
     ) -> dict[str, Kind]:
         """Kinds of the tensors of pages, of which a row may have `most`."""
         given = _object(values, name, {"pages", "records", "columns"})
@@ -166,18 +166,18 @@ class Schema:
         return found
 
 
-def _number(values: Mapping, key: str, where: str, low: int, high: int) -> int:
+def _number(values: Mapping[str, Any], key: str, where: str, low: int, high: int) -> int:
     value: Any = values.get(key)
     require(type(value) is int and low <= value <= high, f"{where}: {key}={value!s:.40}")
     return int(value)
 
 
-def _keys(values: Mapping, keys: set[str], where: str) -> None:
+def _keys(values: Mapping[str, Any], keys: set[str], where: str) -> None:
     wrong = sorted(set(values) ^ keys)
     require(not wrong, f"{where}: {', '.join(wrong)[:60]}")
 
 
-def _object(values: Mapping, key: str, keys: set[str]) -> dict:
+def _object(values: Mapping[str, Any], key: str, keys: set[str]) -> dict[str, Any]:
     found = values.get(key)
     require(isinstance(found, dict), f"no {key}")
     assert isinstance(found, dict)

@@ -34,7 +34,7 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
     @at_once
     @functools.wraps(update)
-    def run(layer: Any, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def run(layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # under autocast projections come rounded, keys as their RoPE left them
         stored, given, auto = layer.shape.dtype, keys.dtype, autocast_on()
         new = (keys.to(stored), values.to(stored)) if auto else (keys, values)
@@ -43,7 +43,7 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
         if auto and snapshot is None:  # others' attention gets both as DynamicCache gives them
             all_keys, all_values = all_keys.to(given), all_values.to(given)
         if torch.is_grad_enabled() and keys.requires_grad and all_keys is not keys:
-            all_keys = _Unlearnt.apply(all_keys, keys)
+            all_keys = _Unlearnt.apply(all_keys, keys)  # type: ignore[no-untyped-call] # torch has no types here
             if snapshot is not None:
                 setattr(all_keys, SNAPSHOT, snapshot)
         return all_keys, all_values

@@ -91,7 +91,7 @@ class Holder(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Records(Mapping):
+class Records(Mapping[str, Tensor]):
     """Pages `start` to `stop` of all lanes. As a mapping: tensors [b, p, G, ...] by the names that begin with `prefix`.
 
     Where a lane has no such page its address is 0, and a tensor holds some other page in its place.
@@ -179,7 +179,8 @@ class Rows(Holder):
 
     def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
         part = self.rows[:, :, start * self.page : stop * self.page]
-        return part.unflatten(2, (-1, self.page)).flatten(3).contiguous().view(torch.uint8)
+        found: Tensor = part.unflatten(2, (-1, self.page)).flatten(3).contiguous().view(torch.uint8)
+        return found
 
     def addresses(self, start: int, stop: int) -> np.ndarray:
         b, h, _, d = self.rows.shape

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from kvshrink.store.lanes import Pages, Stored
 from kvshrink.store.pool import Places, Run
 
 
-def state(pages: Pages) -> tuple[dict, dict[str, Tensor]]:
+def state(pages: Pages) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """(plain values, tensors) from which `restored` makes the same pages."""
     if not len(pages):
         return {"pages": 0, "records": 0, "columns": False}, {}
@@ -30,7 +31,7 @@ def state(pages: Pages) -> tuple[dict, dict[str, Tensor]]:
     return {"pages": len(pages), "records": len(named), "columns": pages.columns is not None}, tensors
 
 
-def restored(pages: Pages, values: Mapping, tensors: Mapping[str, Tensor], page: Stored) -> Pages:
+def restored(pages: Pages, values: Mapping[str, Any], tensors: Mapping[str, Tensor], page: Stored) -> Pages:
     """Pages from what `state` gave. pages: empty ones of the same kind; page: one as it is laid out."""
     if not values["pages"]:
         return pages

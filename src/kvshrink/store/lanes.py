@@ -79,12 +79,12 @@ class Pages(Holder):
 
     def __len__(self) -> int:
         """Pages of the longest lane."""
-        return self.table.shape[2]
+        return int(self.table.shape[2])
 
     @cached_property
     def counts(self) -> np.ndarray:
         """Pages of each lane, [b, L]."""
-        return (self.table != 0).sum(2)
+        return np.asarray((self.table != 0).sum(2))
 
     @cached_property
     def even(self) -> bool:
@@ -108,7 +108,7 @@ class Pages(Holder):
     @cached_property
     def tokens(self) -> np.ndarray:
         """Tokens of each lane, [b, L]."""
-        return self.used.sum(2, dtype=np.int64)
+        return np.asarray(self.used.sum(2, dtype=np.int64))
 
     @cached_property
     def slots(self) -> Int[Tensor, "b L slots"]:

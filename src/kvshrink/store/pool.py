@@ -28,7 +28,7 @@ class Run:
     def take(cls, records: int, layout: Layout, device: torch.device) -> "Run":
         return cls(torch.empty(records, layout.size, dtype=torch.uint8, device=device))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Run, (self.data,)  # who holds it there, they say themselves
 
     @property
@@ -58,14 +58,18 @@ class Places:
 
     def gather(self, table: np.ndarray) -> UInt8[Tensor, "b L p size"]:
         """The records of a table [b, L, p] without zeros: a view where they lie evenly, else a copy."""
+        found: Tensor
         run, index = self.of(table.ravel())
         if (run == run[0]).all():
             data = self.runs[run[0]].data
             if (steps := _even(index.reshape(table.shape))) is not None:
                 size = data.shape[1]
                 strides = (*(s * size for s in steps), 1)
-                return data.as_strided((*table.shape, size), strides, data.storage_offset() + int(index[0]) * size)
-            return data[torch.from_numpy(index).to(data.device)].view(*table.shape, -1)
+                begin = data.storage_offset() + int(index[0]) * size
+                found = data.as_strided((*table.shape, size), strides, begin)
+                return found
+            found = data[torch.from_numpy(index).to(data.device)].view(*table.shape, -1)
+            return found
         parts, at = [], np.zeros(len(self.runs), dtype=np.int64)
         total = 0
         for n in np.unique(run):  # of each run no more than what lies between the first and the last that are wanted

@@ -8,6 +8,8 @@ Rows of joined caches end together and begin where they are long enough to: row 
 `shifts[i]`, and what stands before is a pad of which nothing is held. A layer counts a row's own columns from there on.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -102,7 +104,7 @@ class TokenTable:
             shifts = self.shifts[index.cpu().numpy()]
             self.shifts = shifts if shifts.any() else None
 
-    def __deepcopy__(self, memo: dict) -> "TokenTable":
+    def __deepcopy__(self, memo: dict[Any, Any]) -> "TokenTable":
         other = memo[id(self)] = TokenTable()
         vars(other).update(vars(self))
         other._positions, other._elsewhere = None if self._positions is None else self._positions.clone(), {}
@@ -129,13 +131,13 @@ class TokenTable:
     def tensors(self) -> list[Tensor]:
         return [t for t in (self._positions, *self._elsewhere.values()) if t is not None]
 
-    def state(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict[Any, Any], dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` rebuilds the table."""
         tensors = {"positions": self.positions} if self.length else {}
         shifts = None if self.shifts is None else self.shifts.tolist()
         return {"length": self.length, "padded": self.padded, "shifts": shifts}, tensors
 
-    def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
+    def restore(self, values: dict[Any, Any], tensors: dict[str, Tensor]) -> None:
         self.reset()
         if "positions" in tensors:
             self.append(tensors["positions"], None)

@@ -60,7 +60,8 @@ def _by_group(rows: Float[Tensor, "b h x i"], shared: Float[Tensor, "b G i j"]) 
     """rows @ shared, where a group's heads share one matrix."""
     groups, (h, x) = shared.shape[1], rows.shape[1:3]
     out = rows.unflatten(1, (groups, -1)).flatten(2, 3) @ shared
-    return out.unflatten(2, (h // groups, x)).flatten(1, 2)
+    found: Tensor = out.unflatten(2, (h // groups, x)).flatten(1, 2)
+    return found
 
 
 def finish(state: Running) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
@@ -85,4 +86,5 @@ def merge(
     lse = torch.stack([p[1] for p in parts])
     # a row no segment shows anything to has weight 0 / 0; it is a left pad, whose output nobody reads
     share = torch.softmax(lse, 0).nan_to_num(0.0)
-    return sum(out * w for (out, _), w in zip(parts, share, strict=True))
+    found: Tensor = sum(out * w for (out, _), w in zip(parts, share, strict=True))
+    return found

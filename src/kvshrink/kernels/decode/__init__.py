@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ __all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Live", "Turn", "decode", "fus
 class Choice(NamedTuple):
     """The kernel that does `decode` without holding more than a tile; or, in words, why there is none."""
 
-    kernel: Callable | None
+    kernel: Callable[..., Any] | None
     why: str = ""
 
     def __str__(self) -> str:

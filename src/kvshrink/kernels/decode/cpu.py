@@ -10,6 +10,7 @@ import threading
 import weakref
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def decode(
     assert keys.page == PAGE
     pages = inputs.check(query, keys, basis, turn, values, visible, softcap, live)
     b, h, x, wide = query.shape
-    held: list = []  # what the pointers of the job point to
+    held: list[Any] = []  # what the pointers of the job point to
     out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (values.width, 1))
     if lse.numel() == 0:
         return out, lse
@@ -107,7 +108,7 @@ class _Prepared:
         library = native.library()
         assert library is not None
         library.kvshrink_prepare.restype = c_void_p
-        held: list = []
+        held: list[Any] = []
         job.up, job.mean = (_pointer(t.float().contiguous(), held) for t in (basis.up, basis.mean))
         self.address = library.kvshrink_prepare(byref(job), c_int32(pairs))
         if not self.address:
@@ -122,10 +123,11 @@ def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepa
     with _PREPARING:  # another thread may be at its first step with the same artifact
         if key not in basis.prepared:
             basis.prepared[key] = _Prepared(job, basis, pairs)
-        return basis.prepared[key]
+        found: _Prepared = basis.prepared[key]
+        return found
 
 
-def _side(packed: Packed, held: list) -> _Side:
+def _side(packed: Packed, held: list[Any]) -> _Side:
     records, raw = inputs.records(packed), packed.form == "raw"
     data = records.field("latent" if raw else "codes")
     table = records.addresses
@@ -150,13 +152,13 @@ def _side(packed: Packed, held: list) -> _Side:
     return side
 
 
-def _pointer(tensor: Tensor, held: list) -> int:
+def _pointer(tensor: Tensor, held: list[Any]) -> int:
     held.append(tensor)
     return tensor.data_ptr()
 
 
 @cache
-def _runs(runs: tuple[tuple[int, int], ...]) -> tuple[ctypes.Array, ctypes.Array]:
+def _runs(runs: tuple[tuple[int, int], ...]) -> tuple[ctypes.Array[Any], ctypes.Array[Any]]:
     kind = c_int32 * max(1, len(runs))
     return kind(*(bits for bits, _ in runs)), kind(*(channels for _, channels in runs))
 

@@ -6,7 +6,7 @@ more than a tile of any of it; this definition holds the whole block.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class Basis:
 
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
-    prepared: dict = field(default_factory=dict, repr=False)
+    prepared: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Basis, (self.up, self.mean)  # what is prepared means nothing to another process
 
 

@@ -133,7 +133,8 @@ def _ranges(
 
 def _power(count: int) -> int:
     """The width of a tile that holds so many channels: a power of two that a product takes."""
-    return max(16, triton.next_power_of_2(count))
+    found: int = max(16, triton.next_power_of_2(count))
+    return found
 
 
 def _chunk(width: int, latent_bytes: int) -> int:
@@ -145,7 +146,8 @@ def _chunk(width: int, latent_bytes: int) -> int:
 def _range(pages: int, programs: int, device: torch.device) -> int:
     """Pages of a range: enough ranges to fill the device."""
     wanted = min(MOST_RANGES, triton.cdiv(PER_PROCESSOR * _processors(device), programs))
-    return triton.cdiv(pages, wanted * RANGE) * RANGE
+    found: int = triton.cdiv(pages, wanted * RANGE) * RANGE
+    return found
 
 
 @cache

@@ -52,7 +52,7 @@ def levels(bits: int) -> Float[Tensor, " levels"]:
     """The levels from the lowest to the highest, float64."""
     # the first guess is the best for many levels: quantiles of a normal of variance 3 (Panter and Dite, 1951)
     rank = (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
-    found = sqrt(3) * torch.special.ndtri(rank)
+    found: Tensor = sqrt(3) * torch.special.ndtri(rank)
     for _ in range(ROUNDS):
         found = _cells(found)[1]
     return found

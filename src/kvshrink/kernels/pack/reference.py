@@ -39,7 +39,8 @@ def pack(codes: UInt8[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows byt
     packed = planes[..., 0, :].clone()
     for i in range(1, 8 // bits):
         packed |= planes[..., i, :] << (bits * i)
-    return packed
+    found: Tensor = packed
+    return found
 
 
 def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*rows n"]:
@@ -68,7 +69,8 @@ def pack_trits(codes: UInt8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
     packed = planes[..., TRITS - 1, :].clone()
     for i in reversed(range(TRITS - 1)):
         packed = packed * 3 + planes[..., i, :]
-    return packed
+    found: Tensor = packed
+    return found
 
 
 def unpack_trits(packed: UInt8[Tensor, "*rows bytes"], count: int) -> UInt8[Tensor, "*rows n"]:
