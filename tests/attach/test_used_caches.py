@@ -1,5 +1,6 @@
 """A cache that holds tokens already: whatever comes next is right, or refused while the next good step still is."""
 
+import copy
 import pickle
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_sliding_layer_takes_back_only_what_was_recorded():
 
 @pytest.mark.parametrize("length", [20, T])
 def test_a_model_of_another_dtype_is_refused(length):
-    model = type(reference("llama"))(reference("llama").config).eval()
+    model = type(reference("llama"))(copy.deepcopy(reference("llama").config)).eval()
     cache = kvshrink.make_cache(model, METHOD)
     with torch.no_grad():
         model(tokens(1, length), past_key_values=cache)
@@ -158,7 +159,7 @@ def test_positions_of_the_callers_own_are_not_a_cut_prompt():
 
 
 def test_flash_attention_is_refused_by_name():
-    model = type(reference("llama"))(reference("llama").config)
+    model = type(reference("llama"))(copy.deepcopy(reference("llama").config))
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="Load the model with 'sdpa'"):
         kvshrink.attach(model)
