@@ -91,7 +91,7 @@ class Holder(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Records(Mapping[str, Tensor]):
+class Records(Mapping):  # type: ignore[type-arg] # checkers in tests would read a tensor at every call
     """Pages `start` to `stop` of all lanes. As a mapping: tensors [b, p, G, ...] by the names that begin with `prefix`.
 
     Where a lane has no such page its address is 0, and a tensor holds some other page in its place.
