@@ -280,8 +280,7 @@ class Machine:
             stored = held.payload + held.metadata
             assert stored == wanted or (self.left and stored > wanted)
             assert held.window <= 2 * self.rows * layer.window.capacity * SHAPE.token_bytes
-            sinks = oracle.took_sinks * self.rows * self.setup.sinks * (SHAPE.token_bytes + 4)
-            assert held.sinks in (sinks, 0 if not sinks else sinks)
+            assert held.sinks == oracle.took_sinks * self.rows * self.setup.sinks * (SHAPE.token_bytes + 4)
         assert cache.report().table_bytes == 4 * self.rows * self.columns
 
 

@@ -99,7 +99,6 @@ class Oracle:
         self.window, self.sinks, self.page, self.h, self.d, self.ages, self.shares = self.settings
         self.rows: list[Row] = []
         self.seen = 0
-        self.took_sinks = False  # storage for sinks is taken with the first page
 
     def extend(self, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
         """New tokens [b, h, s, d] join the window; a position of -1 is a pad."""
@@ -119,7 +118,6 @@ class Oracle:
             stop = max(0, n - self.window) // self.page * self.page
             if stop <= start:
                 continue
-            self.took_sinks |= self.sinks > 0
             wanted = row.wanted(self.sinks)
             out, row.window = row.window[: stop - start], row.window[stop - start :]
             row.sinks += [t for t in out if t.column in wanted]
@@ -166,20 +164,19 @@ class Oracle:
             row.sinks = [t for t in row.sinks if t.column < n]
             row.window = [t for t in row.window if t.column < n]
             row.pages = [cut for page in row.pages if (cut := page.cut(n)).tokens]
-        self.took_sinks &= self.seen > 0
 
     def select(self, indices: list[int]) -> None:
         self.rows = [self.rows[i].copy() for i in indices]
 
     def copy(self) -> "Oracle":
         other = Oracle(*self.settings)
-        other.rows, other.seen, other.took_sinks = [r.copy() for r in self.rows], self.seen, self.took_sinks
+        other.rows, other.seen = [r.copy() for r in self.rows], self.seen
         return other
 
     def join(self, other: "Oracle") -> None:
         """The other one's rows below these."""
         self.rows = [r.copy() for r in (*self.rows, *other.rows)]
-        self.seen, self.took_sinks = max(self.seen, other.seen), self.took_sinks or other.took_sinks
+        self.seen = max(self.seen, other.seen)
 
     def alone(self, row: int) -> "Oracle":
         """One row in its own columns."""
@@ -187,6 +184,11 @@ class Oracle:
         other.rows = [self.rows[row].copy()]
         other.seen = len(other.rows[0].real)
         return other
+
+    @property
+    def took_sinks(self) -> bool:
+        """Storage for sinks is taken with the first one of any row, and goes with the last."""
+        return any(row.sinks for row in self.rows)
 
     @property
     def exact(self) -> int:

@@ -56,6 +56,8 @@ STORIES = {  # window 8, pages of 8, 3 sinks: what random sequences reach seldom
         Crop(30),
     ],
     "one row of several goes on": [Update(30), Join(70), Update(20), Split([0]), Update(30), Copy(), Update(1)],
+    "only the row without sinks stays": [Update(31), Join(1), Reorder([1]), Update(40)],
+    "nothing but pads has left": [Update(9, pads=(8, 8, 8)), Reload(), Update(1), Reload(file=True), Update(40)],
     "saved and continued": [Update(40, pads=(3, 0, 0)), Reload(file=True), Update(1), Reload(into_used=True), Crop(9)],
 }
 

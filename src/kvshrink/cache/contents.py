@@ -109,7 +109,7 @@ class Contents:
             wanted = Sinks(size).wanted(real, 0)[0].numpy() if size else np.zeros(left, bool)
             right[row, : wanted.sum()] = np.nonzero(wanted)[0]
             needed.append(real[0].numpy() & ~wanted)
-        left = bool(self.left.any()) and size > 0
-        require(columns is not None or not left, f"{self.name}.sinks.columns")
+        taken = bool((right >= 0).any())
+        require((columns is not None) == taken, f"{self.name}.sinks.columns")
         require(columns is None or bool((columns.cpu().numpy() == right).all()), f"{self.name}.sinks.columns")
         return needed

@@ -32,6 +32,9 @@ class Sinks:
 
     def capture(self, keys: Tensor, values: Tensor, columns: Int[Tensor, "b m"], wanted: Bool[Tensor, "b m"]) -> None:
         """Take the wanted tokens of keys and values [b, h, m, d], which have these columns."""
+        row, at = wanted.nonzero(as_tuple=True)
+        if not len(row):
+            return
         if self.keys is None or self.values is None or self.columns is None:
             b, h, _, d = keys.shape
             self.keys, self.values = (
@@ -39,7 +42,6 @@ class Sinks:
                 values.new_zeros(b, h, self.size, values.shape[3]),
             )
             self.columns = torch.full((b, self.size), -1, dtype=torch.int32, device=keys.device)
-        row, at = wanted.nonzero(as_tuple=True)
         # a row's next free slot, counted on from the sinks that it has
         slot = ((self.columns >= 0).sum(1, keepdim=True) + wanted.cumsum(1) - 1)[row, at]
         self.keys, self.values, self.columns = self.keys.clone(), self.values.clone(), self.columns.clone()
@@ -61,15 +63,18 @@ class Sinks:
     def _settle(self) -> None:
         """What follows from the columns, worked out once for all steps until they change."""
         assert self.columns is not None
-        hidden = self.columns.amax(1) + 1 if self.size else None
-        self.full = self.size == 0 or bool((self.columns >= 0).all())
-        self.hidden = None if hidden is None else Hidden(hidden, int(hidden.max()))
+        if not bool((self.columns >= 0).any()):  # of these rows no token has left, or a crop took them back
+            vars(self).update(vars(Sinks(self.size)))
+            return
+        hidden = self.columns.amax(1) + 1
+        self.full = bool((self.columns >= 0).all())
+        self.hidden = Hidden(hidden, int(hidden.max()))
         first = torch.arange(self.size, device=self.columns.device)
         self.simple = bool((self.columns == first).all())
 
     def crop(self, lengths: Int[Tensor, " b"]) -> None:
         """Forget the columns from each row's length on."""
-        if self.columns is not None and self.size:
+        if self.columns is not None:
             lengths = lengths.to(self.columns.device)
             self.columns = self.columns.masked_fill(self.columns >= lengths[:, None], -1)
             self._settle()
@@ -79,8 +84,6 @@ class Sinks:
             index = index.to(self.keys.device)
             self.keys, self.values, self.columns = self.keys[index], self.values[index], self.columns[index]
             self._settle()
-            if not bool((self.columns >= 0).any()):  # of these rows no token has left yet
-                vars(self).update(vars(Sinks(self.size)))
 
     @classmethod
     def joined(cls, parts: Sequence["Sinks"], rows: Sequence[int]) -> "Sinks":
