@@ -14,7 +14,7 @@ from kvshrink.cache.chosen import read_chosen
 from kvshrink.cache.snapshot import Block, Snapshot, TierView
 from kvshrink.cache.view import Mask, QueryChunk, Visibility, both, visible
 from kvshrink.kernels.attention import Running, finish, fold, merge, start
-from kvshrink.kernels.decode import MOST_ROWS, Turn
+from kvshrink.kernels.decode import MOST_ROWS, Turn, left_out
 from kvshrink.shapes import Bool, Float
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
@@ -200,7 +200,7 @@ def _fused(part: QueryChunk, tier: TierView, softcap: float | None) -> tuple[Ten
     snapshot, (key_codec, _) = view.snapshot, tier.codecs
     rope = snapshot.rope
     learns = torch.is_grad_enabled() and query.requires_grad  # kernels have no gradient
-    if query.shape[2] > MOST_ROWS or learns or view.biases is not None:
+    if query.shape[2] > MOST_ROWS or learns or view.biases is not None or left_out():
         return None
     kernel, basis = tier.kernel.kernel, key_codec.expansion
     turns = key_codec.site == "k_pre" and rope is not None

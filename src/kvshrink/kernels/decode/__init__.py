@@ -19,7 +19,7 @@ from kvshrink.kernels.records import Records
 MOST_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 log = logging.getLogger("kvshrink")
 
-__all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Live", "Turn", "decode", "fused"]
+__all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Live", "Turn", "decode", "fused", "left_out"]
 
 
 class Choice(NamedTuple):
@@ -32,12 +32,17 @@ class Choice(NamedTuple):
         return f"no: {self.why}" if self.kernel is None else "yes"
 
 
+def left_out() -> bool:
+    """Whether KVSHRINK_REFERENCE=1 in the environment leaves all kernels out, asked at each use."""
+    return os.environ.get("KVSHRINK_REFERENCE") == "1"
+
+
 def fused(device: torch.device, keys: Packed | None, values: Packed | None) -> Choice:
     """The kernel for pages of these forms on this device. None: a form that `kernels/latents` does not know.
 
-    KVSHRINK_REFERENCE=1 in the environment leaves all of them out.
+    Without any in `left_out`.
     """
-    if os.environ.get("KVSHRINK_REFERENCE") == "1":
+    if left_out():
         return Choice(None, "KVSHRINK_REFERENCE=1")
     if keys is None or values is None:
         return Choice(None, f"no kernel reads this form of {'keys' if keys is None else 'values'}")
