@@ -97,7 +97,7 @@ class Body:
 
     def hold(self, age: TierPages, pages: Pages, trim: bool = True) -> None:
         """Take pages in place of an age's own."""
-        for run in pages.runs[len(age.pages.runs) if pages.runs[: len(age.pages.runs)] == age.pages.runs else 0 :]:
+        for run in set(pages.runs).difference(age.pages.runs):
             run.holders.add(self)
         age.pages = pages.trimmed(self) if trim else pages
 
@@ -132,7 +132,7 @@ class Body:
                     rows = np.nonzero(beyond == count)[0]
                     every = len(rows) == len(beyond)
                     own = leaving if every else leaving.selected(rows)
-                    parts = [demoted(dict(own.records()), old.tier.codecs)]
+                    parts = [truncated(dict(own.records()), old.tier.codecs)]
                     pages = old.pages.appended(parts, len(own), own.first, own.used, None if every else rows)
                     self.hold(old, pages, trim=False)
             self.hold(young, staying)
@@ -214,8 +214,8 @@ class Body:
             self.hold(age, pages, trim=False)
 
 
-def demoted(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
-    """A side's tensors that its codec of the older tier keeps."""
+def truncated(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:
+    """What the codecs of an older tier keep of a younger one's pages, keys and values."""
     found: dict[str, Tensor] = {}
     for prefix, codec in zip(("k.", "v."), codecs, strict=True):
         own = under(extent, prefix)

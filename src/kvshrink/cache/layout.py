@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvshrink.cache.body import demoted
+from kvshrink.cache.body import truncated
 from kvshrink.cache.encode import encode
 from kvshrink.cache.snapshot import kernel_of
 from kvshrink.kernels.decode import Choice
@@ -32,7 +32,7 @@ def empty_pages(
         if tier.codecs is None:
             found.append({})
         elif found:
-            found.append(dict(demoted(found[-1], tier.codecs)))
+            found.append(dict(truncated(found[-1], tier.codecs)))
         else:
             found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshrink.shapes import Bool, Float
 
 
-class Span(NamedTuple):
+class Leaving(NamedTuple):
     """Slots of the exact tokens that leave in one step. rows: whose, None: all; columns: of the first one, per row."""
 
     rows: np.ndarray | None
@@ -39,16 +39,12 @@ class Paged(NamedTuple):
     used: np.ndarray
 
 
-def left(length: int | np.ndarray, window: int, page: int) -> int | np.ndarray:
+def left(length: np.ndarray, window: int, page: int) -> np.ndarray:
     """How many of a row's columns have left the window."""
-    return (
-        np.maximum(0, length - window) // page * page
-        if isinstance(length, np.ndarray)
-        else max(0, length - window) // page * page
-    )
+    return np.asarray(np.maximum(0, length - window) // page * page)
 
 
-def spans(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page: int) -> Iterator[Span]:
+def leavings(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page: int) -> Iterator[Leaving]:
     """Rows of so many columns, of which the last `exact` are in the last of so many slots."""
     gone = np.maximum(0, left(lengths, window, page) - (lengths - exact))
     start = slots - exact
@@ -57,14 +53,16 @@ def spans(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page:
         rows = np.nonzero((keys == key).all(1))[0]
         columns = (lengths - exact)[rows]
         every = len(rows) == len(lengths)
-        yield Span(None if every else rows, int(key[0]), int(key[0] + key[1]), columns)
+        yield Leaving(None if every else rows, int(key[0]), int(key[0] + key[1]), columns)
 
 
-def paged(span: Span, keys: Tensor, values: Tensor, positions: Tensor, padded: bool, page: int, lanes: int) -> Paged:
-    """The span's tokens in whole pages; positions of the same slots, -1 at pads."""
-    keys, values = span.of(keys), span.of(values)
-    valid = span.of(positions, 1) >= 0 if padded else None
-    count, begin = span.stop - span.start, int(span.columns[0]) % page
+def paged(
+    leaving: Leaving, keys: Tensor, values: Tensor, positions: Tensor, padded: bool, page: int, lanes: int
+) -> Paged:
+    """The leaving tokens in whole pages; positions of the same slots, -1 at pads."""
+    keys, values = leaving.of(keys), leaving.of(values)
+    valid = leaving.of(positions, 1) >= 0 if padded else None
+    count, begin = leaving.stop - leaving.start, int(leaving.columns[0]) % page
     head = min(count, page - begin) if begin else 0  # tokens of a page that was cut short
     if head:
         fill = page - head
@@ -76,16 +74,16 @@ def paged(span: Span, keys: Tensor, values: Tensor, positions: Tensor, padded: b
         valid = torch.cat([real[:, :head], real.new_zeros(len(keys), fill), real[:, head:]], 1)
     pages = keys.shape[2] // page
     starts = np.concatenate([[0], head + page * np.arange(pages - 1)]) if head else page * np.arange(pages)
-    first = span.columns[:, None] + starts
+    first = leaving.columns[:, None] + starts
     used = np.full((len(keys), lanes, pages), page, np.uint8)
     if head:
         used[:, :, 0] = head
     return Paged(keys, values, valid, first.astype(np.int32), used)
 
 
-def spread(x: Tensor, span: Span, page: int) -> Tensor:
-    """Numbers of the span's tokens, on their last axis, where `paged` puts the tokens; the last one again at gaps."""
-    begin = int(span.columns[0]) % page
+def spread(x: Tensor, leaving: Leaving, page: int) -> Tensor:
+    """Numbers of the leaving tokens, on their last axis, where `paged` puts the tokens; the last one again at gaps."""
+    begin = int(leaving.columns[0]) % page
     head = min(x.shape[-1], page - begin) if begin else 0
     if not head:
         return x

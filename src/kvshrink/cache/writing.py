@@ -12,7 +12,7 @@ from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
-from kvshrink.cache.leaving import Paged, Span, cut, left, paged, spans, spread
+from kvshrink.cache.leaving import Leaving, Paged, cut, leavings, left, paged, spread
 from kvshrink.cache.scoring import ProbeQueries, received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
@@ -66,13 +66,16 @@ class Leave:
     def run(self, keys: Tensor, values: Tensor, ranked: Float[Tensor, "b h t"] | None) -> None:
         """Move what leaves of these exact tokens to sinks and body; the window keeps the rest."""
         window, page, slots = self.method.window, self.method.page, keys.shape[2]
-        lengths, starts = self.table.lengths, self.window.starts
+        starts, seen = self.window.starts, self.first + slots
+        if starts is None and self.table.shifts is None and self.first >= (seen - window) // page * page:
+            return  # as in most steps: all rows are alike, and none has a page to give
+        lengths = self.table.lengths
         exact = np.minimum(lengths, slots - (0 if starts is None else starts))
         positions = self.before.positions[:, self.first :]
-        for span in spans(lengths, exact, slots, window, page):
-            self._capture(span, keys, values)
+        for leaving in leavings(lengths, exact, slots, window, page):
+            self._capture(leaving, keys, values)
             if self.codecs is not None:
-                self._store(span, keys, values, positions, ranked)
+                self._store(leaving, keys, values, positions, ranked)
         stay = np.minimum(exact, lengths - left(lengths, window, page))
         if slots <= self.window.capacity and (stay == exact).all():
             return
@@ -81,40 +84,45 @@ class Leave:
         self.window.starts = starts if (starts != gone).any() else None
         self.window.keep(keys, values, gone)
 
-    def _capture(self, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Keep those of the span's tokens that are sinks."""
+    def _capture(self, leaving: Leaving, keys: Tensor, values: Tensor) -> None:
+        """Keep those of the leaving tokens that are sinks."""
         if self.sinks.full:
             return
         seen, device = self.first + keys.shape[2], keys.device
         wanted = self.sinks.wanted(self.table.positions_on(device)[:, :seen] >= 0, self.first).clone()
         slot = torch.arange(keys.shape[2], device=device)
-        wanted &= (slot >= span.start) & (slot < span.stop)
-        if span.rows is not None:
-            others = np.setdiff1d(np.arange(len(keys)), span.rows)
+        wanted &= (slot >= leaving.start) & (slot < leaving.stop)
+        if leaving.rows is not None:
+            others = np.setdiff1d(np.arange(len(keys)), leaving.rows)
             wanted[torch.from_numpy(others).to(device)] = False
         columns = self._columns(slot, len(keys))
-        part = slice(0, span.stop)
+        part = slice(0, leaving.stop)
         self.sinks.capture(keys[:, :, part], values[:, :, part], columns[:, part], wanted[:, part])
 
     def _store(
-        self, span: Span, keys: Tensor, values: Tensor, positions: Tensor, importance: Float[Tensor, "b h t"] | None
+        self,
+        leaving: Leaving,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        importance: Float[Tensor, "b h t"] | None,
     ) -> None:
         """Encode what leaves, some pages at a time, into the body."""
         page = self.method.page
         if importance is None and self.method.token_budget is not None:  # no queries are known: all alike
             importance = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        whole = paged(span, keys, values, positions, self.table.padded, page, self.body.lanes)
-        own = None if importance is None else spread(span.of(importance), span, page)
-        parts = list(self._parts(whole, spread(span.of(positions, 1), span, page), own))
+        whole = paged(leaving, keys, values, positions, self.table.padded, page, self.body.lanes)
+        own = None if importance is None else spread(leaving.of(importance), leaving, page)
+        parts = list(self._parts(whole, spread(leaving.of(positions, 1), leaving, page), own))
         if not parts:
             return
         skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
-        encoded = (self._encode(*part, span.rows) for part in parts)
+        encoded = (self._encode(*part, leaving.rows) for part in parts)
         if self.method.token_budget is None:
-            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], span.rows, len(keys))
+            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], leaving.rows, len(keys))
         else:
             stored = list(encoded)
-            self._choose(span, whole, {k: torch.cat([s[k] for s in stored], 1) for k in stored[0]}, own, len(keys))
+            self._choose(leaving, whole, {k: torch.cat([s[k] for s in stored], 1) for k in stored[0]}, own, len(keys))
 
     def _parts(
         self, whole: Paged, positions: Int[Tensor, "b t"], importance: Tensor | None
@@ -148,15 +156,15 @@ class Leave:
         start = int(np.nonzero(self.base.first[0] == part.first[0, 0])[0][-1])
         return partial(under, dict(self.base.records(start, start + part.first.shape[1])))
 
-    def _choose(self, span: Span, whole: Paged, stored: Stored, importance: Tensor | None, batch: int) -> None:
+    def _choose(self, leaving: Leaving, whole: Paged, stored: Stored, importance: Tensor | None, batch: int) -> None:
         """Keep the most important of what these rows hold and of what leaves now."""
         budget, page = self.method.token_budget, self.method.page
         assert budget is not None
         assert importance is not None
         pages = self.body.youngest.for_rows(batch)
-        old = pages if span.rows is None else pages.selected(span.rows)
+        old = pages if leaving.rows is None else pages.selected(leaving.rows)
         columns = self._own_columns(whole).int()
-        shown = self._shown(whole, columns, span.rows)
+        shown = self._shown(whole, columns, leaving.rows)
         lanes = (len(columns), self.body.lanes, columns.shape[1])
         fresh = importance.unflatten(1, (self.body.lanes, -1)).mean(2).masked_fill(~shown[:, None], -torch.inf)
         columns = columns[:, None].expand(lanes)
@@ -165,11 +173,11 @@ class Leave:
             stored = {k: torch.cat([before[k], t], 1) for k, t in stored.items()}
             fresh = torch.cat([old.importance.masked_fill(old.columns < 0, -torch.inf), fresh], 2)
             columns = torch.cat([old.columns, columns], 2)
-        rows = slice(None) if span.rows is None else span.rows
-        gone = torch.from_numpy(np.asarray(left(self.table.lengths[rows], self.method.window, page) // page))
+        rows = slice(None) if leaving.rows is None else leaving.rows
+        gone = torch.from_numpy(left(self.table.lengths[rows], self.method.window, page) // page)
         index = most_important(fresh, budget.counts(fresh, gone, page), page)
         chosen = kept(old, stored, columns, fresh, index, self._move)
-        self.body.hold(self.body.ages[0], chosen if span.rows is None else _placed(pages, chosen, span.rows))
+        self.body.hold(self.body.ages[0], chosen if leaving.rows is None else _placed(pages, chosen, leaving.rows))
 
     def _move(self, stored: Stored, index: Int[Tensor, "b L k"]) -> Stored:
         found: dict[str, Tensor] = {}
