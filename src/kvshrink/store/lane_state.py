@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvshrink.kernels.records import Layout
 from kvshrink.store.lanes import Pages, Stored
-from kvshrink.store.pool import Places, Run
+from kvshrink.store.pool import Places, Run, addressed
 
 
 def state(pages: Pages) -> tuple[dict[Any, Any], dict[str, Tensor]]:
@@ -39,7 +39,7 @@ def restored(pages: Pages, values: Mapping[str, Any], tensors: Mapping[str, Tens
     number = tensors["table"].cpu().numpy()
     return replace(
         pages,
-        table=np.where(number < 0, 0, run.base + number.astype(np.int64) * run.step),
+        table=addressed([run], np.zeros_like(number), number.astype(np.int64), number >= 0),
         used=tensors["used"].cpu().numpy(),
         first=tensors["first"].cpu().numpy(),
         layout=Layout.of(page, pages.lanes),

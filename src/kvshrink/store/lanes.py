@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvshrink.kernels.records import Holder, Layout, Records
 from kvshrink.shapes import Float, Int, UInt8
-from kvshrink.store.pool import Places, Run, trimmed
+from kvshrink.store.pool import Places, Run, addressed, trimmed
 
 Stored = Mapping[str, Tensor]  # pages as codecs give them: every tensor is [b, p, ...]
 
@@ -53,18 +53,17 @@ class Pages(Holder):
     def __getstate__(self) -> dict[str, Any]:
         """To be pickled: places in runs, since addresses are another process's."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        if not self.runs:
-            return own
-        run, index = self._places.of(np.where(self.table == 0, self.table.max(initial=0), self.table))
-        return own | {"runs": tuple(self._places.runs), "table": np.where(self.table == 0, -1, (run << 40) + index)}
+        return own | {"runs": tuple(self._places.runs), "table": self._numbered() if self.runs else self.table}
 
     def __setstate__(self, own: dict[str, Any]) -> None:
         if runs := own["runs"]:
-            bases, steps = (np.array([getattr(run, x) for run in runs], np.int64) for x in ("base", "step"))
-            place = np.maximum(own["table"], 0)
-            table = bases[place >> 40] + (place & (2**40 - 1)) * steps[place >> 40]
-            own = own | {"table": np.where(own["table"] < 0, 0, table)}
+            own = own | {"table": addressed(runs, *own["table"])}
         vars(self).update(own)
+
+    def _numbered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(which of the sorted runs, which record of it, whether there is one) of each entry of the table."""
+        there = self.table != 0
+        return *self._places.of(np.where(there, self.table, self.table.max(initial=0))), there
 
     @classmethod
     def none(cls, page: int, lanes: int = 1, rows: int = 0) -> "Pages":
@@ -275,13 +274,8 @@ class Pages(Holder):
 
     def to(self, device: torch.device | str) -> "Pages":
         """The records elsewhere, each once."""
-        moved = [Run(run.data.to(device, non_blocking=True)) for run in self.runs]
-        table = self.table
-        if len(moved):
-            run, index = self._places.of(np.where(table == 0, table.max(initial=0), table))
-            order = [self.runs.index(r) for r in self._places.runs]
-            bases, steps = (np.array([getattr(moved[i], x) for i in order], np.int64) for x in ("base", "step"))
-            table = np.where(table == 0, 0, bases[run] + index * steps[run])
+        moved = [Run(run.data.to(device, non_blocking=True)) for run in self._places.runs]
+        table = addressed(moved, *self._numbered()) if moved else self.table
         own = self._by_slot(lambda t: t.to(device, non_blocking=True))
         return replace(own, table=table, runs=tuple(moved))
 

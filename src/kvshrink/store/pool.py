@@ -18,7 +18,7 @@ from kvshrink.shapes import UInt8
 
 
 class Run:
-    """Records taken at once. holders: who holds the run; a run of nobody's is not trimmed."""
+    """Records taken at once. holders: who holds the run."""
 
     def __init__(self, data: UInt8[Tensor, "m size"]) -> None:
         self.data = data
@@ -42,6 +42,12 @@ class Run:
 
     def addresses(self) -> np.ndarray:
         return self.base + self.step * np.arange(len(self.data), dtype=np.int64)
+
+
+def addressed(runs: Sequence[Run], run: np.ndarray, index: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """A table of addresses from which run, and which record of it, each entry is; 0 where there is none."""
+    bases, steps = (np.array([getattr(r, name) for r in runs], np.int64) for name in ("base", "step"))
+    return np.where(there, bases[run] + index * steps[run], 0)
 
 
 class Places:
