@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import kvshrink
+from kvshrink.cache import attend
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
 from kvshrink.methods import build
@@ -136,3 +137,38 @@ def test_few_tokens_hold_little_more_than_a_full_cache(model, tokens):
     model(torch.randint(1, VOCAB, (1, tokens)), past_key_values=cache)
     report = cache.report()
     assert report.byte_ratio <= (1.6 if tokens >= 10 else 4.5)
+
+
+def test_a_batch_of_snapshots_is_each_by_itself():
+    """What a server does with caches that it has not joined: of other lengths, one of them with a mask."""
+    caches, parts = [], []
+    for tokens in (300, 40, 129):
+        cache = make(kvshrink.RTN(bits=4), SHAPE, [{}])
+        feed(cache, [torch.randn(1, 2, tokens, 16)], [torch.randn(1, 2, tokens, 16)])
+        caches.append(cache)
+        feed(cache, [torch.randn(1, 2, 30, 16)], [torch.randn(1, 2, 30, 16)])
+        layer = cache.compressed[0]
+        parts.append((torch.randn(1, 4, 1, 16), layer.window.view(), layer.snapshot(None)))
+    masks = [None, torch.rand(1, 1, 1, 70) > 0.3, None]
+    queries, exact, snapshots = zip(*parts, strict=True)
+    found = attend.attend_all(queries, exact, masks, 0.25, None, snapshots)
+    for got, (query, pair, snapshot), mask in zip(found, parts, masks, strict=True):
+        keys, values = attend.rebuild(snapshot, *pair)
+        shown = None if mask is None else mask
+        want = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=shown, scale=0.25, enable_gqa=True
+        )
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_that_nothing_ranked_joins_one_with_running_scores():
+    """As of caches filled without queries: its tokens start at 0."""
+    ranked, plain = (make(build("h2o", {}), SHAPE, [{}]) for _ in range(2))
+    feed(ranked, [torch.randn(1, 2, 90, 16)], [torch.randn(1, 2, 90, 16)], asked=True)
+    feed(plain, [torch.randn(1, 2, 70, 16)], [torch.randn(1, 2, 70, 16)])
+    window = KVCache.join([plain, ranked]).compressed[0].window
+    assert window.scores.shape == (2, 2, window.count)
+    assert not window.scores[0].any()
+    own = ranked.compressed[0].window
+    assert own.scores.any()
+    assert torch.equal(window.scores[1, :, -own.count :], own.scores[0])

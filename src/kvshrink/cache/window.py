@@ -159,8 +159,12 @@ class Window:
             for w, (keys, _) in zip(windows, views, strict=True)
         ]
         other.restore({"keys": torch.cat([k for k, _ in parts]), "values": torch.cat([v for _, v in parts])}, left)
-        if scores := [w.scores for w in windows if w.scores is not None]:
-            other.scores = torch.cat([pad(x, (count - x.shape[2], 0)) for x in scores])
+        if any(w.scores is not None for w in windows):  # of a prompt that nothing ranked they are 0
+            known = [
+                k.new_zeros(k.shape[:3], dtype=torch.float32) if w.scores is None else w.scores
+                for w, (k, _) in zip(windows, views, strict=True)
+            ]
+            other.scores = torch.cat([pad(x, (count - x.shape[2], 0)) for x in known])
         other.starts = _some(np.concatenate(starts))
         return other
 

@@ -56,10 +56,6 @@ class Evicting(Method):
     def _packing(self, shape: LayerShape) -> Packing:
         return packing(shape.heads, shape.head_dim, self.page, self.bits, "token", 64, shape.dtype)
 
-    def pages_held(self, pages: int) -> int:
-        """Pages of all heads together."""
-        return self.token_budget.pages(pages, 1)
-
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         # sinks are not among the candidates: where all tokens are kept, the last page is not full
         return self.token_budget.pages(pages, shape.heads) * 2 * self._packing(shape).page_bytes() // shape.heads
