@@ -8,7 +8,7 @@ Read the tree in the order the data takes; each line may import only from the li
     fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard
     attach/      model -> attention hook: attention function, mask function, families, self-check, byte budget
     cache/       KVCache and its layers [sinks | body | window]; attend.py merges segments by log-sum-exp
-    methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py and _facts.py: the roles; artifact.py
+    methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py, _policy.py: the roles; artifact.py
     store/       where the bytes live: pages, token table, byte counts, files, logs
     kernels/     <op>/reference.py defines the op in plain torch
     reference/   the bundled model; data/: bundled text and test cases; identity.py, shapes.py, called.py, errors.py
