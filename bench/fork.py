@@ -48,8 +48,8 @@ def alive(*caches: KVCache) -> int:
     """Bytes of all of them together, what they share once."""
     layers = [layer for cache in caches for layer in cache.compressed]
     tensors = [t for layer in layers for t in layer.tensors()] + [t for c in caches for t in c.table.tensors()]
-    pages = {id(age.pages): age.pages for layer in layers for age in layer.body.ages}
-    return nbytes(tensors) + sum(p.index_bytes for p in pages.values())
+    kept = {id(age.kept): age.kept for layer in layers for age in layer.body.ages}
+    return nbytes(tensors) + sum(k.index_bytes for k in kept.values())
 
 
 def fork(method: Method, tokens: int, shape: LayerShape) -> dict:

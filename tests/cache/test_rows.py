@@ -97,8 +97,8 @@ def test_what_cannot_be_joined_is_refused(model):
 
 def alive(*caches: KVCache) -> int:
     layers = [layer for cache in caches for layer in cache.compressed]
-    pages = {id(age.pages): age.pages for layer in layers for age in layer.body.ages}
-    return nbytes(t for layer in layers for t in layer.tensors()) + sum(p.index_bytes for p in pages.values())
+    kept = {id(age.kept): age.kept for layer in layers for age in layer.body.ages}
+    return nbytes(t for layer in layers for t in layer.tensors()) + sum(k.index_bytes for k in kept.values())
 
 
 @pytest.mark.parametrize("name", ["rtn", "snapkv"])

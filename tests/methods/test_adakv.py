@@ -3,7 +3,7 @@ import torch
 
 from kvshrink.errors import SettingError
 from kvshrink.methods.evict.adakv import AdaKV, Shared
-from tests.methods.evicting import Steps, wanted
+from tests.methods.evicting import SHAPE, Steps, wanted
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
@@ -23,6 +23,17 @@ def test_each_head_keeps_its_most_important_tokens():
     steps.step(600)
     steps.check()
     assert any(len(a) != len(b) for a, b in steps.kept())
+
+
+def test_a_short_head_pays_for_nothing_of_a_long_one():
+    """Bytes held are those promised, however unlike the heads are, whatever a step has read."""
+    method = AdaKV(ratio=0.3, bits=4)
+    steps = Steps(method)
+    steps.step(600)
+    steps.step(1)
+    layer = steps.cache.compressed[0]
+    assert not layer.body.ages[0].kept.even
+    assert layer.held().total == method.layer_bytes(SHAPE, {}, 601, 2)
 
 
 def test_settings():

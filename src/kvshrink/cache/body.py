@@ -21,16 +21,26 @@ from kvshrink.shapes import Float
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
+from kvshrink.store.ragged import Ragged
 from kvshrink.store.rows import joined
 
 
 @dataclass
 class TierPages:
-    """A tier and the pages in it."""
+    """A tier and the pages in it, kept as what takes least."""
 
     tier: Tier
-    pages: Pages
+    kept: Pages | Ragged
     view: TierView | None = None  # of these pages: it keeps what it finds out, from step to step
+
+    @property
+    def pages(self) -> Pages:
+        return self.kept if isinstance(self.kept, Pages) else self.kept.pages
+
+    @pages.setter
+    def pages(self, pages: Pages) -> None:
+        self.kept = pages if pages.columns is None else Ragged.of(pages)
+        self.view = None
 
     @property
     def limit(self) -> int | None:
@@ -83,9 +93,12 @@ class Body:
         found = []
         for age in reversed(self.ages):
             if age.tier.codecs is not None and len(age.pages):
-                if age.view is None or age.view.pages is not age.pages or age.view.base is not base:
-                    age.view = TierView(age.tier.codecs, age.pages, base)
-                found.append(age.view)
+                view = age.view
+                if view is None or view.base is not base:
+                    view = TierView(age.tier.codecs, age.pages, base)
+                # what lanes of different lengths are spread to is for one step: it may be far larger
+                age.view = view if isinstance(age.kept, Pages) or age.kept.even else None
+                found.append(view)
         return tuple(found)
 
     @property
@@ -139,9 +152,9 @@ class Body:
 
     def add_importance(self, more: Float[Tensor, "b h slots"]) -> None:
         """To that of the stored tokens, of one KV head a lane."""
-        pages = self.youngest
-        assert pages.importance is not None
-        self.ages[0].pages = replace(pages, importance=pages.importance + more)
+        kept = self.ages[0].kept
+        assert isinstance(kept, Ragged)
+        self.ages[0].kept, self.ages[0].view = kept.more_important(more), None
 
     def crop(self, lengths: np.ndarray) -> None:
         """Forget a row's columns from its length on. What has grown old stays so."""
@@ -163,7 +176,9 @@ class Body:
         """Another body of the same pages, which shares their records."""
         other = Body([age.tier for age in self.ages], self.page, self.lanes, self.chooses)
         for own, age in zip(other.ages, self.ages, strict=True):
-            other.hold(own, age.pages, trim=False)
+            own.kept = age.kept
+            for run in age.pages.runs:
+                run.holders.add(other)
         return other
 
     @classmethod
@@ -193,7 +208,7 @@ class Body:
 
     @property
     def index_bytes(self) -> int:
-        return sum(age.pages.index_bytes for age in self.ages)
+        return sum(age.kept.index_bytes for age in self.ages)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain values, tensors): the youngest tier as "pages", and the older ones."""

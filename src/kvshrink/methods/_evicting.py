@@ -10,9 +10,9 @@ from kvshrink.methods._policy import Budget, Scorer, Uniform
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import one_of, require
 from kvshrink.methods._stats import LayerShape
-from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX
+from kvshrink.store.growth import LANE_INDEX
 
-SLOT_INDEX = 8  # bytes of a slot's column and importance
+SLOT_INDEX, PAGE_COUNT = 8, 4  # bytes of a slot's column and importance; of how many pages a head holds
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ class Evicting(Method):
 
     def index_bytes(self, shape: LayerShape, pages: int) -> int:
         own = self.token_budget.pages(pages, shape.heads)
-        return self.token_budget.pages(pages, 1) * PAGE_INDEX + own * (LANE_INDEX + self.page * SLOT_INDEX)
+        return own * (LANE_INDEX + self.page * SLOT_INDEX) + shape.heads * PAGE_COUNT * (own > 0)

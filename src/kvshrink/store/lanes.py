@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvshrink.kernels.records import Holder, Layout, Records
 from kvshrink.shapes import Float, Int, UInt8
+from kvshrink.store.bytes import nbytes
 from kvshrink.store.pool import Places, Run, addressed, trimmed
 
 Stored = Mapping[str, Tensor]  # pages as codecs give them: every tensor is [b, p, ...]
@@ -284,11 +285,14 @@ class Pages(Holder):
     @property
     def index_bytes(self) -> int:
         """Bytes of what says where and which tokens the records are."""
-        arrays = self.table.nbytes + self.used.nbytes + self.first.nbytes
-        kept = [vars(self).get(name) for name in ("slots", "_table_on_device")]  # once they have been asked for
-        return arrays + sum(
-            t.nbytes for t in {id(t): t for t in (self.columns, self.importance, *kept) if t is not None}.values()
-        )
+        tensors = [t for t in (self.columns, self.importance) if t is not None]
+        return self.table.nbytes + self.used.nbytes + self.first.nbytes + nbytes(tensors) + self.made_bytes
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of what was made of that, once it has been asked for."""
+        made = {name: vars(self).get(name) for name in ("slots", "_table_on_device")}
+        return sum(t.nbytes for t in made.values() if t is not None and t is not self.columns)
 
     def tensors(self) -> list[Tensor]:
         return [run.data for run in self.runs]

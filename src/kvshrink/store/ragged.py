@@ -1,0 +1,105 @@
+"""Pages whose lanes hold different numbers of them, at rest: end to end, so that no lane pays for a longer one.
+
+`Pages` has tables as wide as the longest lane, which is what a step reads and a change works on; heads that share a
+budget may differ by five times. What is kept from step to step is this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.shapes import Float, Int
+from kvshrink.store.bytes import nbytes
+from kvshrink.store.lanes import Pages
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Pages of lanes that chose their tokens. counts: pages of each lane, int32 [b, L]; table, used [m]: those of all
+    lanes, lane after lane, row after row; columns, importance: of their slots. frame: the records, and no page."""
+
+    frame: Pages
+    counts: np.ndarray
+    table: np.ndarray
+    used: np.ndarray
+    columns: Int[Tensor, "m page"]
+    importance: Float[Tensor, "m page"]
+
+    @classmethod
+    def of(cls, pages: Pages) -> "Ragged":
+        assert pages.columns is not None
+        assert pages.importance is not None
+        none = Pages.none(pages.page, pages.lanes, len(pages.table))
+        there = pages.table != 0
+        at = torch.from_numpy(there).to(pages.columns.device)
+        return cls(
+            replace(none, layout=pages.layout, runs=pages.runs),
+            there.sum(2, dtype=np.int32),
+            pages.table[there],
+            pages.used[there],
+            pages.columns.unflatten(2, (-1, pages.page))[at],
+            pages.importance.unflatten(2, (-1, pages.page))[at],
+        )
+
+    def __reduce__(self) -> tuple[Callable[[Pages], "Ragged"], tuple[Pages]]:
+        return Ragged.of, (self.pages,)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all lanes have as many pages."""
+        return bool((self.counts == self.counts.flat[0]).all())
+
+    @property
+    def pages(self) -> Pages:
+        """As a step reads them: the same memory where lanes are even, else made anew each time."""
+        return self._in_place if self.even else self._spread()
+
+    @cached_property
+    def _in_place(self) -> Pages:
+        shape = (*self.counts.shape, int(self.counts.flat[0]))
+        return replace(
+            self.frame,
+            table=self.table.reshape(shape),
+            used=self.used.reshape(shape),
+            first=np.broadcast_to(np.int32(0), (shape[0], shape[2])),  # of chosen tokens nothing follows from it
+            columns=self.columns.view(*shape[:2], -1),
+            importance=self.importance.view(*shape[:2], -1),
+        )
+
+    def _spread(self) -> Pages:
+        width = int(self.counts.max())
+        there = np.arange(width) < self.counts[..., None]
+        at = torch.from_numpy(there).to(self.columns.device)
+        table, used = np.zeros(there.shape, np.int64), np.zeros(there.shape, np.uint8)
+        table[there], used[there] = self.table, self.used
+        columns = self.columns.new_full((*there.shape, self.frame.page), -1)
+        importance = self.importance.new_full(columns.shape, -torch.inf)
+        columns[at], importance[at] = self.columns, self.importance
+        return replace(
+            self.frame,
+            table=table,
+            used=used,
+            first=np.broadcast_to(np.int32(0), (len(there), width)),
+            columns=columns.flatten(2),
+            importance=importance.flatten(2),
+        )
+
+    def more_important(self, more: Float[Tensor, "b L slots"]) -> "Ragged":
+        """With more importance of each token."""
+        page = self.frame.page
+        if self.even:
+            return replace(self, importance=self.importance + more.reshape(-1, page))
+        there = np.arange(more.shape[2] // page) < self.counts[..., None]
+        own = more.unflatten(2, (-1, page))[torch.from_numpy(there).to(more.device)]
+        return replace(self, importance=self.importance + own)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what says where and which tokens the records are."""
+        arrays = self.counts.nbytes + self.table.nbytes + self.used.nbytes
+        made: Pages | None = vars(self).get("_in_place")
+        return arrays + nbytes([self.columns, self.importance]) + (0 if made is None else made.made_bytes)
