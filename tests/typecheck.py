@@ -1,5 +1,13 @@
-"""The checker of annotations in tests: beartype, with an int accepted where a float is asked for, as Python does."""
+"""The checker of annotations in tests: beartype, with an int accepted where a float is asked for, as Python does.
 
-from beartype import BeartypeConf, beartype
+Of a mapping of tensors the kind alone is checked: stored records are one, and looking at an item would read it at each
+call.
+"""
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+from collections.abc import Mapping
+
+from beartype import BeartypeConf, FrozenDict, beartype
+from torch import Tensor
+
+overrides = FrozenDict({Mapping[str, Tensor]: Mapping})
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=overrides))

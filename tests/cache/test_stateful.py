@@ -1,6 +1,6 @@
 """Operations on a cache against an oracle of plain token lists (oracle.py), compared after each of them.
 
-KVSHRINK_SEQUENCES sets the number of random sequences over all methods (default 1000). Seeds are fixed: runs repeat.
+KVSHRINK_SEQUENCES sets the number of random sequences over all methods (default 700). Seeds are fixed: runs repeat.
 """
 
 import os
@@ -15,7 +15,7 @@ from kvshrink.methods._roles import Method
 from tests.cache.machine import METHODS, Machine
 from tests.cache.operations import Copy, Crop, Join, Reload, Reorder, Repeat, Reset, Select, Setup, Split, Update
 
-SEQUENCES = int(os.environ.get("KVSHRINK_SEQUENCES", 1000))
+SEQUENCES = int(os.environ.get("KVSHRINK_SEQUENCES", 700))
 PAGE = 8  # instead of 32, so that short sequences fill many pages
 PLAIN = Setup(rows=2, window=8, sinks=3, rope=0, groups=1, offset=0, softcap=None, block=24)
 STORIES = {  # window 8, pages of 8, 3 sinks: what random sequences reach seldom, or what once went wrong

@@ -16,6 +16,7 @@ from kvshrink.eval.run.runner import Runner
 from kvshrink.eval.run.suite import Settings, Suite
 from tests.probes import small_probe
 
+pytestmark = pytest.mark.slow
 SETTINGS = Settings(
     model="reference",
     methods=("cskv:bits=4", "rtn", "streaming_llm"),
@@ -99,7 +100,8 @@ def test_fidelity_layers_and_memory_are_there_for_every_method_and_length(done):
 
 
 def test_an_interrupted_suite_redoes_nothing(reference, texts, tmp_path, monkeypatch):
-    small = replace(SETTINGS, methods=SETTINGS.methods[:2], byte_ratio=(0.3,), lengths=(600,), documents=1)
+    less = {"methods": SETTINGS.methods[1:], "tasks": SETTINGS.tasks[:2], "lengths": (600,), "documents": 1}
+    small = replace(SETTINGS, byte_ratio=(0.3,), **less)
     whole = Suite(small, *reference, texts, tmp_path / "whole").run("x")
     out, answers = tmp_path / "cut", []
     inner = Runner._answer
