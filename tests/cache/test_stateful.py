@@ -61,6 +61,8 @@ STORIES = {  # window 8, pages of 8, 3 sinks: what random sequences reach seldom
     "saved and continued": [Update(40, pads=(3, 0, 0)), Reload(file=True), Update(1), Reload(into_used=True), Crop(9)],
 }
 
+TOLD = [n for n in METHODS if n not in ("cskv_lossless", "rtn_raw", "commuting_lossless", "sals_all", "ragged_heads")]
+
 flags = st.booleans()
 rows = st.lists(st.integers(0, 3), min_size=1, max_size=3)
 sizes = st.one_of(st.integers(1, 3), st.integers(4, 30), st.integers(31, 90))
@@ -99,7 +101,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("story", STORIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TOLD)  # of two that differ in bits alone the one that has some
 def test_stories(name, story, tmp_path):
     machine = Machine(name, PLAIN, Counter(), tmp_path)
     for op in STORIES[story]:

@@ -11,7 +11,7 @@ from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.rounds import MODES, MULTI_TURN, shares_contexts
 from kvshrink.eval.run.runner import Job, Runner
 
-LENGTHS, CASES, LIMIT = (1400,), 2, 10
+LENGTHS, CASES, LIMIT = (1400,), 1, 10
 ENTRIES = [Entry("full", None), Entry("zeros", None), Entry("lossless", RTN(bits=None))]
 CHOICES = {choice.title: choice for choice in choices()}
 CAN = {"passkey/book", "needle", "longeval/generated"}  # what the reference model answers

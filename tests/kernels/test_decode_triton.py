@@ -91,7 +91,7 @@ def test_positions_of_their_own(dtype):
         compare(query, keys, basis, turn._replace(positions=at), values, visible, None, dtype)
 
 
-@pytest.mark.parametrize(("form", "lanes"), list(zip(FORMS, itertools.cycle((1, 2, 4)), strict=False)), ids=str)
+@pytest.mark.parametrize(("form", "lanes"), list(zip(FORMS[::2], itertools.cycle((1, 2, 4)), strict=False)), ids=str)
 def test_lanes_that_lack_pages_and_slots(form, lanes):
     job, live = ragged(form, lanes, torch.bfloat16)
     compare(*job, None, torch.bfloat16, live)
