@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvshrink.kernels.records import Layout
 from kvshrink.store.bytes import nbytes
@@ -167,7 +168,24 @@ def test_rows_in_another_order_and_the_same_row_twice():
         own = pages.selected(np.array(order))
         got = own.records()["k.codes"]
         assert torch.equal(got, pages.records()["k.codes"][torch.tensor(order)])
-        assert (own.bytes_of(0, 5).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == view
+        assert (got.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == view
+
+
+def test_of_records_in_several_runs_no_more_is_copied_than_is_read():
+    """A step that scores the keys alone leaves the values where they are."""
+    pages, most = filled(5, 3), 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            most = max(most, out.untyped_storage().nbytes() if func is torch.ops.aten.cat.default else 0)
+            return out
+
+    with Largest():
+        got = pages.records()["k.scale"]
+    assert torch.equal(got, pages.records()["k.codes"][..., 0])
+    assert most == got.numel() * 4
 
 
 @pytest.mark.parametrize("b", [1, 2])

@@ -81,7 +81,7 @@ class Contents:
         assert empty is not None
         layout = Layout.of(empty, table.shape[1])
         records = stored["records"].cpu()[None, None]
-        fields = {k: layout._replace(lanes=1).read(records, k) for k in layout.fields}
+        fields = {k: layout._replace(lanes=1).read(k, records) for k in layout.fields}
         for kv, codec in zip("kv", layer.tiers[tier].codecs or (), strict=False):
             part = under(fields, f"{kv}.")
             require(not part or codec.sound(part), f"{name}.records ({'keys' if kv == 'k' else 'values'})")

@@ -7,7 +7,7 @@ lie in a row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.shapes import Float, UInt8
+from kvshrink.shapes import Float, Int, UInt8
 
 
 def record_bytes(count: int) -> int:
@@ -35,6 +35,11 @@ class Field(NamedTuple):
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def at(self) -> slice:
+        """Its bytes in a record."""
+        return slice(self.offset, self.offset + self.nbytes)
 
 
 class Layout(NamedTuple):
@@ -59,12 +64,32 @@ class Layout(NamedTuple):
         """Copy pages [b, p, G, ...] into their records."""
         for name, field in self.fields.items():
             t = stored[name][:, None] if self.lanes == 1 else stored[name].unflatten(2, (self.lanes, -1)).movedim(2, 1)
-            _of(field, records).copy_(t)
+            _typed(field, records[..., field.at]).copy_(t)
 
-    def read(self, records: UInt8[Tensor, "b L p size"], name: str) -> Tensor:
-        """One tensor [b, p, G, ...] of pages: a view of the records of one lane, a copy of those of several."""
-        t = _of(self.fields[name], records)
+    def read(self, name: str, records: "UInt8[Tensor, 'b L p size'] | Pieces") -> Tensor:
+        """One tensor [b, p, G, ...] of pages: a view of the records of one lane, a copy of those of several lanes or
+        places."""
+        field = self.fields[name]
+        t = _typed(field, records.read(field.at) if isinstance(records, Pieces) else records[..., field.at])
         return t[:, 0] if self.lanes == 1 else t.movedim(1, 2).flatten(2, 3)
+
+
+class Pieces(NamedTuple):
+    """Records [b, L, p] in several places: of what is read of them no more than that is joined.
+
+    parts: those of each place, and some between them; order: which of all these is which record; None: as they come.
+    """
+
+    parts: Sequence[UInt8[Tensor, "m size"]]
+    order: Int[Tensor, " n"] | None
+    shape: tuple[int, ...]
+
+    def read(self, at: slice) -> UInt8[Tensor, "b L p n"]:
+        """These bytes of each record."""
+        cut = [part[:, at] for part in self.parts]
+        joined = cut[0] if len(cut) == 1 else torch.cat(cut)
+        found: Tensor = (joined if self.order is None else joined[self.order]).view(*self.shape, -1)
+        return found
 
 
 class Holder(ABC):
@@ -75,7 +100,7 @@ class Holder(ABC):
     def device(self) -> torch.device: ...
 
     @abstractmethod
-    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"] | Pieces:
         """The pages from `start` to `stop`, some page in place of those that a lane does not have."""
 
     @abstractmethod
@@ -104,7 +129,7 @@ class Records(Mapping):  # type: ignore[type-arg] # checkers in tests would read
     prefix: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.layout.read(self.bytes, self.prefix + name)
+        return self.layout.read(self.prefix + name, self._bytes)
 
     def __iter__(self) -> Iterator[str]:
         return (n.removeprefix(self.prefix) for n in self.layout.fields if n.startswith(self.prefix))
@@ -123,8 +148,14 @@ class Records(Mapping):  # type: ignore[type-arg] # checkers in tests would read
         return self.layout.fields[self.prefix + name]
 
     @cached_property
-    def bytes(self) -> UInt8[Tensor, "b L p size"]:
+    def _bytes(self) -> UInt8[Tensor, "b L p size"] | Pieces:
         return self.holder.bytes_of(self.start, self.stop)
+
+    @property
+    def bytes(self) -> UInt8[Tensor, "b L p size"]:
+        """Whole records: a view where they lie evenly, else a copy."""
+        own = self._bytes
+        return own.read(slice(None)) if isinstance(own, Pieces) else own
 
     @property
     def addresses(self) -> np.ndarray:
@@ -209,9 +240,9 @@ def recorded(stored: Mapping[str, Tensor], lanes: int = 1) -> Records:
     return Records(Single(records), layout, 0, pages)
 
 
-def _of(field: Field, records: UInt8[Tensor, "b L p size"]) -> Tensor:
-    """[b, L, p, *shape], a view."""
+def _typed(field: Field, own: UInt8[Tensor, "b L p n"]) -> Tensor:
+    """A field's own bytes as [b, L, p, *shape], a view."""
     if field.nbytes == 0:  # torch cannot view bytes that are not there as wider numbers
-        return records.new_empty((*records.shape[:3], *field.shape), dtype=field.dtype)
-    part = records[..., field.offset : field.offset + field.nbytes].view(field.dtype)
+        return own.new_empty((*own.shape[:3], *field.shape), dtype=field.dtype)
+    part = own.view(field.dtype)
     return part.unflatten(-1, field.shape) if field.shape else part[..., 0]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.kernels.records import Holder, Layout, Records
+from kvshrink.kernels.records import Holder, Layout, Pieces, Records
 from kvshrink.shapes import Float, Int, UInt8
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.pool import Places, Run, addressed, trimmed
@@ -134,11 +134,20 @@ class Pages(Holder):
     def device(self) -> torch.device:
         return self.runs[0].data.device
 
-    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"]:
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"] | Pieces:
+        if (found := self._found.get((start, stop))) is not None:
+            return found
         table = self.table[:, :, start:stop]
         if not self.even:
             table = np.where(table == 0, table.max(), table)  # any page in place of those that are not there
-        return self._places.gather(table)
+        found = self._places.find(table)
+        if not isinstance(found, Pieces) or found.order is None:
+            self._found[start, stop] = found  # the runs' own memory: each step until the next page asks for the same
+        return found
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, int], Tensor | Pieces]:
+        return {}
 
     @cached_property
     def _places(self) -> Places:

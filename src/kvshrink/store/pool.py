@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.kernels.records import Layout
+from kvshrink.kernels.records import Layout, Pieces
 from kvshrink.shapes import UInt8
 
 
@@ -64,6 +64,11 @@ class Places:
 
     def gather(self, table: np.ndarray) -> UInt8[Tensor, "b L p size"]:
         """The records of a table [b, L, p] without zeros: a view where they lie evenly, else a copy."""
+        found = self.find(table)
+        return found.read(slice(None)) if isinstance(found, Pieces) else found
+
+    def find(self, table: np.ndarray) -> UInt8[Tensor, "b L p size"] | Pieces:
+        """The same, not copied before it is read."""
         found: Tensor
         run, index = self.of(table.ravel())
         if (run == run[0]).all():
@@ -74,20 +79,17 @@ class Places:
                 begin = data.storage_offset() + int(index[0]) * size
                 found = data.as_strided((*table.shape, size), strides, begin)
                 return found
-            found = data[torch.from_numpy(index).to(data.device)].view(*table.shape, -1)
-            return found
-        parts, at = [], np.zeros(len(self.runs), dtype=np.int64)
-        total = 0
-        for n in np.unique(run):  # of each run no more than what lies between the first and the last that are wanted
-            own = index[run == n]
+            return Pieces([data], torch.from_numpy(index).to(data.device), table.shape)
+        parts, at, total = [], np.zeros(len(self.runs), dtype=np.int64), 0
+        met = np.sort(np.unique(run, return_index=True)[1])
+        for n in run[met]:  # as they are met, so that pages that came one by one are in order once they are joined
+            own = index[run == n]  # of each run no more than what lies between the first and the last that are wanted
             low, high = int(own.min()), int(own.max()) + 1
             parts.append(self.runs[n].data[low:high])
             at[n], total = total - low, total + high - low
-        joined = torch.cat(parts)
         order = index + at[run]
-        if np.array_equal(order, np.arange(len(joined))):
-            return joined.view(*table.shape, -1)
-        return joined[torch.from_numpy(order).to(joined.device)].view(*table.shape, -1)
+        straight = np.array_equal(order, np.arange(total))
+        return Pieces(parts, None if straight else torch.from_numpy(order).to(parts[0].device), table.shape)
 
 
 def trimmed(table: np.ndarray, runs: Sequence[Run], holder: Any) -> tuple[np.ndarray, tuple[Run, ...]]:
