@@ -12,6 +12,7 @@ from kvshrink.store.bytes import nbytes
 from kvshrink.store.choosing import kept, most_important
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages, Span
+from kvshrink.store.oldest import oldest
 from kvshrink.store.pool import Places, Run
 from kvshrink.store.rows import joined
 
@@ -281,7 +282,7 @@ def test_after_a_crop_into_a_page_the_next_page_starts_anew():
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 1), (2, 0), (3, 1), (3, 3)])
 def test_the_oldest_pages_are_taken(counts):
-    old, rest = filled(2, 1).taken(np.array(counts))
+    old, rest = oldest(filled(2, 1), np.array(counts))
     assert read(old) == expected(*[list(range(n * PAGE)) for n in counts]) or not sum(counts)
     assert read(rest) == expected(*[list(range(n * PAGE, 12)) for n in counts])
     assert (len(old), len(rest)) == (max(counts), 3 - min(counts))

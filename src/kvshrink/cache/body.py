@@ -21,6 +21,7 @@ from kvshrink.shapes import Float
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
+from kvshrink.store.oldest import oldest
 from kvshrink.store.ragged import Ragged
 from kvshrink.store.rows import joined
 
@@ -139,7 +140,7 @@ class Body:
             beyond = np.maximum(0, young.pages.counts[:, 0] - young.limit)
             if not beyond.any():
                 continue
-            leaving, staying = young.pages.taken(beyond)
+            leaving, staying = oldest(young.pages, beyond)
             if old.tier.codecs is not None:
                 for count in np.unique(beyond[beyond > 0]):  # joined rows may give different numbers of pages
                     rows = np.nonzero(beyond == count)[0]

@@ -251,22 +251,6 @@ class Pages(Holder):
         most = np.maximum(0, lengths[:, None] - self.first)[:, None]
         return replace(self, used=np.minimum(self.used, most).astype(np.uint8)).narrowed()
 
-    def taken(self, counts: np.ndarray) -> tuple["Pages", "Pages"]:
-        """(the oldest `counts` [b] pages of each row, the others)."""
-        place = np.arange(len(self))
-        old = place < counts[:, None]
-        shift = np.minimum(place + counts[:, None], max(0, len(self) - 1))
-        past = place + counts[:, None] >= len(self)
-
-        def moved(x: np.ndarray) -> np.ndarray:
-            index, gone = (shift, past) if x.ndim == 2 else (shift[:, None], past[:, None])
-            return np.where(gone, 0, np.take_along_axis(x, np.broadcast_to(index, x.shape), -1))
-
-        assert self.columns is None
-        first = replace(self, used=np.where(old[:, None], self.used, 0).astype(np.uint8)).narrowed()
-        rest = replace(self, table=moved(self.table), used=moved(self.used), first=moved(self.first)).narrowed()
-        return first, rest
-
     def selected(self, rows: np.ndarray) -> "Pages":
         """These rows, in this order; the same one may come more than once."""
         index = torch.from_numpy(rows)
