@@ -62,7 +62,7 @@ class Body:
     def __setstate__(self, own: dict[str, Any]) -> None:
         vars(self).update(own)
         for age in self.ages:
-            for run in age.pages.runs:
+            for run in age.kept.runs:
                 run.holders.add(self)
 
     @property
@@ -87,13 +87,13 @@ class Body:
 
     def __len__(self) -> int:
         """Pages of the longest lane of each age."""
-        return sum(len(age.pages) for age in self.ages)
+        return sum(len(age.kept) for age in self.ages)
 
     def view(self, base: Pages | None = None) -> tuple[TierView, ...]:
         """What is there now, the oldest first: it stays as it is. base: of the layer that this one follows."""
         found = []
         for age in reversed(self.ages):
-            if age.tier.codecs is not None and len(age.pages):
+            if age.tier.codecs is not None and len(age.kept):
                 view = age.view
                 if view is None or view.base is not base:
                     view = TierView(age.tier.codecs, age.pages, base)
@@ -111,7 +111,7 @@ class Body:
 
     def hold(self, age: TierPages, pages: Pages, trim: bool = True) -> None:
         """Take pages in place of an age's own."""
-        for run in set(pages.runs).difference(age.pages.runs):
+        for run in set(pages.runs).difference(age.kept.runs):
             run.holders.add(self)
         age.pages = pages.trimmed(self) if trim else pages
 
@@ -178,7 +178,7 @@ class Body:
         other = Body([age.tier for age in self.ages], self.page, self.lanes, self.chooses)
         for own, age in zip(other.ages, self.ages, strict=True):
             own.kept = age.kept
-            for run in age.pages.runs:
+            for run in age.kept.runs:
                 run.holders.add(other)
         return other
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvshrink.shapes import Float, Int
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.lanes import Pages
+from kvshrink.store.pool import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +49,18 @@ class Ragged:
     def __reduce__(self) -> tuple[Callable[[Pages], "Ragged"], tuple[Pages]]:
         return Ragged.of, (self.pages,)
 
+    def __len__(self) -> int:
+        """Pages of the longest lane."""
+        return int(self.counts.max(initial=0))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return self.frame.runs
+
     @cached_property
     def even(self) -> bool:
         """Whether all lanes have as many pages."""
-        return bool((self.counts == self.counts.flat[0]).all())
+        return bool((self.counts == len(self)).all())
 
     @property
     def pages(self) -> Pages:
@@ -60,7 +69,7 @@ class Ragged:
 
     @cached_property
     def _in_place(self) -> Pages:
-        shape = (*self.counts.shape, int(self.counts.flat[0]))
+        shape = (*self.counts.shape, len(self))
         return replace(
             self.frame,
             table=self.table.reshape(shape),
@@ -71,8 +80,7 @@ class Ragged:
         )
 
     def _spread(self) -> Pages:
-        width = int(self.counts.max())
-        there = np.arange(width) < self.counts[..., None]
+        there = np.arange(len(self)) < self.counts[..., None]
         at = torch.from_numpy(there).to(self.columns.device)
         table, used = np.zeros(there.shape, np.int64), np.zeros(there.shape, np.uint8)
         table[there], used[there] = self.table, self.used
@@ -83,7 +91,7 @@ class Ragged:
             self.frame,
             table=table,
             used=used,
-            first=np.broadcast_to(np.int32(0), (len(there), width)),
+            first=np.broadcast_to(np.int32(0), (len(there), len(self))),
             columns=columns.flatten(2),
             importance=importance.flatten(2),
         )
