@@ -11,7 +11,8 @@ Read the tree in the order the data takes; each line may import only from the li
     methods/     one paper, one small file: lowrank/ quant/ evict/; _roles.py, _policy.py: the roles; artifact.py
     store/       where the bytes live: pages, token table, byte counts, files, logs
     kernels/     <op>/reference.py defines the op in plain torch
-    reference/   the bundled model; data/: bundled text and test cases; identity.py, shapes.py, called.py, errors.py
+    reference/   the bundled model; data/: bundled text and test cases; identity.py, shapes.py, called.py, errors.py,
+                 half_linear.py
 
     model, tokenizer = kvshrink.reference_model()
     artifact = kvshrink.fit(model, kvshrink.CSKV(keep=0.2, bits=4), text, tokenizer=tokenizer)

@@ -13,6 +13,8 @@ def reference_model(dtype: str | None = None):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from kvshrink.half_linear import in_float32_where_faster
+
     kind = torch.bfloat16 if dtype is None else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=kind).eval()
-    return model, AutoTokenizer.from_pretrained(FOLDER)
+    return in_float32_where_faster(model), AutoTokenizer.from_pretrained(FOLDER)
