@@ -4,8 +4,9 @@
     python bench/versions.py ../before                        # writes bench/results/versions.json
 
 Each version runs in a process of its own, with its own bench/decode.py's methods and its own contender; only one works
-at a time. A turn is 32 steps, in one of which a page leaves the window. Ratios are of this version's time over the
-earlier one's: of the medians of all steps, and of whole turns (which have what happens once a page), the median turn.
+at a time. A turn is 32 steps, in one of which a page leaves the window, or --steps. Ratios are of this version's time
+over the earlier one's: of the medians of all steps, and of whole turns (which have what happens once a page), the
+median turn.
 """
 
 import argparse
@@ -47,7 +48,6 @@ with torch.inference_mode():
                 times.append(time.perf_counter() - start)
             print(json.dumps(times), flush=True)
 """
-STEPS = 32
 
 
 class Version:
@@ -72,15 +72,15 @@ class Version:
         return json.loads(line)
 
 
-def compare(now: Version, before: Version, name: str, tokens: int, turns: int) -> dict:
+def compare(now: Version, before: Version, name: str, tokens: int, turns: int, steps: int) -> dict:
     for version in (now, before):
         version.ask(name=name, tokens=tokens)
-        version.ask(steps=STEPS)
+        version.ask(steps=steps)
     times: dict[str, list[list[float]]] = {"now": [], "before": []}
     for turn in range(turns):
         order = [("now", now), ("before", before)]
         for key, version in order if turn % 2 else order[::-1]:
-            times[key].append(version.ask(steps=STEPS))
+            times[key].append(version.ask(steps=steps))
     step = {key: statistics.median(x for turn in found for x in turn) for key, found in times.items()}
     turn_of = {key: statistics.median(sum(turn) for turn in found) for key, found in times.items()}
     row = {"tokens": tokens, "method": name, "step": step["now"] / step["before"]}
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="a checkout of the earlier version")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="*", help="default: all of bench/decode.py")
     parser.add_argument("--out", type=Path, default=Path("bench/results/versions.json"))
@@ -105,7 +106,7 @@ def main() -> None:
             rows.append(
                 {
                     k: round(x, 4) if isinstance(x, float) else x
-                    for k, x in compare(now, before, name, tokens, args.turns).items()
+                    for k, x in compare(now, before, name, tokens, args.turns, args.steps).items()
                 }
             )
             print(rows[-1], flush=True)
@@ -114,6 +115,7 @@ def main() -> None:
     record = {
         "what": "time of a decode step of one layer over that of the earlier version",
         "command": "python bench/versions.py BEFORE " + " ".join(sys.argv[2:]),
+        "threads": args.threads,
         "before": commit.stdout.strip(),
         "setting": setting(torch.device("cpu")),
         "rows": rows,

@@ -35,7 +35,11 @@ except ImportError:
     from kvshrink.eval.fitting import fitted
     from kvshrink.eval.measure import held_out
     from kvshrink.eval.teacher import follow
+sys.path.append(sys.argv[2])  # half_linear, which the earlier version may not have
+from half_linear import in_float32_where_faster
+sys.path.pop()
 model, tokenizer = reference_model()
+in_float32_where_faster(model)
 found = {
     "spectral at 6.25 %": at_byte_ratio(Spectral(), 0.0625, model, 4096).method,
     "cskv int4 at 12.5 %": at_byte_ratio(CSKV(bits=4), 0.125, model, 4096).method,
@@ -49,7 +53,7 @@ texts = calibration.default_text()
 entries = fitted([Entry(label, method) for label, method in found.items()], model, tokenizer, texts)
 rows = {e.label: [] for e in entries}
 for ids in held_out(tokenizer, 4096, 4, 0):
-    for label, track in follow(model, {e.label: e.method for e in entries}, ids, len(ids) - 128, 32).items():
+    for label, track in follow(model, {e.label: e.method for e in entries}, ids, ids.shape[-1] - 128, 32).items():
         rows[label].append((float(np.mean(track.kl)), float(getattr(track, "byte_ratio", None) or track.kept)))
 print(json.dumps({label: np.mean(found, 0).tolist() for label, found in rows.items()}))
 """
@@ -61,9 +65,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/versions_accuracy.json"))
     args = parser.parse_args()
     roots = {"now": Path(__file__).resolve().parents[1], "before": args.before.resolve()}
-    command = [sys.executable, "-c", WORKER]
+    package = str(roots["now"] / "src" / "kvshrink")
     running = {
-        k: subprocess.Popen([*command, str(root)], stdout=subprocess.PIPE, text=True) for k, root in roots.items()
+        key: subprocess.Popen([sys.executable, "-c", WORKER, str(root), package], stdout=subprocess.PIPE, text=True)
+        for key, root in roots.items()
     }
     found = {key: json.loads(process.communicate()[0].splitlines()[-1]) for key, process in running.items()}
     rows = [

@@ -251,7 +251,7 @@ def test_usage_errors_exit_with_2(run):
     assert run("fit")[0] == 2
 
 
-@pytest.mark.parametrize("codec", CODECS[::4])  # each one: tests/methods/test_cskv_codecs.py
+@pytest.mark.parametrize("codec", CODECS[::8])  # each one: tests/methods/test_cskv_codecs.py
 def test_cskv_with_each_codec_runs_from_the_command_line(run, text, codec):
     """Fitted, saved, loaded, decoded over: in fewer bytes than the model's dtype would take, and not in silence."""
     spec = f"cskv:keep=0.5,window=16,codec={codec}"

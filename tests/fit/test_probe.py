@@ -110,6 +110,20 @@ def test_kl_is_that_of_the_real_cache(model, rows, probe):
     assert got > 1e-4
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_below_the_codecs_are_not_run_again(model, probe, monkeypatch, layer):
+    """What they gave once is taken instead, and the KL is the same to the last bit."""
+    pair, ran = RTN(bits=2).codecs(LayerShape(2, 16, torch.float32), {}), []
+    hooks = [m.self_attn.register_forward_hook(lambda m, *_: ran.append(m.layer_idx)) for m in model.model.layers]
+    got = probe.kl({layer: pair})
+    assert ran == list(range(layer, 2)) * ROWS
+    monkeypatch.setattr(probe, "outputs", [None] * ROWS)
+    assert probe.kl({layer: pair}) == got > 0
+    assert not any("forward" in m.__dict__ for m in model.model.layers), "the model is as it was"
+    for hook in hooks:
+        hook.remove()
+
+
 def test_sinks_and_window_stay_exact(model, rows):
     """A window as long as the context leaves nothing to lose."""
     probe = Recall(model, layers_of(model), rows, RTN(bits=None, window=8), progress=False)

@@ -19,16 +19,19 @@ from kvshrink.errors import KVShrinkError, SettingError
 from kvshrink.eval.run.catalogue import check_context
 from kvshrink.eval.run.entries import parse_all
 from kvshrink.fit.job import default_length
+from kvshrink.half_linear import in_float32_where_faster
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
-from kvshrink.reference import FOLDER
+from kvshrink.reference import FOLDER, smollm2
 from kvshrink.store.reason import line
 
 MANY = 2**31 - 1  # tokens, rows or steps: more is a slip of the hand
 MOST_CASES = 10_000  # samples or texts; all of them are held at once
 MOST_ROWS = 1024  # sequences in a forward
 
-ModelOption = Annotated[str, typer.Option("--model", help="A folder, a hub id, or 'reference' (bundled).")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A folder, a hub id, 'reference' (bundled) or 'smollm2' (a package).")
+]
 KeepOption = Annotated[float | None, typer.Option(help="Share of channels (rank over KV width).")]
 BitsOption = Annotated[int | None, typer.Option(help="Bits of a stored number; default: the model's own dtype.")]
 TextOption = Annotated[
@@ -70,9 +73,13 @@ def model_name(name: str) -> str:
     """What transformers is to load. Raises KVShrinkError on a path where no model can be."""
     if name == "reference":
         return str(FOLDER)
+    if name == "smollm2" and not Path(name).is_dir():
+        return str(smollm2.folder())
     a_path = name.startswith((".", "~", os.sep))
     if not name.strip() or Path(name).is_file() or (a_path and not Path(name).is_dir()):
-        raise KVShrinkError(f"cannot load model {name!r}: no folder. Give a folder, a hub id or 'reference'.")
+        raise KVShrinkError(
+            f"cannot load model {name!r}: no folder. Give a folder, a hub id, 'reference' or 'smollm2'."
+        )
     return name
 
 
@@ -89,7 +96,7 @@ def load(name: str) -> tuple[Any, Any]:
             loaded: Any = AutoModelForCausalLM.from_pretrained(where, **told)
             model, found = loaded
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            model = in_float32_where_faster(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # files of any content come in here, and transformers raises what it meets
         raise KVShrinkError(f"cannot load model {name!r}: {type(error).__name__}: {line(error)}.") from error
     if wrong := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):

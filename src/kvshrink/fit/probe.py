@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -22,6 +22,7 @@ from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
+from kvshrink.fit.replay import Outputs, recorded, replayed, stands_alone
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
@@ -47,8 +48,13 @@ class Reader:
         self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def predict(self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"]) -> Float[Tensor, "s v"]:
-        """Log-probabilities after each token of the tail, the cache read through the codecs."""
+    def predict(
+        self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"], known: Outputs | None = None
+    ) -> Float[Tensor, "s v"]:
+        """Log-probabilities after each token of the tail, the cache read through the codecs.
+
+        known: what the layers gave for the tail where all are exact; those below the first codec are then not run.
+        """
         cache: Any = DynamicCache(config=self.model.config)
         for i, layer in enumerate(exact.layers):
             keys, values = self._lossy(i, *held_by(layer), *codecs.get(i, (None, None)))
@@ -56,11 +62,17 @@ class Reader:
             if hasattr(layer, "cumulative_length"):  # a sliding layer holds its last tokens alone
                 cache.layers[i].cumulative_length = layer.cumulative_length
         found, before = [], cache.get_seq_length()
-        for part in tail.split(self.chunk or tail.shape[1], 1):
-            self._slide(cache, codecs, before)
-            before = cache.get_seq_length()
-            found.append(self.model(input_ids=part, past_key_values=cache).logits[0].float().log_softmax(-1))
+        with replayed(self.layers[: min(codecs, default=0)] if known else [], known or []):
+            for part in tail.split(self.chunk or tail.shape[1], 1):
+                self._slide(cache, codecs, before)
+                before = cache.get_seq_length()
+                found.append(self.model(input_ids=part, past_key_values=cache).logits[0].float().log_softmax(-1))
         return torch.cat(found)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All decoder layers, the first one first."""
+        return list(self.model.get_decoder().layers)
 
     def _lossy(
         self, index: int, keys: Tensor, values: Tensor, key_codec: Codec | None, value_codec: Codec | None
@@ -99,7 +111,8 @@ class Reader:
 class Recall(Probe):
     """`ROWS` rows through the model, prefilled once. chunk: as a Reader's.
 
-    Holds their caches and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary.
+    Holds their caches, what each layer gives for the repetitions, and, in float32, what the exact model predicts:
+    ROWS x a quarter of LENGTH x the vocabulary.
     """
 
     @torch.no_grad()
@@ -117,10 +130,14 @@ class Recall(Probe):
         self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
+        self.outputs: list[Outputs | None] = []
+        replays = chunk is None and stands_alone(model)
         for row in self.made[:, None]:
             self.caches.append(self.reader.prefill(row[:, : -self.tail]))
             self.tails.append(row[:, -self.tail :])
-            self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
+            with recorded(self.reader.layers if replays else []) as outputs:
+                self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
+            self.outputs.append(outputs or None)
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
 
@@ -135,8 +152,8 @@ class Recall(Probe):
     @torch.no_grad()
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
         total = 0.0
-        for cache, tail, wanted in zip(self.caches, self.tails, self.wanted, strict=True):
-            found = self.reader.predict(cache, codecs, tail)
+        for cache, tail, wanted, outputs in zip(self.caches, self.tails, self.wanted, self.outputs, strict=True):
+            found = self.reader.predict(cache, codecs, tail, outputs)
             total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
         self.bar.update()
         if not math.isfinite(total):
