@@ -2,11 +2,12 @@
 
     git worktree add ../before COMMIT
     python bench/versions.py ../before                        # writes bench/results/versions.json
+    python bench/versions.py ../before --generate --tokens 1024 --out bench/results/versions_generate.json
 
 Each version runs in a process of its own, with its own bench/decode.py's methods and its own contender; only one works
 at a time. A turn is 32 steps, in one of which a page leaves the window, or --steps. Ratios are of this version's time
 over the earlier one's: of the medians of all steps, and of whole turns (which have what happens once a page), the
-median turn.
+median turn. With --generate a step is a new token of bench/generate.py's model of four layers.
 """
 
 import argparse
@@ -35,7 +36,16 @@ print(json.dumps(sorted(decode.METHODS)), flush=True)
 with torch.inference_mode():
     for line in sys.stdin:
         job = json.loads(line)
-        if "name" in job:
+        if "name" in job and job["generate"]:
+            import generate as g
+            plain, model = (g.random_model(torch.bfloat16, torch.device("cpu")) for _ in range(2))
+            attachment = g.attach(model)
+            cache = g.make_cache(model, g.artifact(model, decode.METHODS[job["name"]]))
+            g.fill(cache, g.dense(plain, job["tokens"]), attachment)
+            side = (getattr(g, "Contender", None) or g.Side)(model, cache, job["tokens"])
+            state["step"] = lambda: side.seconds(1)
+            print("{}", flush=True)
+        elif "name" in job:
             layer = Layer("llama-3.1-8b", job["tokens"], 1, torch.bfloat16, torch.device("cpu"))
             state["step"] = made.shrunken(layer, job["name"], decode.METHODS[job["name"]]).step
             state["step"]()
@@ -44,8 +54,8 @@ with torch.inference_mode():
             times = []
             for _ in range(job["steps"]):
                 start = time.perf_counter()
-                state["step"]()
-                times.append(time.perf_counter() - start)
+                own = state["step"]()  # in generate, without what generate does before the first token
+                times.append(own if isinstance(own, float) else time.perf_counter() - start)
             print(json.dumps(times), flush=True)
 """
 
@@ -72,9 +82,9 @@ class Version:
         return json.loads(line)
 
 
-def compare(now: Version, before: Version, name: str, tokens: int, turns: int, steps: int) -> dict:
+def compare(now: Version, before: Version, name: str, tokens: int, turns: int, steps: int, generate: bool) -> dict:
     for version in (now, before):
-        version.ask(name=name, tokens=tokens)
+        version.ask(name=name, tokens=tokens, generate=generate)
         version.ask(steps=steps)
     times: dict[str, list[list[float]]] = {"now": [], "before": []}
     for turn in range(turns):
@@ -93,6 +103,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--generate", action="store_true", help="steps of generate, not of one layer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="*", help="default: all of bench/decode.py")
     parser.add_argument("--out", type=Path, default=Path("bench/results/versions.json"))
@@ -106,14 +117,14 @@ def main() -> None:
             rows.append(
                 {
                     k: round(x, 4) if isinstance(x, float) else x
-                    for k, x in compare(now, before, name, tokens, args.turns, args.steps).items()
+                    for k, x in compare(now, before, name, tokens, args.turns, args.steps, args.generate).items()
                 }
             )
             print(rows[-1], flush=True)
     import torch
 
     record = {
-        "what": "time of a decode step of one layer over that of the earlier version",
+        "what": "time of a decode step over that of the earlier version",
         "command": "python bench/versions.py BEFORE " + " ".join(sys.argv[2:]),
         "threads": args.threads,
         "before": commit.stdout.strip(),

@@ -79,10 +79,15 @@ class Affine(Packing, MovesSlots):
             codes = unpack(stored["codes"], 3).unflatten(-1, (self.page, self.width))[row, page, :, slot]
         else:
             lanes = self._lanes(stored)
-            shift = (slot // lanes.shape[3] * self.bits).to(torch.uint8)[:, :, None, None]
-            codes = (lanes[row, page, :, slot % lanes.shape[3]] >> shift) & (2**self.bits - 1)
+            places = lanes.shape[3]
+            shift = (slot // places * self.bits).to(torch.uint8)[:, :, None, None]
+            if self.groups == 1:
+                found = _whole(lanes.flatten(1, 3), row, page * places + slot % places)[:, :, None]
+            else:
+                found = lanes[row, page, :, slot % places]
+            codes = (found >> shift) & (2**self.bits - 1)
         if self.axis == "channel":
-            rows = dequantize(codes, stored["scale"][row, page], stored["low"][row, page])
+            rows = dequantize(codes, _whole(stored["scale"], row, page), _whole(stored["low"], row, page))
         else:
             scale, low = (self.grouping.spread(stored[name][row, page, :, slot]) for name in ("scale", "low"))
             rows = dequantize(codes, scale, low)
@@ -119,6 +124,12 @@ def _read(stored: Stored) -> Stored:
     if stored["scale"].dtype != torch.uint8:
         return stored
     return {**stored, **{name: stored[name].view(torch.float8_e4m3fn).float() for name in ("scale", "low")}}
+
+
+def _whole(t: Tensor, row: Tensor, at: Int[Tensor, "b k"]) -> Tensor:
+    """t[row, at] [b, k, ...]: copies of whole rows, where torch's index goes number by number."""
+    b, n = t.shape[:2]
+    return t.flatten(0, 1).index_select(0, (row * n + at).flatten()).unflatten(0, (b, -1))
 
 
 def _places(tokens: Int[Tensor, "b k"], page: int) -> tuple[Tensor, Tensor, Tensor]:
