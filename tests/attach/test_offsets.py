@@ -1,11 +1,13 @@
-"""Keys with a large constant part: a method that loses what varies in them says so, once; others say nothing."""
+"""Keys with a large constant part: it is kept apart where a method would lose by it, or the method says so, once."""
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvshrink
 from kvshrink import CSKV, RTN, methods
+from kvshrink.cache.attend import stored_keys
+from kvshrink.methods._roles import Method
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -23,33 +25,99 @@ def biased(size: float) -> Qwen2ForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", ["turboquant", "saw_int4", "rotatekv"])
-def test_a_method_that_loses_it_says_so_once(name):
-    model, method = biased(400), methods.build(name, {"bits": 4})
+def made(model, name: str, **settings):
+    method = methods.build(name, settings)
     if method.needs_fit:
         method = kvshrink.fit(model, method, torch.randint(3, 97, (4, 256)), progress=False)
-    with pytest.warns(UserWarning, match=f"key biases of 2 layers .layer 0 first. are so large that {name}"):
+    return method
+
+
+def error(model, method) -> float:
+    """Of the first layer's keys as attention reads them, over all but the exact tokens; to those at bias 0."""
+    ids = torch.randint(3, 97, (2, 200), generator=torch.Generator().manual_seed(1))
+    cache, exact = kvshrink.make_cache(model, method), DynamicCache()
+    model(ids, past_key_values=cache)
+    model(ids, past_key_values=exact)
+    model.set_attn_implementation("sdpa")  # the next step's keys are then at full width
+    kept, layer = {}, cache.layers[0]
+    inner = layer.update
+
+    def update(*args, **kwargs):
+        kept["keys"], values = inner(*args, **kwargs)
+        return kept["keys"], values
+
+    layer.update = update
+    model(ids[:, :1], past_key_values=cache)
+    model.set_attn_implementation("kvshrink")
+    return float((kept["keys"][:, :, 4:160] - exact.layers[0].keys[:, :, 4:160]).norm())
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("name", ["turboquant", "saw_int4", "rtn", "kivi", "rotatekv", "oscar"])
+def test_keys_are_as_exact_beside_a_large_constant_as_without(name, bits):
+    more = {"window": 32, "sinks": 4} if name == "oscar" else {}
+    plain, large = (biased(size) for size in (0, 400))
+    assert error(large, made(large, name, bits=bits, **more)) <= 1.1 * error(
+        plain, made(plain, name, bits=bits, **more)
+    )
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv"])
+def test_tokens_of_single_heads_are_turned_at_their_own_positions(name):
+    """With all tokens kept the cache is that of plain codes; with some, each head has other ones."""
+    model, ids = biased(400), torch.randint(3, 97, (2, 230), generator=torch.Generator().manual_seed(2))
+    found = []
+    for cache in (DynamicCache(), kvshrink.make_cache(model, made(model, name, ratio=0.5, bits=8))):
+        model(ids[:, :200], past_key_values=cache)
+        found.append(cache)
+    layer = found[1].layers[0]
+    assert layer.codecs[0].site == "k_pre"
+    exact, columns = found[0].layers[0].keys, layer.pages.columns
+    rope = kvshrink.attach(model).layers[0].rope
+    keys = torch.cat([k for k, _ in list(stored_keys(layer.snapshot(rope)))[1:]], 2)
+    live = columns >= 0
+    wanted = exact.gather(2, columns.clamp_min(0).long()[..., None].expand(-1, -1, -1, 64))
+    assert (columns[:, 0] != columns[:, 1]).any(), "the heads keep different tokens"
+    error = (keys - wanted)[live].norm() / exact.sub(exact.mean(2, keepdim=True)).norm()
+    assert error < 0.05
+
+
+def test_the_fused_kernel_reads_such_keys():
+    model = biased(400)
+    cache = kvshrink.make_cache(model, made(model, "turboquant", bits=4))
+    model(torch.randint(3, 97, (1, 200)), past_key_values=cache)
+    assert str(cache.layers[0].body.view(None)[0].kernel) == "yes"
+
+
+def test_a_method_without_such_a_form_says_so_once(monkeypatch):
+    model, method = biased(400), methods.build("turboquant", {"bits": 4})
+    monkeypatch.setattr(type(method), "without_constant", Method.without_constant)
+    with pytest.warns(UserWarning, match=r"key biases of 2 layers .layer 0 first. are so large that turboquant"):
         kvshrink.make_cache(model, method)
-    kvshrink.make_cache(model, method)  # a warning is an error in tests
+    cache = kvshrink.make_cache(model, method)  # a warning is an error in tests
+    assert torch.isfinite(model(torch.randint(3, 97, (1, 90)), past_key_values=cache).logits).all()
 
 
 @pytest.mark.parametrize(
     "method", [RTN(bits=4), methods.build("kivi", {}), methods.build("kvquant", {}), CSKV(keep=0.5)]
 )
-def test_one_that_does_not_says_nothing(method):
+def test_one_that_scales_each_channel_is_as_it_was(method):
     model = biased(400)
     if method.needs_fit:
         method = kvshrink.fit(model, method, torch.randint(3, 97, (4, 256)), progress=False)
-    kvshrink.make_cache(model, method)
+    kvshrink.make_cache(model, method)  # a warning is an error in tests
 
 
 def test_small_biases_are_no_matter():
-    kvshrink.make_cache(biased(5), methods.build("turboquant", {"bits": 4}))
+    cache = kvshrink.make_cache(biased(1), methods.build("turboquant", {"bits": 4}))
+    assert cache.layers[0].codecs[0].site == "k_post"
 
 
-def test_a_warning_that_is_an_error_leaves_the_model_usable():
-    model, method = biased(400), methods.build("turboquant", {"bits": 4})
-    with pytest.raises(UserWarning):  # as pytest's settings make of it
-        kvshrink.make_cache(model, method)
-    cache = kvshrink.make_cache(model, method)
-    assert torch.isfinite(model(torch.randint(3, 97, (1, 90)), past_key_values=cache).logits).all()
+def test_a_saved_cache_is_read_by_another_one(tmp_path):
+    model, ids = biased(400), torch.randint(3, 97, (1, 200))
+    cache = kvshrink.make_cache(model, methods.build("turboquant", {"bits": 2}))
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "c")
+    again = kvshrink.make_cache(model, methods.build("turboquant", {"bits": 2}))
+    again.load(tmp_path / "c")
+    assert model(ids[:, :3], past_key_values=again).logits.equal(model(ids[:, :3], past_key_values=cache).logits)

@@ -10,7 +10,7 @@ from kvshrink.attach.families import key_value_weights, shape_of, text_config
 from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
-from kvshrink.attach.offsets import warn_of_offsets
+from kvshrink.attach.offsets import with_constants_apart
 from kvshrink.attach.owner import owner_of
 from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache
@@ -40,7 +40,8 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     model: a transformers model, or a pipeline or wrapper of one (PEFT, torch.compile).
     method: a method, or a fitted artifact.
     watch: let `report()` say how far the sequence is from the calibration text; costs a projection of every token.
-    Warns, once for a method, of key biases so large that it loses what varies in the keys (Qwen2).
+    Key biases so large that the method would lose by them (Qwen2) are kept apart from what is stored; where it cannot
+    and loses most of what varies in the keys, it warns, once.
     Raises SettingError for a method that must be fitted first, ArtifactError for another model's artifact.
     """
     if not isinstance(method, Method | Artifact):
@@ -54,7 +55,9 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     _check(artifact, attachment, identity)
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
+    fitted_by = digest_of(artifact)
     ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
+    ladders = with_constants_apart(attachment, artifact, fitted_by, ladders)
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
             sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
@@ -66,8 +69,6 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
             base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if delta else None
             layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
     device = key_value_weights(attachment.layers[0].module)[0].device
-    fitted_by = digest_of(artifact)
-    warn_of_offsets(attachment, artifact, fitted_by, ladders)
     owner = owner_of(decoder_of(model), identity)
     return KVCache(layers, artifact.method, table, attachment.name, fitted_by, device, owner)
 

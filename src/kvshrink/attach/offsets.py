@@ -1,4 +1,4 @@
-"""Keys with a large constant part, as the key biases of Qwen2 give them: told of where a codec loses what varies in it.
+"""Keys with a large constant part, as the key biases of Qwen2 give them: kept apart where a codec loses by it, or told.
 
 A codec that scales whole tokens, or rotates their channels into one another, has steps as wide as the constant. One
 that scales each channel by itself, or that takes a fitted mean away, has not. Which it is is tried, on a page or two.
@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvshrink.attach.families import LayerInfo, key_value_biases, key_value_weights
+from kvshrink.attach.families import LayerInfo, key_value_biases, key_value_weights, shape_of
+from kvshrink.attach.fitted import moved
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache.lossy import round_trip
 from kvshrink.methods import name_of
@@ -19,51 +20,66 @@ from kvshrink.methods._roles import Codec
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import Artifact
 
-LARGE = 8  # a bias to what varies, below which nothing is tried
+LARGE = 1  # a bias to what varies, below which nothing is tried
+MORE = 1.05  # error with the constant to the error without it, above which the constant is kept apart
 LOST = 0.5  # error to what varies, above which it is told
-TRIED: "WeakKeyDictionary[Attachment, set[str]]" = WeakKeyDictionary()
+Ladder = tuple[Tier, ...]
+TRIED: "WeakKeyDictionary[Attachment, dict[str, dict[int, Ladder]]]" = WeakKeyDictionary()
 
 
-def warn_of_offsets(
-    attachment: Attachment, artifact: Artifact, name: str, ladders: Mapping[int, tuple[Tier, ...]]
-) -> None:
-    """Warn once if keys of some layers lose most of what varies in them. name: a digest of the method."""
-    tried = TRIED.setdefault(attachment, set())
-    if name in tried:
-        return
-    tried.add(name)
-    lost = [
-        i
-        for i, tiers in ladders.items()
-        if tiers[0].codecs is not None
-        and not artifact.method.stores_delta(artifact.layers.get(i, {}))
-        and _loses(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
-    ]
-    if lost:
-        warnings.warn(
-            f"the key biases of {len(lost)} layers (layer {lost[0]} first) are so large that "
-            f"{name_of(artifact.method)} as it is set loses most of what varies in their keys. Take one that scales "
-            "each channel by itself (kivi, kvquant, rtn) or that fits a mean (cskv, spectral), or see "
-            "`kvshrink eval perplexity`.",
-            stacklevel=4,  # the call of make_cache, below what own_modes wraps around it
-        )
+def with_constants_apart(
+    attachment: Attachment, artifact: Artifact, name: str, ladders: Mapping[int, Ladder]
+) -> dict[int, Ladder]:
+    """The ladders, with the constant part of keys kept apart where it costs accuracy and the method can.
+
+    name: a digest of the method. Warns once if keys of some layers lose most of what varies in them.
+    """
+    tried = TRIED.setdefault(attachment, {})
+    if name not in tried:
+        tried[name] = {}  # a warning may be an error, and is not told again
+        lost = []
+        for i, tiers in ladders.items():
+            if tiers[0].codecs is None or artifact.method.stores_delta(artifact.layers.get(i, {})):
+                continue
+            error, without, constant = _errors(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
+            if constant is None or error <= MORE * without:
+                continue
+            fitted = artifact.method.without_constant(artifact.layers.get(i, {}), constant)
+            if fitted is not None:
+                found = artifact.method.tiers(shape_of(attachment.layers[i].module), fitted)
+                tried[name][i] = tuple(moved(tier, constant.device) for tier in found)
+            elif error > max(LOST, 2 * without):
+                lost.append(i)
+        if lost:
+            _warn(name_of(artifact.method), lost)
+    return {**ladders, **tried[name]}
+
+
+def _warn(name: str, lost: list[int]) -> None:
+    warnings.warn(
+        f"the key biases of {len(lost)} layers (layer {lost[0]} first) are so large that {name} as it is set loses "
+        "most of what varies in their keys. Take a quantiser that learns nothing (turboquant, kivi, rtn), or what fits "
+        "a mean (cskv, spectral), or see `kvshrink eval perplexity`.",
+        stacklevel=5,  # the call of make_cache, below what own_modes wraps around it
+    )
 
 
 @torch.no_grad()
-def _loses(info: LayerInfo, codec: Codec, page: int) -> bool:
+def _errors(info: LayerInfo, codec: Codec, page: int) -> tuple[float, float, Tensor | None]:
+    """(error of keys with their bias, error without it, both to what varies; the bias [h, d], None if it is small)."""
     bias, weight = key_value_biases(info.module)[0], key_value_weights(info.module)[0]
     if bias is None or codec.joint or not weight.is_floating_point():
-        return False
+        return 0.0, 0.0, None
     # of inputs with a variance of one, as norms leave them
     spread = weight.detach().float().norm(dim=1).view(-1, info.module.head_dim)
-    constant = bias.float().view_as(spread)
+    constant = bias.detach().float().view_as(spread)
     if float(constant.abs().max()) < LARGE * float(spread.mean()):
-        return False
+        return 0.0, 0.0, None
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(1, len(spread), 2 * page, info.module.head_dim, generator=draw, device="cpu").to(spread.device)
     varying = noise * spread[:, None]
-    error = _error(varying + constant[:, None], varying, info, codec, page)
-    return error > max(LOST, 2 * _error(varying, varying, info, codec, page))
+    errors = [_error(keys, varying, info, codec, page) for keys in (varying + constant[:, None], varying)]
+    return errors[0], errors[1], constant
 
 
 def _error(keys: Tensor, varying: Tensor, info: LayerInfo, codec: Codec, page: int) -> float:

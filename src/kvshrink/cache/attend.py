@@ -226,7 +226,7 @@ def _keys(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b 
     keys = codec.decode(block.part("k."), snapshot.shape.heads)
     if codec.site != "k_pre" or snapshot.rope is None:
         return keys
-    return snapshot.rope.apply(keys, snapshot.positions_of(snapshot.columns(block)))
+    return snapshot.turned(keys, snapshot.columns(block))
 
 
 def _block_tokens(snapshot: Snapshot) -> int:

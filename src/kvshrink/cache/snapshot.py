@@ -183,6 +183,17 @@ class Snapshot:
             return self.positions[:, columns]
         return self.positions.gather(1, columns[:, 0].clamp_min(0).long())
 
+    def turned(self, keys: Float[Tensor, "b h t d"], columns: slice | Int[Tensor, "b L t"]) -> Float[Tensor, "b h t d"]:
+        """Keys before RoPE as attention uses them, where these columns are."""
+        assert self.rope is not None
+        if isinstance(columns, slice) or columns.shape[1] == 1:
+            return self.rope.apply(keys, self.positions_of(columns))
+        lanes = columns.shape[1]  # whose tokens are not the same
+        own = self.positions[:, None].expand(-1, lanes, -1).gather(2, columns.clamp_min(0).long())
+        by_lane = self.rope.apply(keys.unflatten(1, (lanes, -1)).flatten(0, 1), own.flatten(0, 1))
+        found: Tensor = by_lane.unflatten(0, (-1, lanes)).flatten(1, 2)
+        return found
+
     def live(self, tier: TierView) -> tuple[Live, Bool[Tensor, "#b #L t"] | None]:
         """Which slots of a tier are read: as kernels count them off, and by slot where they cannot."""
         if tier.pages.columns is not None:  # chosen tokens, no pad or sink among them

@@ -4,9 +4,12 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import Budget, Scorer, Uniform
+from kvshrink.methods._quantiser import CONSTANT, beside_constant
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import one_of, require
 from kvshrink.methods._stats import LayerShape
@@ -50,8 +53,12 @@ class Evicting(Method):
         return shape.heads
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
-        own = self._packing(shape)
-        return HeadwiseCodec("k_post", own), HeadwiseCodec("v", own)
+        own, constant = self._packing(shape), fitted.get(CONSTANT)
+        keys = HeadwiseCodec("k_post", own) if constant is None else beside_constant(own, None, constant)
+        return keys, HeadwiseCodec("v", own)
+
+    def without_constant(self, fitted: Fitted, constant: Tensor) -> Fitted | None:
+        return {**fitted, CONSTANT: constant}
 
     def _packing(self, shape: LayerShape) -> Packing:
         return packing(shape.heads, shape.head_dim, self.page, self.bits, "token", 64, shape.dtype)

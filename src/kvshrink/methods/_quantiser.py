@@ -83,6 +83,13 @@ class Transform(NamedTuple):
         return Transform(self.down @ other.down, other.up @ self.up, mean)
 
 
+def beside_constant(stored: Packing, transform: Transform | None, constant: Float[Tensor, "h d"]) -> BasisCodec:
+    """Keys before RoPE less their constant part, so that a step of the codes has the size of what varies."""
+    if transform is None:
+        transform = Transform.rotation(torch.eye(constant.shape[1], device=constant.device).repeat(len(constant), 1, 1))
+    return BasisCodec("k_pre", transform.down, transform.up, transform.mean + constant.view_as(transform.mean), stored)
+
+
 @dataclass(frozen=True, eq=False)
 class SideStats:
     """What a quantiser may learn for keys, or for values.
@@ -153,6 +160,7 @@ class SideStats:
         return SideStats(latent, up @ joint @ up.transpose(1, 2), self.energy.unflatten(1, (groups, -1)).sum(2), None)
 
 
+CONSTANT = "key_constant"  # [h, d] in what is fitted: a part of all keys before RoPE that is not stored with them
 Ladder = tuple[tuple[Packing | None, int | None], ...]  # (packing or None: dropped, tokens at most or None) by age
 
 
@@ -237,9 +245,18 @@ class Quantiser(Method):
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         if not self.needs_fit:
             return {}
-        space = self._space(stats.shape)
-        found = {kv: self.learn(kv, SideStats.of(stats, kv, self.site), space) for kv in KVS}
-        return {f"{kv}_{k}": t.contiguous() for kv in KVS for k, t in found[kv].items()}
+        space, constant = self._space(stats.shape), stats.large_constant()
+        if constant is None:
+            sides = {kv: SideStats.of(stats, kv, self.site) for kv in KVS}
+        else:
+            sides = {kv: SideStats.of(stats.less(constant), kv, "k_pre") for kv in KVS}
+        found = {kv: self.learn(kv, sides[kv], space) for kv in KVS}
+        learnt = {f"{kv}_{k}": t.contiguous() for kv in KVS for k, t in found[kv].items()}
+        return learnt if constant is None else learnt | {CONSTANT: constant.float().contiguous()}
+
+    def without_constant(self, fitted: Fitted, constant: Tensor) -> Fitted | None:
+        own = type(self).codecs is Quantiser.codecs and not self.needs_fit  # a fit has seen the constant
+        return {**fitted, CONSTANT: constant} if own else None
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
@@ -262,6 +279,8 @@ class Quantiser(Method):
     def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> Codec:
         space, learnt = self._space(shape), prefixed(fitted, kv)
         stored, transform = self.packing(kv, space, learnt), self.transform(kv, space, learnt)
+        if kv == "key" and CONSTANT in fitted:
+            return beside_constant(stored, transform, fitted[CONSTANT])
         site = self.site if kv == "key" else "v"
         return HeadwiseCodec(site, stored) if transform is None else BasisCodec(site, *transform, stored)
 

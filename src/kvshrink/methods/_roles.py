@@ -82,6 +82,11 @@ class Method(metaclass=Settings):
         """Whether a layer is stored as what it adds to the compressed layer before it."""
         return False
 
+    def without_constant(self, fitted: Fitted, constant: Tensor) -> Fitted | None:
+        """What a layer's codecs are made of where a constant part [h, d] of its keys before RoPE is kept apart, and
+        only what varies is stored; None: the method has no such form."""
+        return None
+
     def apart(self, fitted: Fitted) -> str | None:
         """Why rows through a layer's codecs are not yet what a cache holds of them, or reads; None: they are.
 

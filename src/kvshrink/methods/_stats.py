@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from kvshrink.shapes import Float
 
 KV = Literal["key", "value"]
 KVS: tuple[KV, KV] = ("key", "value")
+LARGE = 8  # a constant part to what varies beside it: Qwen2's key biases are larger, other models' means are not
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ class CalibrationStats:
     sample: Sample | None = None
     key_bias: Tensor | None = None
     value_bias: Tensor | None = None
+
+    def large_constant(self) -> Float[Tensor, "h d"] | None:
+        """The mean of keys before RoPE, where some channel's is LARGE times what varies in an average one."""
+        spread = self.key.covariance.diagonal().clamp_min(0).sqrt().mean()
+        large = bool(self.key.mean.abs().max() >= LARGE * spread)
+        return self.key.mean.view(self.shape.heads, -1) if large else None
+
+    def less(self, constant: Float[Tensor, "h d"]) -> "CalibrationStats":
+        """The same of keys before RoPE without their constant part; those after RoPE stay as they are."""
+        moments = replace(self.key, mean=self.key.mean - constant.flatten())
+        sample = self.sample and replace(self.sample, keys_pre_rope=self.sample.keys_pre_rope - constant.float())
+        return replace(self, key=moments, sample=sample)
 
 
 class Probe(ABC):

@@ -129,7 +129,8 @@ def _read(stored: Stored) -> Stored:
 def _whole(t: Tensor, row: Tensor, at: Int[Tensor, "b k"]) -> Tensor:
     """t[row, at] [b, k, ...]: copies of whole rows, where torch's index goes number by number."""
     b, n = t.shape[:2]
-    return t.flatten(0, 1).index_select(0, (row * n + at).flatten()).unflatten(0, (b, -1))
+    found: Tensor = t.flatten(0, 1).index_select(0, (row * n + at).flatten()).unflatten(0, (b, -1))
+    return found
 
 
 def _places(tokens: Int[Tensor, "b k"], page: int) -> tuple[Tensor, Tensor, Tensor]:
