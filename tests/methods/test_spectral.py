@@ -284,3 +284,48 @@ def test_promise_before_the_fit_is_the_budget():
     assert most == 2 * 64 * group_bytes(16, 8, 32) * 8 / 32
     assert methods.build("spectral", {"budget": 0.1}) == Spectral(budget=0.1)
     assert mixed.GAIN_BYTES == 2
+
+
+# --- curves from a few measurements ---
+
+
+def test_a_cost_between_two_known_ones_is_a_power_of_the_error():
+    known = [(1.0, 8.0), (0.25, 0.5), (0.05, 0.01)]
+    assert [_bits.between(known, e) for e, _ in known] == pytest.approx([c for _, c in known])
+    assert _bits.between(known, 0.5) == pytest.approx(2.0)  # 8 e^2
+    assert _bits.between(known, 0.005) == pytest.approx(0.001)  # in proportion below the last
+    assert _bits.between(known, 0.0) == 0
+    # noise may raise a cost while the error falls: taken as flat
+    assert _bits.between([(1.0, 1.0), (0.25, 2.0)], 0.5) == pytest.approx(1.0)
+    assert _bits.between([(0.0, 3.0)], 0.0) == 0  # an operand without variance
+
+
+@pytest.mark.parametrize(("layers", "count"), [(2, 4), (16, 4), (17, 3), (30, 2), (100, 2)])
+def test_losses_are_measured_at_fewer_points_where_there_are_more_layers(layers, count):
+    """And the curve goes through them."""
+
+    class Counting(Probe):
+        asked = 0
+
+        def kl(self, codecs):
+            (pair,) = codecs.values()
+            self.asked += 1
+            return 1 / (1 + sum(c.page_bytes() for c in pair if c is not None))
+
+        def once(self, key, measure):
+            return measure()
+
+        def fisher(self):
+            raise AssertionError
+
+    shape, method = LayerShape(1, 64, torch.bfloat16), Spectral(budget=0.125)
+    up = torch.eye(64)[None]
+    variance = 1 / torch.arange(1, 65).float() ** 2
+    layer = {f"{kv}_{k}": t for kv in ("key", "value") for k, t in (("up", up), ("variance", variance))}
+    layer |= {f"{kv}_mean": torch.zeros(1, 64) for kv in ("key", "value")}
+    layer |= {f"{kv}_widths": torch.tensor([4, 2, 1, 1], dtype=torch.uint8) for kv in ("key", "value")}
+    probe = Counting()
+    found, _ = method.finish(dict.fromkeys(range(layers), layer), dict.fromkeys(range(layers), shape), probe)
+    assert probe.asked == 2 * layers * count
+    curve = dict(map(tuple, found[0]["key_curve"].tolist()))
+    assert sum(cost == pytest.approx(1 / (1 + size)) for size, cost in curve.items()) >= count

@@ -1,7 +1,5 @@
 """What a plan reports is what the method's cache does: which tokens it reads, and how they grow old."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,7 +38,7 @@ def small(dropout: float = 0.0) -> LlamaForCausalLM:
 def bench_of(net: LlamaForCausalLM) -> Bench:
     rows = torch.randint(3, 97, (5, 420), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "recall_rows", partial(probes.recall_rows, count=1))
+        patch.setattr(probes, "ROWS", 1)
         patch.setattr(benches, "WIDEST", RTN(window=32))
         bench = Bench(net, rows, CacheBudget.of(net, 1024), Log(None), progress=False)
         assert bench.cached.step == 32

@@ -21,7 +21,7 @@ from kvshrink.fit.data import rows_hash, rows_of
 from kvshrink.fit.distil import PredictionLoss
 from kvshrink.fit.given import ROW, check_given, check_ids, enough, in_memory, trains
 from kvshrink.fit.layerwise import LayerRunner
-from kvshrink.fit.outputs import OutputLoss
+from kvshrink.fit.outputs import OutputLoss, float32
 from kvshrink.fit.probe import Recall
 from kvshrink.fit.reconstruct import RowLoss
 from kvshrink.fit.resume import Checkpoint
@@ -202,7 +202,9 @@ class _Job:
             return None
         key = (method.window, method.sinks, method.page)
         if key not in self.recalls:
-            self.recalls[key] = Recall(self.source.model, self.infos, self.rows, method, self.progress)
+            # in bfloat16 the noise of predictions is as large as what one layer's codes cost
+            model = float32(self.source.model)
+            self.recalls[key] = Recall(model, layers_of(model), self.rows, method, self.progress)
         return self.recalls[key]
 
     def _layer(self, index: int, layer: nn.Module, runner: LayerRunner) -> list[tuple[dict[str, Tensor], dict]]:

@@ -28,6 +28,7 @@ from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
+DEEP = 16  # layers, from which on half of the rows must do: there are more losses to measure
 REPEATED = 4  # a quarter of a row is the repetition
 SEED = 0
 
@@ -109,7 +110,7 @@ class Reader:
 
 @final
 class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once. chunk: as a Reader's.
+    """`ROWS` rows through the model, prefilled once, or half of them. chunk: as a Reader's.
 
     Holds their caches, what each layer gives for the repetitions, and, in float32, what the exact model predicts:
     ROWS x a quarter of LENGTH x the vocabulary.
@@ -126,7 +127,8 @@ class Recall(Probe):
         chunk: int | None = None,
     ) -> None:
         self.reader = Reader(model, infos, method, chunk)
-        made = recall_rows(rows, row_length(model, rows), method)
+        count = ROWS if sum(info.compressed for info in infos) < DEEP else max(1, ROWS // 2)
+        made = recall_rows(rows, row_length(model, rows), method, count)
         self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []

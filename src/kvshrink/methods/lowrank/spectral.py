@@ -29,8 +29,11 @@ from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 
 GROUP = 16  # channels that share a width and a gain
-POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a loss is measured
-NOTHING = 1e-4  # nats of KL: less is the noise of bfloat16, and finer points are not measured
+POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a curve has a point
+# of a curve are measured: all lost, and the first point with no more expected error to the variance than each of these
+MEASURED = {2: (0.2,), 3: (0.3, 0.05), 4: (0.3, 0.1, 0.03)}
+LOSSES = 128  # measured in a fit, where two for each layer's keys and values are no more
+NOTHING = 1e-9  # nats; a KL of less is taken as this
 FLOOR = 1e-20  # a direction without variance has no scale of its own
 
 
@@ -107,7 +110,8 @@ class Spectral(Method):
         curves: dict[tuple[int, KV], _bits.Curve] = {}
         if self.allocation == "kl":
             assert probe is not None
-            curves = {(i, s): self._by_kl(layers[i], i, s, shapes[i], probe) for i, s in operands}
+            count = min(max(MEASURED), max(min(MEASURED), LOSSES // len(operands)))
+            curves = {(i, s): self._by_kl(layers[i], i, s, shapes[i], probe, count) for i, s in operands}
         elif self.allocation == "energy":
             curves = {(i, s): [p[::2] for p in self._points(layers[i], s)] for i, s in operands}
         given = _bits.share(curves, budget) if curves else {at: budget // len(operands) for at in operands}
@@ -160,24 +164,28 @@ class Spectral(Method):
         energies = energies_of(fitted, kv)
         return _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
 
-    def _by_kl(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe) -> _bits.Curve:
-        """KL of the model's predictions with this operand alone read through its codec.
+    def _by_kl(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, count: int) -> _bits.Curve:
+        """KL of the model's predictions with this operand alone read through its codec, at POINTS.
 
-        What is below the noise is not measured: from there on the KL falls as the expected squared error does.
+        `count` of them are measured; between two KL is taken to be a power of the expected squared error, below the
+        last one proportional to it.
         """
-        curve: list[tuple[int, float]] = []
-        quiet: float | None = None  # KL over expected error at the last point that was measured
-        for size, widths, error in self._points(fitted, kv):
-            if quiet is None:
-                codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
-                metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
-                key = (layer, kv, size, self.widths, self.rotate, metric)
-                pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
-                curve.append((size, probe.once(key, partial(probe.kl, {layer: pair}))))
-                quiet = curve[-1][1] / error if curve[-1][1] < NOTHING and error > 0 else None
-            else:
-                curve.append((size, quiet * error))
-        return curve
+        points = list(self._points(fitted, kv))
+        last = len(points) - 1
+        near = {next((n for n, (_, _, e) in enumerate(points) if e <= most), last) for most in MEASURED[count]}
+        known = [
+            (points[n][2], self._measured(fitted, layer, kv, shape, probe, *points[n][:2])) for n in sorted({0, *near})
+        ]
+        return [(size, _bits.between(known, error)) for size, _, error in points]
+
+    def _measured(
+        self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, size: int, widths: Tensor
+    ) -> float:
+        codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
+        metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
+        key = (layer, kv, size, self.widths, self.rotate, metric)
+        pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
+        return max(NOTHING, probe.once(key, partial(probe.kl, {layer: pair})))
 
     def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
