@@ -1,6 +1,7 @@
-"""Accuracy at equal memory: retrieval and held-out text, on the bundled reference model.
+"""Accuracy at equal memory: retrieval and held-out text, on the bundled reference model or a real one.
 
     python bench/equal_bytes.py --out docs/results/equal_bytes
+    python bench/equal_bytes.py --model smollm2 --lengths 2048 --out docs/results/smollm2
 
 Every byte counts (codes, scales, window, sinks, positions). The context is compressed before the question is seen.
 Each method's budget setting is the largest under a budget; one that cannot come within 5 % of it has its
@@ -17,10 +18,11 @@ import torch
 from plot_equal_bytes import draw
 from tqdm import tqdm
 
-from kvshrink import CSKV, RTN, Spectral, methods, reference_model
+from kvshrink import CSKV, RTN, Spectral, methods
 from kvshrink.attach.budget import at_byte_ratio
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
+from kvshrink.cli._common import load
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.catalogue import choices, gather
 from kvshrink.eval.run.entries import FULL, Entry
@@ -36,6 +38,7 @@ from kvshrink.store.log import Log, key_of
 BUDGETS = (0.2, 0.125, 0.0625, 0.04)
 DIVERGED = 8  # samples of each task whose KL is measured
 TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
+REAL_TASKS = ("needle", "needle_among", "ruler/niah_single_1", "ruler/niah_single_2[books]")  # what SmolLM2 can do
 SCORED = 128
 MAIN = "spectral"
 
@@ -60,14 +63,29 @@ def series(steps: int) -> dict[str, Any]:
     }
 
 
+def real_series() -> dict[str, Any]:
+    """What is compared on a real model, all of it in answers too."""
+    quantisers = {f"turboquant {b}": methods.build("turboquant", {"bits": b}) for b in (4, 3, 2)}
+    return {
+        MAIN: Spectral(),
+        "CSKV pca int4": CSKV(bits=4),
+        "int4": RTN(bits=4),
+        **quantisers,
+        "kvquant 2": methods.build("kvquant", {"bits": 2}),
+        "StreamingLLM": methods.build("streaming_llm", {}),
+        "spectral, energy": Spectral(allocation="energy"),
+        "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
+    }
+
+
 ANSWERED = 8  # series whose answers are compared
-FIXED = ("int4", "int3", "int2")  # stand at their own bytes
+FIXED = ("int4", "int3", "int2", "turboquant 4", "turboquant 3", "turboquant 2", "kvquant 2")  # at their own bytes
 
 
-def plan(model, length: int, steps: int, only: list[str]) -> list[Entry]:
+def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Entry]:
     """Every series (or those of `only`) at every budget, at this length."""
     out = []
-    for label, method in series(steps).items():
+    for label, method in named.items():
         if only and label not in only:
             continue
         if label in FIXED:
@@ -115,7 +133,9 @@ def beside(rows: list[dict], others: list[dict]) -> dict:
 def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log, bar) -> list[dict]:
     """A row per entry at this length."""
     identity = model_key(model)
-    samples, skipped = gather(choices(TASKS), [length], args.cases, args.seed, tokenizer, True)
+    samples, skipped = gather(
+        choices(args.tasks), [length], args.cases, args.seed, tokenizer, args.model == "reference"
+    )
     assert not skipped, skipped
     book = [(ids, length - SCORED) for ids in held_out(tokenizer, length, args.documents, args.seed)]
     asked = []
@@ -126,7 +146,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             asked.append((torch.tensor([context + question + answer]), len(context)))
     text = compared(model, entries, book, 32, log, identity)
     retrieval = compared(model, entries, asked, None, log, identity)
-    answered = [Entry(FULL, None, series=FULL), *[e for e in entries if e.series in list(series(1))[:ANSWERED]]]
+    answered = [Entry(FULL, None, series=FULL), *[e for e in entries if e.series in list(args.series)[:ANSWERED]]]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples:
         runner = Runner(model, tokenizer, answered, identity=identity)
@@ -150,7 +170,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             row |= {"answers": len(hits), "score": round(float(np.mean(hits)), 4), "low": low, "high": high}
             row["byte_ratio_answers"] = round(float(np.mean([o.byte_ratio for o in scores[e.label]])), 5)
             row["by_task"] = {
-                t: round(float(np.mean([o.score for o in scores[e.label] if o.task == t])), 3) for t in TASKS
+                t: round(float(np.mean([o.score for o in scores[e.label] if o.task == t])), 3) for t in args.tasks
             }
             row["hits"] = hits
             # a score above the full cache's is luck on a task that the model cannot do; agreement is not
@@ -181,6 +201,7 @@ def verdicts(rows: list[dict], lengths: list[int]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="reference", help="as the commands' --model")
     parser.add_argument("--out", type=Path, default=Path("docs/results/equal_bytes"))
     parser.add_argument("--work", type=Path, default=Path("equal_bytes"), help="answers and artifacts, to resume from")
     parser.add_argument("--lengths", default="4096", help="with commas between them")
@@ -192,9 +213,11 @@ def main() -> None:
     args = parser.parse_args()
     only = [name for name in args.only.split(",") if name]
     lengths = [int(n) for n in args.lengths.split(",")]
-    model, tokenizer = reference_model()
+    model, tokenizer = load(args.model)
+    small = args.model == "reference"
+    args.tasks, args.series = TASKS if small else REAL_TASKS, series(args.steps) if small else real_series()
     args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
-    plans = {length: plan(model, length, args.steps, only) for length in lengths}
+    plans = {length: plan(model, length, args.series, only) for length in lengths}
     flat = [e for length in lengths for e in plans[length]]
     ready = fitted(flat, model, tokenizer, calibration.texts(None), args.work / "artifacts")
     rows, each = [], len(flat) // len(lengths)
@@ -203,9 +226,9 @@ def main() -> None:
         with tqdm(desc=f"answers {length}", unit="answer") as bar:
             rows += measure(model, tokenizer, entries, length, args, log, bar)
     where = {
-        "model": "reference, bfloat16",
+        "model": f"{args.model}, bfloat16",
         "cases": args.cases,
-        "tasks": TASKS,
+        "tasks": args.tasks,
         "documents": args.documents,
         "diverged": DIVERGED,
     }
@@ -213,7 +236,7 @@ def main() -> None:
     where |= {
         "paper_steps": args.steps,
         "seed": args.seed,
-        "command": f"python bench/equal_bytes.py --lengths {args.lengths}{chosen}",
+        "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths}{chosen}",
     }
     found = {
         **where,
