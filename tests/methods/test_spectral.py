@@ -1,9 +1,12 @@
+import copy
 import dataclasses
 import itertools
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import kvshrink
 from kvshrink import methods
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels.normal.reference import expected_error
@@ -329,3 +332,36 @@ def test_losses_are_measured_at_fewer_points_where_there_are_more_layers(layers,
     assert probe.asked == 2 * layers * count
     curve = dict(map(tuple, found[0]["key_curve"].tolist()))
     assert sum(cost == pytest.approx(1 / (1 + size)) for size, cost in curve.items()) >= count
+
+
+# --- a basis for some heads ---
+
+
+@pytest.mark.parametrize("group_heads", [1, 2])
+def test_a_basis_for_some_heads_has_the_bytes_it_promises_and_reads_them_by_the_kernel(group_heads):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=97, num_attention_heads=4, head_dim=32,
+        num_key_value_heads=4, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(3, 97, (2, 300), generator=torch.Generator().manual_seed(1))
+    method = Spectral(budget=0.4, allocation="energy", group_heads=group_heads)
+    cache = kvshrink.make_cache(model, kvshrink.fit(model, method, ids, progress=False))
+    first = model(ids, past_key_values=cache).logits
+    assert cache.layers[0].codecs[0].up.shape[0] == 4 // group_heads
+    assert cache.layers[0].codecs[1].up.shape[0] == 1
+    held = cache.report().held
+    tokens, layers = 256, 2  # of each row, that have left the window
+    assert held.payload + held.metadata <= 0.4 * 2 * tokens * layers * cache.layers[0].shape.token_bytes
+    assert str(cache.layers[0].body.view(None)[0].kernel) == "yes"
+    step = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSHRINK_REFERENCE", "1")
+        assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits, step, atol=1e-4)
+    assert first.isfinite().all()
+
+
+def test_a_number_of_heads_that_does_not_divide_is_refused():
+    with pytest.raises(SettingError, match="group_heads=3 with 4 KV heads"):
+        Spectral(group_heads=3).bits_per_token(LayerShape(4, 16, torch.float32), {})

@@ -25,11 +25,15 @@ GAIN_BYTES = 2
 @final
 @dataclass(frozen=True)
 class Mixed(Packing):
-    """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more."""
+    """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more.
+
+    bases: how many groups of KV heads have latents of their own, all at these widths.
+    """
 
     sizes: tuple[int, ...]
     bits: tuple[int, ...]
     page: int
+    bases: int = 1
     metadata: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     @property
@@ -74,7 +78,8 @@ class Mixed(Packing):
         return load(self.packed(stored))
 
     def page_bytes(self) -> int:
-        return sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
+        own = sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
+        return self.bases * own
 
     def _spread(self, gain: Tensor) -> Tensor:
         """[.., groups] to [.., channels], float32."""

@@ -46,6 +46,8 @@ class Spectral(Method):
     widths:     widths that a group of 16 channels may have, beside 0.
     allocation: how bytes are shared between layers, keys and values: "kl" (measured on the whole model, which must
                 be in memory), "energy" (relative squared error, needs no model), "uniform" (the same for each).
+    group_heads: KV heads that share one key basis; None: all, the most accurate per byte. With fewer a step rebuilds
+                keys with less work: by as much as there are bases (docs/accuracy.md has what it costs).
     rotate:     Hadamard-rotate the channels of one width (folded into the basis): outliers are spread.
     key_metric, value_metric: as CSKV's.
     """
@@ -53,6 +55,7 @@ class Spectral(Method):
     budget: float = 0.0625
     widths: tuple[int, ...] = (1, 2, 3, 4, 8)
     allocation: Literal["kl", "energy", "uniform"] = "kl"
+    group_heads: int | None = None
     rotate: bool = True
     key_metric: Literal["plain", "query"] = "plain"
     value_metric: Literal["plain", "output"] = "plain"
@@ -66,6 +69,8 @@ class Spectral(Method):
         require(0 < self.budget <= 1, f"budget={self.budget}", "Use a share of bytes above 0, up to 1.")
         ok = bool(self.widths) and all(w in (1, 2, 3, 4, 8) for w in self.widths)
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
+        heads = self.group_heads
+        require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, or None for all.")
 
     @property
     def probes(self) -> bool:
@@ -78,7 +83,7 @@ class Spectral(Method):
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
         page = shape.token_bytes * self.page
-        least = group_bytes(group_sizes(shape.width)[0], min(self.widths), self.page) / page
+        least = self._least(shape) / page
         most = min(1.0, self._most(shape) / page)
         return [k / 10_000 for k in range(math.ceil(10_000 * least), int(10_000 * most) + 1)]
 
@@ -93,8 +98,10 @@ class Spectral(Method):
         metrics = metrics_of(self, stats)
         out: dict[str, Tensor] = {}
         for kv, moments, metric in zip(KVS, (stats.key, stats.value), metrics, strict=True):
-            variance, down, up = spectrum(moments.covariance, 1, stats.shape.width, metric)
-            out |= {f"{kv}_up": up, f"{kv}_variance": variance[0], f"{kv}_mean": moments.mean[None]}
+            bases = self.bases(kv, stats.shape)
+            variance, down, up = spectrum(moments.covariance, bases, stats.shape.width // bases, metric)
+            mean = moments.mean.unflatten(0, (bases, -1))
+            out |= {f"{kv}_up": up, f"{kv}_variance": variance.flatten(), f"{kv}_mean": mean}
             if metric is not None:
                 out[f"{kv}_down"] = down
         out = {k: t.float().contiguous() for k, t in out.items()}
@@ -118,10 +125,9 @@ class Spectral(Method):
         widths, left = {}, budget - sum(given.values())
         for i, kv in sorted(operands, key=lambda at: -given[at]):  # what one cannot use up, the next may
             widths[i, kv] = self._widths(layers[i], kv, given[i, kv] + left)
-            left += given[i, kv] - _bits.cost_of(widths[i, kv].tolist(), group_sizes(shapes[i].width), self.page)
+            left += given[i, kv] - self._cost(layers[i], kv, widths[i, kv])
         if not any(bool(w.any()) for w in widths.values()):
-            shape = next(iter(shapes.values()))
-            group = group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
+            group = self._least(next(iter(shapes.values())))
             least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
             raise SettingError(f"budget={self.budget} is less than one group of channels takes. Use {least:g} or more.")
         done = {}
@@ -141,20 +147,42 @@ class Spectral(Method):
         """Bytes of a layer's page, keys and values."""
         return int(min(self.budget * shape.token_bytes * self.page, self._most(shape)))
 
+    def bases(self, kv: str, shape: LayerShape) -> int:
+        """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
+        size = self.group_heads or shape.heads
+        require(
+            shape.heads % size == 0, f"group_heads={size} with {shape.heads} KV heads", "Use a divisor of the heads."
+        )
+        return shape.heads // size if kv == "key" else 1
+
     def _most(self, shape: LayerShape) -> int:
-        return 2 * sum(group_bytes(size, max(self.widths), self.page) for size in group_sizes(shape.width))
+        """Bytes of a layer's page at the largest width."""
+        widest, found = max(self.widths), 0
+        for bases in (self.bases(kv, shape) for kv in KVS):
+            found += bases * sum(group_bytes(size, widest, self.page) for size in group_sizes(shape.width // bases))
+        return found
+
+    def _least(self, shape: LayerShape) -> int:
+        """Bytes of a page of one group of channels."""
+        return group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
 
     def _widths(self, fitted: Fitted, kv: str, budget: int) -> Tensor:
-        sizes = group_sizes(len(fitted[f"{kv}_variance"]))
-        chosen = _bits.fill(energies_of(fitted, kv), sizes, budget, self.widths, self.page)
-        return torch.tensor(chosen, dtype=torch.uint8)
+        energies, bases = energies_of(fitted, kv), len(fitted[f"{kv}_mean"])
+        sizes = group_sizes(len(fitted[f"{kv}_variance"]) // bases)
+        return torch.tensor(_bits.fill(energies, sizes, budget // bases, self.widths, self.page), dtype=torch.uint8)
+
+    def _cost(self, fitted: Fitted, kv: str, widths: Tensor) -> int:
+        """Bytes of a page at these widths."""
+        bases = len(fitted[f"{kv}_mean"])
+        sizes = group_sizes(len(fitted[f"{kv}_variance"]) // bases)
+        return bases * _bits.cost_of(widths.tolist(), sizes, self.page)
 
     def _points(self, fitted: Fitted, kv: str) -> Iterator[tuple[int, Tensor, float]]:
         """(bytes of a page, widths, expected squared error over the variance) at the rates that a curve has."""
         channels, seen = len(fitted[f"{kv}_variance"]), -1
         for rate in POINTS:
             widths = self._widths(fitted, kv, int(rate * channels * self.page / 8))
-            size = _bits.cost_of(widths.tolist(), group_sizes(channels), self.page)
+            size = self._cost(fitted, kv, widths)
             if size > seen:
                 yield size, widths, self._error(fitted, kv, widths)
             seen = size
@@ -183,18 +211,19 @@ class Spectral(Method):
     ) -> float:
         codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
         metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
-        key = (layer, kv, size, self.widths, self.rotate, metric)
+        key = (layer, kv, size, self.widths, self.group_heads, self.rotate, metric)
         pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
         return max(NOTHING, probe.once(key, partial(probe.kl, {layer: pair})))
 
     def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
         fitted = trimmed(fitted, kv)
-        up, variance, mean = (fitted[f"{kv}_{name}"] for name in ("up", "variance", "mean"))
+        up, mean = fitted[f"{kv}_up"], fitted[f"{kv}_mean"]
         down = fitted.get(f"{kv}_down", up.transpose(1, 2))
-        packing = Mixed(group_sizes(len(variance)), tuple(fitted[f"{kv}_widths"].tolist()), self.page)
-        scale = variance.clamp_min(FLOOR).sqrt()
-        down, up = down / scale, up * scale[:, None]
+        widths = tuple(fitted[f"{kv}_widths"].tolist())
+        packing = Mixed(group_sizes(up.shape[1]), widths, self.page, len(mean))
+        scale = fitted[f"{kv}_variance"].view(len(mean), -1).clamp_min(FLOOR).sqrt()
+        down, up = down / scale[:, None], up * scale[:, :, None]
         matrices = [rotation(part.stop - part.start) for _, part in packing.runs()]
         if self.rotate and matrices:
             matrix = torch.block_diag(*matrices).to(up)
@@ -208,19 +237,19 @@ def group_sizes(channels: int) -> tuple[int, ...]:
 
 
 def energies_of(fitted: Fitted, kv: str) -> list[float]:
-    """Variance of each group of channels."""
-    variance = fitted[f"{kv}_variance"].double()
-    return [float(part.sum()) for part in variance.split(group_sizes(len(variance)))]
+    """Variance of each group of channels, over all bases."""
+    variance = fitted[f"{kv}_variance"].double().view(len(fitted[f"{kv}_mean"]), -1)
+    return [float(part.sum()) for part in variance.split(group_sizes(variance.shape[1]), 1)]
 
 
 def trimmed(fitted: Fitted, kv: str) -> dict[str, Tensor]:
     """Without the directions of width 0."""
-    widths, variance = fitted[f"{kv}_widths"], fitted[f"{kv}_variance"]
-    sizes = torch.tensor(group_sizes(len(variance)), device=widths.device, dtype=torch.long)
+    widths, variance = fitted[f"{kv}_widths"], fitted[f"{kv}_variance"].view(len(fitted[f"{kv}_mean"]), -1)
+    sizes = torch.tensor(group_sizes(variance.shape[1]), device=widths.device, dtype=torch.long)
     there = (widths > 0).repeat_interleave(sizes)
     changed = {
         f"{kv}_widths": widths[widths > 0],
-        f"{kv}_variance": variance[there],
+        f"{kv}_variance": variance[:, there].flatten(),
         f"{kv}_up": fitted[f"{kv}_up"][:, there],
     }
     if f"{kv}_down" in fitted:
