@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvshrink import RTN, data
 from kvshrink.errors import EvalError
 from kvshrink.eval.run.fidelity import by_distance, common_prefix, fidelity, summary, trajectories
 from kvshrink.eval.run.stats import bootstrap
-from kvshrink.eval.run.teacher import Track
+from kvshrink.eval.run.teacher import Track, follow
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 
 LOSSLESS, LOSSY = RTN(bits=None), RTN(bits=2)
@@ -107,6 +108,24 @@ def test_the_result_is_json(measured):
     plain = json.loads(json.dumps(measured["two"].to_dict()))
     assert plain["by_distance"][0]["upto"] == 32
     assert plain["kl_mean"] == round(measured["two"].kl_mean, 6)
+
+
+def test_kl_along_generated_text_is_that_of_the_same_tokens_read_one_by_one(reference, documents):
+    model, _ = reference
+    methods = {"full": None, "lossless": RTN(bits=None), "lossy": LOSSY}
+    ids = torch.tensor([documents[0][:200]])
+    found = fidelity(model, methods, documents[:1], prefix=200, mode="chunked", chunk=8, trajectory=12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        said = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    wanted = follow(model, methods, said, 200)
+    assert found["lossy"].generated_kl == pytest.approx(wanted["lossy"].kl.mean(), rel=1e-3)
+    assert found["lossy"].generated_kl > 100 * found["lossless"].generated_kl
+    assert found["full"].generated_kl == 0
+    assert found["full"].generated_growth is None
+    halves = wanted["lossy"].kl[:6].mean(), wanted["lossy"].kl[6:].mean()
+    assert found["lossy"].generated_growth == pytest.approx(halves[1] / halves[0], rel=1e-2)
+    assert found["lossy"].generated_by_step == [{"upto": 12, "kl": found["lossy"].generated_kl}]
 
 
 def test_trajectories_are_what_generate_gives(reference, documents):

@@ -1,7 +1,5 @@
 """Which methods are more than what their codecs do to rows, and that plans and simulations know it."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,7 +66,7 @@ def ready(model, rows):
 def recall(model, rows):
     """Whose repetitions are read in one forward: no page leaves the window meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "recall_rows", partial(probes.recall_rows, count=1))
+        patch.setattr(probes, "ROWS", 1)
         return Recall(model, layers_of(model), rows, RTN(window=32), progress=False)
 
 

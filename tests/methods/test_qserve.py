@@ -12,7 +12,7 @@ SHAPE = LayerShape(2, 16, torch.float32)
 def stats(stats_of):
     """Keys with two channels that are large in every token, as after a key projection with a bias."""
     keys = torch.randn(320, 32)
-    keys[:, [3, 20]] += 40
+    keys[:, [3, 20]] += 7  # from 8 times what varies on the fit takes it away
     return stats_of(SHAPE, keys)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvshrink.cache.drift import Drift
 from kvshrink.errors import CacheError
+from kvshrink.store.alike import merged
 from kvshrink.store.bytes import Held, human
 
 
@@ -96,18 +97,22 @@ class Report:
             "full",
             "of full",
         ]
-        lines = [
-            [str(r.layer), r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)]
+        rows = [
+            (r.layer, [r.kind, str(r.tokens), *_cells(r.held), human(r.full), _share(r.held.total, r.full)])
             for r in self.rows
         ]
         tokens = str(max((r.tokens for r in self.rows), default=0))
-        lines.append(["positions", "", tokens, *[""] * 5, human(self.table_bytes), "", ""])
         total = (*_cells(self.held)[:-1], human(self.nbytes))
-        lines.append(["all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)])
+        below = [
+            ["positions", "", tokens, *[""] * 5, human(self.table_bytes), "", ""],
+            ["all", "", tokens, *total, human(self.full), _share(self.nbytes, self.full)],
+        ]
         if self._watched:
             head += ["key drift", "value drift"]
-            drifts = [["-" if x is None else f"{x:.2f}" for x in r.drift or (None, None)] for r in self.rows]
-            lines = [line + cells for line, cells in zip(lines, [*drifts, ["", ""], ["", ""]], strict=True)]
+            for (_, cells), r in zip(rows, self.rows, strict=True):
+                cells += ["-" if x is None else f"{x:.2f}" for x in r.drift or (None, None)]
+            below = [[*line, "", ""] for line in below]
+        lines = [*merged(rows), *below]
         lines.insert(0, head)
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         table = "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)

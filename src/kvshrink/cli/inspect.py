@@ -31,6 +31,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
+from kvshrink.store.alike import merged
 from kvshrink.store.bytes import human
 
 LENGTHS = (8192, 32768, 131072)
@@ -68,7 +69,8 @@ def inspect(
         raise ArtifactError(f"the artifact {artifact} has no singular values. Fit it again.")
     rows = [_row(i, shape, chosen, fitted) for i, shape in shapes.items()]
     head = ("layer", "method", "B/token full / body", "of full", *(f"{n // 1024}k full / held" for n in LENGTHS))
-    print_table(head, [_cells(r) for r in [*rows, _total(rows)]], f"{model}, {name_of(chosen)}, one sequence")
+    lines = [*merged((r["layer"], _cells(r)) for r in rows), ["all", *_cells(_total(rows))]]
+    print_table(head, lines, f"{model}, {name_of(chosen)}, one sequence")
     if fused := _fused(chosen, shapes, fitted):
         console.print(f"fused kernel on this machine: {', '.join(fused)}")
     spectra = _fitted_spectra(fitted) if fitted else weights
@@ -130,7 +132,7 @@ def _total(rows: list[dict]) -> dict:
 def _cells(row: dict) -> tuple[str, ...]:
     body, full = row["body_per_token"], row["full_per_token"]
     lengths = (f"{human(a)} / {human(b)} ({100 * b / a:.1f} %)" for a, b in (row[str(n)] for n in LENGTHS))
-    return (str(row["layer"]), row["method"], f"{full} / {body:.0f}", f"{100 * body / full:.1f} %", *lengths)
+    return (row["method"], f"{full} / {body:.0f}", f"{100 * body / full:.1f} %", *lengths)
 
 
 def _fitted_spectra(artifact: Artifact) -> dict:

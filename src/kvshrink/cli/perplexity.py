@@ -97,10 +97,15 @@ def perplexity(
         for label, x in found.items():
             console.print(
                 f"{label}: greedy generation has {x.trajectory_prefix:.1f} of {x.trajectory_tokens} tokens in common "
-                f"from the start, and {100 * (x.trajectory_agreement or 0):.1f} % at equal places"
+                f"from the start, and {100 * (x.trajectory_agreement or 0):.1f} % at equal places; along the full "
+                f"cache's own text KL is {x.generated_kl:.5f}{_growth(x.generated_growth)}"
             )
     if json:
         print_json({"model": model, "prefix": prefix, "methods": {k: x.to_dict() for k, x in found.items()}})
+
+
+def _growth(ratio: float | None) -> str:
+    return "" if ratio is None else f", in its last half {ratio:.2f} times that of the first"
 
 
 def _cells(label: str, x: Fidelity) -> tuple[str, ...]:

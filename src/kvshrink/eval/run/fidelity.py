@@ -16,7 +16,7 @@ from torch import Tensor
 from kvshrink.errors import EvalError
 from kvshrink.eval.run.perplexity import bits_per_byte, chunk_of, tracks
 from kvshrink.eval.run.stats import bootstrap, student
-from kvshrink.eval.run.teacher import Entry, Tokens, Track, checked, opened
+from kvshrink.eval.run.teacher import Entry, Tokens, Track, checked, follow, opened
 from kvshrink.store.modes import without_dropout
 
 NEAREST, WIDER = 32, 4  # distances from the prefix end: up to 32 tokens, then 4 times as far each
@@ -34,6 +34,9 @@ class Fidelity:
     dp_rms:              root mean square change of the true token's probability.
     trajectory_prefix:   tokens that greedy generation has in common from the start, mean over documents, of
     trajectory_tokens    generated; trajectory_agreement: share of equal tokens at equal places. None if not asked for.
+    generated_kl:        mean KL along the text that the full cache generates greedily, which both then read;
+    generated_growth:    its mean over the last half of the steps over that of the first; generated_by_step: as
+                         by_distance. None if not asked for.
     by_distance:         mean KL of the tokens up to so far from the prefix end, and beyond the entry before.
     byte_ratio, exercised: mean over documents, see Perplexity.
     """
@@ -64,6 +67,9 @@ class Fidelity:
     trajectory_prefix: float | None
     trajectory_agreement: float | None
     trajectory_tokens: int
+    generated_kl: float | None
+    generated_growth: float | None
+    generated_by_step: list[dict[str, float]]
     by_distance: list[dict[str, float]]
     exercised: float
     byte_ratio: float | None
@@ -71,7 +77,9 @@ class Fidelity:
     def to_dict(self) -> dict:
         """Plain values, rounded, for JSON."""
         values = {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        return {**values, "by_distance": [{**x, "kl": round(x["kl"], DIGITS)} for x in self.by_distance]}
+        for name in ("by_distance", "generated_by_step"):
+            values[name] = [{**x, "kl": round(x["kl"], DIGITS)} for x in getattr(self, name)]
+        return values
 
 
 def fidelity(
@@ -88,7 +96,8 @@ def fidelity(
 ) -> dict[str, Fidelity]:
     """Every method on every document: ids[prefix:] is scored (see teacher.follow).
 
-    trajectory: tokens to generate greedily after each prefix, 0 for none. n_bytes: of all scored text together.
+    trajectory: tokens to generate greedily after each prefix, 0 for none: by each cache alone, and by the full one,
+    whose text all then read. n_bytes: of all scored text together.
     Raises EvalError if the documents differ in length or a method's cache is not exercised.
     """
     lengths = [x.shape[-1] if isinstance(x, Tensor) else len(x) for x in documents]
@@ -100,14 +109,17 @@ def fidelity(
     check_mode(mode, chunk, trajectory)
     found: dict[str, list[Track]] = {label: [] for label in methods}
     paths: dict[str, list[np.ndarray]] = {label: [] for label in methods}
+    along: dict[str, list[np.ndarray]] = {label: [] for label in methods}
     for ids in documents:
         for label, track in tracks(model, methods, ids, mode, prefix, chunk).items():
             found[label].append(track)
         if trajectory:
             for label, equal in trajectories(model, methods, ids, prefix, trajectory).items():
                 paths[label].append(equal)
+            for label, track in generated(model, methods, ids, prefix, trajectory).items():
+                along[label].append(track.kl)
     step = chunk_of(mode, chunk)
-    return {label: summary(found[label], paths[label], mode, step, n_bytes, seed) for label in methods}
+    return {label: summary(found[label], paths[label], mode, step, n_bytes, seed, along[label]) for label in methods}
 
 
 def check_mode(mode: str, chunk: int | None, trajectory: int) -> None:
@@ -124,8 +136,11 @@ def summary(
     chunk: int | None,
     n_bytes: int | None = None,
     seed: int = 0,
+    along: Sequence[np.ndarray] = (),
 ) -> Fidelity:
-    """Fidelity of one method from its tracks and trajectories (whether each generated token is the full cache's)."""
+    """Fidelity of one method from its tracks, trajectories (whether each generated token is the full cache's), and KL
+    along the full cache's own text."""
+    own = np.stack(along) if along else None
     kl, nll, nll_full, top1, top5, dp = (
         np.stack([getattr(x, name) for x in documents]) for name in ("kl", "nll", "nll_full", "top1", "top5", "dp")
     )
@@ -161,6 +176,9 @@ def summary(
         trajectory_prefix=float(np.mean([common_prefix(x) for x in paths])) if paths else None,
         trajectory_agreement=float(np.mean([x.mean() for x in paths])) if paths else None,
         trajectory_tokens=len(paths[0]) if paths else 0,
+        generated_kl=None if own is None else float(own.mean()),
+        generated_growth=None if own is None else growth(own),
+        generated_by_step=[] if own is None else by_distance(own),
         by_distance=by_distance(kl),
         exercised=float(np.mean([x.exercised for x in documents])),
         byte_ratio=float(np.mean(ratios)) if ratios else None,
@@ -175,6 +193,24 @@ def by_distance(kl: np.ndarray) -> list[dict[str, float]]:
         out.append({"upto": end, "kl": float(kl[:, start:end].mean())})
         start, upto = end, upto * WIDER
     return out
+
+
+def growth(kl: np.ndarray) -> float | None:
+    """Mean of kl [documents, steps] over the last half of the steps over that of the first; None for a single step."""
+    half = kl.shape[1] // 2
+    first = float(kl[:, :half].mean()) if half else 0.0
+    return float(kl[:, -half:].mean()) / first if first > 0 else None
+
+
+@without_dropout
+@torch.inference_mode()
+def generated(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, count: int) -> dict[str, Track]:
+    """Tracks along the `count` greedy tokens that the full cache gives after the prefix, one token a forward: what a
+    reader of the model's own words would see, where teacher-forced text says what it makes of others'."""
+    ids, prefix = checked(model, ids, prefix)
+    dense, _ = opened(model, {}, ids[:, : prefix - 1])
+    said = torch.from_numpy(_greedy(model, dense, ids[:, prefix - 1 : prefix], count)).to(ids)
+    return follow(model, methods, torch.cat([ids[:, :prefix], said[None]], 1), prefix)
 
 
 @without_dropout
