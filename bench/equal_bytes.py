@@ -147,13 +147,14 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     text = compared(model, entries, book, 32, log, identity)
     retrieval = compared(model, entries, asked, None, log, identity)
     answered = [Entry(FULL, None, series=FULL), *[e for e in entries if e.series in list(args.series)[:ANSWERED]]]
+    answered = [] if args.kl_only else answered
     scores: dict[str, list] = {e.label: [] for e in answered}
-    for task in samples:
+    for task in samples if answered else ():
         runner = Runner(model, tokenizer, answered, identity=identity)
         for o in runner.run(Job(task.title, length=length), task.samples, args.answers, bar):
             scores[o.method].append(o)
     rows = []
-    for e in [answered[0], *entries]:
+    for e in [Entry(FULL, None, series=FULL), *entries]:
         row = {"length": length, "series": e.series, "target": e.target, "reached": e.reached, "setting": e.setting}
         row["label"] = e.label
         row["byte_ratio"] = 1.0
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096", help="with commas between them")
     parser.add_argument("--only", default="", help="series, with commas between them")
     parser.add_argument("--cases", type=int, default=12, help="per task")
+    parser.add_argument("--kl-only", action="store_true", help="no answers: they take most of the time")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="of the paper's training; the paper has 12,000")
     parser.add_argument("--seed", type=int, default=0)
@@ -233,18 +235,20 @@ def main() -> None:
         "diverged": DIVERGED,
     }
     chosen = f' --only "{args.only}"' if only else ""
+    only_kl = " --kl-only" if args.kl_only else ""
     where |= {
         "paper_steps": args.steps,
         "seed": args.seed,
-        "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths}{chosen}",
+        "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths}{chosen}{only_kl}",
     }
     found = {
         **where,
-        "verdicts": verdicts(rows, lengths),
+        "verdicts": [] if args.kl_only else verdicts(rows, lengths),
         "rows": [{k: v for k, v in r.items() if k != "hits"} for r in rows],
     }
     files.write_json(args.out / "equal_bytes.json", found)
-    draw(found, args.out / "equal_bytes.png")
+    if not args.kl_only:
+        draw(found, args.out / "equal_bytes.png")
     for v in found["verdicts"]:
         print(v)
 

@@ -124,6 +124,20 @@ def test_layers_below_the_codecs_are_not_run_again(model, probe, monkeypatch, la
         hook.remove()
 
 
+def test_a_deep_model_is_asked_with_fewer_rows_and_at_fewer_tokens(model, rows, probe, monkeypatch):
+    """And what it is asked is what a shallow one is, where both are."""
+    whole = probe.wanted
+    monkeypatch.setattr("kvshrink.fit.probe.DEEP", 2)
+    deep = Recall(model, layers_of(model), rows, METHOD, progress=False)
+    assert len(deep.wanted) == ROWS // 2
+    assert deep.wanted[0].shape == (len(whole[0]) // 4, 61)
+    torch.testing.assert_close(deep.wanted[0], whole[0][3::4], atol=1e-4, rtol=1e-4)
+    pair = RTN(bits=2).codecs(LayerShape(2, 16, torch.float32), {})
+    assert deep.kl({1: pair}) == pytest.approx(probe.kl({1: pair}), rel=0.5)
+    judged = Recall(model, layers_of(model), rows, METHOD, progress=False, chunk=32)
+    assert judged.wanted[0].shape == whole[0].shape
+
+
 def test_sinks_and_window_stay_exact(model, rows):
     """A window as long as the context leaves nothing to lose."""
     probe = Recall(model, layers_of(model), rows, RTN(bits=None, window=8), progress=False)

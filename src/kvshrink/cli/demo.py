@@ -13,12 +13,14 @@ from kvshrink.cli._common import JsonOption, console, load, print_json, print_ta
 from kvshrink.cli._outputs import run_folder
 from kvshrink.eval import report, tasks
 from kvshrink.eval.report import plots
-from kvshrink.eval.report.summary import HEAD, cells, summarise
+from kvshrink.eval.report.summary import HEAD, Line, cells, summarise
 from kvshrink.eval.run import calibration, prompt
+from kvshrink.eval.run.catalogue import choices, gather
 from kvshrink.eval.run.entries import parse
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.methods.artifact import Artifact
+from kvshrink.reference import smollm2
 from kvshrink.store import files
 
 SPECS = (
@@ -30,6 +32,9 @@ SPECS = (
     "rtn:bits=2",
     "spectral:budget=0.03",
 )
+# on a real model, where it is installed: nothing to fit
+REAL = ("full", "turboquant:bits=4", "turboquant:bits=2", "streaming_llm:like=turboquant bits=4")
+REAL_TASK, REAL_TOKENS, REAL_CASES = "ruler/niah_single_1", 1500, 5
 WRITES = ("artifact", "results.json", "accuracy.png")
 
 
@@ -65,9 +70,25 @@ def _demo(out: Path, cases: int, json: bool) -> None:
     data = {"seconds": round(time.perf_counter() - started, 1), "results": [line.to_dict() for line in results]}
     files.write_json(out / "results.json", data)
     report.accuracy(results, "agnostic", out / "accuracy.png")
+    if smollm2.installed():
+        data["smollm2"] = [line.to_dict() for line in _real(min(cases, REAL_CASES))]
+        data["seconds"] = round(time.perf_counter() - started, 1)
+        files.write_json(out / "results.json", data)
     console.print(f"wrote {out}/accuracy.png, results.json and artifact/ in {data['seconds']:.0f} s")
     if json:
         print_json(data)
+
+
+def _real(cases: int) -> list[Line]:
+    """The same question to a real model: a number that stands somewhere in a long text."""
+    console.print("SmolLM2-135M-Instruct, a real model: finding a number in 1,500 tokens.")
+    model, tokenizer = load("smollm2")
+    entries = [parse(spec) for spec in REAL]
+    (task,), _ = gather(choices((REAL_TASK,)), [REAL_TOKENS], cases, 0, tokenizer, reference=False)
+    ready = fitted(entries, model, tokenizer, [])
+    results = summarise(Runner(model, tokenizer, ready).run(Job(task.title), task.samples), ready)
+    print_table(HEAD, [cells(line) for line in results], "SmolLM2-135M-Instruct")
+    return results
 
 
 def _show_report(model, tokenizer, artifact, context: str) -> None:

@@ -28,7 +28,7 @@ from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
-DEEP = 16  # layers, from which on half of the rows must do: there are more losses to measure
+DEEP = 16  # layers, from which on half of the rows and every fourth prediction must do: there is more to measure
 REPEATED = 4  # a quarter of a row is the repetition
 SEED = 0
 
@@ -50,9 +50,14 @@ class Reader:
         return cache
 
     def predict(
-        self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"], known: Outputs | None = None
-    ) -> Float[Tensor, "s v"]:
-        """Log-probabilities after each token of the tail, the cache read through the codecs.
+        self,
+        exact: DynamicCache,
+        codecs: Mapping,
+        tail: Int[Tensor, "b s"],
+        known: Outputs | None = None,
+        every: int = 1,
+    ) -> Float[Tensor, "n v"]:
+        """Log-probabilities after every n-th token of the tail, the cache read through the codecs.
 
         known: what the layers gave for the tail where all are exact; those below the first codec are then not run.
         """
@@ -67,7 +72,9 @@ class Reader:
             for part in tail.split(self.chunk or tail.shape[1], 1):
                 self._slide(cache, codecs, before)
                 before = cache.get_seq_length()
-                found.append(self.model(input_ids=part, past_key_values=cache).logits[0].float().log_softmax(-1))
+                at = torch.arange(every - 1, part.shape[1], every, device=part.device)
+                logits = self.model(input_ids=part, past_key_values=cache, logits_to_keep=at).logits
+                found.append(logits[0].float().log_softmax(-1))
         return torch.cat(found)
 
     @property
@@ -127,7 +134,8 @@ class Recall(Probe):
         chunk: int | None = None,
     ) -> None:
         self.reader = Reader(model, infos, method, chunk)
-        count = ROWS if sum(info.compressed for info in infos) < DEEP else max(1, ROWS // 2)
+        deep = sum(info.compressed for info in infos) >= DEEP
+        count, self.every = max(1, ROWS // 2) if deep else ROWS, 4 if deep and chunk is None else 1
         made = recall_rows(rows, row_length(model, rows), method, count)
         self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
         self.information: dict[int, tuple[float, float]] | None = None
@@ -138,7 +146,7 @@ class Recall(Probe):
             self.caches.append(self.reader.prefill(row[:, : -self.tail]))
             self.tails.append(row[:, -self.tail :])
             with recorded(self.reader.layers if replays else []) as outputs:
-                self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
+                self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1], None, self.every))
             self.outputs.append(outputs or None)
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
@@ -155,7 +163,7 @@ class Recall(Probe):
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
         total = 0.0
         for cache, tail, wanted, outputs in zip(self.caches, self.tails, self.wanted, self.outputs, strict=True):
-            found = self.reader.predict(cache, codecs, tail, outputs)
+            found = self.reader.predict(cache, codecs, tail, outputs, self.every)
             total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
         self.bar.update()
         if not math.isfinite(total):

