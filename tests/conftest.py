@@ -38,6 +38,12 @@ def _poison(out):
     return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: workers take whole files, and one that comes last would be waited for alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     one_of_many = hasattr(item, "callspec") and crc32(item.nodeid.encode()) % 4 > 0
