@@ -121,3 +121,5 @@ def test_a_saved_cache_is_read_by_another_one(tmp_path):
     again = kvshrink.make_cache(model, methods.build("turboquant", {"bits": 2}))
     again.load(tmp_path / "c")
     assert model(ids[:, :3], past_key_values=again).logits.equal(model(ids[:, :3], past_key_values=cache).logits)
+    plain = kvshrink.make_cache(biased(0), methods.build("turboquant", {"bits": 2}))
+    assert plain.fitted != cache.fitted, "codes before RoPE are not read as codes after it"

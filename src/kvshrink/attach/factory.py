@@ -56,8 +56,10 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
     fitted_by = digest_of(artifact)
-    ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
-    ladders = with_constants_apart(attachment, artifact, fitted_by, ladders)
+    plain = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
+    ladders = with_constants_apart(attachment, artifact, fitted_by, plain)
+    if apart := [i for i in plain if ladders[i] is not plain[i]]:  # a saved cache must be read as it was stored
+        fitted_by = digest([fitted_by, apart], {})[:16]
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
             sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
