@@ -7,6 +7,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 import kvshrink
 from kvshrink import CSKV, RTN, methods
 from kvshrink.cache.attend import stored_keys
+from kvshrink.kernels import native
 from kvshrink.methods._roles import Method
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 64}
@@ -82,6 +83,7 @@ def test_tokens_of_single_heads_are_turned_at_their_own_positions(name):
     assert error < 0.05
 
 
+@pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
 def test_the_fused_kernel_reads_such_keys():
     model = biased(400)
     cache = kvshrink.make_cache(model, made(model, "turboquant", bits=4))
