@@ -107,7 +107,30 @@ def test_one_that_scales_each_channel_is_as_it_was(method):
     model = biased(400)
     if method.needs_fit:
         method = kvshrink.fit(model, method, torch.randint(3, 97, (4, 256)), progress=False)
-    kvshrink.make_cache(model, method)  # a warning is an error in tests
+    own = method.method if isinstance(method, kvshrink.Artifact) else method
+    cache = kvshrink.make_cache(model, method)  # a warning is an error in tests
+    if not own.needs_fit:
+        assert cache.layers[0].codecs[0].site == "k_post"
+
+
+@pytest.mark.parametrize("name", ["rtn", "snapkv"])
+def test_what_stores_the_dtype_of_the_model_stays_lossless(name):
+    model = biased(400).to(torch.bfloat16)
+    cache = kvshrink.make_cache(model, methods.build(name, {"bits": None}))
+    assert cache.layers[0].codecs[0].site == "k_post"
+
+
+def test_constants_are_those_of_the_weights_and_the_dtype_at_hand():
+    model, method = biased(400), methods.build("turboquant", {"bits": 4})
+    first = kvshrink.make_cache(model, method)
+    assert kvshrink.make_cache(model, method).layers[0].tiers is first.layers[0].tiers, "tried once"
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.mul_(2)
+    second = kvshrink.make_cache(model, method)
+    assert second.layers[0].codecs[0].mean.equal(2 * first.layers[0].codecs[0].mean)
+    model.to(torch.bfloat16)
+    third = kvshrink.make_cache(model, method)
+    assert torch.isfinite(model(torch.randint(3, 97, (1, 90)), past_key_values=third).logits).all()
 
 
 def test_small_biases_are_no_matter():

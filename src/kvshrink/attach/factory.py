@@ -56,10 +56,10 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
     fitted_by = digest_of(artifact)
-    plain = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
-    ladders = with_constants_apart(attachment, artifact, fitted_by, plain)
-    if apart := [i for i in plain if ladders[i] is not plain[i]]:  # a saved cache must be read as it was stored
-        fitted_by = digest([fitted_by, apart], {})[:16]
+    ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
+    if apart := with_constants_apart(attachment, artifact, fitted_by, identity.digest, ladders):
+        ladders = {**ladders, **apart}
+        fitted_by = digest([fitted_by, list(apart)], {})[:16]  # a saved cache must be read as it was stored
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
             sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)

@@ -24,35 +24,46 @@ LARGE = 1  # a bias to what varies, below which nothing is tried
 MORE = 1.05  # error with the constant to the error without it, above which the constant is kept apart
 LOST = 0.5  # error to what varies, above which it is told
 Ladder = tuple[Tier, ...]
-TRIED: "WeakKeyDictionary[Attachment, dict[str, dict[int, Ladder]]]" = WeakKeyDictionary()
+Found = tuple[tuple, dict[int, Ladder]]  # of which weights and places, and what was found
+TRIED: "WeakKeyDictionary[Attachment, dict[str, Found]]" = WeakKeyDictionary()
 
 
 def with_constants_apart(
-    attachment: Attachment, artifact: Artifact, name: str, ladders: Mapping[int, Ladder]
+    attachment: Attachment, artifact: Artifact, name: str, weights: str, ladders: Mapping[int, Ladder]
 ) -> dict[int, Ladder]:
-    """The ladders, with the constant part of keys kept apart where it costs accuracy and the method can.
+    """Other ladders, {layer: tiers}, for layers whose keys have a constant part that costs accuracy, where the method
+    can keep it apart.
 
-    name: a digest of the method. Warns once if keys of some layers lose most of what varies in them.
+    name, weights: digests of the method and of the model. Warns, once for a method, if keys of some layers lose most
+    of what varies in them.
     """
     tried = TRIED.setdefault(attachment, {})
-    if name not in tried:
-        tried[name] = {}  # a warning may be an error, and is not told again
-        lost = []
-        for i, tiers in ladders.items():
-            if tiers[0].codecs is None or artifact.method.stores_delta(artifact.layers.get(i, {})):
-                continue
-            error, without, constant = _errors(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
-            if constant is None or error <= MORE * without:
-                continue
-            fitted = artifact.method.without_constant(artifact.layers.get(i, {}), constant)
-            if fitted is not None:
-                found = artifact.method.tiers(shape_of(attachment.layers[i].module), fitted)
-                tried[name][i] = tuple(moved(tier, constant.device) for tier in found)
-            elif error > max(LOST, 2 * without):
-                lost.append(i)
-        if lost:
-            _warn(name_of(artifact.method), lost)
-    return {**ladders, **tried[name]}
+    places = {i: (shape_of(attachment.layers[i].module), _weight(attachment.layers[i]).device) for i in ladders}
+    key = (weights, *places.items())
+    if name in tried and tried[name][0] == key:
+        return tried[name][1]
+    told, found, lost = name in tried, {}, []
+    for i, tiers in ladders.items():
+        fitted = artifact.layers.get(i, {})
+        if tiers[0].codecs is None or artifact.method.stores_delta(fitted):
+            continue
+        error, without, constant = _errors(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
+        if constant is None or error <= MORE * without:
+            continue
+        apart = artifact.method.without_constant(fitted, constant)
+        if apart is not None:
+            found[i] = tuple(moved(tier, constant.device) for tier in artifact.method.tiers(places[i][0], apart))
+        elif error > max(LOST, 2 * without):
+            lost.append(i)
+    tried[name] = key, found
+    if lost and not told:
+        _warn(name_of(artifact.method), lost)  # may be an error, and is not told again
+    return found
+
+
+def _weight(info: LayerInfo) -> Tensor:
+    """Of the key projection."""
+    return key_value_weights(info.module)[0]
 
 
 def _warn(name: str, lost: list[int]) -> None:
@@ -67,7 +78,7 @@ def _warn(name: str, lost: list[int]) -> None:
 @torch.no_grad()
 def _errors(info: LayerInfo, codec: Codec, page: int) -> tuple[float, float, Tensor | None]:
     """(error of keys with their bias, error without it, both to what varies; the bias [h, d], None if it is small)."""
-    bias, weight = key_value_biases(info.module)[0], key_value_weights(info.module)[0]
+    bias, weight = key_value_biases(info.module)[0], _weight(info)
     if bias is None or codec.joint or not weight.is_floating_point():
         return 0.0, 0.0, None
     # of inputs with a variance of one, as norms leave them
@@ -85,4 +96,5 @@ def _errors(info: LayerInfo, codec: Codec, page: int) -> tuple[float, float, Ten
 def _error(keys: Tensor, varying: Tensor, info: LayerInfo, codec: Codec, page: int) -> float:
     if info.rope is not None:
         keys = info.rope.apply(keys, torch.arange(keys.shape[2], device=keys.device)[None])
+    keys = keys.to(_weight(info).dtype).float()  # as the model gives them: what stores that dtype loses nothing
     return float((round_trip(codec, keys, info.rope, page) - keys).norm() / varying.norm())

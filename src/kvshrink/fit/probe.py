@@ -72,7 +72,7 @@ class Reader:
             for part in tail.split(self.chunk or tail.shape[1], 1):
                 self._slide(cache, codecs, before)
                 before = cache.get_seq_length()
-                at = torch.arange(every - 1, part.shape[1], every, device=part.device)
+                at = torch.arange(every - 1, part.shape[1], every, device=part.device) if every > 1 else 0  # 0: all
                 logits = self.model(input_ids=part, past_key_values=cache, logits_to_keep=at).logits
                 found.append(logits[0].float().log_softmax(-1))
         return torch.cat(found)
