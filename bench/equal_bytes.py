@@ -146,15 +146,15 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             asked.append((torch.tensor([context + question + answer]), len(context)))
     text = compared(model, entries, book, 32, log, identity)
     retrieval = compared(model, entries, asked, None, log, identity)
-    answered = [Entry(FULL, None, series=FULL), *[e for e in entries if e.series in list(args.series)[:ANSWERED]]]
-    answered = [] if args.kl_only else answered
+    full = Entry(FULL, None, series=FULL)
+    answered = [] if args.kl_only else [full, *(e for e in entries if e.series in list(args.series)[:ANSWERED])]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
         runner = Runner(model, tokenizer, answered, identity=identity)
         for o in runner.run(Job(task.title, length=length), task.samples, args.answers, bar):
             scores[o.method].append(o)
     rows = []
-    for e in [Entry(FULL, None, series=FULL), *entries]:
+    for e in [full, *entries]:
         row = {"length": length, "series": e.series, "target": e.target, "reached": e.reached, "setting": e.setting}
         row["label"] = e.label
         row["byte_ratio"] = 1.0
@@ -239,7 +239,8 @@ def main() -> None:
     where |= {
         "paper_steps": args.steps,
         "seed": args.seed,
-        "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths}{chosen}{only_kl}",
+        "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths} --cases {args.cases} "
+        f"--documents {args.documents}{chosen}{only_kl}",
     }
     found = {
         **where,
