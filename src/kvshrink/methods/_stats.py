@@ -13,7 +13,7 @@ from kvshrink.shapes import Float
 
 KV = Literal["key", "value"]
 KVS: tuple[KV, KV] = ("key", "value")
-LARGE = 8  # a constant part to what varies beside it: Qwen2's key biases are larger, other models' means are not
+LARGE = 8  # a constant part to what varies beside it, from which on it is kept apart, as Qwen2's key biases must be
 
 
 @dataclass(frozen=True)

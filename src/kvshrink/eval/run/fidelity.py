@@ -114,10 +114,11 @@ def fidelity(
         for label, track in tracks(model, methods, ids, mode, prefix, chunk).items():
             found[label].append(track)
         if trajectory:
-            for label, equal in trajectories(model, methods, ids, prefix, trajectory).items():
-                paths[label].append(equal)
-            for label, track in generated(model, methods, ids, prefix, trajectory).items():
-                along[label].append(track.kl)
+            said, equal = free_running(model, methods, ids, prefix, trajectory)
+            tracks_along = generated(model, methods, ids, prefix, said)
+            for label in methods:
+                paths[label].append(equal[label])
+                along[label].append(tracks_along[label].kl)
     step = chunk_of(mode, chunk)
     return {label: summary(found[label], paths[label], mode, step, n_bytes, seed, along[label]) for label in methods}
 
@@ -202,23 +203,26 @@ def growth(kl: np.ndarray) -> float | None:
     return float(kl[:, -half:].mean()) / first if first > 0 else None
 
 
-@without_dropout
-@torch.inference_mode()
-def generated(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, count: int) -> dict[str, Track]:
-    """Tracks along the `count` greedy tokens that the full cache gives after the prefix, one token a forward: what a
-    reader of the model's own words would see, where teacher-forced text says what it makes of others'."""
+def generated(model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, said: np.ndarray) -> dict[str, Track]:
+    """Tracks along what the full cache said after the prefix, one token a forward: what becomes of the model's own
+    words, where teacher-forced text says what becomes of others'."""
     ids, prefix = checked(model, ids, prefix)
-    dense, _ = opened(model, {}, ids[:, : prefix - 1])
-    said = torch.from_numpy(_greedy(model, dense, ids[:, prefix - 1 : prefix], count)).to(ids)
-    return follow(model, methods, torch.cat([ids[:, :prefix], said[None]], 1), prefix)
+    return follow(model, methods, torch.cat([ids[:, :prefix], torch.from_numpy(said).to(ids)[None]], 1), prefix)
 
 
-@without_dropout
-@torch.inference_mode()
 def trajectories(
     model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, count: int
 ) -> dict[str, np.ndarray]:
-    """Whether each of `count` greedy tokens after the prefix is the one that the full cache gives there, bool [count].
+    """Whether each of `count` greedy tokens after the prefix is the one that the full cache gives there."""
+    return free_running(model, methods, ids, prefix, count)[1]
+
+
+@without_dropout
+@torch.inference_mode()
+def free_running(
+    model: Any, methods: Mapping[str, Entry], ids: Tokens, prefix: int, count: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(`count` greedy tokens of the full cache after the prefix, whether each method's are the same, bool [count]).
 
     Generation does not stop at an end-of-sequence token.
     """
@@ -226,7 +230,7 @@ def trajectories(
     dense, caches = opened(model, methods, ids[:, : prefix - 1])
     first = ids[:, prefix - 1 : prefix]
     wanted = _greedy(model, dense, first, count)
-    return {
+    return wanted, {
         label: (wanted if cache is None else _greedy(model, cache, first, count)) == wanted
         for label, cache in caches.items()
     }

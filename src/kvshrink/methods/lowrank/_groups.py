@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import Ceilings
+from kvshrink.methods._settings import require
 
 
 class Cost(NamedTuple):
@@ -48,3 +49,10 @@ def heads_per_basis(heads: Sequence[int], costs: Callable[[int], Sequence[Cost]]
         assert refused is not None
         raise refused
     return max((size for size, free in possible if free), default=possible[0][0])
+
+
+def bases_of(size: int | None, heads: int) -> int:
+    """Bases of a layer where `size` of its KV heads, None: all, share one. Raises SettingError if it is no divisor."""
+    size = size or heads
+    require(heads % size == 0, f"group_heads={size} with {heads} KV heads", "Use a divisor of the heads.")
+    return heads // size

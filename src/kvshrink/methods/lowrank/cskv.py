@@ -38,7 +38,7 @@ from kvshrink.methods._settings import keep_and_bits, require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._training import Training
-from kvshrink.methods.lowrank._groups import Cost, heads_per_basis
+from kvshrink.methods.lowrank._groups import Cost, bases_of, heads_per_basis
 
 ALPHA = 0.5  # ASVD's exponent on mean |x|
 KEY_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -249,11 +249,7 @@ class CSKV(Method):
 
     def groups(self, shape: LayerShape) -> int:
         """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
-        size = self._settled() or shape.heads
-        require(
-            shape.heads % size == 0, f"group_heads={size} with {shape.heads} KV heads", "Use a divisor of the heads."
-        )
-        return shape.heads // size
+        return bases_of(self._settled(), shape.heads)
 
     def _settled(self) -> int | None:
         if self.group_heads == "auto":

@@ -27,6 +27,7 @@ from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
+from kvshrink.methods.lowrank._groups import bases_of
 
 GROUP = 16  # channels that share a width and a gain
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a curve has a point
@@ -47,7 +48,7 @@ class Spectral(Method):
     allocation: how bytes are shared between layers, keys and values: "kl" (measured on the whole model, which must
                 be in memory), "energy" (relative squared error, needs no model), "uniform" (the same for each).
     group_heads: KV heads that share one key basis; None: all, the most accurate per byte. With fewer a step rebuilds
-                keys with less work: by as much as there are bases (docs/accuracy.md has what it costs).
+                keys with less work: by as much as there are bases.
     rotate:     Hadamard-rotate the channels of one width (folded into the basis): outliers are spread.
     key_metric, value_metric: as CSKV's.
     """
@@ -149,11 +150,7 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
-        size = self.group_heads or shape.heads
-        require(
-            shape.heads % size == 0, f"group_heads={size} with {shape.heads} KV heads", "Use a divisor of the heads."
-        )
-        return shape.heads // size if kv == "key" else 1
+        return bases_of(self.group_heads, shape.heads) if kv == "key" else 1
 
     def _most(self, shape: LayerShape) -> int:
         """Bytes of a layer's page at the largest width."""
@@ -167,14 +164,13 @@ class Spectral(Method):
         return group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
 
     def _widths(self, fitted: Fitted, kv: str, budget: int) -> Tensor:
-        energies, bases = energies_of(fitted, kv), len(fitted[f"{kv}_mean"])
-        sizes = group_sizes(len(fitted[f"{kv}_variance"]) // bases)
-        return torch.tensor(_bits.fill(energies, sizes, budget // bases, self.widths, self.page), dtype=torch.uint8)
+        bases, sizes = layout_of(fitted, kv)
+        chosen = _bits.fill(energies_of(fitted, kv), sizes, budget // bases, self.widths, self.page)
+        return torch.tensor(chosen, dtype=torch.uint8)
 
     def _cost(self, fitted: Fitted, kv: str, widths: Tensor) -> int:
         """Bytes of a page at these widths."""
-        bases = len(fitted[f"{kv}_mean"])
-        sizes = group_sizes(len(fitted[f"{kv}_variance"]) // bases)
+        bases, sizes = layout_of(fitted, kv)
         return bases * _bits.cost_of(widths.tolist(), sizes, self.page)
 
     def _points(self, fitted: Fitted, kv: str) -> Iterator[tuple[int, Tensor, float]]:
@@ -234,6 +230,12 @@ class Spectral(Method):
 def group_sizes(channels: int) -> tuple[int, ...]:
     """Channels of each group: GROUP, and what is left over."""
     return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
+
+
+def layout_of(fitted: Fitted, kv: str) -> tuple[int, tuple[int, ...]]:
+    """(bases, channels of each group of one of them)."""
+    bases = len(fitted[f"{kv}_mean"])
+    return bases, group_sizes(len(fitted[f"{kv}_variance"]) // bases)
 
 
 def energies_of(fitted: Fitted, kv: str) -> list[float]:
