@@ -51,7 +51,7 @@ def main():
         (("channel", 4), ("token", 4), 128, True, turn_of(288, 128), some, None, bf16, ALL),
         (("token", 3), "raw", 48, True, None, None, 5.0, fp32, live),
         (("channel", 8), "normal", 320, True, turn_of(288, 128, part=0.5, interleaved=True), None, None, bf16, live),
-        ("normal", ("table", 1), 64, False, None, some, None, bf16, Live(COUNTS[..., :9])),
+        ("trellis", ("table", 1), 64, False, None, some, None, bf16, Live(COUNTS[..., :9])),
     ]:
         keys, values = packed(key, 1, width, 9, 1, dtype), packed(value, 1, 60, 9, 1, dtype)
         query = torch.randn(1, 2, 4, 128 if basis else width)

@@ -18,6 +18,7 @@ FORMS = [
     *itertools.product(("channel", "token"), (1, 2, 3, 4, 8)),
     *itertools.product(("table",), (1, 2, 3, 4)),
     "normal",
+    "trellis",
 ]
 PAGE = 32
 
@@ -27,10 +28,10 @@ def packed(
 ) -> Packed:
     """Random latents in this form, between pages of nothing but ones: NaN, and the highest codes."""
     rows = torch.randn(b, groups, (pages + 2) * page, width) + 0.3
-    if form == "normal":
+    if form in ("normal", "trellis"):
         sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
         bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
-        packing = Mixed(sizes, tuple(bits), page)
+        packing = Mixed(sizes, tuple(bits), page, form=form)
     elif form == "raw":
         packing = Raw(groups, width, page, dtype)
     elif form[0] == "table":

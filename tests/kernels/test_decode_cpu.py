@@ -95,7 +95,7 @@ def test_rows_that_read_little_of_many_pages(threads):
 
 
 @needs_library
-@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal", "trellis"], ids=str)
 def test_offsets_beyond_32_bits(form, tmp_path):
     pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
     compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)

@@ -60,7 +60,7 @@ def test_every_form_rebuilt_and_not(form, dtype):
 
 
 @pytest.mark.parametrize("page", [16, 64])
-@pytest.mark.parametrize("form", [("channel", 1), ("token", 3), ("channel", 4), "normal"], ids=str)
+@pytest.mark.parametrize("form", [("channel", 1), ("token", 3), ("channel", 4), "normal", "trellis"], ids=str)
 def test_other_page_sizes(form, page):
     keys, values = (packed(form, 1, 25, 3, 1, torch.float32, 16, page) for _ in range(2))
     basis, turn = basis_of(1, 25, 1, 16), turn_of(3 * page, 16)
@@ -142,7 +142,7 @@ def test_ranges_of_pages_and_blocks_of_rows(pages, x):
     compare(torch.randn(1, 1, x, 16) / 4, keys, None, None, values, visible, None, dtype)
 
 
-@pytest.mark.parametrize("form", [("channel", 4), ("token", 3), "normal"], ids=str)
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 3), "normal", "trellis"], ids=str)
 def test_latents_that_come_in_parts(form, monkeypatch):
     """As a basis too large to keep has them: all channels of a part may have one scale, or a scale several parts."""
     from kvshrink.kernels.decode import triton
@@ -157,7 +157,7 @@ def test_latents_that_come_in_parts(form, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the file is for the CPU; a GPU would need all its bytes in memory")
-@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal"], ids=str)
+@pytest.mark.parametrize("form", [("channel", 4), ("token", 8), "normal", "trellis"], ids=str)
 def test_offsets_beyond_32_bits(form, tmp_path):
     pages = far(packed(form, 3, 16, 3, 3, torch.float32), tmp_path)
     compare(torch.randn(3, 3, 2, 16) / 4, pages, None, None, pages, None, None, torch.float32)

@@ -14,6 +14,7 @@ THREE, SIXTEEN = torch.tensor([-1.0, 0.0, 1.0]), torch.arange(-8, 8).float()
 PACKINGS = {
     "raw": Raw(2, 20, 32, torch.float32),
     "mixed": Mixed((16, 4), (3, 2), 32),
+    "trellis": Mixed((16, 4), (3, 2), 32, form="trellis"),
     "float8": Float8(2, 20, 32),
     "by channel": ByChannel(Affine(2, 8, 32, 4, "channel"), Affine(2, 12, 32, 2, "channel"), "size"),
     "rotated": Rotated(Affine(2, 20, 32, 3, "token", 8), fourier(20)),

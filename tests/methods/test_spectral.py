@@ -8,9 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import methods
+from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels import native
-from kvshrink.kernels.normal.reference import expected_error
+from kvshrink.kernels.latents import code_of
+from kvshrink.kernels.normal import expected_error
 from kvshrink.methods._packing import mixed
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._rotate import rotation
@@ -21,6 +23,7 @@ from kvshrink.methods.lowrank.spectral import Spectral
 SMALL = LayerShape(4, 20, torch.bfloat16)  # 80 channels each: 5 groups
 ODD = LayerShape(3, 12, torch.bfloat16)  # 36: two groups and one of 4
 WIDTHS = (1, 2, 3, 4, 8)
+FORMS = ("normal", "trellis")
 
 
 # --- where the bytes go ---
@@ -30,16 +33,16 @@ def test_fill_is_the_best_of_all_choices():
     """Against every combination of widths: greedy on a convex fall is optimal where the budget is met exactly."""
     energies, sizes = [9.0, 4.0, 1.0, 0.2], [16, 16, 16, 16]
     for budget in (70, 200, 330, 500):
-        chosen = _bits.fill(energies, sizes, budget, (1, 2, 3, 4), 32)
+        chosen = _bits.fill(energies, sizes, budget, (1, 2, 3, 4), 32, expected_error)
         spent = _bits.cost_of(chosen, sizes, 32)
         assert spent <= budget
         every = itertools.product((0, 1, 2, 3, 4), repeat=4)
-        best = min(_bits.error_of(c, energies) for c in every if _bits.cost_of(c, sizes, 32) <= spent)
-        assert _bits.error_of(chosen, energies) == pytest.approx(best, rel=1e-9)
+        best = min(_bits.error_of(c, energies, expected_error) for c in every if _bits.cost_of(c, sizes, 32) <= spent)
+        assert _bits.error_of(chosen, energies, expected_error) == pytest.approx(best, rel=1e-9)
 
 
 def test_fill_goes_on_to_a_smaller_group_that_still_fits():
-    assert _bits.fill([1.0, 0.5], [16, 4], 20, (1,), 32) == (0, 1)
+    assert _bits.fill([1.0, 0.5], [16, 4], 20, (1,), 32, expected_error) == (0, 1)
 
 
 def test_share_follows_the_steepest_hull():
@@ -163,20 +166,20 @@ def test_a_budget_below_one_group_is_refused(three):
 
 @pytest.mark.parametrize("shape", [SMALL, ODD], ids=["80", "36"])
 def test_error_is_what_the_widths_promise(stats_of, shape):
-    """Golden source: the eigenvalues of the covariance and Max's errors. Rows are normal, as the quantiser expects."""
+    """Golden source: the eigenvalues of the covariance, and the errors of each code of a normal number."""
     n = shape.width
     mixing = torch.randn(n, n, generator=torch.Generator().manual_seed(5)) * torch.linspace(3, 0.01, n)
     rows = torch.randn(32 * 200, n, generator=torch.Generator().manual_seed(6)) @ mixing.T + 2
     stats = stats_of(shape, keys=rows, values=rows)
     values = torch.linalg.eigvalsh(rows.double().T.cov(correction=0)).flip(0)
-    for rotate in (True, False):
-        method = Spectral(budget=0.15, allocation="energy", rotate=rotate)
+    for rotate, code in ((True, "scalar"), (False, "scalar"), (True, "trellis")):
+        method = Spectral(budget=0.15, allocation="energy", rotate=rotate, code=code)
         fitted = method.fit_layer(stats)
         for codec, side in zip(method.codecs(shape, fitted), KVS, strict=True):
             widths = fitted[f"{side}_widths"].tolist()
             sizes = [16] * (n // 16) + ([n % 16] if n % 16 else [])
             parts = values.split(sizes)
-            wanted = sum(float(p.sum()) * expected_error(w) for p, w in zip(parts, widths, strict=True))
+            wanted = sum(float(p.sum()) * method.error(w) for p, w in zip(parts, widths, strict=True))
             heads = rows.unflatten(1, (shape.heads, -1)).transpose(0, 1)[None]
             back = codec.decode(codec.encode(heads, None), shape.heads)
             got = float((back - heads).double().square().sum()) / len(rows)
@@ -192,20 +195,23 @@ def test_one_page_holds_all_widths_and_no_more():
     assert sum(t.nbytes for t in stored.values()) == 4 * packing.page_bytes()
 
 
-def test_each_run_comes_back_with_its_own_width():
+@pytest.mark.parametrize("form", FORMS)
+def test_each_run_comes_back_with_its_own_width(form):
     x = torch.randn(1, 1, 3200, 48)
-    back = Mixed((16, 16, 16), (8, 3, 1), 32).load(Mixed((16, 16, 16), (8, 3, 1), 32).store(x, None))
+    packing = Mixed((16, 16, 16), (8, 3, 1), 32, form=form)
+    back = packing.load(packing.store(x, None))
     for at, bits in ((0, 8), (16, 3), (32, 1)):
         error = float((back - x)[..., at : at + 16].square().mean())
-        assert error == pytest.approx(expected_error(bits), rel=0.1)
+        assert error == pytest.approx(code_of(form, bits).expected_error(bits), rel=0.1)
 
 
-def test_the_gain_follows_louder_text():
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gain_follows_louder_text(form):
     """A page a hundred times as loud loses the same share."""
-    packing, x = Mixed((16,), (4,), 32), torch.randn(1, 1, 640, 16)
+    packing, x = Mixed((16,), (4,), 32, form=form), torch.randn(1, 1, 640, 16)
     for loud in (0.01, 1.0, 100.0):
         back = packing.load(packing.store(x * loud, None))
-        assert float((back / loud - x).square().mean()) == pytest.approx(expected_error(4), rel=0.15)
+        assert float((back / loud - x).square().mean()) == pytest.approx(code_of(form, 4).expected_error(4), rel=0.15)
     with pytest.raises(DataError, match="thousands of times"):
         packing.store(x * 1e6, None)
 
@@ -221,8 +227,9 @@ def test_nothing_kept_reads_as_the_mean(stats_of):
     torch.testing.assert_close(codec.decode(stored, 4), want)
 
 
-def test_straight_through_is_what_is_stored_and_has_a_gradient():
-    packing, x = Mixed((16, 16), (4, 2), 32), torch.randn(1, 1, 64, 32, requires_grad=True)
+@pytest.mark.parametrize("form", FORMS)
+def test_straight_through_is_what_is_stored_and_has_a_gradient(form):
+    packing, x = Mixed((16, 16), (4, 2), 32, form=form), torch.randn(1, 1, 64, 32, requires_grad=True)
     fake = packing.fake_quantize(x)
     torch.testing.assert_close(fake, packing.load(packing.store(x.detach(), None)))
     fake.sum().backward()
@@ -338,8 +345,11 @@ def test_losses_are_measured_at_fewer_points_where_there_are_more_layers(layers,
 # --- a basis for some heads ---
 
 
-@pytest.mark.parametrize("group_heads", [1, 2])
-def test_a_basis_for_some_heads_has_the_bytes_it_promises_and_reads_them_by_the_kernel(group_heads):
+@pytest.mark.parametrize(
+    ("settings", "bases"),
+    [({"group_heads": 1}, 4), ({"group_heads": 2}, 2), ({"speed": "balanced"}, 4), ({"speed": "fast"}, 1)],
+)
+def test_every_speed_has_the_bytes_it_promises_and_is_read_by_the_kernel(settings, bases):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=97, num_attention_heads=4, head_dim=32,
@@ -347,10 +357,10 @@ def test_a_basis_for_some_heads_has_the_bytes_it_promises_and_reads_them_by_the_
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(3, 97, (2, 300), generator=torch.Generator().manual_seed(1))
-    method = Spectral(budget=0.4, allocation="energy", group_heads=group_heads)
+    method = Spectral(budget=0.4, allocation="energy", **settings)
     cache = kvshrink.make_cache(model, kvshrink.fit(model, method, ids, progress=False))
     first = model(ids, past_key_values=cache).logits
-    assert cache.layers[0].codecs[0].up.shape[0] == 4 // group_heads
+    assert cache.layers[0].codecs[0].up.shape[0] == bases
     assert cache.layers[0].codecs[1].up.shape[0] == 1
     held = cache.report().held
     tokens, layers = 256, 2  # of each row, that have left the window
@@ -361,6 +371,38 @@ def test_a_basis_for_some_heads_has_the_bytes_it_promises_and_reads_them_by_the_
         patch.setenv("KVSHRINK_REFERENCE", "1")
         assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits, step, atol=1e-4)
     assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("code", ["trellis", "scalar"])
+def test_fast_keys_are_never_rebuilt_and_lose_what_the_widths_promise(stats_of, code):
+    method, shape = (
+        Spectral(budget=0.2, allocation="energy", speed="fast", code=code),
+        LayerShape(4, 16, torch.bfloat16),
+    )
+    g = torch.Generator().manual_seed(3)
+    keys = torch.randn(32 * 100, 64, generator=g) @ torch.randn(64, 64, generator=g) + 1
+    fitted = method.fit_layer(stats_of(shape, keys, keys))
+    codec = method.codecs(shape, fitted)[0]
+    assert codec.site == "k_post"
+    assert codec.expansion is None
+    rope = Rope(1e4 ** (-torch.arange(0, 15, 2) / 16), 1.0, False)
+    rows = rope.apply(keys.unflatten(1, (4, 16)).transpose(0, 1)[None], torch.arange(len(keys))[None])
+    query, stored = torch.randn(1, 4, 3, 16, generator=g), codec.encode(rows, None)
+    back = codec.decode(stored, 4)
+    direct = query @ back.transpose(2, 3)
+    torch.testing.assert_close(codec.absorb(query) @ codec.unpack(stored).transpose(2, 3), direct, rtol=1e-3, atol=1e-2)
+    parts = fitted["key_variance"].double().split(16)
+    wanted = sum(float(p.sum()) * method.error(w) for p, w in zip(parts, fitted["key_widths"].tolist(), strict=True))
+    assert float((back - rows).square().sum()) / len(keys) == pytest.approx(wanted, rel=0.1)
+
+
+def test_settings_of_speed_that_do_not_go_together_are_refused():
+    with pytest.raises(
+        SettingError, match=r"^speed='balanced' with group_heads=2 is not possible\. Give one of them\.$"
+    ):
+        Spectral(speed="balanced", group_heads=2)
+    with pytest.raises(SettingError, match=r"^speed='fast' with key_metric='query' .* Use 'plain'\.$"):
+        Spectral(speed="fast", key_metric="query")
 
 
 def test_a_number_of_heads_that_does_not_divide_is_refused():

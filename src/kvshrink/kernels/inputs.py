@@ -13,13 +13,15 @@ from torch import Tensor
 
 from kvshrink.errors import CacheError
 from kvshrink.kernels.decode.reference import Basis, Live, Turn
-from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.latents import MIXED, Packed
 from kvshrink.kernels.pack import packed_bytes
 from kvshrink.kernels.records import Records, recorded
 
 RAW = (torch.float32, torch.bfloat16, torch.float16)
 # what stands beside the codes of each form
-NUMBERS = {"channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",), "normal": ("gain",)}
+NUMBERS = {"channel": ("scale", "low"), "token": ("scale", "low"), "table": ("scale",)} | dict.fromkeys(
+    MIXED, ("gain",)
+)
 
 Part = tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]
 
@@ -129,11 +131,11 @@ def _parts(form: str, width: int, page: int, runs: tuple[tuple[int, int], ...], 
     if form == "raw":
         return (("latent", (page, width), RAW),)
     whole = sum(channels for _, channels in runs) == width and all(channels > 0 for _, channels in runs)
-    if form not in NUMBERS or not whole or (len(runs) != 1 and form != "normal") or (group < 1 and form != "channel"):
+    if form not in NUMBERS or not whole or (len(runs) != 1 and form not in MIXED) or (group < 1 and form != "channel"):
         raise _refusal("pages", f"{form!r} of runs {runs} and groups of {group}", f"a known form of {width} channels")
     codes = sum(packed_bytes(page * channels, bits) for bits, channels in runs)
     shares = -(-width // max(1, group))
-    numbers = {"channel": (width,), "normal": (shares,)}.get(form, (page, shares))
+    numbers = {"channel": (width,), **dict.fromkeys(MIXED, (shares,))}.get(form, (page, shares))
     return (("codes", (codes,), (torch.uint8,)), *((name, numbers, (torch.float16,)) for name in NUMBERS[form]))
 
 

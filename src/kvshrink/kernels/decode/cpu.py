@@ -17,20 +17,19 @@ from torch import Tensor
 
 from kvshrink.kernels import inputs, native
 from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn
-from kvshrink.kernels.latents import Packed
-from kvshrink.kernels.normal.reference import levels
-from kvshrink.kernels.pack.reference import WIDTHS
+from kvshrink.kernels.latents import MIXED, Packed, level_table
 from kvshrink.shapes import Bool, Float
 
 PAGE = 32
-FORMS = {"channel": 3, "token": 4, "table": 4, "normal": 5}  # a table is of tokens whose minima are 0
+FORMS = {"channel": 3, "token": 4, "table": 4, "normal": 5, "trellis": 5}  # a table is of tokens whose minima are 0
 RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SAME = torch.arange(256, dtype=torch.float32, device="cpu").repeat(9, 1)  # codes that are numbers
 _PREPARING = threading.Lock()
 
 
 class _Side(Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("form", "groups", "width", "group", "runs", "lanes")),
+        *((name, c_int32) for name in ("form", "groups", "width", "group", "runs", "lanes", "trellis")),
         *((name, c_void_p) for name in ("bits", "channels", "table", "zeros")),
         *((f"{name}_{what}", c_int64) for name in ("data", "scale", "low") for what in ("at", "group")),
         ("levels", c_void_p),
@@ -139,8 +138,9 @@ def _side(packed: Packed, held: list[Any]) -> _Side:
         group=max(1, packed.group),
         runs=len(packed.runs),
         lanes=records.lanes,
+        trellis=packed.form == "trellis",
         table=table.ctypes.data,
-        levels=_pointer(_levels(packed.form == "normal") if packed.levels is None else _table(packed), held),
+        levels=_pointer(_levels(packed), held),
     )
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
     if packed.form == "table":
@@ -163,19 +163,10 @@ def _runs(runs: tuple[tuple[int, int], ...]) -> tuple[ctypes.Array[Any], ctypes.
     return kind(*(bits for bits, _ in runs)), kind(*(channels for _, channels in runs))
 
 
-@cache
-def _levels(normal: bool) -> Float[Tensor, "9 256"]:
+def _levels(packed: Packed) -> Float[Tensor, "9 256"]:
     """What a code of so many bits stands for, before scale and minimum."""
-    table = torch.arange(256, dtype=torch.float32, device="cpu").repeat(9, 1)
-    if normal:
-        for bits in WIDTHS:
-            table[bits, : 2**bits] = levels(bits)
-    return table
-
-
-def _table(packed: Packed) -> Float[Tensor, "9 256"]:
-    """The levels of a form that brings its own."""
-    assert packed.levels is not None
+    if packed.levels is None:
+        return level_table(packed.form) if packed.form in MIXED else _SAME
     table = torch.zeros(9, 256, dtype=torch.float32, device="cpu")
     table[packed.runs[0][0], : len(packed.levels)] = packed.levels.cpu()
     return table

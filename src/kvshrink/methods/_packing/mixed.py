@@ -1,25 +1,26 @@
 """A page whose channels have different widths: runs of channels of one width, packed one after the other.
 
 Latents come in whitened (each channel has variance 1 on the calibration text) and are stored as Lloyd-Max codes of a
-unit normal; the only metadata is one float16 gain per page and group of channels, which follows text with
-larger or smaller activations than the calibration's: 16 bits for 32 tokens x 16 channels, .03 bits a number.
+unit normal, or as trellis codes of it; the only metadata is one float16 gain per page and group of channels, which
+follows text with larger or smaller activations than the calibration's: 16 bits for 32 tokens x 16 channels, .03 bits a
+number.
 """
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from kvshrink.errors import DataError
-from kvshrink.kernels.latents import Packed, load
-from kvshrink.kernels.normal import to_codes
+from kvshrink.kernels.latents import Packed, code_of, load
 from kvshrink.kernels.pack import pack, packed_bytes
 from kvshrink.methods._packing.base import Importance, Packing, Stored, paged, there
 from kvshrink.shapes import Bool, Float
 
 GAIN_BYTES = 2
+GROUP = 16  # channels that share a width and a gain
 
 
 @final
@@ -27,6 +28,7 @@ GAIN_BYTES = 2
 class Mixed(Packing):
     """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more.
 
+    form: what codes of up to 4 bits are, as kernels/latents names it.
     bases: how many groups of KV heads have latents of their own, all at these widths.
     """
 
@@ -34,7 +36,12 @@ class Mixed(Packing):
     bits: tuple[int, ...]
     page: int
     bases: int = 1
+    form: Literal["normal", "trellis"] = "normal"
     metadata: ClassVar[frozenset[str]] = frozenset({"gain"})
+
+    @property
+    def groups(self) -> int:
+        return self.bases
 
     @property
     def width(self) -> int:
@@ -67,12 +74,15 @@ class Mixed(Packing):
             )
         spread = self._spread(gain)[:, :, :, None]
         unit = pages / torch.where(spread > 0, spread, torch.ones_like(spread))
-        codes = [pack(to_codes(unit[..., part], bits).flatten(3), bits) for bits, part in self.runs()]
+        codes = [
+            pack(code_of(self.form, bits).to_codes(unit[..., part], bits).flatten(3), bits)
+            for bits, part in self.runs()
+        ]
         return {"codes": torch.cat(codes, -1) if codes else pages.new_zeros(*pages.shape[:3], 0).byte(), "gain": gain}
 
     def packed(self, stored: Stored) -> Packed:
         runs = tuple((bits, part.stop - part.start) for bits, part in self.runs())
-        return Packed("normal", stored, self.width, self.page, runs, self.sizes[0] if self.sizes else 1)
+        return Packed(self.form, stored, self.width, self.page, runs, self.sizes[0] if self.sizes else 1)
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
         return load(self.packed(stored))
@@ -84,6 +94,11 @@ class Mixed(Packing):
     def _spread(self, gain: Tensor) -> Tensor:
         """[.., groups] to [.., channels], float32."""
         return gain.float().repeat_interleave(torch.tensor(self.sizes, device=gain.device, dtype=torch.long), -1)
+
+
+def group_sizes(channels: int) -> tuple[int, ...]:
+    """Channels of each group: GROUP, and what is left over."""
+    return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
 
 
 def group_bytes(size: int, bits: int, page: int) -> int:

@@ -7,23 +7,23 @@ tell what an error costs; there a cost is given at some byte counts, and bytes g
 
 import heapq
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from kvshrink.kernels.normal.reference import expected_error
 from kvshrink.methods._packing.mixed import group_bytes
 
 Operand = TypeVar("Operand", bound=Hashable)
 Curve = Sequence[tuple[int, float]]  # (bytes of a page, cost), from 0 bytes on
+Error = Callable[[int], float]  # of a unit normal number at so many bits
 
 
 def fill(
-    energies: Sequence[float], sizes: Sequence[int], budget: int, widths: Sequence[int], page: int
+    energies: Sequence[float], sizes: Sequence[int], budget: int, widths: Sequence[int], page: int, error: Error
 ) -> tuple[int, ...]:
     """Width of each group, in at most `budget` bytes a page. energies: sum of the variances of a group's channels."""
     chosen, left = [0] * len(energies), budget
-    steps = [_step(energies[g], sizes[g], 0, widths, page, g) for g in range(len(energies))]
+    steps = [_step(energies[g], sizes[g], 0, widths, page, g, error) for g in range(len(energies))]
     heap = [s for s in steps if s is not None]
     heapq.heapify(heap)
     while heap:
@@ -31,13 +31,13 @@ def fill(
         if cost > left:
             continue  # a smaller group may still fit
         chosen[g], left = width, left - cost
-        if (step := _step(energies[g], sizes[g], width, widths, page, g)) is not None:
+        if (step := _step(energies[g], sizes[g], width, widths, page, g, error)) is not None:
             heapq.heappush(heap, step)
     return tuple(chosen)
 
 
 def _step(
-    energy: float, size: int, now: int, widths: Sequence[int], page: int, group: int
+    energy: float, size: int, now: int, widths: Sequence[int], page: int, group: int, error: Error
 ) -> tuple[float, int, int, int] | None:
     """(-fall of error per byte, group, width, bytes more) of the best next width."""
     have = group_bytes(size, now, page)
@@ -45,7 +45,7 @@ def _step(
     for width in widths:
         if width > now:
             cost = group_bytes(size, width, page) - have
-            fall = energy * (expected_error(now) - expected_error(width)) / cost
+            fall = energy * (error(now) - error(width)) / cost
             if fall > 0 and (best is None or -fall < best[0]):
                 best = (-fall, group, width, cost)
     return best
@@ -56,9 +56,9 @@ def cost_of(chosen: Sequence[int], sizes: Sequence[int], page: int) -> int:
     return sum(group_bytes(size, width, page) for size, width in zip(sizes, chosen, strict=True))
 
 
-def error_of(chosen: Sequence[int], energies: Sequence[float]) -> float:
+def error_of(chosen: Sequence[int], energies: Sequence[float], error: Error) -> float:
     """Expected squared error at these widths."""
-    return sum(e * expected_error(w) for e, w in zip(energies, chosen, strict=True))
+    return sum(e * error(w) for e, w in zip(energies, chosen, strict=True))
 
 
 def share(curves: Mapping[Operand, Curve], budget: int) -> dict[Operand, int]:

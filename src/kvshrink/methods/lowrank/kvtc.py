@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.kernels.normal.reference import expected_error
-from kvshrink.methods._packing.mixed import group_bytes
+from kvshrink.kernels.normal import expected_error
+from kvshrink.methods._packing.mixed import group_bytes, group_sizes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank.spectral import Spectral, energies_of, group_sizes, trimmed
+from kvshrink.methods.lowrank.spectral import Spectral, energies_of, trimmed
 
 CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than a byte
 
@@ -83,7 +83,7 @@ class KVTC(Method):
 
     def _store(self) -> Spectral:
         """The resident form."""
-        return Spectral(self.window, self.sinks, self.budget, self.widths, allocation="uniform", rotate=False)
+        return Spectral(self.window, self.sinks, self.budget, self.widths, "uniform", code="scalar", rotate=False)
 
 
 def allocate(

@@ -90,6 +90,17 @@ class RopeCommuting(Method):
         )
 
 
+def commuting_spectrum(
+    key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None
+) -> tuple[Float[Tensor, "1 r"], Float[Tensor, "1 r n"]]:
+    """(mean square of each latent after RoPE, basis), of all components, the largest first."""
+    up = commuting(key, heads, pairs, len(key.mean) // 2 * 2)
+    square = torch.einsum("rn,nm,rm->r", up, second_moment(key).double(), up)
+    # RoPE turns the two of a component into each other
+    both = square.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2)
+    return both[None], up[None]
+
+
 def commuting(key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None, rank: int) -> Float[Tensor, "r n"]:
     """Orthonormal rows that commute with RoPE and keep most of the second moment, two rows to a component.
 

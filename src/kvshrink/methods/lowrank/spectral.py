@@ -20,21 +20,19 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
+from kvshrink.kernels.latents import code_of
 from kvshrink.methods._codecs.basis import METRICS, BasisCodec, metrics_of, spectrum
-from kvshrink.methods._packing.mixed import Mixed, group_bytes
+from kvshrink.methods._packing.mixed import Mixed, group_bytes, group_sizes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._groups import bases_of
+from kvshrink.methods.lowrank._measured import Point, curve, losses_each
+from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
-GROUP = 16  # channels that share a width and a gain
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a curve has a point
-# of a curve are measured: all lost, and the first point with no more expected error to the variance than each of these
-MEASURED = {2: (0.2,), 3: (0.3, 0.05), 4: (0.3, 0.1, 0.03)}
-LOSSES = 128  # measured in a fit, where two for each layer's keys and values are no more
-NOTHING = 1e-9  # nats; a KL of less is taken as this
 FLOOR = 1e-20  # a direction without variance has no scale of its own
 
 
@@ -47,8 +45,13 @@ class Spectral(Method):
     widths:     widths that a group of 16 channels may have, beside 0.
     allocation: how bytes are shared between layers, keys and values: "kl" (measured on the whole model, which must
                 be in memory), "energy" (relative squared error, needs no model), "uniform" (the same for each).
-    group_heads: KV heads that share one key basis; None: all, the most accurate per byte. With fewer a step rebuilds
-                keys with less work: by as much as there are bases.
+    speed:      what a step does to keys. "accurate": rebuilds them from one basis for all heads. "balanced": from a
+                basis for each head, with as much less work as there are heads. "fast": nothing; their basis commutes
+                with RoPE (as `rope_commuting`'s), so that queries are taken to it instead. docs/accuracy.md has the KL
+                of each.
+    group_heads: KV heads that share one key basis, between "accurate" (None: all) and "balanced" (1).
+    code:       what the bits of a channel are: of trellis-coded quantisation, 17 to 35 % less squared error at the same
+                bits, or of a Lloyd-Max quantiser, quicker to store.
     rotate:     Hadamard-rotate the channels of one width (folded into the basis): outliers are spread.
     key_metric, value_metric: as CSKV's.
     """
@@ -57,6 +60,8 @@ class Spectral(Method):
     widths: tuple[int, ...] = (1, 2, 3, 4, 8)
     allocation: Literal["kl", "energy", "uniform"] = "kl"
     group_heads: int | None = None
+    speed: Literal["accurate", "balanced", "fast"] = "accurate"
+    code: Literal["trellis", "scalar"] = "trellis"
     rotate: bool = True
     key_metric: Literal["plain", "query"] = "plain"
     value_metric: Literal["plain", "output"] = "plain"
@@ -72,6 +77,10 @@ class Spectral(Method):
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
         heads = self.group_heads
         require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, or None for all.")
+        slow, given = self.speed == "accurate", f"speed={self.speed!r} with"
+        require(slow or heads is None, f"{given} group_heads={heads}", "Give one of them.")
+        commutes = self.speed == "fast"
+        require(not commutes or self.key_metric == "plain", f"{given} key_metric={self.key_metric!r}", "Use 'plain'.")
 
     @property
     def probes(self) -> bool:
@@ -100,8 +109,12 @@ class Spectral(Method):
         out: dict[str, Tensor] = {}
         for kv, moments, metric in zip(KVS, (stats.key, stats.value), metrics, strict=True):
             bases = self.bases(kv, stats.shape)
-            variance, down, up = spectrum(moments.covariance, bases, stats.shape.width // bases, metric)
             mean = moments.mean.unflatten(0, (bases, -1))
+            if kv == "key" and self.speed == "fast":
+                variance, up = commuting_spectrum(moments, stats.shape.heads, stats.pairs)
+                mean = torch.zeros_like(mean)  # one before RoPE turns with the position
+            else:
+                variance, down, up = spectrum(moments.covariance, bases, stats.shape.width // bases, metric)
             out |= {f"{kv}_up": up, f"{kv}_variance": variance.flatten(), f"{kv}_mean": mean}
             if metric is not None:
                 out[f"{kv}_down"] = down
@@ -118,8 +131,9 @@ class Spectral(Method):
         curves: dict[tuple[int, KV], _bits.Curve] = {}
         if self.allocation == "kl":
             assert probe is not None
-            count = min(max(MEASURED), max(min(MEASURED), LOSSES // len(operands)))
-            curves = {(i, s): self._by_kl(layers[i], i, s, shapes[i], probe, count) for i, s in operands}
+            for i, kv in operands:
+                kl = partial(self._measured, layers[i], i, kv, shapes[i], probe)
+                curves[i, kv] = curve(list(self._points(layers[i], kv)), kl, losses_each(len(operands)))
         elif self.allocation == "energy":
             curves = {(i, s): [p[::2] for p in self._points(layers[i], s)] for i, s in operands}
         given = _bits.share(curves, budget) if curves else {at: budget // len(operands) for at in operands}
@@ -135,8 +149,8 @@ class Spectral(Method):
         for i in layers:
             chosen = {f"{kv}_widths": widths[i, kv] for kv in KVS}
             done[i] = trimmed(trimmed({**layers[i], **chosen}, "key"), "value")
-        for (i, kv), curve in curves.items():
-            done[i][f"{kv}_curve"] = torch.tensor(curve, dtype=torch.float64)
+        for (i, kv), found in curves.items():
+            done[i][f"{kv}_curve"] = torch.tensor(found, dtype=torch.float64)
         named = {f"{i} {kv}": w.tolist() for (i, kv), w in sorted(widths.items())}
         errors = {i: {f"{kv}_error": self._error(layers[i], kv, widths[i, kv]) for kv in KVS} for i in layers}
         return done, {"widths": named, "unspent": left / max(1, budget), "layers": errors}
@@ -150,7 +164,17 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
-        return bases_of(self.group_heads, shape.heads) if kv == "key" else 1
+        members = 1 if self.speed == "balanced" else self.group_heads
+        return bases_of(members, shape.heads) if kv == "key" else 1
+
+    @property
+    def form(self) -> Literal["normal", "trellis"]:
+        """How packed codes are to be read, as kernels/latents names it."""
+        return "trellis" if self.code == "trellis" else "normal"
+
+    def error(self, bits: int) -> float:
+        """Expected squared error of a unit normal number."""
+        return float(code_of(self.form, bits).expected_error(bits))
 
     def _most(self, shape: LayerShape) -> int:
         """Bytes of a layer's page at the largest width."""
@@ -165,7 +189,7 @@ class Spectral(Method):
 
     def _widths(self, fitted: Fitted, kv: str, budget: int) -> Tensor:
         bases, sizes = layout_of(fitted, kv)
-        chosen = _bits.fill(energies_of(fitted, kv), sizes, budget // bases, self.widths, self.page)
+        chosen = _bits.fill(energies_of(fitted, kv), sizes, budget // bases, self.widths, self.page, self.error)
         return torch.tensor(chosen, dtype=torch.uint8)
 
     def _cost(self, fitted: Fitted, kv: str, widths: Tensor) -> int:
@@ -173,43 +197,27 @@ class Spectral(Method):
         bases, sizes = layout_of(fitted, kv)
         return bases * _bits.cost_of(widths.tolist(), sizes, self.page)
 
-    def _points(self, fitted: Fitted, kv: str) -> Iterator[tuple[int, Tensor, float]]:
-        """(bytes of a page, widths, expected squared error over the variance) at the rates that a curve has."""
+    def _points(self, fitted: Fitted, kv: str) -> Iterator[Point]:
+        """At the rates that a curve has; settings are widths."""
         channels, seen = len(fitted[f"{kv}_variance"]), -1
         for rate in POINTS:
             widths = self._widths(fitted, kv, int(rate * channels * self.page / 8))
             size = self._cost(fitted, kv, widths)
             if size > seen:
-                yield size, widths, self._error(fitted, kv, widths)
+                yield Point(size, widths, self._error(fitted, kv, widths))
             seen = size
 
     def _error(self, fitted: Fitted, kv: str, widths: Tensor) -> float:
         """Expected squared error over the variance, in the operand's metric."""
         energies = energies_of(fitted, kv)
-        return _bits.error_of(widths.tolist(), energies) / max(sum(energies), 1e-30)
+        return _bits.error_of(widths.tolist(), energies, self.error) / max(sum(energies), 1e-30)
 
-    def _by_kl(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, count: int) -> _bits.Curve:
-        """KL of the model's predictions with this operand alone read through its codec, at POINTS.
-
-        `count` of them are measured; between two KL is taken to be a power of the expected squared error, below the
-        last one proportional to it.
-        """
-        points = list(self._points(fitted, kv))
-        last = len(points) - 1
-        near = {next((n for n, (_, _, e) in enumerate(points) if e <= most), last) for most in MEASURED[count]}
-        known = [
-            (points[n][2], self._measured(fitted, layer, kv, shape, probe, *points[n][:2])) for n in sorted({0, *near})
-        ]
-        return [(size, _bits.between(known, error)) for size, _, error in points]
-
-    def _measured(
-        self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, size: int, widths: Tensor
-    ) -> float:
-        codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": widths})
+    def _measured(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, at: Point) -> float:
+        codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": at.setting})
         metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
-        key = (layer, kv, size, self.widths, self.group_heads, self.rotate, metric)
+        key = (layer, kv, at.size, self.widths, self.code, self.speed, self.group_heads, self.rotate, metric)
         pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
-        return max(NOTHING, probe.once(key, partial(probe.kl, {layer: pair})))
+        return probe.once(key, partial(probe.kl, {layer: pair}))
 
     def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
@@ -217,19 +225,17 @@ class Spectral(Method):
         up, mean = fitted[f"{kv}_up"], fitted[f"{kv}_mean"]
         down = fitted.get(f"{kv}_down", up.transpose(1, 2))
         widths = tuple(fitted[f"{kv}_widths"].tolist())
-        packing = Mixed(group_sizes(up.shape[1]), widths, self.page, len(mean))
+        packing = Mixed(group_sizes(up.shape[1]), widths, self.page, len(mean), self.form)
         scale = fitted[f"{kv}_variance"].view(len(mean), -1).clamp_min(FLOOR).sqrt()
         down, up = down / scale[:, None], up * scale[:, :, None]
         matrices = [rotation(part.stop - part.start) for _, part in packing.runs()]
         if self.rotate and matrices:
             matrix = torch.block_diag(*matrices).to(up)
             down, up = down @ matrix, matrix.T @ up
-        return BasisCodec("k_pre" if kv == "key" else "v", down.contiguous(), up.contiguous(), mean, packing)
-
-
-def group_sizes(channels: int) -> tuple[int, ...]:
-    """Channels of each group: GROUP, and what is left over."""
-    return (GROUP,) * (channels // GROUP) + ((channels % GROUP,) if channels % GROUP else ())
+        site: Literal["k_pre", "k_post", "v"] = "v"
+        if kv == "key":
+            site = "k_post" if self.speed == "fast" else "k_pre"
+        return BasisCodec(site, down.contiguous(), up.contiguous(), mean, packing)
 
 
 def layout_of(fitted: Fitted, kv: str) -> tuple[int, tuple[int, ...]]:

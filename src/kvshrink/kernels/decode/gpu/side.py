@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import inputs
-from kvshrink.kernels.latents import Packed
-from kvshrink.kernels.normal.reference import levels
-from kvshrink.kernels.pack.reference import WIDTHS, packed_bytes
+from kvshrink.kernels.latents import MIXED, Packed, level_table
+from kvshrink.kernels.pack import packed_bytes
 from kvshrink.kernels.records import Records
 from kvshrink.shapes import Float, Int
 
@@ -35,8 +34,8 @@ class Side(NamedTuple):
     data: Part  # latents, or bytes of codes
     scale: Part  # or gain; the data once more where the form has none
     low: Part
-    places: Tensor  # where each channel's codes lie, of "normal"; else nothing, as of `levels`
-    levels: Tensor  # what codes stand for, of "normal" and "table"
+    places: Tensor  # where each channel's codes lie, of MIXED forms; else nothing, as of `levels`
+    levels: Tensor  # what codes stand for, of MIXED forms and "table"
 
 
 def fits(keys: Packed, values: Packed) -> bool:
@@ -51,8 +50,8 @@ def side(packed: Packed, records: Records) -> Side:
     numbers = [_part(records, name) for name in inputs.NUMBERS.get(packed.form, ())]
     scale, low = (*numbers, data, data)[:2]
     places = table = _nothing(device)
-    if packed.form == "normal":
-        places, table = _places(packed.runs, packed.page, device), _levels(device)
+    if packed.form in MIXED:
+        places, table = _places(packed.runs, packed.page, device), _levels(packed.form, device)
     elif packed.form == "table":
         assert packed.levels is not None
         table = packed.levels.to(device, torch.float32)
@@ -72,7 +71,7 @@ def constants(packed: Packed, records: Records, name: str) -> dict[str, Any]:
         f"{name}_WIDTH": packed.width,
         f"{name}_GROUPS": data.shape[0] * records.lanes,
         f"{name}_LANES": records.lanes,
-        f"{name}_SHARE": packed.group if packed.form in ("token", "table", "normal") else 1,
+        f"{name}_SHARE": packed.group if packed.form in ("token", "table", *MIXED) else 1,
     }
 
 
@@ -101,9 +100,5 @@ def _places(runs: tuple[tuple[int, int], ...], page: int, device: torch.device) 
 
 
 @cache
-def _levels(device: torch.device) -> Float[Tensor, "9 256"]:
-    """The level of each code of so many bits."""
-    table = torch.zeros(9, 256)
-    for bits in WIDTHS:
-        table[bits, : 2**bits] = levels(bits)
-    return table.to(device)
+def _levels(form: str, device: torch.device) -> Float[Tensor, "9 256"]:
+    return level_table(form).to(device)

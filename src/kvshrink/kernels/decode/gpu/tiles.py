@@ -44,8 +44,8 @@ def latents(
     if FORM == "raw":
         tile = tl.load(data + (token * WIDTH + channel), mask=there, other=0.0)
     else:
-        if FORM == "normal":
-            codes = _levels(side, data, token, channel, there, WIDTH, T)
+        if FORM == "normal" or FORM == "trellis":
+            codes = _levels(side, data, token, channel, there, FORM == "trellis", WIDTH, T)
         else:
             if BITS == 3:
                 codes = _scattered(data, token, 0, WIDTH, channel, 3, there, T)
@@ -93,7 +93,7 @@ def _planes(
 
 @triton.jit
 @no_type_check
-def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.constexpr):
+def _levels(side, data, token, channel, there, TRELLIS: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr):
     """Levels [P, T, C], float32, of runs of different bits: a table says where each channel's codes lie."""
     known = channel < WIDTH
     base = tl.load(side.places + channel, mask=known, other=0)
@@ -101,6 +101,12 @@ def _levels(side, data, token, channel, there, WIDTH: tl.constexpr, T: tl.conste
     index = tl.load(side.places + (2 * WIDTH + channel), mask=known, other=0)
     bits = tl.load(side.places + (3 * WIDTH + channel), mask=known, other=8)
     codes = _scattered(data, token, base, count, index, bits, there, T)
+    if TRELLIS:  # the subset follows from the coded bits of this token and of those before it, around the page
+        one = _scattered(data, (token + T - 1) % T, base, count, index, bits, there, T)
+        two = _scattered(data, (token + T - 2) % T, base, count, index, bits, there, T)
+        four = _scattered(data, (token + T - 4) % T, base, count, index, bits, there, T)
+        found = (codes >> 1 << 2) | (((codes ^ one ^ four) & 1) << 1) | (two & 1)
+        codes = tl.where(bits == 8, codes, found)
     return tl.load(side.levels + (bits * 256 + codes), mask=there, other=0.0)
 
 

@@ -12,6 +12,7 @@ enum Form { RAW_F32, RAW_BF16, RAW_F16, CHANNEL, TOKEN, NORMAL };
 // in bytes, and how far apart those of its groups are. scale holds the gain of NORMAL; scale, low and gain are float16.
 struct Side {
     int32_t form, groups, width, group, runs, lanes;
+    int32_t trellis;  // whether codes of up to 4 bits are of kernels/trellis
     const int32_t *bits, *channels;  // of each run
     const int64_t *table;
     const char *zeros;  // in place of low, where a form has none
@@ -77,11 +78,29 @@ inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, 
         }
 }
 
-// All codes of a page, [PAGE][stride].
+// From codes of a trellis to the numbers of their levels, in place: see kernels/trellis/reference.py.
+inline void follow_trellis(uint8_t *codes, int channels, int stride) {
+    constexpr int AT_ONCE = 64;
+    for (int c0 = 0; c0 < channels; c0 += AT_ONCE) {
+        const int n = channels - c0 < AT_ONCE ? channels - c0 : AT_ONCE;
+        uint8_t last[PAGE][AT_ONCE];  // coded bits, which the numbers overwrite
+        for (int t = 0; t < PAGE; t++)
+            for (int c = 0; c < n; c++) last[t][c] = codes[t * stride + c0 + c] & 1;
+        for (int t = 0; t < PAGE; t++) {
+            uint8_t *row = codes + t * stride + c0;
+            const uint8_t *one = last[(t + PAGE - 1) % PAGE], *two = last[(t + PAGE - 2) % PAGE];
+            const uint8_t *four = last[(t + PAGE - 4) % PAGE];
+            for (int c = 0; c < n; c++) row[c] = (row[c] >> 1) << 2 | ((last[t][c] ^ one[c] ^ four[c]) << 1) | two[c];
+        }
+    }
+}
+
+// All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels.
 inline void unpack_page(const Side &s, const Spot &at, uint8_t *out, int stride) {
     const uint8_t *in = reinterpret_cast<const uint8_t *>(at.data);
     for (int run = 0; run < s.runs; run++) {
         unpack_run(in, s.bits[run], s.channels[run], out, stride);
+        if (s.trellis && s.bits[run] <= 4) follow_trellis(out, s.channels[run], stride);
         in += run_bytes(s.bits[run], s.channels[run]);
         out += s.channels[run];
     }

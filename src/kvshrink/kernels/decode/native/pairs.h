@@ -1,6 +1,7 @@
 // PairTiles: see tiles.h. A key's channels 4i and 4i + 2 share a lane, 4i + 1 and 4i + 3 the next one; a value's tokens i
 // and i + 16. So codes of up to 4 bits become pairs of numbers by one permutation of a table of 16-bit levels: its index
-// is the low 5 bits of each 16-bit half, of which the fifth may be anything if the table of 16 stands there twice.
+// is the low 5 bits of each 16-bit half, of which the fifth may be anything if the table of 16 stands there twice. A trellis
+// of 4 bits has 32 levels, and clean bytes.
 #pragma once
 #include <immintrin.h>
 
@@ -64,7 +65,8 @@ struct PairTiles {
             added[r] = _mm512_reduce_add_ps(sum);
         }
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
-            const __m512i table = levels16(s.levels + 256 * bits_at(s, c));
+            const float *levels = s.levels + 256 * bits_at(s, c);
+            const __m512i table = s.trellis ? levels32(levels) : levels16(levels);
             uint32_t *to = z + c / 2 * PAGE + half * HALF;
             _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, table));
             _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 8), table));
@@ -77,7 +79,7 @@ struct PairTiles {
             return through_floats_values(s, at, room, z, width);
         if (s.form == RAW_BF16) return raw_values(s.width, at.data, z, width);
         sides(s, at, room, false);
-        const bool nibbles = s.runs == 1 && s.bits[0] == 4;
+        const bool nibbles = s.runs == 1 && s.bits[0] == 4 && !s.trellis;
         const uint8_t *codes = nibbles ? reinterpret_cast<const uint8_t *>(at.data) : room.codes;
         const int stride = nibbles ? s.width : room.stride;
         if (!nibbles) unpack_page(s, at, room.codes, room.stride);
@@ -154,9 +156,14 @@ struct PairTiles {
         return _mm512_inserti64x4(wide, _mm512_castsi512_si256(wide), 1);
     }
 
-    // use(c, half, codes): lane = token of this half, byte i = code of channel c + i, in its low 4 or all 8 bits.
+    static __m512i levels32(const float *levels) {
+        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(levels));
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(levels + 16)), 1);
+    }
+
+    // use(c, half, codes): lane = token of this half, byte i = code of channel c + i, in its low 4 bits, or all 8 if it was unpacked.
     template <class F> static void by_quads(const Side &s, const Spot &at, Scratch &room, F use) {
-        const bool nibbles = s.runs == 1 && s.bits[0] == 4;  // a byte has a token of each half: no need to unpack
+        const bool nibbles = s.runs == 1 && s.bits[0] == 4 && !s.trellis;  // a byte has a token of each half: no need to unpack
         if (!nibbles) unpack_page(s, at, room.codes, room.stride);
         const char *codes = reinterpret_cast<const char *>(room.codes);
         for (int c0 = 0; c0 < s.width; c0 += 64)
@@ -193,6 +200,7 @@ struct PairTiles {
     }
 
     static __m512 level(const Side &s, int bits, __m512 table, __m512i codes) {
+        if (bits <= 4 && s.trellis) return _mm512_permutex2var_ps(table, codes, _mm512_loadu_ps(s.levels + 256 * bits + 16));
         if (bits <= 4) return _mm512_permutexvar_ps(codes, table);
         codes = _mm512_and_si512(codes, _mm512_set1_epi32(0xff));
         return s.form == NORMAL ? _mm512_i32gather_ps(codes, s.levels + 256 * bits, 4) : _mm512_cvtepi32_ps(codes);
