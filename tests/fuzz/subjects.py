@@ -27,6 +27,7 @@ METHODS = {
     "rtn": ("rtn", {"bits": 4}),
     "kivi": ("kivi", {"bits": 2}),
     "turboquant": ("turboquant", {}),
+    "tcq": ("tcq", {}),
     "xquant": ("xquant", {}),
     "xquant_cl": ("xquant_cl", {}),
     "kvquant": ("kvquant", {}),
