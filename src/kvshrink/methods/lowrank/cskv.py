@@ -26,21 +26,20 @@ from kvshrink.methods._codecs.basis import (
     BasisCodec,
     leading,
     metrics_of,
-    orthonormal,
-    principal,
-    weighted_svd,
 )
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import Scorer
 from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
 from kvshrink.methods._roles import Fitted, Method
-from kvshrink.methods._settings import keep_and_bits, require
-from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
+from kvshrink.methods._settings import require
+from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._training import Training
+from kvshrink.methods.lowrank import _ranked, _ranks
+from kvshrink.methods.lowrank._cskv_settings import checked
 from kvshrink.methods.lowrank._groups import Cost, bases_of, heads_per_basis
+from kvshrink.methods.lowrank._initial import initial
 
-ALPHA = 0.5  # ASVD's exponent on mean |x|
 KEY_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 DRAWN = (0.25, 0.5, 0.75, 1.0)  # of the rank, by a step of matryoshka
 
@@ -66,6 +65,9 @@ class CSKV(Method):
     matryoshka:  train at ranks drawn from a quarter to all, so that `Artifact.at` can leave components out.
     key_metric, value_metric: what init="pca" counts as the error: "plain" (the paper's mean square), "query" (keys
                  weighted by the energy of the queries that read them), "output" (values by the output projection).
+    budget:      instead of `keep`: bytes of the body over the full cache's, over all layers; the rank of each layer's
+                 keys and of its values is by measured KL of the whole model, which must be in memory. Latents are then
+                 stored by `tcq` at 3 bits, unless bits or codec say otherwise.
     """
 
     keep: float = 0.2
@@ -81,11 +83,26 @@ class CSKV(Method):
     loss: Literal["rows", "output", "kl"] = "rows"
     matryoshka: bool = False
     codec: str | None = None
+    budget: float | None = None
 
     needs_fit: ClassVar[bool] = True
-    budget_setting: ClassVar[str] = "keep"
     byte_neutral: ClassVar[frozenset[str]] = frozenset(METRICS)
     value_group: ClassVar[int] = 64  # latent channels that share a value's scale
+
+    @property
+    def budget_setting(self) -> str:  # type: ignore[override] # one of the two, by which is given
+        return "keep" if self.budget is None else "budget"
+
+    @property
+    def probes(self) -> bool:
+        return self.budget is not None
+
+    @property
+    def own(self) -> tuple[str | None, int | float | None]:
+        """(codec, bits) of the latents."""
+        if self.budget is not None and self.codec is None and self.bits is None:
+            return "tcq", 3
+        return self.codec, self.bits
 
     @classmethod
     def paper(cls, keep: float = 0.2, bits: int | None = 4, steps: int = 12_000) -> "CSKV":
@@ -94,27 +111,7 @@ class CSKV(Method):
 
     def check(self) -> None:
         super().check()
-        heads = self.group_heads
-        if heads != "auto":
-            require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
-        keep_and_bits(self.keep, None if self.codec else self.bits)
-        share = self.key_share
-        ok = share == "auto" if isinstance(share, str) else isinstance(share, float) and 0 < share < 1
-        require(ok, f"key_share={share!r}", "Use a share between 0 and 1, or 'auto'.")
-        for name in ("key_metric", "value_metric"):
-            metric = getattr(self, name)
-            require(metric == "plain" or self.init == "pca", f"{name}={metric!r} with init={self.init!r}", "Use 'pca'.")
-        require(self.steps >= 0 and self.lr > 0, f"steps={self.steps}, lr={self.lr}", "Use steps >= 0 and lr > 0.")
-        rounds = self.bits is not None or self.codec is not None
-        require(not self.qat or (self.steps > 0 and rounds), "qat=True without steps and bits", "Set both.")
-        require(self.loss == "rows" or self.steps > 0, f"loss={self.loss!r} without steps", "Set steps.")
-        require(not self.matryoshka or self.steps > 0, "matryoshka=True without steps", "Set steps.")
-        if self.codec is not None:
-            own = latents.quantiser(self.codec, self.bits)
-            why, given = own.apart({}), f"codec={self.codec!r} with"
-            require(not (own.needs_fit and self.steps), f"{given} steps", "It depends on the basis. Use steps=0.")
-            require(not (why and self.steps), f"{given} steps", f"It {why}. Use steps=0.")
-            require(not (why and self.key_share == "auto"), f"{given} key_share='auto'", f"It {why}. Give a share.")
+        checked(self)
 
     def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "CSKV":
         """group_heads="auto" as a number, by `_groups` and the speed of `device`.
@@ -128,12 +125,15 @@ class CSKV(Method):
         def costs(size: int) -> list[Cost]:
             own = replace(self, group_heads=size)
             every = dict.fromkeys(shapes)
-            return [Cost(x.width, own.ranks(x)[0], own.bits_per_token(x, {}) / 8) for x in every]
+            return [Cost(x.width, own.key_rank(x), own.bits_per_token(x, {}) / 8) for x in every]
 
         heads = [shape.heads for shape in shapes]
         return replace(self, group_heads=heads_per_basis(heads, costs, measure(device, shapes[0].dtype)))
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
+        if self.budget is not None:
+            page = shape.token_bytes * self.page
+            return [k / 10_000 for k in range(1, int(10_000 * _ranked.most_bytes(self, shape) / page) + 1)]
         return [channels / shape.width for channels in range(1, shape.width + 1)]
 
     @classmethod
@@ -148,36 +148,31 @@ class CSKV(Method):
     def training(self) -> Training | None:
         if not self.steps:
             return None
-        rounds = self.bits is not None or self.codec is not None
+        rounds = self.own != (None, None)
         return Training(self.loss, self.steps, self.lr, self.qat, rounds, DRAWN if self.matryoshka else (1.0,))
 
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
-        """(rank of each key group, rank of values): the one place where channels are rounded, down.
-
-        2 * keep * n channels are shared out; what keys or values cannot take (they have only n) goes to the other.
-        """
+        """(rank of each key group, rank of values)."""
         share = key_share if key_share is not None else 0.5 if self.key_share == "auto" else float(self.key_share)
-        n, total = shape.width, 2 * self.keep * shape.width
-        key = min(max(total * share, total - n), n)
-        groups = self.groups(shape)
-        rank_k, rank_v = int(key / groups + 1e-6), int(total - key + 1e-6)
-        if rank_k < 1 or rank_v < 1:
-            least = max(groups / share, 1 / (1 - share)) / (2 * n)
-            scale = 10 ** (2 - math.floor(math.log10(least)))  # three digits, rounded up so that they are enough
-            raise SettingError(
-                f"keep={self.keep} with key_share={share} gives key rank {rank_k} and value rank {rank_v} "
-                f"of {n} channels. Use keep of at least {math.ceil(least * scale - 1e-6) / scale:g}."
-            )
-        return rank_k, rank_v
+        return _ranks.split(self.keep, share, shape.width, self.groups(shape))
+
+    def key_rank(self, shape: LayerShape) -> int:
+        """Of each key group; at a budget what it would be if all had the same share."""
+        if self.budget is None:
+            return self.ranks(shape)[0]
+        share = _ranked.page_bytes(self, shape) / _ranked.most_bytes(self, shape)
+        return max(1, int(share * shape.width / self.groups(shape)))
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         """Basis of keys and values of one layer, before any training."""
+        if self.budget is not None:
+            return _ranked.start(self, stats)
         rank_k, rank_v = self.ranks(stats.shape)
         groups = self.groups(stats.shape)
         fitted: dict[str, Tensor] = {}
         sides = zip(KVS, (groups, 1), (rank_k, rank_v), metrics_of(self, stats), strict=True)
         for kv, bases, rank, metric in sides:
-            fitted |= {f"{kv}_{k}": t for k, t in self._side(kv, stats, bases, rank, metric).items()}
+            fitted |= {f"{kv}_{k}": t for k, t in initial(self.init, kv, stats, bases, rank, metric).items()}
         if self.samples:
             for kv in KVS:
                 fitted |= latents.learn(self._quantiser(), kv, fitted, stats, self.page)
@@ -186,24 +181,33 @@ class CSKV(Method):
     @property
     def needs_importance(self) -> bool:
         """Whether its quantiser ranks tokens by their importance."""
-        return self.codec is not None and self._quantiser().needs_importance
+        return self.own[0] is not None and self._quantiser().needs_importance
 
     @property
     def scorer(self) -> Scorer | None:
-        return None if self.codec is None else self._quantiser().scorer
+        return None if self.own[0] is None else self._quantiser().scorer
 
     def apart(self, fitted: Fitted) -> str | None:
-        return None if self.codec is None else self._quantiser().apart({})
+        return None if self.own[0] is None else self._quantiser().apart({})
 
     @property
     def samples(self) -> bool:
-        return self.codec is not None and self._quantiser().needs_fit
+        return self.own[0] is not None and self._quantiser().needs_fit
 
     def _quantiser(self) -> Quantiser:
-        assert self.codec is not None
-        return latents.quantiser(self.codec, self.bits)
+        codec, bits = self.own
+        assert codec is not None
+        return latents.quantiser(codec, bits)
+
+    def finish(
+        self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
+        if self.budget is None:
+            return super().finish(layers, shapes, probe)
+        return _ranked.finish(self, layers, shapes, probe)
 
     def at_ratio(self, ratio: float) -> "CSKV":
+        require(self.budget is None, f"another budget than {self.budget}", "Its ranks are for this one. Fit it again.")
         if ratio > self.keep:
             raise SettingError(f"keep={ratio} is above the artifact's {self.keep}. Components can only be left out.")
         if self.steps and not self.matryoshka:
@@ -223,10 +227,10 @@ class CSKV(Method):
 
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
         pair = self.codecs(shape, fitted)
-        return (Tier(pair),) if self.codec is None else aged(pair, *self._ladders(shape, fitted))
+        return (Tier(pair),) if self.own[0] is None else aged(pair, *self._ladders(shape, fitted))
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
-        if self.codec is None:
+        if self.own[0] is None or (self.budget is not None and not fitted):
             return super().body_bytes(shape, fitted, pages)
         return held(self._ladders(shape, fitted), pages, self.page)
 
@@ -243,9 +247,14 @@ class CSKV(Method):
         """As promised by the rank rule alone where nothing is fitted yet."""
         if fitted:
             return super().bits_per_token(shape, fitted)
+        if self.budget is not None:
+            return _ranked.page_bytes(self, shape) * 8 / self.page
         parts = zip(KVS, (self.groups(shape), 1), self.ranks(shape), strict=True)
-        pages = [self._packing(kv, groups, rank, shape.dtype, {}).page_bytes() for kv, groups, rank in parts]
+        pages = [self.stored(kv, groups, rank, shape.dtype, {}).page_bytes() for kv, groups, rank in parts]
         return sum(pages) * 8 / self.page
+
+    def bases(self, kv: KV, shape: LayerShape) -> int:
+        return self.groups(shape) if kv == "key" else 1
 
     def groups(self, shape: LayerShape) -> int:
         """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
@@ -256,41 +265,24 @@ class CSKV(Method):
             raise SettingError("group_heads='auto' is a number only after `fit`. Fit the method, or give a number.")
         return self.group_heads
 
-    def _side(
-        self, kv: KV, stats: CalibrationStats, groups: int, rank: int, metric: Tensor | None
-    ) -> dict[str, Tensor]:
-        moments, weight, input_scale = getattr(stats, kv), getattr(stats, f"{kv}_weight"), stats.input_scale
-        mean = moments.mean.double().unflatten(0, (groups, -1))
-        down = None
-        if self.init == "pca":
-            down, up = principal(moments.covariance, groups, rank, metric)
-            down = None if metric is None else down  # an orthonormal basis is stored once
-        elif self.init == "random":
-            up = orthonormal(groups, mean.shape[1], rank, KVS.index(kv)).to(mean.device)
-        else:
-            scale = input_scale.double().add(1e-6).pow(ALPHA) if self.init == "asvd" else torch.ones_like(input_scale)
-            down, up = weighted_svd(weight, scale, groups, rank)
-            mean = torch.zeros_like(mean)  # the paper's factors have no bias
-        tensors = {"up": up, "mean": mean} | ({} if down is None else {"down": down})
-        return {k: t.float().contiguous() for k, t in tensors.items()}
-
     def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         up, mean = fitted[f"{kv}_up"], fitted[f"{kv}_mean"]
         down = fitted.get(f"{kv}_down", up.transpose(1, 2))
         groups, rank, _ = up.shape
-        if self.codec is not None:
+        if self.own[0] is not None:
             down, up, mean = latents.transformed(
                 self._quantiser(), kv, (down, up, mean), fitted, shape.dtype, self.page
             )
-        stored = self._packing(kv, groups, rank, shape.dtype, fitted)
+        stored = self.stored(kv, groups, rank, shape.dtype, fitted)
         return BasisCodec("k_pre" if kv == "key" else "v", down, up, mean, stored)
 
-    def _packing(self, kv: KV, groups: int, rank: int, dtype: torch.dtype, fitted: Fitted) -> Packing:
-        if self.codec is not None:
+    def stored(self, kv: KV, groups: int, rank: int, dtype: torch.dtype, fitted: Fitted) -> Packing:
+        """How latents of a side are packed."""
+        codec, bits = self.own
+        if codec is not None:
             return latents.packing(self._quantiser(), kv, Space(groups, rank, self.page, dtype, False), fitted)
         axis = "channel" if kv == "key" else "token"
-        bits = None if self.bits is None else int(self.bits)
-        return packing(groups, rank, self.page, bits, axis, self.value_group, dtype)
+        return packing(groups, rank, self.page, None if bits is None else int(bits), axis, self.value_group, dtype)
 
 
 METHOD = CSKV

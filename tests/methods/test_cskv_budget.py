@@ -1,0 +1,131 @@
+"""CSKV under a byte budget: ranks go where a loss costs the model, and all layers together hold the budget."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvshrink import CSKV
+from kvshrink.errors import SettingError
+from kvshrink.methods._stats import KVS, LayerShape, Probe
+
+SHAPE = LayerShape(4, 20, torch.bfloat16)  # 80 channels each
+LAYERS = range(3)
+
+
+class Told(Probe):
+    """A model to which errors of the values of layer 1 cost a thousand times those of all others."""
+
+    def __init__(self) -> None:
+        self.known: dict = {}
+
+    def kl(self, codecs) -> float:
+        ((layer, pair),) = codecs.items()
+        codec = pair[0] or pair[1]
+        lost = 1 - codec.up.shape[1] / 80  # a crude error that falls as the rank grows
+        return (lost + 0.01) * (1.0 if layer == 1 and pair[1] is not None else 0.001)
+
+    def fisher(self):
+        raise AssertionError("a budget asks for no gradients")
+
+    def once(self, key, measure) -> float:
+        assert key not in self.known, "measured twice"
+        self.known[key] = measure()
+        return self.known[key]
+
+
+@pytest.fixture
+def fitted(stats_of):
+    def make(method: CSKV, probe: Told | None = None) -> tuple[dict, dict]:
+        layers = {i: method.fit_layer(stats_of(SHAPE)) for i in LAYERS}
+        return method.finish(layers, dict.fromkeys(LAYERS, SHAPE), probe or Told())
+
+    return make
+
+
+def held(method: CSKV, layers: dict) -> float:
+    """Share of the full cache's bytes, over all layers."""
+    pages = sum(c.page_bytes() for i in layers for c in method.codecs(SHAPE, layers[i]))
+    return pages / (len(layers) * SHAPE.token_bytes * method.page)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bits": 4}, {"bits": 3, "group_heads": 2}, {"codec": "turboquant", "bits": 2}]
+)
+@pytest.mark.parametrize("budget", [0.03, 0.0625, 0.125])
+def test_all_layers_together_hold_the_budget_and_nearly_all_of_it(fitted, settings, budget):
+    method = CSKV(budget=budget, **settings)
+    layers, record = fitted(method)
+    assert held(method, layers) <= budget
+    assert held(method, layers) > 0.97 * budget - 0.002
+    assert record["unspent"] == pytest.approx(1 - held(method, layers) / budget, abs=0.01)
+    assert method.bits_per_token(SHAPE, {}) == pytest.approx(budget * SHAPE.token_bytes * 8, rel=0.001)
+
+
+def test_ranks_go_where_the_model_says(fitted):
+    method = CSKV(budget=0.06)
+    layers, record = fitted(method)
+    ranks = record["ranks"]
+    assert ranks["1 value"] == 80
+    assert sum(ranks.values()) - 80 < 80
+    for i in LAYERS:
+        for kv in KVS:
+            assert layers[i][f"{kv}_up"].shape == (1, ranks[f"{i} {kv}"], 80)
+            assert f"{kv}_variance" not in layers[i]
+
+
+def test_what_is_kept_is_the_best_basis_of_its_rank(fitted, stats_of):
+    """The directions of `keep` at the same rank, which are the optimum."""
+    layers, record = fitted(CSKV(budget=0.125))
+    rank = record["ranks"]["0 key"]
+    same = CSKV(keep=rank / 80, bits=3, codec="tcq").fit_layer(stats_of(SHAPE))["key_up"]
+    ours = layers[0]["key_up"]
+    torch.testing.assert_close(ours.transpose(1, 2) @ ours, same.transpose(1, 2) @ same, atol=1e-5, rtol=0)
+
+
+def test_metrics_weigh_directions(fitted):
+    plain, _ = fitted(CSKV(budget=0.1))
+    weighed, _ = fitted(CSKV(budget=0.1, key_metric="query", value_metric="output"))
+    assert "key_down" in weighed[0]
+    assert "key_down" not in plain[0]
+    assert weighed[0]["key_down"].shape[2] == weighed[0]["key_up"].shape[1]
+
+
+def test_a_whole_cache_is_the_most_it_takes(fitted):
+    method = CSKV(budget=1.0)
+    layers, record = fitted(method)
+    assert set(record["ranks"].values()) == {80}
+    assert held(method, layers) < 0.2  # 3 bits of 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0.0}, r"budget=0\.0 is not possible\. Use a share of bytes above 0, up to 1\."),
+        ({"budget": 1.2}, r"budget=1\.2 is not possible\..*"),
+        ({"budget": 0.1, "key_share": 0.3}, r"budget=0\.1 with key_share=0\.3 .* The budget shares channels out\."),
+        ({"budget": 0.1, "init": "asvd"}, r"budget=0\.1 with init='asvd' .* Use 'pca'.*"),
+        ({"budget": 0.1, "steps": 10}, r"budget=0\.1 with loss='rows' .* Use 'kl'.*"),
+        ({"budget": 0.1, "codec": "kvquant", "bits": 2}, r"budget=0\.1 with codec='kvquant' .* Use keep\."),
+        ({"budget": 0.1, "codec": "zipcache"}, r"budget=0\.1 with codec='zipcache' .* Use keep\."),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(SettingError, match=f"^{message}$"):
+        CSKV(**settings)
+
+
+def test_a_budget_of_less_than_a_channel_is_refused(fitted):
+    with pytest.raises(SettingError, match=r"^budget=0\.001 is less than a channel .* Use 0\.\d+\.$") as refused:
+        fitted(CSKV(budget=0.001))
+    least = float(str(refused.value).removesuffix(".").split()[-1])
+    fitted(CSKV(budget=least))
+
+
+def test_an_artifact_is_for_its_budget_alone():
+    method = CSKV(budget=0.1)
+    with pytest.raises(SettingError, match="Fit it again"):
+        method.at_ratio(0.05)
+    assert method.budget_setting == "budget"
+    assert CSKV().budget_setting == "keep"
+    assert dataclasses.replace(method, budget=None).probes is False
