@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "tiles.h"
 
@@ -17,12 +18,33 @@ template <class T> struct Buffer {
     void release() { std::free(data), data = nullptr; }
 };
 
-constexpr int BLOCK = 8;  // rows of A at a time: with 2 vectors of each, 16 sums in registers
+constexpr int BLOCK = 8;  // rows of A at a time: their sums stay in registers
 
 // C[row][n] = (first or C) + A[row] . Z, n in steps of 32.
 template <class T, int R>
 inline void multiply(const typename T::Lane *a, int a_row, const typename T::Lane *z, int z_row, int depth, int n, float *c,
                      int c_row, const float *first) {
+#if !defined(__AVX512F__)  // 16 registers of 8: one of each row's sums at a time, or they would go to memory at every step
+    if constexpr (std::is_same_v<typename T::Lane, float>) {
+        for (int at = 0; at < n; at += 8) {
+            v8 sum[R];
+            for (int r = 0; r < R; r++) {
+                if (first)
+                    sum[r] = v8{} + first[r];
+                else
+                    std::memcpy(&sum[r], c + r * c_row + at, 32);
+            }
+            const float *zp = z + at;
+            for (int k = 0; k < depth; k++, zp += z_row) {
+                v8 x;
+                std::memcpy(&x, zp, 32);
+                for (int r = 0; r < R; r++) sum[r] += x * a[r * a_row + k];
+            }
+            for (int r = 0; r < R; r++) std::memcpy(c + r * c_row + at, &sum[r], 32);
+        }
+        return;
+    }
+#endif
     for (int at = 0; at < n; at += 32) {
         v16 sum[R][2];
         for (int r = 0; r < R; r++)

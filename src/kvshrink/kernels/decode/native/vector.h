@@ -1,4 +1,7 @@
 // Sixteen floats at a time, in the compiler's own vectors: AVX-512, two AVX2 or four NEON registers.
+//
+// Where a register holds fewer, g++ makes a choice (x < y ? x : y) of sixteen one by one; so `exp16` and `tanh16` are of
+// eights there.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,6 +13,8 @@
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -37,31 +42,47 @@ inline float max16(v16 x) {
 }
 #endif
 
-// e^x for x <= 88 to 2 units in the last place; 0 below -87.
-inline v16 exp16(v16 x) {
-    const v16 least = all16(-87.0f);
-    v16i gone = x < least;
+// e^x for x <= 88 to 2 units in the last place; 0 below -87. V: floats, I: as many integers.
+template <class V, class I> inline V exp_of(V x) {
+    const V least = V{} - 87.0f, half = V{} + 0.5f;
+    const I gone = x < least;
     x = gone ? least : x;
-    v16 scaled = x * 1.44269504f;
-    v16i n = __builtin_convertvector(scaled + (scaled < 0 ? all16(-0.5f) : all16(0.5f)), v16i);
-    v16 whole = __builtin_convertvector(n, v16);
-    v16 r = x - whole * 0.693359375f;
+    const V scaled = x * 1.44269504f;
+    const I n = __builtin_convertvector(scaled + (scaled < 0 ? -half : half), I);
+    const V whole = __builtin_convertvector(n, V);
+    V r = x - whole * 0.693359375f;
     r = r + whole * 2.12194440e-4f;
-    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    v16i bits;
-    std::memcpy(&bits, &p, 64);
-    bits = gone ? v16i{} : bits + (n << 23);
-    std::memcpy(&p, &bits, 64);
+    I bits;
+    std::memcpy(&bits, &p, sizeof p);
+    bits = gone ? I{} : bits + (n << 23);
+    std::memcpy(&p, &bits, sizeof p);
     return p;
 }
 
-inline v16 tanh16(v16 x) {
-    v16 twice = 2.0f * x, most = all16(80.0f);
+template <class V, class I> inline V tanh_of(V x) {
+    V twice = 2.0f * x;
+    const V most = V{} + 80.0f;
     twice = twice > most ? most : twice;
-    return 1.0f - 2.0f / (exp16(twice) + 1.0f);
+    return 1.0f - 2.0f / (exp_of<V, I>(twice) + 1.0f);
 }
+
+#if defined(__AVX512F__)
+inline v16 exp16(v16 x) { return exp_of<v16, v16i>(x); }
+inline v16 tanh16(v16 x) { return tanh_of<v16, v16i>(x); }
+#else
+template <v8 (*F)(v8)> inline v16 by_halves(v16 x) {
+    v8 half[2];
+    std::memcpy(half, &x, 64);
+    half[0] = F(half[0]), half[1] = F(half[1]);
+    std::memcpy(&x, half, 64);
+    return x;
+}
+inline v16 exp16(v16 x) { return by_halves<exp_of<v8, v8i>>(x); }
+inline v16 tanh16(v16 x) { return by_halves<tanh_of<v8, v8i>>(x); }
+#endif
