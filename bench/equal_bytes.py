@@ -10,6 +10,7 @@ nearest and is marked. KL and top-1 agreement are over question and answer token
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def series(steps: int) -> dict[str, Any]:
         "int3": RTN(bits=3),
         "int2": RTN(bits=2),
         "StreamingLLM": methods.build("streaming_llm", {}),
+        "spectral, scalar": Spectral(code="scalar"),
         "spectral, uniform": Spectral(allocation="uniform"),
         "spectral, energy": Spectral(allocation="energy"),
         "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
@@ -65,21 +67,24 @@ def series(steps: int) -> dict[str, Any]:
 
 def real_series() -> dict[str, Any]:
     """What is compared on a real model, all of it in answers too."""
-    quantisers = {f"turboquant {b}": methods.build("turboquant", {"bits": b}) for b in (4, 3, 2)}
+    fixed = {f"{name} {b}": methods.build(name, {"bits": b}) for name in ("tcq", "turboquant") for b in (3, 2, 4)}
     return {
         MAIN: Spectral(),
+        "CSKV budget": CSKV(budget=0.1),
         "CSKV pca int4": CSKV(bits=4),
-        "int4": RTN(bits=4),
-        **quantisers,
-        "kvquant 2": methods.build("kvquant", {"bits": 2}),
         "StreamingLLM": methods.build("streaming_llm", {}),
+        **fixed,
+        "int4": RTN(bits=4),
+        "kvquant 2": methods.build("kvquant", {"bits": 2}),
+        "spectral, scalar": Spectral(code="scalar"),
         "spectral, energy": Spectral(allocation="energy"),
         "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
+        "CSKV budget, int4": CSKV(budget=0.1, bits=4),
     }
 
 
 ANSWERED = 8  # series whose answers are compared
-FIXED = ("int4", "int3", "int2", "turboquant 4", "turboquant 3", "turboquant 2", "kvquant 2")  # at their own bytes
+FIXED = re.compile(r"(int|tcq |turboquant |kvquant )\d")  # at their own bytes
 
 
 def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Entry]:
@@ -88,7 +93,7 @@ def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Ent
     for label, method in named.items():
         if only and label not in only:
             continue
-        if label in FIXED:
+        if FIXED.fullmatch(label):
             out.append(Entry(label, method, None, label, None, True, f"bits={method.bits}"))
             continue
         for budget in BUDGETS:
@@ -150,7 +155,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     answered = [] if args.kl_only else [full, *(e for e in entries if e.series in list(args.series)[:ANSWERED])]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
-        runner = Runner(model, tokenizer, answered, identity=identity)
+        runner = Runner(model, tokenizer, answered, args.batch, identity=identity)
         for o in runner.run(Job(task.title, length=length), task.samples, args.answers, bar):
             scores[o.method].append(o)
     rows = []
@@ -208,6 +213,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096", help="with commas between them")
     parser.add_argument("--only", default="", help="series, with commas between them")
     parser.add_argument("--cases", type=int, default=12, help="per task")
+    parser.add_argument("--batch", type=int, default=1, help="prompts answered together")
     parser.add_argument("--kl-only", action="store_true", help="no answers: they take most of the time")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="of the paper's training; the paper has 12,000")

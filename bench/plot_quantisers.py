@@ -9,13 +9,16 @@ def table(rows: list[dict]) -> str:
     """Markdown, most bytes first."""
     grows = all("byte_ratio_later" in r for r in rows)
     names = ["method", "bits stored", "of full cache", *(["127 tokens later"] if grows else [])]
-    names += ["KL, text", "KL, retrieval", "right answers"]
+    answered = all("score" in r for r in rows)
+    names += ["KL, text", "KL, retrieval", *(["right answers"] if answered else [])]
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     for r in sorted(rows, key=lambda r: (-r["byte_ratio"], r["label"])):
         cells = [f"`{r['label']}`" if r["group"] not in ("peer", "full") else r["label"], f"{r['bits']:.2f}"]
         cells += [f"{100 * r[name]:.1f} %" for name in ("byte_ratio", "byte_ratio_later")[: 1 + grows]]
         cells += [f"{r['kl_text']:.4f}", f"{r['kl_retrieval']:.4f}"]
-        lines.append("| " + " | ".join([*cells, f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"]) + " |")
+        if answered:
+            cells.append(f"{r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}]")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
