@@ -19,7 +19,9 @@ FORMS = [
     *itertools.product(("table",), (1, 2, 3, 4)),
     "normal",
     "trellis",
+    "trellis up to 4",
 ]
+MIXED = {"normal": "normal", "trellis": "trellis", "trellis up to 4": "trellis"}
 PAGE = 32
 
 
@@ -28,10 +30,11 @@ def packed(
 ) -> Packed:
     """Random latents in this form, between pages of nothing but ones: NaN, and the highest codes."""
     rows = torch.randn(b, groups, (pages + 2) * page, width) + 0.3
-    if form in ("normal", "trellis"):
+    if form in MIXED:
         sizes = (16,) * (width // 16) + ((width % 16,) if width % 16 else ())
-        bits = sorted(([8, 4, 3, 2, 1] * len(sizes))[: len(sizes)], reverse=True)
-        packing = Mixed(sizes, tuple(bits), page, form=form)
+        widths = [4, 3, 2, 1] if form == "trellis up to 4" else [8, 4, 3, 2, 1]
+        bits = sorted((widths * len(sizes))[: len(sizes)], reverse=True)
+        packing = Mixed(sizes, tuple(bits), page, form=MIXED[form])
     elif form == "raw":
         packing = Raw(groups, width, page, dtype)
     elif form[0] == "table":

@@ -1,17 +1,21 @@
-"""CSKV under one byte budget: the rank of each layer's keys and of its values, by what a loss there costs the model.
+"""CSKV under one byte budget: rank and bits of each layer's keys and values, by what a loss there costs the model.
 
 The channels that a side leaves out are its directions of least variance, so its error at any rank is known; what an
-error costs is measured as KL of the whole model's predictions (`_measured`), and bytes go where KL falls most.
+error costs is measured as KL of the whole model's predictions (`_measured`), and bytes go where KL falls most. At so
+many bytes a side may have more directions or more bits for each: it gets what has the least error.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvshrink.errors import SettingError
-from kvshrink.kernels.normal import expected_error
+from kvshrink.kernels import normal, trellis
 from kvshrink.methods._codecs.basis import leading, metrics_of, spectrum
 from kvshrink.methods._roles import Codec, Fitted
 from kvshrink.methods._settings import require
@@ -20,6 +24,7 @@ from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._measured import Point, curve, losses_each
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the full rank: points of a curve
+CODEC, BITS = "tcq", (2, 3, 4)  # of latents, where a method does not say
 
 
 def check(method: Any, budget: float) -> None:
@@ -54,72 +59,88 @@ def finish(
     """The directions that the budget allows. Raises SettingError if it is less than a channel for every operand."""
     assert probe is not None
     operands = [(i, kv) for i in layers for kv in KVS]
-    points = {(i, kv): list(_points(method, layers[i], kv, shapes[i])) for i, kv in operands}
+    points = {(i, kv): _points(method, layers[i], kv, shapes[i], _ranks(layers[i], kv)) for i, kv in operands}
     least, budget = sum(p[0].size for p in points.values()), sum(page_bytes(method, shapes[i]) for i in layers)
     if least > budget:
-        share = least / sum(shapes[i].token_bytes * method.page for i in layers)
-        raise SettingError(f"budget={method.budget} is less than a channel for all keys and values. Use {share:.2g}.")
+        share = math.ceil(1e5 * least / sum(shapes[i].token_bytes * method.page for i in layers)) / 1e5
+        raise SettingError(f"budget={method.budget} is less than a channel for all keys and values. Use {share:g}.")
     curves: dict[tuple[int, KV], _bits.Curve] = {}
     for i, kv in operands:
         measured = partial(_kl, method, layers[i], i, kv, shapes[i], probe)
         found = curve(points[i, kv], measured, losses_each(len(operands)))
         curves[i, kv] = [(size - found[0][0], cost) for size, cost in found]  # the first point all have
     given = _bits.share(curves, budget - least)
-    ranks, left = {}, budget - least - sum(given.values())
+    chosen, left = {}, budget - least - sum(given.values())
     for i, kv in sorted(operands, key=lambda at: -given[at]):  # what one cannot use up, the next may
         room = points[i, kv][0].size + given[i, kv] + left
-        ranks[i, kv] = _largest(method, layers[i], kv, shapes[i], room)
-        left = room - _cost(method, kv, shapes[i], ranks[i, kv])
-    done = {i: _cut(_cut(layers[i], "key", ranks[i, "key"]), "value", ranks[i, "value"]) for i in layers}
-    errors = {i: {f"{kv}_error": _error(method, layers[i], kv, ranks[i, kv]) for kv in KVS} for i in layers}
-    named = {f"{i} {kv}": rank for (i, kv), rank in sorted(ranks.items())}
-    return done, {"ranks": named, "unspent": left / max(1, budget), "layers": errors}
+        every = range(1, layers[i][f"{kv}_up"].shape[1] + 1)
+        chosen[i, kv] = [p for p in _points(method, layers[i], kv, shapes[i], every) if p.size <= room][-1]
+        left = room - chosen[i, kv].size
+    done, errors, named = {}, {}, dict[str, Any]()
+    for i in layers:
+        done[i] = _cut(method, _cut(method, layers[i], "key", chosen[i, "key"]), "value", chosen[i, "value"])
+        errors[i] = {f"{kv}_error": chosen[i, kv].error for kv in KVS}
+        named |= {f"{i} {kv}": chosen[i, kv].setting for kv in KVS}
+    return done, {"ranks and bits": named, "unspent": left / max(1, budget), "layers": errors}
 
 
 def page_bytes(method: Any, shape: LayerShape) -> int:
     """Bytes of a layer's page, keys and values, at the budget."""
-    assert method.budget is not None
     return min(int(method.budget * shape.token_bytes * method.page), most_bytes(method, shape))
 
 
 def most_bytes(method: Any, shape: LayerShape) -> int:
-    """Bytes of a layer's page of all channels."""
-    return sum(_cost(method, kv, shape, shape.width // method.bases(kv, shape)) for kv in KVS)
+    """Bytes of a layer's page of all channels at the most bits."""
+    return sum(_cost(method, kv, shape, shape.width // method.bases(kv, shape), None) for kv in KVS)
 
 
-def _points(method: Any, fitted: Fitted, kv: KV, shape: LayerShape) -> Iterator[Point]:
+def _ranks(fitted: Fitted, kv: KV) -> Iterable[int]:
+    """Those at which a curve has points."""
     full = fitted[f"{kv}_up"].shape[1]
-    for rank in sorted({max(1, round(share * full)) for share in SHARES}):
-        yield Point(_cost(method, kv, shape, rank), rank, _error(method, fitted, kv, rank))
+    return sorted({max(1, round(share * full)) for share in SHARES})
 
 
-def _cost(method: Any, kv: KV, shape: LayerShape, rank: int) -> int:
-    return int(method.stored(kv, method.bases(kv, shape), rank, shape.dtype, {}).page_bytes())
+def _points(method: Any, fitted: Fitted, kv: KV, shape: LayerShape, ranks: Iterable[int]) -> list[Point]:
+    """The settings (rank, bits) that no other beats in bytes and error, the fewest bytes first."""
+    variance = fitted[f"{kv}_variance"].double().sum(0)
+    kept = (variance.cumsum(0) / variance.sum().clamp_min(1e-30)).tolist()
+    every = []
+    for rank, bits in product(ranks, method.tried):
+        # what codes of so many bits lose of a normal number, of what the directions keep
+        rounding = _error(method, bits)
+        every.append(Point(_cost(method, kv, shape, rank, bits), (rank, bits), 1 - (1 - rounding) * kept[rank - 1]))
+    best: list[Point] = []
+    for point in sorted(every, key=lambda p: (p.size, p.error)):
+        if not best or point.error < best[-1].error:
+            best.append(point)
+    return best
 
 
-def _largest(method: Any, fitted: Fitted, kv: KV, shape: LayerShape, room: int) -> int:
-    """The largest rank of at most so many bytes a page."""
-    ranks = range(1, fitted[f"{kv}_up"].shape[1] + 1)
-    return max(rank for rank in ranks if rank == 1 or _cost(method, kv, shape, rank) <= room)
+def _error(method: Any, bits: int | float | None) -> float:
+    code = trellis if method.own[0] == CODEC else normal
+    return 0.0 if bits is None else float(code.expected_error(int(bits)))
 
 
-def _error(method: Any, fitted: Fitted, kv: KV, rank: int) -> float:
-    """Expected squared error over the variance, with what codes of so many bits lose of a normal number."""
-    variance = fitted[f"{kv}_variance"].double()
-    kept, whole = float(variance[:, :rank].sum()), float(variance.sum())
-    bits = method.own[1]
-    rounding = expected_error(int(bits)) if bits is not None else 0.0
-    return 1.0 - (1.0 - rounding) * kept / max(whole, 1e-30)
+def _cost(method: Any, kv: KV, shape: LayerShape, rank: int, bits: int | float | None) -> int:
+    packed = method.stored(kv, method.bases(kv, shape), rank, shape.dtype, _own_bits(method, kv, bits))
+    return int(packed.page_bytes())
+
+
+def _own_bits(method: Any, kv: KV, bits: int | float | None) -> dict[str, Tensor]:
+    """How a fitted side says its bits, where they are not the method's."""
+    return {f"{kv}_bits": torch.tensor(bits)} if bits is not None and len(method.tried) > 1 else {}
 
 
 def _kl(method: Any, fitted: Fitted, layer: int, kv: KV, shape: LayerShape, probe: Probe, at: Point) -> float:
-    codec = method.codecs(shape, _cut(fitted, kv, at.setting))[KVS.index(kv)]
+    codec = method.codecs(shape, _cut(method, fitted, kv, at))[KVS.index(kv)]
     metric = method.key_metric if kv == "key" else method.value_metric  # the other does not matter
     pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
     key = ("cskv", layer, kv, at.setting, method.own, method.group_heads, metric)
     return probe.once(key, partial(probe.kl, {layer: pair}))
 
 
-def _cut(fitted: Fitted, kv: KV, rank: int) -> dict[str, Tensor]:
-    """With the first `rank` directions of one side, and without its variances."""
-    return {k: t for k, t in {**fitted, **leading(fitted, kv, rank)}.items() if k != f"{kv}_variance"}
+def _cut(method: Any, fitted: Fitted, kv: KV, at: Point) -> dict[str, Tensor]:
+    """With the directions and bits of a point for one side, and without its variances."""
+    rank, bits = at.setting
+    kept = {k: t for k, t in fitted.items() if k != f"{kv}_variance"}
+    return kept | leading(fitted, kv, rank) | _own_bits(method, kv, bits)

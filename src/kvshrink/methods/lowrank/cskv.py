@@ -67,7 +67,7 @@ class CSKV(Method):
                  weighted by the energy of the queries that read them), "output" (values by the output projection).
     budget:      instead of `keep`: bytes of the body over the full cache's, over all layers; the rank of each layer's
                  keys and of its values is by measured KL of the whole model, which must be in memory. Latents are then
-                 stored by `tcq` at 3 bits, unless bits or codec say otherwise.
+                 stored by `tcq`, each side's at 2, 3 or 4 bits as is best, unless bits or codec say otherwise.
     """
 
     keep: float = 0.2
@@ -99,10 +99,14 @@ class CSKV(Method):
 
     @property
     def own(self) -> tuple[str | None, int | float | None]:
-        """(codec, bits) of the latents."""
-        if self.budget is not None and self.codec is None and self.bits is None:
-            return "tcq", 3
-        return self.codec, self.bits
+        """(codec, bits) of the latents; the most bits, where a side has its own."""
+        return (_ranked.CODEC, max(self.tried)) if len(self.tried) > 1 else (self.codec, self.bits)
+
+    @property
+    def tried(self) -> tuple[Any, ...]:
+        """Bits of which each side takes the best: at a budget, where nothing is said of codec and bits."""
+        free = self.budget is not None and self.codec is None and self.bits is None
+        return _ranked.BITS if free else (self.bits,)
 
     @classmethod
     def paper(cls, keep: float = 0.2, bits: int | None = 4, steps: int = 12_000) -> "CSKV":
@@ -194,10 +198,12 @@ class CSKV(Method):
     def samples(self) -> bool:
         return self.own[0] is not None and self._quantiser().needs_fit
 
-    def _quantiser(self) -> Quantiser:
+    def _quantiser(self, kv: KV = "key", fitted: Fitted | None = None) -> Quantiser:
+        """What stores the latents. kv, fitted: of that side, where it has bits of its own."""
         codec, bits = self.own
         assert codec is not None
-        return latents.quantiser(codec, bits)
+        own = (fitted or {}).get(f"{kv}_bits")
+        return latents.quantiser(codec, bits if own is None else int(own))
 
     def finish(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], probe: Probe | None
@@ -241,7 +247,7 @@ class CSKV(Method):
         else:
             sizes = list(zip((self.groups(shape), 1), self.ranks(shape), strict=True))
         spaces = [Space(groups, rank, self.page, shape.dtype, False) for groups, rank in sizes]
-        return [latents.ladder(self._quantiser(), s, space, fitted) for s, space in zip(KVS, spaces, strict=True)]
+        return [latents.ladder(self._quantiser(s, fitted), s, x, fitted) for s, x in zip(KVS, spaces, strict=True)]
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """As promised by the rank rule alone where nothing is fitted yet."""
@@ -270,9 +276,8 @@ class CSKV(Method):
         down = fitted.get(f"{kv}_down", up.transpose(1, 2))
         groups, rank, _ = up.shape
         if self.own[0] is not None:
-            down, up, mean = latents.transformed(
-                self._quantiser(), kv, (down, up, mean), fitted, shape.dtype, self.page
-            )
+            quantiser = self._quantiser(kv, fitted)
+            down, up, mean = latents.transformed(quantiser, kv, (down, up, mean), fitted, shape.dtype, self.page)
         stored = self.stored(kv, groups, rank, shape.dtype, fitted)
         return BasisCodec("k_pre" if kv == "key" else "v", down, up, mean, stored)
 
@@ -280,7 +285,9 @@ class CSKV(Method):
         """How latents of a side are packed."""
         codec, bits = self.own
         if codec is not None:
-            return latents.packing(self._quantiser(), kv, Space(groups, rank, self.page, dtype, False), fitted)
+            return latents.packing(
+                self._quantiser(kv, fitted), kv, Space(groups, rank, self.page, dtype, False), fitted
+            )
         axis = "channel" if kv == "key" else "token"
         return packing(groups, rank, self.page, None if bits is None else int(bits), axis, self.value_group, dtype)
 
