@@ -124,18 +124,22 @@ def test_layers_below_the_codecs_are_not_run_again(model, probe, monkeypatch, la
         hook.remove()
 
 
-def test_a_deep_model_is_asked_with_fewer_rows_and_at_fewer_tokens(model, rows, probe, monkeypatch):
-    """And what it is asked is what a shallow one is, where both are."""
-    whole = probe.wanted
+def test_a_deep_model_is_asked_less_and_all_rows_together(model, rows, probe, monkeypatch):
+    """And what it says is what it says of each row alone."""
     monkeypatch.setattr("kvshrink.fit.probe.DEEP", 2)
     deep = Recall(model, layers_of(model), rows, METHOD, progress=False)
-    assert len(deep.wanted) == ROWS // 2
-    assert deep.wanted[0].shape == (len(whole[0]) // 4, 61)
-    torch.testing.assert_close(deep.wanted[0], whole[0][3::4], atol=1e-4, rtol=1e-4)
-    pair = RTN(bits=2).codecs(LayerShape(2, 16, torch.float32), {})
-    assert deep.kl({1: pair}) == pytest.approx(probe.kl({1: pair}), rel=0.5)
+    assert deep.made.shape == (ROWS, probe.made.shape[1] // 2)
+    assert (len(deep.wanted), deep.tail) == (1, deep.made.shape[1] // (3 * REPEATED))
+    pair, alone = RTN(bits=2).codecs(LayerShape(2, 16, torch.float32), {}), []
+    for n, row in enumerate(deep.made[:, None]):
+        exact, tail = deep.reader.prefill(row[:, : -deep.tail]), row[:, -deep.tail :]
+        wanted, found = (deep.reader.predict(exact, codecs, tail) for codecs in ({}, {1: pair}))
+        own = deep.wanted[0].unflatten(0, (ROWS, -1))[n]
+        torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-4)
+        alone.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))
+    assert deep.kl({1: pair}) == pytest.approx(sum(alone) / ROWS, rel=1e-3)
     judged = Recall(model, layers_of(model), rows, METHOD, progress=False, chunk=32)
-    assert judged.wanted[0].shape == whole[0].shape
+    assert len(judged.wanted) == ROWS
 
 
 def test_sinks_and_window_stay_exact(model, rows):

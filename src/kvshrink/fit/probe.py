@@ -28,8 +28,9 @@ from kvshrink.methods._stats import Probe
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
-DEEP = 16  # layers, from which on half of the rows and every fourth prediction must do: there is more to measure
 REPEATED = 4  # a quarter of a row is the repetition
+# layers, from which on there is so much to measure that rows are half as long, a twelfth is the repetition, and all go
+DEEP = 16  # through the model together
 SEED = 0
 
 
@@ -55,9 +56,8 @@ class Reader:
         codecs: Mapping,
         tail: Int[Tensor, "b s"],
         known: Outputs | None = None,
-        every: int = 1,
     ) -> Float[Tensor, "n v"]:
-        """Log-probabilities after every n-th token of the tail, the cache read through the codecs.
+        """Log-probabilities after each token of the tails, the cache read through the codecs.
 
         known: what the layers gave for the tail where all are exact; those below the first codec are then not run.
         """
@@ -72,10 +72,9 @@ class Reader:
             for part in tail.split(self.chunk or tail.shape[1], 1):
                 self._slide(cache, codecs, before)
                 before = cache.get_seq_length()
-                at = torch.arange(every - 1, part.shape[1], every, device=part.device) if every > 1 else 0  # 0: all
-                logits = self.model(input_ids=part, past_key_values=cache, logits_to_keep=at).logits
-                found.append(logits[0].float().log_softmax(-1))
-        return torch.cat(found)
+                logits = self.model(input_ids=part, past_key_values=cache).logits
+                found.append(logits.float().log_softmax(-1))
+        return torch.cat(found, 1).flatten(0, 1)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -117,7 +116,7 @@ class Reader:
 
 @final
 class Recall(Probe):
-    """`ROWS` rows through the model, prefilled once, or half of them. chunk: as a Reader's.
+    """`ROWS` rows through the model, prefilled once. chunk: as a Reader's; the rows then go through it one by one.
 
     Holds their caches, what each layer gives for the repetitions, and, in float32, what the exact model predicts:
     ROWS x a quarter of LENGTH x the vocabulary.
@@ -135,18 +134,18 @@ class Recall(Probe):
     ) -> None:
         self.reader = Reader(model, infos, method, chunk)
         deep = sum(info.compressed for info in infos) >= DEEP
-        count, self.every = max(1, ROWS // 2) if deep else ROWS, 4 if deep and chunk is None else 1
-        made = recall_rows(rows, row_length(model, rows), method, count)
-        self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // REPEATED
+        short, repeated = (2, 3 * REPEATED) if deep else (1, REPEATED)
+        made = recall_rows(rows, row_length(model, rows) // short, method, repeated=repeated)
+        self.made, self.tail = made.to(next(model.parameters()).device), made.shape[1] // repeated
         self.information: dict[int, tuple[float, float]] | None = None
         self.caches, self.tails, self.wanted = [], [], []
         self.outputs: list[Outputs | None] = []
         replays = chunk is None and stands_alone(model)
-        for row in self.made[:, None]:
-            self.caches.append(self.reader.prefill(row[:, : -self.tail]))
-            self.tails.append(row[:, -self.tail :])
+        for part in self.made.split(ROWS if deep and chunk is None else 1):
+            self.caches.append(self.reader.prefill(part[:, : -self.tail]))
+            self.tails.append(part[:, -self.tail :])
             with recorded(self.reader.layers if replays else []) as outputs:
-                self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1], None, self.every))
+                self.wanted.append(self.reader.predict(self.caches[-1], {}, self.tails[-1]))
             self.outputs.append(outputs or None)
         self.known: dict[Hashable, float] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
@@ -163,7 +162,7 @@ class Recall(Probe):
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
         total = 0.0
         for cache, tail, wanted, outputs in zip(self.caches, self.tails, self.wanted, self.outputs, strict=True):
-            found = self.reader.predict(cache, codecs, tail, outputs, self.every)
+            found = self.reader.predict(cache, codecs, tail, outputs)
             total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
         self.bar.update()
         if not math.isfinite(total):
@@ -191,23 +190,28 @@ def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
 
 
 def recall_rows(
-    rows: Int[Tensor, "rows length"], length: int, method: Method, count: int | None = None, plain: bool = False
+    rows: Int[Tensor, "rows length"],
+    length: int,
+    method: Method,
+    count: int = ROWS,
+    plain: bool = False,
+    repeated: int = REPEATED,
 ) -> Int[Tensor, "made tokens"]:
     """`count` rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
 
-    count: None for ROWS.
+    repeated: the passage is one part of so many of a row.
 
     Raises DataError if the text is too short for a page to leave the window before the repetition.
     """
     first, stream = rows[:, :1].flatten()[:1], rows.flatten()
     length = min(length, len(stream))
-    tail = length // REPEATED
+    tail = length // repeated
     context = length - tail - 1
     room = context - tail - method.window - method.page
     if room <= method.sinks:
         least = 2 * (method.window + method.page + method.sinks + 2)
         raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
-    draw, made, count = random.Random(SEED), [], ROWS if count is None else count
+    draw, made = random.Random(SEED), []
     for i in range(count):
         # evenly over the text, so that a mixed text is probed in all its parts
         at = round(i * (len(stream) - context) / max(1, count - 1))
