@@ -76,8 +76,10 @@ def real_series() -> dict[str, Any]:
         **fixed,
         "int4": RTN(bits=4),
         "kvquant 2": methods.build("kvquant", {"bits": 2}),
+        "spectral, balanced": Spectral(speed="balanced"),
+        "spectral, fast": Spectral(speed="fast"),
+        "spectral, window 8": Spectral(window=8),
         "spectral, scalar": Spectral(code="scalar"),
-        "spectral, energy": Spectral(allocation="energy"),
         "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
         "CSKV budget, int4": CSKV(budget=0.1, bits=4),
     }
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of the paper's training; the paper has 12,000")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    only = [name for name in args.only.split(",") if name]
+    only = [name for name in re.split(r",(?! )", args.only) if name]  # a name may hold a comma and a space
     lengths = [int(n) for n in args.lengths.split(",")]
     model, tokenizer = load(args.model)
     small = args.model == "reference"

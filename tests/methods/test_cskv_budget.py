@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvshrink import CSKV
+import kvshrink
+from kvshrink import CSKV, Artifact
 from kvshrink.errors import SettingError
+from kvshrink.kernels import native
 from kvshrink.methods._stats import KVS, LayerShape, Probe
 
 SHAPE = LayerShape(4, 20, torch.bfloat16)  # 80 channels each
@@ -129,3 +132,28 @@ def test_an_artifact_is_for_its_budget_alone():
     assert method.budget_setting == "budget"
     assert CSKV().budget_setting == "keep"
     assert dataclasses.replace(method, budget=None).probes is False
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 4, "steps": 3, "loss": "kl"}, {"codec": "turboquant", "bits": 2}])
+def test_it_fits_a_model_holds_what_it_promises_and_comes_back_from_a_folder(settings, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=97, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(3, 97, (4, 300), generator=torch.Generator().manual_seed(1))
+    method = CSKV(budget=0.15, **settings)
+    artifact = kvshrink.fit(model, method, ids, progress=False)
+    artifact.save_pretrained(tmp_path / "fitted")
+    found = []
+    for made in (artifact, Artifact.from_pretrained(tmp_path / "fitted")):
+        cache = kvshrink.make_cache(model, made)
+        model(ids[:1], past_key_values=cache)
+        found.append(model(ids[:1, :1], past_key_values=cache).logits)
+        held, shape = cache.report().held, cache.layers[0].shape
+        assert 0 < held.payload + held.metadata <= 0.15 * 256 * len(cache.layers) * shape.token_bytes
+        assert native.library() is None or str(cache.layers[0].body.view(None)[0].kernel) == "yes"
+    assert torch.equal(*found)
+    with pytest.raises(SettingError, match="Fit it again"):
+        artifact.at(0.1)

@@ -75,8 +75,9 @@ def fit(
         artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, out / CHECKPOINT, log_with)[0]
         artifact.save_pretrained(out)
         clear(out / CHECKPOINT)
-    _show(artifact, chosen, out)
-    if json:
+    if not json:
+        _show(artifact, chosen, out)
+    else:
         print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
 
 
