@@ -215,7 +215,8 @@ class Spectral(Method):
     def _measured(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, at: Point) -> float:
         codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": at.setting})
         metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
-        key = (layer, kv, at.size, self.widths, self.code, self.speed, self.group_heads, self.rotate, metric)
+        bases = (self.speed, self.group_heads) if kv == "key" else ()  # values have one basis at any speed
+        key = (layer, kv, at.size, self.widths, self.code, bases, self.rotate, metric)
         pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
         return probe.once(key, partial(probe.kl, {layer: pair}))
 
