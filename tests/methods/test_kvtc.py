@@ -40,9 +40,9 @@ def test_it_is_never_worse_than_filling_by_the_steepest_fall_and_sometimes_bette
     """The steepest step first may leave no room for what two others would have brought."""
     energies, worse = [10.0, 9.0], 0
     for budget in range(130, 1200, 30):
-        greedy = _bits.fill(energies, [16, 4], budget, WIDTHS, 32)
+        greedy = _bits.fill(energies, [16, 4], budget, WIDTHS, 32, expected_error)
         chosen = allocate(energies, [16, 4], budget, WIDTHS, 32)
-        gain = _bits.error_of(greedy, energies) - _bits.error_of(chosen, energies)
+        gain = _bits.error_of(greedy, energies, expected_error) - _bits.error_of(chosen, energies, expected_error)
         assert gain > -1e-9
         worse += gain > 1e-9
     assert worse > 0, "this case was to show a difference"
@@ -55,7 +55,7 @@ def test_a_budget_of_many_steps_is_held_and_nearly_best(monkeypatch):
     coarse = allocate(energies, (16,) * 64, 9000, WIDTHS, 32)
     assert coarse != exact
     assert _bits.cost_of(coarse, (16,) * 64, 32) <= 9000
-    assert _bits.error_of(coarse, energies) < 1.25 * _bits.error_of(exact, energies)
+    assert _bits.error_of(coarse, energies, expected_error) < 1.25 * _bits.error_of(exact, energies, expected_error)
 
 
 # --- the method ---

@@ -22,7 +22,7 @@ from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods import get
 from kvshrink.methods._stats import LayerShape
-from kvshrink.methods.lowrank import spectral
+from kvshrink.methods.lowrank import _measured
 from kvshrink.plan import bench as benches
 from kvshrink.plan import file as plans
 from kvshrink.plan.bench import Bench, Point, split
@@ -40,7 +40,7 @@ QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 def brief(monkeypatch):
     """One row of 512 tokens for the probe instead of four of 2,048, fewer losses, and points for the front only where
     a test asks for them."""
-    monkeypatch.setattr(spectral, "LOSSES", 0)
+    monkeypatch.setattr(_measured, "LOSSES", 0)
     monkeypatch.setattr(probes, "ROWS", 1)
     monkeypatch.setattr(probes, "LENGTH", 512)
     monkeypatch.setattr("kvshrink.plan.search.LEVELS", ())

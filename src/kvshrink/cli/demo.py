@@ -33,7 +33,7 @@ SPECS = (
     "spectral:budget=0.03",
 )
 # on a real model, where it is installed: nothing to fit
-REAL = ("full", "turboquant:bits=4", "turboquant:bits=2", "streaming_llm:like=turboquant bits=4")
+REAL = ("full", "tcq:bits=4", "tcq:bits=2", "streaming_llm:like=tcq bits=4")
 REAL_TASK, REAL_TOKENS, REAL_CASES = "ruler/niah_single_1", 1500, 5
 WRITES = ("artifact", "results.json", "accuracy.png")
 

@@ -75,9 +75,8 @@ def fit(
         artifact = fit_all(source, [chosen], texts, tokenizer, length, batch, True, out / CHECKPOINT, log_with)[0]
         artifact.save_pretrained(out)
         clear(out / CHECKPOINT)
-    if not json:
-        _show(artifact, chosen, out)
-    else:
+    _show(artifact, chosen, out)
+    if json:
         print_json({"out": str(out), "nbytes": artifact.nbytes, **artifact.provenance, "model": artifact.model["name"]})
 
 

@@ -72,7 +72,7 @@ class BasisCodec(PackedCodec):
     @property
     def projection(self) -> Projection | None:
         """None also where bits follow the channels' variances: then the basis alone does not say what is lost."""
-        if self.site == "k_post" or (isinstance(self.packing, Mixed) and len(set(self.packing.bits)) > 1):
+        if self.site == "k_post" or (isinstance(self.packing, Mixed) and not self.packing.alike):
             return None
         return Projection(self.up.shape[1], self.smooth)
 

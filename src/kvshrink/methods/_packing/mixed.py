@@ -29,6 +29,7 @@ class Mixed(Packing):
     """sizes: channels of each group, alike but for a smaller last one; bits: their width, 1 or more.
 
     form: what codes of up to 4 bits are, as kernels/latents names it.
+    alike: whether a method gives all channels the same bits, so that a basis alone says what a low rank loses.
     bases: how many groups of KV heads have latents of their own, all at these widths.
     """
 
@@ -37,6 +38,7 @@ class Mixed(Packing):
     page: int
     bases: int = 1
     form: Literal["normal", "trellis"] = "normal"
+    alike: bool = False
     metadata: ClassVar[frozenset[str]] = frozenset({"gain"})
 
     @property

@@ -37,7 +37,7 @@ class TCQ(Quantiser):
 
     def packing(self, kv: KV, space: Space, learnt: Fitted) -> Packing:
         sizes = group_sizes(space.width)
-        return Mixed(sizes, (self.bits,) * len(sizes), space.page, space.groups, "trellis")
+        return Mixed(sizes, (self.bits,) * len(sizes), space.page, space.groups, "trellis", alike=True)
 
 
 METHOD = TCQ
