@@ -227,9 +227,7 @@ def test_equal_tokens_come_back_equal_and_the_zero_latent_exactly(codecs, shape,
         back = codec.decode(codec.encode(row.expand(-1, -1, page, -1), None), shape.heads)
         # a product of matrices may differ in its last digit from row to row
         kinds = [back[:, :, :1], back[:, :, -1:]] if codec.needs_importance else [back[:, :, :1]]
-        if (
-            getattr(getattr(codec, "packing", None), "form", "") != "trellis"
-        ):  # whose codes are of a page's tokens together
+        if getattr(getattr(codec, "packing", None), "form", "") != "trellis":  # it codes a page's tokens together
             assert torch.stack([(back - kind).abs().amax(3) for kind in kinds]).amin(0).max() < 1e-5
         latent = torch.zeros_like(codec.unpack(codec.encode(row.expand(-1, -1, page, -1), None)))
         centre = codec.expand(latent, shape.heads)
