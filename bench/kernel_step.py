@@ -25,9 +25,9 @@ def best(call: Callable[[], Any]) -> float:
 def main(tree: str) -> dict[str, float]:
     sys.path[:0] = [f"{tree}/src", tree]
     import torch
-    from tests.kernels.samples import basis_of, packed, turn_of
 
     from kvshrink.kernels.decode import cpu
+    from tests.kernels.samples import basis_of, packed, turn_of
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
