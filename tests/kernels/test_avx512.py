@@ -1,4 +1,4 @@
-"""What the C++ kernels do with AVX-512, also where there is none: its instructions as loops (emulated/avx512.h)."""
+"""What the C++ kernels do with AVX-512, also where there is none: its instructions as loops (sanitize/)."""
 
 import itertools
 from pathlib import Path
@@ -11,7 +11,8 @@ from kvshrink.kernels.decode import cpu
 from tests.kernels.samples import PAGE, basis_of, packed, turn_of
 from tests.kernels.test_decode_cpu import compare
 
-HEADER = Path(__file__).parent / "emulated" / "avx512.h"
+LOOPS = Path(__file__).parent / "sanitize"
+MACROS = ("__AVX512F__", "__AVX512BF16__")
 BF16 = torch.bfloat16
 FORMS = ["raw", "normal", "trellis", "trellis up to 4", *itertools.product(("channel", "token"), (4, 3, 8))]
 
@@ -22,7 +23,8 @@ def emulated(tmp_path_factory):
     if native.library() is None:
         pytest.skip("no C++ kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVSHRINK_CXXFLAGS", f"-include {HEADER} -Wno-psabi")
+        defined = " ".join(f"-U{name} -D{name}" for name in MACROS)
+        patch.setenv("KVSHRINK_CXXFLAGS", f"-I{LOOPS} {defined} -Wno-psabi")
         patch.setenv("KVSHRINK_CACHE", str(tmp_path_factory.mktemp("emulated")))
         native.forget()
         assert native.library() is not None, native.why()

@@ -186,6 +186,10 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {
     const plain::Ints at(index);
     return plain::floats([&](int i) { return a[at.at[i] & 15]; });
 }
+inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+    const plain::Ints at(index);
+    return plain::floats([&](int i) { return at.at[i] & 16 ? b[at.at[i] & 15] : a[at.at[i] & 15]; });
+}
 inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
     const plain::Lanes<uint16_t, 32> at(index), from(a);
     plain::Lanes<uint16_t, 32> out;
