@@ -243,7 +243,7 @@ def main() -> None:
         "diverged": DIVERGED,
     }
     chosen = f' --only "{args.only}"' if only else ""
-    only_kl = " --kl-only" if args.kl_only else ""
+    only_kl = " --kl-only" if args.kl_only else f" --batch {args.batch}" if args.batch > 1 else ""
     where |= {
         "paper_steps": args.steps,
         "seed": args.seed,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from equal_bytes import REAL_TASKS, TASKS
 from plot_quantisers import draw, table
 from tqdm import tqdm
 from transformers import DynamicCache, cache_utils
@@ -48,8 +49,6 @@ from kvshrink.store.log import Log, key_of
 SCORED, CHUNK = 128, 32
 LATER = 127  # tokens after the prompt when bytes are measured again: the peers' residual is as long as it gets
 MULTIPLE = 64  # contexts are cut to it, the rest is read exactly with the question: quanto's axis -1 refuses others
-TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
-REAL_TASKS = ("needle", "needle_among", "ruler/niah_single_1", "ruler/niah_single_2[books]")  # what SmolLM2 can do
 FULL = "full"
 WINDOW = {"window": 32, "sinks": 4}  # of every quantiser, beside the paper's own where that differs
 # settings that stand for about 1.5 bits, where a method has no `bits`

@@ -9,19 +9,19 @@ import torch
 from kvshrink.kernels import native
 from kvshrink.kernels.decode import cpu
 from tests.kernels.samples import PAGE, basis_of, packed, turn_of
-from tests.kernels.test_decode_cpu import compare
+from tests.kernels.test_decode_cpu import compare, needs_library
 
 LOOPS = Path(__file__).parent / "sanitize"
 MACROS = ("__AVX512F__", "__AVX512BF16__")
 BF16 = torch.bfloat16
 FORMS = ["raw", "normal", "trellis", "trellis up to 4", *itertools.product(("channel", "token"), (4, 3, 8))]
 
+pytestmark = needs_library
+
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The library built so, in the place of the real one."""
-    if native.library() is None:
-        pytest.skip("no C++ kernels")
     with pytest.MonkeyPatch.context() as patch:
         defined = " ".join(f"-U{name} -D{name}" for name in MACROS)
         patch.setenv("KVSHRINK_CXXFLAGS", f"-I{LOOPS} {defined} -Wno-psabi")

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from kvshrink.kernels import native, trellis
+from kvshrink.kernels import native, trellis, trellis_levels
 from kvshrink.kernels.normal.reference import expected_error as scalar_error
 from kvshrink.kernels.trellis import cpu, reference
+from tests.kernels.test_decode_cpu import needs_library
 
 BITS = [1, 2, 3, 4]
 
@@ -39,11 +40,10 @@ def test_search_finds_the_best_of_all_closed_paths():
         assert torch.allclose(mine, errors.min(1).values, rtol=1e-5)
 
 
+@needs_library
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("page", [16, 32])
 def test_kernel_is_as_good_as_the_reference(bits, page):
-    if native.library() is None:
-        pytest.skip("no C++ compiler")
     x = torch.cat([normal(2, 3, page, 40), 30 * normal(1, 3, page, 40), torch.zeros(1, 3, page, 40)])
     mine, wanted = (
         (trellis.from_codes(code(x, bits), bits) - x).square().sum(2) for code in (cpu.to_codes, reference.to_codes)
@@ -55,8 +55,8 @@ def test_kernel_is_as_good_as_the_reference(bits, page):
 def test_levels_are_means_of_what_they_stand_for(bits):
     """Lloyd's condition, and interleaved subsets: a wrong table would still decode, with a larger error."""
     x = normal(4000, 32, 1, seed=7)
-    index = reference.to_indices(trellis.to_codes(x, bits)).flatten().long()
-    table = reference.levels(bits)
+    index = trellis_levels.to_indices(trellis.to_codes(x, bits)).flatten().long()
+    table = trellis_levels.levels(bits)
     for i in range(len(table)):
         own = x.flatten()[index == i]
         assert float(own.mean()) == pytest.approx(float(table[i]), abs=0.03 + 3 * float(own.std()) / len(own) ** 0.5)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kvshrink.kernels import native
 from kvshrink.kernels.trellis import cpu, reference
-from kvshrink.kernels.trellis.reference import BITS, expected_error, from_codes, levels
+from kvshrink.kernels.trellis_levels import BITS, expected_error, from_codes, levels
 from kvshrink.shapes import Float, UInt8
 
 __all__ = ["BITS", "expected_error", "from_codes", "levels", "to_codes"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import native
-from kvshrink.kernels.trellis.reference import levels
+from kvshrink.kernels.trellis_levels import levels
 from kvshrink.shapes import Float, UInt8
 
 LONGEST = 32  # tokens of a page: a path's coded bits are one word

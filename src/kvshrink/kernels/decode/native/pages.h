@@ -78,7 +78,7 @@ inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, 
         }
 }
 
-// From codes of a trellis to the numbers of their levels, in place: see kernels/trellis/reference.py.
+// From codes of a trellis to the numbers of their levels, in place: see kernels/trellis_levels.py.
 inline void follow_trellis(uint8_t *codes, int channels, int stride) {
     constexpr int AT_ONCE = 64;
     for (int c0 = 0; c0 < channels; c0 += AT_ONCE) {

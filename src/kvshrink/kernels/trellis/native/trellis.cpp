@@ -1,15 +1,12 @@
 // The Viterbi search of kernels/trellis/reference.py: the best closed path of each channel of a page, of all first states.
 //
 // A vector has the costs of one state from 8 first states, so that the search is exact for one channel by itself. Vectors
-// of 8, not of vector.h's 16: of those g++ makes choices one by one where a register holds 8.
-#include <cstdint>
-#include <limits>
+// of 8: of 16 g++ makes choices one by one where a register holds 8.
+#include "../../decode/native/vector.h"
 
 namespace {
 
 constexpr int STATES = 16, SUBSETS = 4, LONGEST = 32, FIRSTS = 8;
-typedef float v8 __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32)));
 
 // The subset of a level after the last five coded bits, the newest lowest.
 constexpr int subset_of(int window) {
