@@ -65,23 +65,23 @@ def series(steps: int) -> dict[str, Any]:
     }
 
 
-def real_series() -> dict[str, Any]:
-    """What is compared on a real model, all of it in answers too."""
+def real_series(steps: int) -> dict[str, Any]:
+    """What is compared on a real model, the first ones in answers too."""
     fixed = {f"{name} {b}": methods.build(name, {"bits": b}) for name in ("tcq", "turboquant") for b in (3, 2, 4)}
     return {
         MAIN: Spectral(),
         "CSKV budget": CSKV(budget=0.1),
-        "CSKV pca int4": CSKV(bits=4),
         "StreamingLLM": methods.build("streaming_llm", {}),
         **fixed,
+        "CSKV pca int4": CSKV(bits=4),
         "int4": RTN(bits=4),
         "kvquant 2": methods.build("kvquant", {"bits": 2}),
         "spectral, balanced": Spectral(speed="balanced"),
         "spectral, fast": Spectral(speed="fast"),
-        "spectral, window 8": Spectral(window=8),
+        "spectral, exact window": Spectral(window_bits=None),
         "spectral, scalar": Spectral(code="scalar"),
-        "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
         "CSKV budget, int4": CSKV(budget=0.1, bits=4),
+        "CSKV paper int4": CSKV.paper(bits=4, steps=steps),
     }
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     lengths = [int(n) for n in args.lengths.split(",")]
     model, tokenizer = load(args.model)
     small = args.model == "reference"
-    args.tasks, args.series = TASKS if small else REAL_TASKS, series(args.steps) if small else real_series()
+    args.tasks, args.series = TASKS if small else REAL_TASKS, series(args.steps) if small else real_series(args.steps)
     args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
     plans = {length: plan(model, length, args.series, only) for length in lengths}
     flat = [e for length in lengths for e in plans[length]]

@@ -113,6 +113,18 @@ def test_one_that_scales_each_channel_is_as_it_was(method):
         assert cache.layers[0].codecs[0].site == "k_post"
 
 
+@pytest.mark.parametrize("name", ["spectral", "cskv"])
+def test_a_window_that_eight_bits_would_spoil_is_exact_by_itself(name):
+    plain, large = (kvshrink.make_cache(m, made(m, name, budget=0.2)) for m in (biased(0), biased(400)))
+    assert [c.layers[0].window.form.bits for c in (plain, large)] == [8, None]  # and a warning is an error in tests
+
+
+def test_a_window_at_eight_bits_that_was_asked_for_says_what_it_loses():
+    with pytest.warns(UserWarning, match=r"2 layers .layer 0 first. .* a window at 8 bits loses .* window_bits=None\."):
+        kvshrink.make_cache(biased(400), RTN(bits=4, window_bits=8))
+    kvshrink.make_cache(biased(2), RTN(bits=4, window_bits=8))
+
+
 @pytest.mark.parametrize("name", ["rtn", "snapkv"])
 def test_what_stores_the_dtype_of_the_model_stays_lossless(name):
     model = biased(400).to(torch.bfloat16)

@@ -49,6 +49,7 @@ METHODS = {
     "commuting_int4": (RopeCommuting(keep=0.5, bits=4), 8),
     "sals_all": (SALS(keep=1.0, topk=1.0), 16),  # a single token picks every token, one by one
     "sals_all_int4": (SALS(keep=0.5, bits=4, topk=1.0), 8),
+    "rtn_int4_window_8": (RTN(bits=4, window_bits=8), 0),
     "saq": (SAQ(ages=(16, 24)), 0),  # two pages, then three
     "accllm": (AccLLM(recent=40), 0),
     "xquant_input": (XQuant(), 0),  # one stored thing for keys and values
@@ -120,6 +121,9 @@ class Machine:
         g = torch.Generator().manual_seed(self.steps)
         for i, oracle in enumerate(self.oracles):
             k, v = torch.randn(2, b, HEADS, s, DIM, generator=g) * loud[:, None, :, None]
+            if self.method.window_bits == 8:  # numbers that 8 bits hold exactly, so that the same rules are true
+                form = self.method.window_form(SHAPE)
+                k, v = (form.rows(form.stored(x)) for x in (k, v))
             own = self.method.drops_tokens or op.own == i
             asked = self.cache.layers[i].probes(s)
             probe = None if asked is None else ProbeQueries(asked, torch.zeros(b, QUERIES, len(asked), DIM), None)

@@ -24,6 +24,12 @@ class Told(Probe):
     def kl(self, codecs):
         raise AssertionError("Palu asks for no KL")
 
+    def parts(self, codecs, turn):
+        raise AssertionError("Palu asks for no KL")
+
+    def near(self, budget):
+        raise AssertionError("Palu asks for no KL")
+
     def once(self, key, measure):
         raise AssertionError("Palu asks for no KL")
 

@@ -14,6 +14,7 @@ from kvshrink.attach.families import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
 from kvshrink.eval.run import calibration
+from kvshrink.fit import falls
 from kvshrink.fit import probe as probes
 from kvshrink.fit.data import token_rows
 from kvshrink.fit.probe import Recall, recall_rows, row_length
@@ -22,7 +23,7 @@ from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
 from kvshrink.methods import get
 from kvshrink.methods._stats import LayerShape
-from kvshrink.methods.lowrank import _measured
+from kvshrink.methods.lowrank import _balance
 from kvshrink.plan import bench as benches
 from kvshrink.plan import file as plans
 from kvshrink.plan.bench import Bench, Point, split
@@ -38,9 +39,10 @@ QUICK = ("cskv", "rtn", "kivi")  # no losses are measured while these are fitted
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    """One row of 512 tokens for the probe instead of four of 2,048, fewer losses, and points for the front only where
+    """One row of 512 tokens for the probe instead of four of 2,048, one round, and points for the front only where
     a test asks for them."""
-    monkeypatch.setattr(_measured, "LOSSES", 0)
+    monkeypatch.setattr(_balance, "ROUGH", 1)
+    monkeypatch.setattr(falls, "ROWS", 2)
     monkeypatch.setattr(probes, "ROWS", 1)
     monkeypatch.setattr(probes, "LENGTH", 512)
     monkeypatch.setattr("kvshrink.plan.search.LEVELS", ())

@@ -22,6 +22,7 @@ from kvshrink.shapes import Float
 INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
 MOVING = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length reached
 KINDS = {"full_attention", "sliding_attention"}
+SWAMPS = 30  # a key bias to what varies, from which on 8 bits of a token would be for the bias
 ENCODER = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}  # what cross-attention reads
 
 
@@ -189,7 +190,22 @@ def compute_dtype(module: Any) -> torch.dtype:
 
 def shape_of(module: Any) -> LayerShape:
     """Shape of an attention module's cache."""
-    return LayerShape(kv_heads(module), module.head_dim, compute_dtype(module))
+    return LayerShape(kv_heads(module), module.head_dim, compute_dtype(module), _swamped(module))
+
+
+def key_constant(module: Any) -> tuple[Float[Tensor, "h d"], Float[Tensor, "h d"]] | None:
+    """(bias of the key projection, what varies beside it); None: there is no bias, or nothing to tell by."""
+    bias, weight = key_value_biases(module)[0], key_value_weights(module)[0]
+    if bias is None or bias.is_meta or not weight.is_floating_point():
+        return None
+    # of inputs with a variance of one, as norms leave them
+    spread = weight.detach().float().norm(dim=1).view(-1, module.head_dim)
+    return bias.detach().float().view_as(spread), spread
+
+
+def _swamped(module: Any) -> bool:
+    found = key_constant(module)
+    return found is not None and bool(found[0].abs().max() >= SWAMPS * found[1].mean())
 
 
 def kv_heads(module: Any) -> int:

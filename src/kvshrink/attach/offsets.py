@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvshrink.attach.families import LayerInfo, key_value_biases, key_value_weights, shape_of
+from kvshrink.attach.families import LayerInfo, key_constant, key_value_weights, shape_of
 from kvshrink.attach.fitted import moved
 from kvshrink.attach.hook import Attachment
 from kvshrink.cache.lossy import round_trip
@@ -58,6 +58,13 @@ def with_constants_apart(
     tried[name] = key, found
     if lost and not told:
         _warn(name_of(artifact.method), lost)  # may be an error, and is not told again
+    swamped = [i for i, (s, _) in places.items() if s.swamped and artifact.method.window_form(s).bits is not None]
+    if swamped and not told:
+        warnings.warn(
+            f"the key biases of {len(swamped)} layers (layer {swamped[0]} first) are so large that a window at 8 bits "
+            "loses what varies beside them. Use window_bits=None.",
+            stacklevel=4,
+        )
     return found
 
 
@@ -78,12 +85,10 @@ def _warn(name: str, lost: list[int]) -> None:
 @torch.no_grad()
 def _errors(info: LayerInfo, codec: Codec, page: int) -> tuple[float, float, Tensor | None]:
     """(error of keys with their bias, error without it, both to what varies; the bias [h, d], None if it is small)."""
-    bias, weight = key_value_biases(info.module)[0], _weight(info)
-    if bias is None or codec.joint or not weight.is_floating_point():
+    known = None if codec.joint else key_constant(info.module)
+    if known is None:
         return 0.0, 0.0, None
-    # of inputs with a variance of one, as norms leave them
-    spread = weight.detach().float().norm(dim=1).view(-1, info.module.head_dim)
-    constant = bias.detach().float().view_as(spread)
+    constant, spread = known
     if float(constant.abs().max()) < LARGE * float(spread.mean()):
         return 0.0, 0.0, None
     draw = torch.Generator().manual_seed(0)

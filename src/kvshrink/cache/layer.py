@@ -64,7 +64,7 @@ class CompressedLayer(RowsLayer):
     def _clear(self) -> None:
         self.seen = 0
         self.whole = True
-        self.window = Window(self.method.window + self.method.page)
+        self.window = Window(self.method.window + self.method.page, self.method.window_form(self.shape))
         self.sinks = Sinks(self.method.sinks)
         self.body = Body(
             self.tiers, self.method.page, self.method.lanes(self.shape), self.method.token_budget is not None
@@ -248,7 +248,7 @@ class CompressedLayer(RowsLayer):
         if window := under(tensors, "window."):
             self.window.restore(window, self.leaves)
             self.window.starts = None if values["starts"] is None else np.array(values["starts"], np.int64)
-            self.dtype, self.device, self.is_initialized = window["keys"].dtype, window["keys"].device, True
+            self.dtype, self.device, self.is_initialized = self.shape.dtype, window["keys"].device, True
         if sinks := under(tensors, "sinks."):
             self.sinks.restore(sinks)
         if self.watch is not None and "watch.sums" in tensors:  # saved unwatched: counted from here on

@@ -119,7 +119,8 @@ class Schema:
         b, shape = self.batch, layer.shape
         found: dict[str, Kind] = {}
         if values["seen"]:
-            rows = (shape.dtype, (b, shape.heads, window, shape.head_dim))
+            dtype, numbers = layer.window.form.kind
+            rows = (dtype, (b, shape.heads, window, numbers))
             found |= {"window.keys": rows, "window.values": rows}
         require(isinstance(values["scores"], bool), f"layer {i}: scores")
         running = layer.method.scorer is not None and layer.method.scorer.running

@@ -1,4 +1,4 @@
-"""The recent tokens of a layer, exact, in the model's own dtype."""
+"""The recent tokens of a layer: exact, in the model's own dtype, or at 8 bits (methods/_window.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvshrink.methods._window import WindowForm
 from kvshrink.shapes import Float, Int
 from kvshrink.store.growth import slots_for
 
 
 class Shared(NamedTuple):
-    """Exact tokens that several rows have in common, as beams have their prompt's. rows: which row of these each row
-    of the batch reads, [b]."""
+    """Tokens that several rows have in common, as beams have their prompt's, as they are stored. rows: which row of
+    these each row of the batch reads, [b]."""
 
-    keys: Float[Tensor, "a h w d"]
-    values: Float[Tensor, "a h w d"]
+    keys: Tensor
+    values: Tensor
     rows: Int[Tensor, " b"]
 
     @property
@@ -37,10 +38,11 @@ class Window:
     between two pages; the step in which a page leaves takes another buffer.
 
     starts: a row's first slot, where rows differ (a batch of joined caches); None: 0 for all.
+    form: how tokens are stored; all tensors are in it but what `view` and `extend` give.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, form: WindowForm) -> None:
+        self.capacity, self.form = capacity, form
         self.starts: np.ndarray | None = None
         self.shared: Shared | None = None
         self.own = 0  # tokens in the buffer, behind the shared ones
@@ -54,6 +56,11 @@ class Window:
         return self.own + (self.shared.tokens if self.shared is not None else 0)
 
     def view(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
+        """The tokens' keys and values as attention reads them."""
+        keys, values = self.stored()
+        return self.form.rows(keys), self.form.rows(values)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None, "the window is not initialised"
         assert self.values is not None
         keys, values = self.keys[:, :, : self.own], self.values[:, :, : self.own]
@@ -70,7 +77,7 @@ class Window:
         left: whether tokens have left the window before, or will in this step.
         """
         if self.keys is None or self.values is None:
-            self._take(keys, values, 0)
+            self._take(self.form.stored(keys[:, :, :0]), self.form.stored(values[:, :, :0]), 0)
         end = self.own + keys.shape[2]
         if self.count + keys.shape[2] > self.capacity:
             if self.count == 0:
@@ -78,7 +85,7 @@ class Window:
             old_keys, old_values = self.view()
             return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
         room = self._make_room(self.capacity if left and self.shared is None else min(self.capacity, slots_for(end)))
-        _write(room, self.own, keys, values)
+        _write(room, self.own, self.form.stored(keys), self.form.stored(values))
         self.own = end
         return self.view()
 
@@ -91,11 +98,19 @@ class Window:
         if shared is not None and gone < shared.tokens and self.count == keys.shape[2]:
             self.shared = Shared(shared.keys[:, :, gone:].clone(), shared.values[:, :, gone:].clone(), shared.rows)
             return
-        self.shared = None
-        _write(self._take(keys, values, self.capacity), 0, keys[:, :, gone:], values[:, :, gone:])
-        self.own = keys.shape[2] - gone
+        # what is held moves as it is stored, so that nothing is rounded twice
+        fresh = max(gone, self.count)
+        parts = [(self.form.stored(keys[:, :, fresh:]), self.form.stored(values[:, :, fresh:]))]
+        if gone < self.count:
+            held = self.stored()
+            parts.insert(0, (held[0][:, :, gone:], held[1][:, :, gone:]))
+        room, self.own, self.shared = self._take(*parts[0], self.capacity), 0, None
+        for part in parts:
+            _write(room, self.own, *part)
+            self.own += part[0].shape[2]
 
     def _take(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Room for so many tokens like these stored ones."""
         (b, h, _, d), wide = keys.shape, values.shape[3]
         self.keys, self.values, self.lent = keys.new_empty(b, h, slots, d), values.new_empty(b, h, slots, wide), False
         return self.keys, self.values
@@ -144,14 +159,14 @@ class Window:
     def fork(self) -> "Window":
         """Another window of the same tokens. Neither copies them before it writes."""
         self.lent = True
-        other = Window(self.capacity)
+        other = Window(self.capacity, self.form)
         vars(other).update(vars(self))
         return other
 
     @classmethod
     def joined(cls, windows: Sequence["Window"], left: bool) -> "Window":
         """The rows of all, ending together; what stands before a row's tokens is zero."""
-        other, views = cls(windows[0].capacity), [w.view() for w in windows]
+        other, views = cls(windows[0].capacity, windows[0].form), [w.stored() for w in windows]
         count = max(w.count for w in windows)
         parts = [[pad(x, (0, 0, count - x.shape[2], 0)) for x in view] for view in views]
         starts = [
@@ -170,8 +185,8 @@ class Window:
 
     def row(self, number: int, left: bool) -> "Window":
         """The tokens of one row alone."""
-        other, start = Window(self.capacity), 0 if self.starts is None else int(self.starts[number])
-        keys, values = (x[number : number + 1, :, start:] for x in self.view())
+        other, start = Window(self.capacity, self.form), 0 if self.starts is None else int(self.starts[number])
+        keys, values = (x[number : number + 1, :, start:] for x in self.stored())
         scores = {} if self.scores is None else {"scores": self.scores[number : number + 1, :, start:]}
         other.restore({"keys": keys, "values": values} | scores, left)
         return other
@@ -197,7 +212,7 @@ class Window:
 
     def state(self) -> dict[str, Tensor]:
         """The tokens that are held, without the room for more."""
-        own = {} if self.keys is None else dict(zip(("keys", "values"), self.view(), strict=True))
+        own = {} if self.keys is None else dict(zip(("keys", "values"), self.stored(), strict=True))
         return own if self.scores is None else own | {"scores": self.scores}
 
     def restore(self, tensors: Mapping[str, Tensor], left: bool) -> None:

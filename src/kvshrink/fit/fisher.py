@@ -28,7 +28,7 @@ def squared_gradients(
     if other := [w.dtype for w in weights if not w.is_floating_point()]:
         raise DataError(f"weights stored as {other[0]} have no gradient. Load the model in a float dtype.")
     totals = {i: [0.0, 0.0] for i in parts}
-    with _only(model, weights), torch.enable_grad():
+    with only(model, weights), torch.enable_grad():
         for row in rows[:, None]:
             logits = model(input_ids=row, use_cache=False, logits_to_keep=tail + 1).logits[0, :-1]
             loss = nn.functional.cross_entropy(logits.float(), row[0, -tail:])
@@ -43,7 +43,7 @@ def squared_gradients(
 
 
 @contextmanager
-def _only(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
+def only(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
     """Only these parameters get gradients: a graph of all would keep every layer's input."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:

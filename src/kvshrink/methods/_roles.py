@@ -6,8 +6,8 @@ tensors fitted once. Per-sequence state lives in the cache layer. A role joins t
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
 from kvshrink.methods._training import Training
 from kvshrink.methods._types import Settings, check_finite, check_types
+from kvshrink.methods._window import WindowForm
 from kvshrink.store.growth import LANE_INDEX, PAGE_INDEX, slots_for
 
 Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
@@ -30,10 +31,14 @@ Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 class Method(metaclass=Settings):
     """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact. Tokens
     leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers`
-    what becomes of pages that grow old: what a tier cannot hold any more moves on to the next one."""
+    what becomes of pages that grow old: what a tier cannot hold any more moves on to the next one.
+
+    window_bits: 8 holds the window at 8 bits, a scale per token and head; None: in the model's dtype; "auto": 8 where
+                 a method shares out a byte budget, of which an exact window would be much."""
 
     window: int = 32
     sinks: int = 4
+    window_bits: int | Literal["auto"] | None = field(default="auto", kw_only=True)
 
     page: ClassVar[int] = 32
     needs_fit: ClassVar[bool] = False
@@ -138,6 +143,7 @@ class Method(metaclass=Settings):
         check_types(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
         require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
+        require(self.window_bits in (None, 8, "auto"), f"window_bits={self.window_bits!r}", "Use 8, None or 'auto'.")
         for name in ("window", "sinks"):
             require(getattr(self, name) <= EXACT, f"{name}={getattr(self, name)}", f"Use at most {EXACT} tokens.")
 
@@ -155,13 +161,22 @@ class Method(metaclass=Settings):
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         """Bytes a layer holds after one prefill of `tokens` unpadded tokens. The cache must hold exactly this."""
-        room = self.window + self.page
+        room, exact = self.window + self.page, self.window_form(shape).token_bytes
         if tokens < room:
-            return batch * min(room, slots_for(tokens)) * shape.token_bytes
+            return batch * min(room, slots_for(tokens)) * exact
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
         pages = (tokens - self.window) // self.page
         index = self.index_bytes(shape, pages)
-        return batch * (room * shape.token_bytes + sinks + self.body_bytes(shape, fitted, pages) + index)
+        return batch * (room * exact + sinks + self.body_bytes(shape, fitted, pages) + index)
+
+    def window_form(self, shape: LayerShape) -> WindowForm:
+        auto = 8 if self.rounds_window and not shape.swamped else None
+        return WindowForm(auto if self.window_bits == "auto" else self.window_bits, shape)
+
+    @property
+    def rounds_window(self) -> bool:
+        """Whether window_bits="auto" is 8, where keys allow it."""
+        return False
 
     def pages_held(self, pages: int) -> int:
         """Pages of the body of one sequence, of so many that left the window."""

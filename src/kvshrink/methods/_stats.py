@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float
 
+T = TypeVar("T")
 KV = Literal["key", "value"]
 KVS: tuple[KV, KV] = ("key", "value")
 LARGE = 8  # a constant part to what varies beside it, from which on it is kept apart, as Qwen2's key biases must be
@@ -18,11 +19,15 @@ LARGE = 8  # a constant part to what varies beside it, from which on it is kept 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one layer's cache: h KV heads of d channels, stored by the model as dtype."""
+    """Shape of one layer's cache: h KV heads of d channels, stored by the model as dtype.
+
+    swamped: whether keys have biases so large that 8 bits of a token would go to them, as Qwen2's.
+    """
 
     heads: int
     head_dim: int
     dtype: torch.dtype
+    swamped: bool = False
 
     @property
     def width(self) -> int:
@@ -104,7 +109,18 @@ class Probe(ABC):
         (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
 
     @abstractmethod
-    def once(self, key: Hashable, measure: Callable[[], float]) -> float:
+    def parts(
+        self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int
+    ) -> Mapping[tuple[int, KV], float]:
+        """{(layer, "key" or "value"): its part of the KL of what is read so, over the whole}. turn: each is measured on
+        other rows."""
+
+    @abstractmethod
+    def near(self, budget: float) -> float:
+        """The budget whose answers are those of this one: itself, unless a search may be rough."""
+
+    @abstractmethod
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
         """What `measure` gives, remembered by a key of the method's own: methods fitted together share answers."""
 
     @abstractmethod

@@ -22,7 +22,8 @@ class Settings(ABCMeta):
     JSON has it, is taken for a tuple."""
 
     def __call__(cls, *args: Any, **named: Any) -> Any:
-        given = dict(zip(_hints(cls), args, strict=False)) | named
+        named_only = {f.name for f in getattr(cls, "__dataclass_fields__", {}).values() if f.kw_only}
+        given = dict(zip((n for n in _hints(cls) if n not in named_only), args, strict=False)) | named
         if len(given) == len(args) + len(named):  # else Python says what is wrong
             args, named = (), {k: tuple(v) if type(v) is list else v for k, v in given.items()}
             check_types(cls, named)

@@ -5,8 +5,8 @@ the rows is kept from the fit: passages of it are repeated (fit/probe.py), and t
 over what the setting leaves of the rest, with pages leaving the window as they do in use: through its codecs where
 these are all that a cache does (`Method.apart`), else through a cache (judge.py).
 
-Trade-off: `spectral` shares its bytes by curves that are measured once, at the largest window of the search, and used
-for all windows; `fit` measures them at the window that was chosen.
+Trade-off: how `spectral` shares its bytes is measured at the largest window of the search, and roughly: budgets near
+each other have one answer. `fit` measures it at the window and the budget that were chosen.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ class Bench:
     @without_dropout
     def asks(self) -> Recall:
         """For methods that ask, while they are fitted, what a loss costs."""
-        return Recall(self.model, self.infos, self.fitted_rows, WIDEST, self.progress)
+        return Recall(self.model, self.infos, self.fitted_rows, WIDEST, self.progress, rough=True)
 
     @cached_property
     @without_dropout

@@ -6,9 +6,7 @@ tell what an error costs; there a cost is given at some byte counts, and bytes g
 """
 
 import heapq
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 from kvshrink.methods._packing.mixed import group_bytes
@@ -72,21 +70,6 @@ def share(curves: Mapping[Operand, Curve], budget: int) -> dict[Operand, int]:
         given[operand] += min(size, left)
         left -= min(size, left)
     return given
-
-
-def between(known: Sequence[tuple[float, float]], error: float) -> float:
-    """The cost of an error, from those of some others, (error, cost), the largest error first; no cost is 0.
-
-    A power of the error between two of them, but never rising as the error falls; below the smallest in proportion.
-    """
-    last, small = known[-1]
-    if error <= last:
-        return small * error / last if last else 0.0
-    (high, most), (low, least) = next(pair for pair in pairwise(known) if error >= pair[1][0])
-    if not 0 < low < high:
-        return most
-    power = max(0.0, math.log(most / least) / math.log(high / low))
-    return most * float((error / high) ** power)
 
 
 def _hull(curve: Curve) -> list[tuple[float, int]]:

@@ -1,13 +1,12 @@
 """CSKV under one byte budget: rank and bits of each layer's keys and values, by what a loss there costs the model.
 
 The channels that a side leaves out are its directions of least variance, so its error at any rank is known; what an
-error costs is measured as KL of the whole model's predictions (`_measured`), and bytes go where KL falls most. At so
-many bytes a side may have more directions or more bits for each: it gets what has the least error.
+error costs is measured as KL of the whole model's predictions, where all layers are lossy (`_balance`). At so many
+bytes a side may have more directions or more bits for each: it gets what has the least error.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,8 +19,7 @@ from kvshrink.methods._codecs.basis import leading, metrics_of, spectrum
 from kvshrink.methods._roles import Codec, Fitted
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
-from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank._measured import Point, curve, losses_each
+from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the full rank: points of a curve
 CODEC, BITS = "tcq", (2, 3, 4)  # of latents, where a method does not say
@@ -64,21 +62,25 @@ def finish(
     if least > budget:
         share = math.ceil(1e5 * least / sum(shapes[i].token_bytes * method.page for i in layers)) / 1e5
         raise SettingError(f"budget={method.budget} is less than a channel for all keys and values. Use {share:g}.")
-    curves: dict[tuple[int, KV], _bits.Curve] = {}
-    for i, kv in operands:
-        measured = partial(_kl, method, layers[i], i, kv, shapes[i], probe)
-        found = curve(points[i, kv], measured, losses_each(len(operands)))
-        curves[i, kv] = [(size - found[0][0], cost) for size, cost in found]  # the first point all have
-    given = _bits.share(curves, budget - least)
-    chosen, left = {}, budget - least - sum(given.values())
-    for i, kv in sorted(operands, key=lambda at: -given[at]):  # what one cannot use up, the next may
-        room = points[i, kv][0].size + given[i, kv] + left
-        every = range(1, layers[i][f"{kv}_up"].shape[1] + 1)
-        chosen[i, kv] = [p for p in _points(method, layers[i], kv, shapes[i], every) if p.size <= room][-1]
-        left = room - chosen[i, kv].size
+    fine = {
+        (i, kv): _points(method, layers[i], kv, shapes[i], range(1, layers[i][f"{kv}_up"].shape[1] + 1))
+        for i, kv in operands
+    }
+
+    def take(at: At, room: float) -> tuple[Point, int]:
+        point = ([p for p in fine[at] if p.size <= room] or fine[at][:1])[-1]
+        return point, point.size
+
+    def codecs(given: Mapping[At, float]) -> dict[int, tuple[Codec, Codec]]:
+        own = {at: take(at, size)[0] for at, size in given.items()}
+        return {i: method.codecs(shapes[i], _cut(method, fitted, own, i)) for i, fitted in layers.items()}
+
+    key = ("cskv", method.own, method.group_heads)
+    given = by_kl(probe, key, points, budget, codecs)
+    chosen, left = spent(given, budget, take)
     done, errors, named = {}, {}, dict[str, Any]()
     for i in layers:
-        done[i] = _cut(method, _cut(method, layers[i], "key", chosen[i, "key"]), "value", chosen[i, "value"])
+        done[i] = _cut(method, layers[i], chosen, i)
         errors[i] = {f"{kv}_error": chosen[i, kv].error for kv in KVS}
         named |= {f"{i} {kv}": chosen[i, kv].setting for kv in KVS}
     return done, {"ranks and bits": named, "unspent": left / max(1, budget), "layers": errors}
@@ -131,16 +133,10 @@ def _own_bits(method: Any, kv: KV, bits: int | float | None) -> dict[str, Tensor
     return {f"{kv}_bits": torch.tensor(bits)} if bits is not None and len(method.tried) > 1 else {}
 
 
-def _kl(method: Any, fitted: Fitted, layer: int, kv: KV, shape: LayerShape, probe: Probe, at: Point) -> float:
-    codec = method.codecs(shape, _cut(method, fitted, kv, at))[KVS.index(kv)]
-    metric = method.key_metric if kv == "key" else method.value_metric  # the other does not matter
-    pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
-    key = ("cskv", layer, kv, at.setting, method.own, method.group_heads, metric)
-    return probe.once(key, partial(probe.kl, {layer: pair}))
-
-
-def _cut(method: Any, fitted: Fitted, kv: KV, at: Point) -> dict[str, Tensor]:
-    """With the directions and bits of a point for one side, and without its variances."""
-    rank, bits = at.setting
-    kept = {k: t for k, t in fitted.items() if k != f"{kv}_variance"}
-    return kept | leading(fitted, kv, rank) | _own_bits(method, kv, bits)
+def _cut(method: Any, fitted: Fitted, chosen: Mapping[At, Point], layer: int) -> dict[str, Tensor]:
+    """A layer with the directions and bits that were chosen, and without its variances."""
+    found = {k: t for k, t in fitted.items() if not k.endswith("_variance")}
+    for kv in KVS:
+        rank, bits = chosen[layer, kv].setting
+        found |= leading(fitted, kv, rank) | _own_bits(method, kv, bits)
+    return found

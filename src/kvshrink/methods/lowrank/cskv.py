@@ -94,6 +94,10 @@ class CSKV(Method):
         return "keep" if self.budget is None else "budget"
 
     @property
+    def rounds_window(self) -> bool:
+        return self.budget is not None
+
+    @property
     def probes(self) -> bool:
         return self.budget is not None
 

@@ -26,13 +26,14 @@ from kvshrink.methods._packing.mixed import Mixed, group_bytes, group_sizes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
 from kvshrink.methods._settings import require
-from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
+from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
+from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
 from kvshrink.methods.lowrank._groups import bases_of
-from kvshrink.methods.lowrank._measured import Point, curve, losses_each
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a curve has a point
+NOISE = 1e-7  # of all variance: what float32 sums leave of a direction that has none
 FLOOR = 1e-20  # a direction without variance has no scale of its own
 
 
@@ -83,6 +84,10 @@ class Spectral(Method):
         require(not commutes or self.key_metric == "plain", f"{given} key_metric={self.key_metric!r}", "Use 'plain'.")
 
     @property
+    def rounds_window(self) -> bool:
+        return True
+
+    @property
     def probes(self) -> bool:
         return self.allocation == "kl"
 
@@ -127,20 +132,20 @@ class Spectral(Method):
     ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Share the budget between the operands of all layers, and keep the directions that got bits."""
         budget = sum(self._budget(shapes[i]) for i in layers)
-        operands = [(i, kv) for i in layers for kv in KVS]
-        curves: dict[tuple[int, KV], _bits.Curve] = {}
-        if self.allocation == "kl":
+        points = {(i, kv): list(self._points(layers[i], kv)) for i in layers for kv in KVS}
+        given: Mapping[At, float] = dict.fromkeys(points, budget // len(points))
+        if self.allocation == "energy":
+            given = _bits.share({at: [p[::2] for p in own] for at, own in points.items()}, budget)
+        elif self.allocation == "kl":
             assert probe is not None
-            for i, kv in operands:
-                kl = partial(self._measured, layers[i], i, kv, shapes[i], probe)
-                curves[i, kv] = curve(list(self._points(layers[i], kv)), kl, losses_each(len(operands)))
-        elif self.allocation == "energy":
-            curves = {(i, s): [p[::2] for p in self._points(layers[i], s)] for i, s in operands}
-        given = _bits.share(curves, budget) if curves else {at: budget // len(operands) for at in operands}
-        widths, left = {}, budget - sum(given.values())
-        for i, kv in sorted(operands, key=lambda at: -given[at]):  # what one cannot use up, the next may
-            widths[i, kv] = self._widths(layers[i], kv, given[i, kv] + left)
-            left += given[i, kv] - self._cost(layers[i], kv, widths[i, kv])
+            key = ("spectral", self.widths, self.code, self.speed, self.group_heads)
+            given = by_kl(probe, key, points, budget, partial(self._codecs_at, layers, shapes))
+
+        def take(at: At, room: float) -> tuple[Tensor, int]:
+            widths = self._widths(layers[at[0]], at[1], int(room))
+            return widths, self._cost(layers[at[0]], at[1], widths)
+
+        widths, left = spent(given, budget, take)
         if not any(bool(w.any()) for w in widths.values()):
             group = self._least(next(iter(shapes.values())))
             least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
@@ -149,11 +154,17 @@ class Spectral(Method):
         for i in layers:
             chosen = {f"{kv}_widths": widths[i, kv] for kv in KVS}
             done[i] = trimmed(trimmed({**layers[i], **chosen}, "key"), "value")
-        for (i, kv), found in curves.items():
-            done[i][f"{kv}_curve"] = torch.tensor(found, dtype=torch.float64)
         named = {f"{i} {kv}": w.tolist() for (i, kv), w in sorted(widths.items())}
         errors = {i: {f"{kv}_error": self._error(layers[i], kv, widths[i, kv]) for kv in KVS} for i in layers}
         return done, {"widths": named, "unspent": left / max(1, budget), "layers": errors}
+
+    def _codecs_at(
+        self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], given: Mapping[At, float]
+    ) -> dict[int, tuple[Codec, Codec]]:
+        """Of each layer, at so many bytes for each operand."""
+        own = {(i, kv): self._widths(layers[i], kv, int(size)) for (i, kv), size in given.items()}
+        widths = {i: {f"{kv}_widths": own[i, kv] for kv in KVS} for i in layers}
+        return {i: self.codecs(shapes[i], {**fitted, **widths[i]}) for i, fitted in layers.items()}
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
@@ -212,14 +223,6 @@ class Spectral(Method):
         energies = energies_of(fitted, kv)
         return _bits.error_of(widths.tolist(), energies, self.error) / max(sum(energies), 1e-30)
 
-    def _measured(self, fitted: Fitted, layer: int, kv: str, shape: LayerShape, probe: Probe, at: Point) -> float:
-        codec = self._codec(kv, shape, {**fitted, f"{kv}_widths": at.setting})
-        metric = self.key_metric if kv == "key" else self.value_metric  # the other does not matter
-        bases = (self.speed, self.group_heads) if kv == "key" else ()  # values have one basis at any speed
-        key = (layer, kv, at.size, self.widths, self.code, bases, self.rotate, metric)
-        pair: tuple[Codec | None, Codec | None] = (codec, None) if kv == "key" else (None, codec)
-        return probe.once(key, partial(probe.kl, {layer: pair}))
-
     def _codec(self, kv: str, shape: LayerShape, fitted: Fitted) -> BasisCodec:
         """Whitening and rotation folded into the basis, so that the stored numbers are unit normals."""
         fitted = trimmed(fitted, kv)
@@ -246,9 +249,10 @@ def layout_of(fitted: Fitted, kv: str) -> tuple[int, tuple[int, ...]]:
 
 
 def energies_of(fitted: Fitted, kv: str) -> list[float]:
-    """Variance of each group of channels, over all bases."""
+    """Variance of each group of channels, over all bases; 0 where it is no more than the noise of a sum."""
     variance = fitted[f"{kv}_variance"].double().view(len(fitted[f"{kv}_mean"]), -1)
-    return [float(part.sum()) for part in variance.split(group_sizes(variance.shape[1]), 1)]
+    found = [float(part.sum()) for part in variance.split(group_sizes(variance.shape[1]), 1)]
+    return [x if x > NOISE * sum(found) else 0.0 for x in found]
 
 
 def trimmed(fitted: Fitted, kv: str) -> dict[str, Tensor]:

@@ -1,0 +1,56 @@
+"""How the recent tokens are held: in the model's own dtype, or at 8 bits with a scale per token and KV head.
+
+At short contexts an exact window is much of what a small cache holds: 64 tokens are half of a sixteenth of 2,048. Eight
+bits halve it, and cost less than what the bytes give back elsewhere (docs/accuracy.md).
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kvshrink.methods._stats import LayerShape
+from kvshrink.shapes import Float
+
+LARGEST = 127  # of an 8-bit code
+SCALE = torch.bfloat16  # whose range is float32's, so that no token is too small or too large
+TINY = 1e-30  # a token of zeros has no scale of its own
+
+
+@final
+@dataclass(frozen=True)
+class WindowForm:
+    """Rows of a layer as its window stores them, and back. bits: 8, or None for the rows as they are."""
+
+    bits: int | None
+    shape: LayerShape
+
+    def stored(self, rows: Float[Tensor, "b h w d"]) -> Tensor:
+        """Rows as they are held: themselves, or bytes [b, h, w, d + 2], codes and the scale behind them."""
+        if self.bits is None:
+            return rows
+        rows = rows.float()
+        scale = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(TINY).to(SCALE)
+        codes = (rows / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], -1)
+
+    def rows(self, stored: Tensor) -> Float[Tensor, "b h w d"]:
+        """Rows of the model's dtype from what `stored` gave; zeros from bytes of zero."""
+        if self.bits is None:
+            return stored
+        codes, scale = stored.split([stored.shape[-1] - SCALE.itemsize, SCALE.itemsize], -1)
+        found: Tensor = codes.view(torch.int8) * scale.contiguous().view(SCALE).float()
+        return found.to(self.shape.dtype)
+
+    @property
+    def kind(self) -> tuple[torch.dtype, int]:
+        """(dtype, numbers) of a stored row."""
+        width = self.shape.head_dim
+        return (self.shape.dtype, width) if self.bits is None else (torch.uint8, width + SCALE.itemsize)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's key and value, all heads."""
+        dtype, numbers = self.kind
+        return 2 * self.shape.heads * numbers * dtype.itemsize

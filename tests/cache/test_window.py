@@ -1,0 +1,83 @@
+"""The window at 8 bits: what a token loses, that it loses it once, and what the window takes."""
+
+import pytest
+import torch
+
+from kvshrink.cache.window import Window
+from kvshrink.errors import SettingError
+from kvshrink.methods._stats import LayerShape
+from kvshrink.methods._window import WindowForm
+from kvshrink.methods.lowrank.cskv import CSKV
+from kvshrink.methods.lowrank.spectral import Spectral
+from kvshrink.methods.quant.rtn import RTN
+from kvshrink.store.growth import slots_for
+
+B, H, D = 2, 3, 16
+SHAPE = LayerShape(H, D, torch.bfloat16)
+
+
+def rows(tokens, seed=0):
+    return torch.randn(B, H, tokens, D, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 400.0])
+def test_a_token_is_off_by_half_a_step_of_its_head_at_most(dtype, scale):
+    given = (rows(50).float() * scale).to(dtype)
+    form = WindowForm(8, LayerShape(H, D, dtype))
+    found = form.rows(form.stored(given))
+    step = given.float().abs().amax(-1, keepdim=True) / 127
+    rounding = given.float().abs() * torch.finfo(dtype).eps  # of the result to the model's dtype
+    assert found.dtype == dtype
+    assert ((found.float() - given.float()).abs() <= 0.53 * step + rounding).all()  # the scale has 8 bits itself
+
+
+def test_zeros_and_empty_rooms_are_zeros():
+    form = WindowForm(8, SHAPE)
+    assert not form.rows(form.stored(torch.zeros(1, 1, 3, D).bfloat16())).any()
+    assert not form.rows(torch.zeros(1, 1, 3, D + 2, dtype=torch.uint8)).any()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_tokens_move_as_they_are_stored(bits):
+    """bfloat16 numbers rounded a second time would be others; and what a window gives is what it was given."""
+    form = WindowForm(bits, SHAPE)
+    window, keys, values = Window(12, form), rows(60, 1), rows(60, 2)  # 4 tokens, and a page of 8
+    want, at = [form.rows(form.stored(x)) for x in (keys, values)], 0
+    for count in (5, 4, 1, 9, 1, 1, 1, 1, 30, 1, 1):
+        given = window.extend(keys[:, :, at : at + count], values[:, :, at : at + count], True)
+        at, total = at + count, given[0].shape[2]
+        if total >= 12:
+            window.keep(*given, (total - 4) // 8 * 8)
+        for found, right in zip(window.view(), want, strict=True):
+            assert torch.equal(found, right[:, :, at - window.count : at])
+    assert at == 55
+
+
+def test_a_window_takes_what_is_promised():
+    exact, rounded = RTN(bits=4), RTN(bits=4, window_bits=8)
+    assert exact.window_form(SHAPE).token_bytes == 2 * H * D * 2
+    assert rounded.window_form(SHAPE).token_bytes == 2 * H * (D + 2)
+    window = Window(64, rounded.window_form(SHAPE))
+    window.extend(rows(10), rows(10), True)
+    assert sum(t.nbytes for t in window.tensors().values()) == B * 64 * rounded.window_form(SHAPE).token_bytes
+
+
+def test_methods_of_one_byte_budget_round_their_window_by_themselves():
+    def bits(method):
+        return method.window_form(SHAPE).bits
+
+    assert bits(Spectral()) == bits(CSKV(budget=0.1)) == bits(RTN(window_bits=8)) == 8
+    assert bits(Spectral(window_bits=None)) is bits(CSKV()) is bits(RTN()) is None
+    with pytest.raises(SettingError, match="window_bits=4"):
+        RTN(window_bits=4)
+
+
+def test_a_layer_with_large_key_biases_keeps_an_exact_window_unless_told():
+    """As Qwen2's: eight bits of a token would go to a few of its channels."""
+    swamped = LayerShape(H, D, torch.bfloat16, swamped=True)
+    for method in (Spectral(), CSKV(budget=0.2)):
+        assert method.window_form(swamped).bits is None
+        assert method.layer_bytes(swamped, {}, 50) == slots_for(50) * 2 * H * D * 2
+        assert method.layer_bytes(SHAPE, {}, 50) == slots_for(50) * 2 * H * (D + 2)
+    assert RTN(window_bits=8).window_form(swamped).bits == 8
