@@ -47,12 +47,14 @@ def codecs(bits):
 
 def loss(measured, turn, cache):
     with torch.no_grad():
-        return float(falls._loss(turn, measured.reader.model(input_ids=turn.tail, past_key_values=cache).logits))
+        return float(
+            falls._loss(falls._kl(turn, measured.reader.model(input_ids=turn.tail, past_key_values=cache).logits))
+        )
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_a_part_is_half_of_the_slope_towards_the_exact_rows(measured, number):
-    found, turn = measured.parts(codecs(2), number), measured.turns[number % 2]
+    found, turn = measured.parts(codecs(2), number).of, measured.turns[number % 2]
     assert set(found) == {(i, kv) for i in (0, 1) for kv in ("key", "value")}
     for (i, kv), part in found.items():
         ends = []
@@ -67,17 +69,26 @@ def test_a_part_is_half_of_the_slope_towards_the_exact_rows(measured, number):
 
 def test_parts_of_a_small_loss_add_up_to_it(measured):
     """KL is then a square of the errors, and its logarithm falls twice as fast."""
-    assert sum(measured.parts(codecs(8), 0).values()) == pytest.approx(1, rel=0.02)
+    assert sum(measured.parts(codecs(8), 0).of.values()) == pytest.approx(1, rel=0.02)
+
+
+def test_kl_is_that_of_the_rows(measured):
+    turn = measured.turns[1]
+    with torch.no_grad():
+        found = measured.reader.predict(turn.exact, codecs(2), turn.tail)
+    total = float((turn.wanted.exp() * (turn.wanted - found)).sum(-1).mean())
+    assert measured.parts(codecs(2), 1).kl == pytest.approx(total, rel=1e-4)
+    assert total > 1e-4
 
 
 def test_only_what_goes_through_a_codec_has_a_part(measured):
     key, value = RTN(bits=2).codecs(SHAPE, {})
-    assert set(measured.parts({1: (None, value)}, 0)) == {(1, "value")}
-    assert set(measured.parts({0: (key, None), 1: (None, None)}, 0)) == {(0, "key")}
+    assert set(measured.parts({1: (None, value)}, 0).of) == {(1, "value")}
+    assert set(measured.parts({0: (key, None), 1: (None, None)}, 0).of) == {(0, "key")}
 
 
 def test_what_loses_nothing_has_no_part(measured):
-    assert all(abs(part) < 1e-6 for part in measured.parts(codecs(None), 0).values())
+    assert all(abs(part) < 1e-6 for part in measured.parts(codecs(None), 0).of.values())
 
 
 def test_nothing_of_the_model_is_changed(model, measured):
@@ -104,7 +115,7 @@ def test_a_model_without_a_gradient_is_told(measured, monkeypatch):
 
 
 def test_predictions_that_are_no_numbers_are_refused(measured, monkeypatch):
-    monkeypatch.setattr(falls, "_loss", lambda turn, logits: logits.sum() * float("nan"))
+    monkeypatch.setattr(falls, "_loss", lambda kl: kl.sum() * float("nan"))
     with pytest.raises(DataError, match="NaN or infinite"):
         measured.parts(codecs(4), 0)
 

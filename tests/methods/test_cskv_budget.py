@@ -10,7 +10,7 @@ import kvshrink
 from kvshrink import CSKV, Artifact
 from kvshrink.errors import SettingError
 from kvshrink.kernels import native
-from kvshrink.methods._stats import KVS, LayerShape, Probe
+from kvshrink.methods._stats import KVS, LayerShape, Parts, Probe
 
 SHAPE = LayerShape(4, 20, torch.bfloat16)  # 80 channels each
 LAYERS = range(3)
@@ -21,7 +21,8 @@ class Told(Probe):
 
     def parts(self, codecs, turn):
         costs = {(i, kv): self.cost(i, kv, c) for i in codecs for kv, c in zip(KVS, codecs[i], strict=True)}
-        return {at: cost / sum(costs.values()) for at, cost in costs.items()}
+        whole = sum(costs.values())
+        return Parts(whole, {at: cost / whole for at, cost in costs.items()})
 
     def cost(self, layer, kv, codec) -> float:
         lost = 1 - codec.up.shape[1] / 80  # a crude error that falls as the rank grows

@@ -16,7 +16,7 @@ from kvshrink.kernels.normal import expected_error
 from kvshrink.methods._packing import mixed
 from kvshrink.methods._packing.mixed import Mixed, group_bytes
 from kvshrink.methods._rotate import rotation
-from kvshrink.methods._stats import KVS, LayerShape, Probe
+from kvshrink.methods._stats import KVS, LayerShape, Parts, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._balance import ROUGH, ROUNDS
 from kvshrink.methods.lowrank.spectral import Spectral
@@ -66,10 +66,11 @@ class Told(Probe):
     def __init__(self, method: Spectral, layers: dict, dear: int) -> None:
         self.layers, self.dear, self.asked, self.known = layers, dear, 0, {}
 
-    def parts(self, codecs, turn) -> dict:
+    def parts(self, codecs, turn) -> Parts:
         self.asked += 1
         costs = {(i, kv): self.cost(i, kv, c) for i in codecs for kv, c in zip(KVS, codecs[i], strict=True)}
-        return {at: cost / sum(costs.values()) for at, cost in costs.items()}
+        whole = sum(costs.values())
+        return Parts(whole, {at: cost / whole for at, cost in costs.items()})
 
     def cost(self, layer: int, kv: str, codec) -> float:
         energies = [float(part.sum()) for part in self.layers[layer][f"{kv}_variance"].double().split(16)]

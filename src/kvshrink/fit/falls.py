@@ -24,7 +24,7 @@ from kvshrink.errors import DataError
 from kvshrink.fit.fisher import only
 from kvshrink.fit.reader import Reader
 from kvshrink.methods._roles import Codec
-from kvshrink.methods._stats import KV, KVS
+from kvshrink.methods._stats import KVS, Parts
 from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH, TAIL = 16, 1024, 12  # rows, their tokens, and how many tails are a row
@@ -54,9 +54,9 @@ class Falls:
             exact = reader.prefill(part[:, :-tail])
             self.turns.append(Turn(exact, part[:, -tail:], reader.predict(exact, {}, part[:, -tail:])))
 
-    def parts(self, codecs: Codecs, number: int) -> dict[tuple[int, KV], float]:
-        """Of the KL of the `number`th turn, the part of each operand that is read through a codec, over the whole; the
-        mean of both kinds of rows. Raises DataError if there is no gradient."""
+    def parts(self, codecs: Codecs, number: int) -> Parts:
+        """KL of the `number`th turn's rows, and the part of each operand that is read through a codec, the mean of both
+        kinds of rows. Raises DataError if there is no gradient."""
         turn = self.turns[number % len(self.turns)]
         model = self.reader.model
         with torch.no_grad():
@@ -72,8 +72,8 @@ class Falls:
             # on CPUs the fused attention takes most of the time to go backwards
             plain = sdpa_kernel(SDPBackend.MATH) if turn.tail.device.type == "cpu" else nullcontext()
             with only(model, []), torch.enable_grad(), plain:
-                logits = model(input_ids=turn.tail, past_key_values=cache).logits
-                found = torch.autograd.grad(_loss(turn, logits), list(leaves.values()))
+                kl = _kl(turn, model(input_ids=turn.tail, past_key_values=cache).logits)
+                found = torch.autograd.grad(_loss(kl), list(leaves.values()))
         except (RuntimeError, NotImplementedError) as error:
             raise DataError(f"the model has no gradient ({str(error)[:80]}). Use allocation='energy'.") from error
         exact = {(i, kv): rows for i in codecs for kv, rows in zip(KVS, held_by(turn.exact.layers[i]), strict=True)}
@@ -81,15 +81,19 @@ class Falls:
             at: float((slope.float() * (rows.detach() - exact[at]).float()).sum()) / 2
             for (at, rows), slope in zip(leaves.items(), found, strict=True)
         }
-        if not all(map(math.isfinite, parts.values())):
+        if not all(map(math.isfinite, (lost := float(kl.detach().mean()), *parts.values()))):
             raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
-        return parts
+        return Parts(max(0.0, lost), parts)
 
 
-def _loss(turn: Turn, logits: Float[Tensor, "b s v"]) -> Tensor:
-    """Mean of the logarithms of KL over the repetitions and over the other rows: neither counts more."""
+def _kl(turn: Turn, logits: Float[Tensor, "b s v"]) -> Float[Tensor, " b"]:
+    """Of each row, in nats a token."""
     found = logits.float().log_softmax(-1)
     wanted = turn.wanted.view_as(found)
-    kl = (wanted.exp() * (wanted - found)).sum(-1).mean(-1)
+    return (wanted.exp() * (wanted - found)).sum(-1).mean(-1)
+
+
+def _loss(kl: Float[Tensor, " b"]) -> Tensor:
+    """Mean of the logarithms of KL over the repetitions and over the other rows: neither counts more."""
     kinds = [k for k in (kl[::2], kl[1::2]) if len(k)]
     return torch.stack([k.mean().clamp_min(TINY).log() for k in kinds]).mean()

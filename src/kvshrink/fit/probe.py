@@ -24,7 +24,7 @@ from kvshrink.fit.falls import Falls
 from kvshrink.fit.fisher import squared_gradients
 from kvshrink.fit.reader import Reader
 from kvshrink.methods._roles import Codec, Method
-from kvshrink.methods._stats import KV, Probe
+from kvshrink.methods._stats import Parts, Probe
 from kvshrink.shapes import Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
@@ -98,9 +98,7 @@ class Recall(Probe):
             raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
         return max(0.0, total / len(self.caches))
 
-    def parts(
-        self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int
-    ) -> Mapping[tuple[int, KV], float]:
+    def parts(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int) -> Parts:
         self.bar.update()
         return self.falls.parts(codecs, turn)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvshrink.attach.families import LayerInfo
+from kvshrink.attach.families import LayerInfo, shape_of
 from kvshrink.attach.fill import held_by
 from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import Rope
@@ -25,6 +25,7 @@ class Reader:
 
     def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method, chunk: int | None = None) -> None:
         self.model, self.infos, self.method, self.chunk = model, infos, method, chunk
+        self.forms = {i: method.window_form(shape_of(x.module)) for i, x in enumerate(infos) if x.compressed}
 
     def prefill(self, ids: Int[Tensor, "b s"]) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -64,21 +65,27 @@ class Reader:
         out = []
         end = self._left(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
-            if codec is not None and end:
-                rows = torch.cat([self._read(codec, rows[:, :, :end], rope, 0), rows[:, :, end:]], 2)
+            if codec is not None:
+                left = [self._read(codec, rows[:, :, :end], rope, 0)] if end else []
+                rows = torch.cat([*left, self._held(index, rows[:, :, end:])], 2)
             out.append(rows)
         return out[0], out[1]
 
     def _slide(self, cache: DynamicCache, codecs: Mapping, before: int) -> None:
         """Read the pages through the codecs that left the window since the cache had `before` tokens."""
         first, end = self._left(before), self._left(cache.get_seq_length())
-        if end == first:
-            return
         for i, pair in codecs.items():
             layer: Any = cache.layers[i]
             for rows, codec, rope in zip((layer.keys, layer.values), pair, (self.infos[i].rope, None), strict=True):
-                if codec is not None:
+                if codec is not None and rows.shape[2] > before:
+                    rows[:, :, before:] = self._held(i, rows[:, :, before:])
+                if codec is not None and end > first:
                     rows[:, :, first:end] = self._read(codec, rows[:, :, first:end], rope, first)
+
+    def _held(self, index: int, rows: Tensor) -> Tensor:
+        """Rows as a window gives them back."""
+        form = self.forms[index]
+        return form.rows(form.stored(rows)).to(rows.dtype)
 
     def _left(self, tokens: int) -> int:
         """How many tokens have left the window of a cache of `tokens` tokens."""

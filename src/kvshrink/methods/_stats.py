@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,6 +100,13 @@ class CalibrationStats:
         return replace(self, key=moments, sample=sample)
 
 
+class Parts(NamedTuple):
+    """kl: of the predictions, in nats; of: {(layer, "key" or "value"): its part, over the whole}."""
+
+    kl: float
+    of: Mapping[tuple[int, KV], float]
+
+
 class Probe(ABC):
     """Asks the whole model what a loss costs."""
 
@@ -109,11 +116,8 @@ class Probe(ABC):
         (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
 
     @abstractmethod
-    def parts(
-        self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int
-    ) -> Mapping[tuple[int, KV], float]:
-        """{(layer, "key" or "value"): its part of the KL of what is read so, over the whole}. turn: each is measured on
-        other rows."""
+    def parts(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int) -> Parts:
+        """KL of what is read so, and whose it is. turn: each is measured on other rows."""
 
     @abstractmethod
     def near(self, budget: float) -> float:

@@ -17,7 +17,8 @@ from kvshrink.methods._roles import Method
 
 METHODS = ("spectral", "cskv", "rtn", "kivi")
 WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
-FEWEST_FIRST = ("window", "sinks")  # of each, the smallest value takes the fewest bytes
+WINDOW_BITS = (8, None)
+FEWEST_FIRST = ("window", "window_bits", "sinks")  # of each, the smallest value takes the fewest bytes
 
 Choices = Mapping[str, Sequence]
 
@@ -37,12 +38,13 @@ def known(names: Sequence[str]) -> list[str]:
 
 def choices(name: str, sizes: CacheBudget) -> Choices:
     """{setting: values} of a method, its budget setting left out."""
-    return {"window": WINDOWS, "sinks": SINKS, **get(name).search_space(sizes.layers)}
+    return {"window": WINDOWS, "window_bits": WINDOW_BITS, "sinks": SINKS, **get(name).search_space(sizes.layers)}
 
 
 def defaults(name: str, sizes: CacheBudget) -> dict[str, Any]:
     """The method's own settings, as far as they are among the choices."""
     own = {f.name: f.default for f in fields(get(name))}
+    own["window_bits"] = get(name)().window_form(sizes.layers[0]).bits  # of "auto"
     return {k: own[k] for k, values in choices(name, sizes).items() if own[k] in values}
 
 

@@ -6,14 +6,16 @@ measured (Probe.parts) and bytes move towards those of which the next byte takes
 rows, moves less than the one before, and the mean of the later ones is the answer.
 """
 
+import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from kvshrink.methods._codec import Codec
-from kvshrink.methods._stats import KV, Probe
+from kvshrink.methods._stats import KV, Parts, Probe
 from kvshrink.methods.lowrank import _bits
 
+log = logging.getLogger("kvshrink")
 At = tuple[int, KV]  # a layer's keys or values
 Bytes = dict[At, float]  # of a page
 Setting = TypeVar("Setting")
@@ -21,6 +23,7 @@ ROUNDS, ROUGH = 16, 6  # as many as a fit takes, and a search
 STEP, SLOWER = 0.4, 4  # power of the worth by which bytes move, halved after so many rounds
 MOST = 0.7  # change of a byte count's logarithm in a round
 SMALLEST = 2e-4  # part of the KL: a smaller one, or one below 0, is noise
+LOST = 0.5  # nats, above which it is told
 NOTHING = 1e-9  # an error, or a fall, that has no logarithm worth the name
 
 
@@ -38,44 +41,56 @@ def by_kl(
     points: Mapping[At, Sequence[Point]],
     budget: int,
     codecs: Callable[[Mapping[At, float]], Mapping[int, tuple[Codec, Codec]]],
-) -> Bytes:
-    """Bytes of each operand, as the probe finds them at this budget or, where it may be rough, at one near it.
+) -> tuple[Bytes, float]:
+    """(bytes of each operand, KL there), as the probe finds them at this budget or, where it may be rough, at one near
+    it. Logs a warning where the KL is so large that the cache is of little use.
 
     key: of what the answer depends on, beside the budget. codecs: of each layer, at these bytes of each operand.
     """
     least, most = (sum(own[n].size for own in points.values()) for n in (0, -1))
     about = min(most, max(least, int(probe.near(budget))))
     rounds = ROUNDS if about == budget else ROUGH
-    found: Bytes = probe.once(
-        (key, about), lambda: balanced(points, about, lambda given, turn: probe.parts(codecs(given), turn), rounds)
-    )
-    return {at: size * budget / about for at, size in found.items()}
+
+    def search() -> tuple[Bytes, float]:
+        return balanced(points, about, lambda given, turn: probe.parts(codecs(given), turn), rounds)
+
+    given, kl = probe.once((key, about), search)
+    if kl > LOST and about == budget:
+        log.warning(
+            "with so few bytes the predictions are %.1f nats from the full cache's on the calibration text. Give a "
+            "larger budget, or take a method that needs less.",
+            kl,
+        )
+    return {at: size * budget / about for at, size in given.items()}, kl
 
 
 def balanced(
     points: Mapping[At, Sequence[Point]],
     budget: int,
-    parts: Callable[[Bytes, int], Mapping[At, float]],
+    parts: Callable[[Bytes, int], Parts],
     rounds: int,
-) -> Bytes:
-    """Bytes of each operand, `budget` in all. points: some of each operand's, the fewest bytes first.
+) -> tuple[Bytes, float]:
+    """(bytes of each operand, `budget` in all; KL as the later rounds have it).
 
+    points: some of each operand's, the fewest bytes first.
     parts: measures, at these bytes of each operand in the n-th round, its part of the KL over the whole.
     """
     least = {at: own[0].size or own[min(1, len(own) - 1)].size / 2 or 1.0 for at, own in points.items()}
     most = {at: max(own[-1].size, least[at]) for at, own in points.items()}
-    given, later = _scaled(_start(points, budget), budget, least, most), []
+    given, later, lost = _scaled(_start(points, budget), budget, least, most), [], []
     for n in range(rounds):
-        found = parts(given, n)
-        worth = {at: math.log(max(found[at], SMALLEST) * _fall(own, given[at])) for at, own in points.items()}
+        kl, of = parts(given, n)
+        worth = {at: math.log(max(of[at], SMALLEST) * _fall(own, given[at])) for at, own in points.items()}
         mean = sum(given[at] * worth[at] for at in points) / sum(given.values())
         step = STEP / (1 + n / SLOWER)
         moved = {at: size * math.exp(_within(step * (worth[at] - mean))) for at, size in given.items()}
         given = _scaled(moved, budget, least, most)
         if n >= rounds // 2:
             later.append(given)
+            lost.append(kl)
     logs = {at: sum(math.log(one[at]) for one in later) / len(later) for at in points} if later else {}
-    return _scaled({at: math.exp(x) for at, x in logs.items()} or given, budget, least, most)
+    given = _scaled({at: math.exp(x) for at, x in logs.items()} or given, budget, least, most)
+    return given, sum(lost) / max(1, len(lost))
 
 
 def spent(

@@ -76,14 +76,14 @@ def finish(
         return {i: method.codecs(shapes[i], _cut(method, fitted, own, i)) for i, fitted in layers.items()}
 
     key = ("cskv", method.own, method.group_heads)
-    given = by_kl(probe, key, points, budget, codecs)
+    given, kl = by_kl(probe, key, points, budget, codecs)
     chosen, left = spent(given, budget, take)
     done, errors, named = {}, {}, dict[str, Any]()
     for i in layers:
         done[i] = _cut(method, layers[i], chosen, i)
         errors[i] = {f"{kv}_error": chosen[i, kv].error for kv in KVS}
         named |= {f"{i} {kv}": chosen[i, kv].setting for kv in KVS}
-    return done, {"ranks and bits": named, "unspent": left / max(1, budget), "layers": errors}
+    return done, {"kl": kl, "ranks and bits": named, "unspent": left / max(1, budget), "layers": errors}
 
 
 def page_bytes(method: Any, shape: LayerShape) -> int:

@@ -134,12 +134,13 @@ class Spectral(Method):
         budget = sum(self._budget(shapes[i]) for i in layers)
         points = {(i, kv): list(self._points(layers[i], kv)) for i in layers for kv in KVS}
         given: Mapping[At, float] = dict.fromkeys(points, budget // len(points))
+        known: dict[str, Any] = {}
         if self.allocation == "energy":
             given = _bits.share({at: [p[::2] for p in own] for at, own in points.items()}, budget)
         elif self.allocation == "kl":
             assert probe is not None
             key = ("spectral", self.widths, self.code, self.speed, self.group_heads)
-            given = by_kl(probe, key, points, budget, partial(self._codecs_at, layers, shapes))
+            given, known["kl"] = by_kl(probe, key, points, budget, partial(self._codecs_at, layers, shapes))
 
         def take(at: At, room: float) -> tuple[Tensor, int]:
             widths = self._widths(layers[at[0]], at[1], int(room))
@@ -156,7 +157,7 @@ class Spectral(Method):
             done[i] = trimmed(trimmed({**layers[i], **chosen}, "key"), "value")
         named = {f"{i} {kv}": w.tolist() for (i, kv), w in sorted(widths.items())}
         errors = {i: {f"{kv}_error": self._error(layers[i], kv, widths[i, kv]) for kv in KVS} for i in layers}
-        return done, {"widths": named, "unspent": left / max(1, budget), "layers": errors}
+        return done, known | {"widths": named, "unspent": left / max(1, budget), "layers": errors}
 
     def _codecs_at(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], given: Mapping[At, float]
