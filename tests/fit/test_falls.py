@@ -110,7 +110,16 @@ def test_a_model_without_a_gradient_is_told(measured, monkeypatch):
         raise RuntimeError("derivative for aten::_int_mm is not implemented")
 
     monkeypatch.setattr(torch.autograd, "grad", fail)
-    with pytest.raises(DataError, match=r"^the model has no gradient \(derivative .* Use allocation='energy'\.$"):
+    with pytest.raises(DataError, match=r"^the model has no gradient \(derivative .* as spectral:allocation=energy\.$"):
+        measured.parts(codecs(4), 0)
+
+
+def test_memory_that_runs_out_is_no_missing_gradient(measured, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", fail)
+    with pytest.raises(torch.OutOfMemoryError):
         measured.parts(codecs(4), 0)
 
 

@@ -74,8 +74,12 @@ class Falls:
             with only(model, []), torch.enable_grad(), plain:
                 kl = _kl(turn, model(input_ids=turn.tail, past_key_values=cache).logits)
                 found = torch.autograd.grad(_loss(kl), list(leaves.values()))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
-            raise DataError(f"the model has no gradient ({str(error)[:80]}). Use allocation='energy'.") from error
+            raise DataError(
+                f"the model has no gradient ({str(error)[:80]}). Use what needs none, as spectral:allocation=energy."
+            ) from error
         exact = {(i, kv): rows for i in codecs for kv, rows in zip(KVS, held_by(turn.exact.layers[i]), strict=True)}
         parts = {
             at: float((slope.float() * (rows.detach() - exact[at]).float()).sum()) / 2
