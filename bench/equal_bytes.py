@@ -68,6 +68,12 @@ def series(steps: int) -> dict[str, Any]:
 def real_series(steps: int) -> dict[str, Any]:
     """What is compared on a real model, the first ones in answers too."""
     fixed = {f"{name} {b}": methods.build(name, {"bits": b}) for name in ("tcq", "turboquant") for b in (3, 2, 4)}
+    others = {
+        "kvarn 4": {},
+        "kvarn 2": {"bits": 2, "value_bits": None},
+        "oscar 2": {"bits": 2},
+        "kvquant 2": {"bits": 2},
+    }
     return {
         MAIN: Spectral(),
         "CSKV budget": CSKV(budget=0.1),
@@ -75,7 +81,7 @@ def real_series(steps: int) -> dict[str, Any]:
         **fixed,
         "CSKV pca int4": CSKV(bits=4),
         "int4": RTN(bits=4),
-        "kvquant 2": methods.build("kvquant", {"bits": 2}),
+        **{label: methods.build(label[:-2], settings) for label, settings in others.items()},
         "spectral, balanced": Spectral(speed="balanced"),
         "spectral, fast": Spectral(speed="fast"),
         "spectral, exact window": Spectral(window_bits=None),
@@ -85,8 +91,8 @@ def real_series(steps: int) -> dict[str, Any]:
     }
 
 
-ANSWERED = 8  # series whose answers are compared
-FIXED = re.compile(r"(int|tcq |turboquant |kvquant )\d")  # at their own bytes
+ANSWERED = 8, 6  # series whose answers are compared, of the bundled model and of a real one
+FIXED = re.compile(r"(int|tcq |turboquant |kvquant |kvarn |oscar )\d")  # at their own bytes
 
 
 def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Entry]:
@@ -154,7 +160,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     text = compared(model, entries, book, 32, log, identity)
     retrieval = compared(model, entries, asked, None, log, identity)
     full = Entry(FULL, None, series=FULL)
-    answered = [] if args.kl_only else [full, *(e for e in entries if e.series in list(args.series)[:ANSWERED])]
+    answered = [] if args.kl_only else [full, *(e for e in entries if e.series in list(args.series)[: args.answered])]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
         runner = Runner(model, tokenizer, answered, args.batch, identity=identity)
@@ -226,6 +232,7 @@ def main() -> None:
     model, tokenizer = load(args.model)
     small = args.model == "reference"
     args.tasks, args.series = TASKS if small else REAL_TASKS, series(args.steps) if small else real_series(args.steps)
+    args.answered = ANSWERED[not small]
     args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
     plans = {length: plan(model, length, args.series, only) for length in lengths}
     flat = [e for length in lengths for e in plans[length]]
