@@ -6,6 +6,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvshrink
 from kvshrink import CSKV, RTN, methods
+from kvshrink.attach.families import shape_of
 from kvshrink.cache.attend import stored_keys
 from kvshrink.kernels import native
 from kvshrink.methods._roles import Method
@@ -116,7 +117,16 @@ def test_one_that_scales_each_channel_is_as_it_was(method):
 @pytest.mark.parametrize("name", ["spectral", "cskv"])
 def test_a_window_that_eight_bits_would_spoil_is_exact_by_itself(name):
     plain, large = (kvshrink.make_cache(m, made(m, name, budget=0.2)) for m in (biased(0), biased(400)))
-    assert [c.layers[0].window.form.bits for c in (plain, large)] == [8, None]  # and a warning is an error in tests
+    assert [c.layers[0].rounded.bits for c in (plain, large)] == [8, None]  # and a warning is an error in tests
+
+
+def test_of_weights_stored_as_codes_large_biases_alone_say_it():
+    model = biased(400)
+    for layer in model.model.layers:
+        weight = layer.self_attn.k_proj.weight
+        layer.self_attn.k_proj.weight = torch.nn.Parameter(weight.mul(40).to(torch.int8), requires_grad=False)
+    assert shape_of(model.model.layers[0].self_attn).swamped
+    assert not shape_of(biased(2).model.layers[0].self_attn).swamped
 
 
 def test_a_window_at_eight_bits_that_was_asked_for_says_what_it_loses():

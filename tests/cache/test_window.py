@@ -11,6 +11,7 @@ from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.store.growth import slots_for
+from tests.cache.build import assemble
 
 B, H, D = 2, 3, 16
 SHAPE = LayerShape(H, D, torch.bfloat16)
@@ -30,6 +31,11 @@ def test_a_token_is_off_by_half_a_step_of_its_head_at_most(dtype, scale):
     rounding = given.float().abs() * torch.finfo(dtype).eps  # of the result to the model's dtype
     assert found.dtype == dtype
     assert ((found.float() - given.float()).abs() <= 0.53 * step + rounding).all()  # the scale has 8 bits itself
+
+
+def test_the_largest_numbers_of_a_half_stay_finite():
+    form = WindowForm(8, LayerShape(H, D, torch.float16))
+    assert form.rows(form.stored(torch.full((1, 1, 1, D), 65504.0).half())).isfinite().all()
 
 
 def test_zeros_and_empty_rooms_are_zeros():
@@ -78,6 +84,31 @@ def test_a_layer_with_large_key_biases_keeps_an_exact_window_unless_told():
     swamped = LayerShape(H, D, torch.bfloat16, swamped=True)
     for method in (Spectral(), CSKV(budget=0.2)):
         assert method.window_form(swamped).bits is None
-        assert method.layer_bytes(swamped, {}, 50) == slots_for(50) * 2 * H * D * 2
-        assert method.layer_bytes(SHAPE, {}, 50) == slots_for(50) * 2 * H * (D + 2)
+        rounded = [method.layer_bytes(shape, {}, 70) for shape in (SHAPE, swamped)]
+        assert rounded[1] - rounded[0] == 64 * 2 * H * (D * 2 - D - 2)
+        # and so does any, until it has given the sinks
+        assert method.layer_bytes(SHAPE, {}, 50) == slots_for(50) * SHAPE.token_bytes
     assert RTN(window_bits=8).window_form(swamped).bits == 8
+
+
+@pytest.mark.parametrize("cut", [1, 8, 40, 60, 100])
+def test_sinks_are_exact_however_a_prompt_comes(cut):
+    """They come out of the window, which is exact until it has given them; then it is rounded."""
+    method = RTN(bits=4, window_bits=8)
+    cache = assemble(method, SHAPE, [method.tiers(SHAPE, {})])
+    keys = rows(100, 4)
+    keys[:, :, 0, 3] = 200.0  # of which 8 bits would take all other channels with them
+    for part in (slice(0, cut), slice(cut, 100)):
+        tokens = keys[:, :, part]
+        if not tokens.shape[2]:
+            continue
+        positions = torch.arange(100)[None, part].expand(B, -1).int()
+        cache.stage(0, positions, None, None, True, "model", None)
+        cache.update(tokens.clone(), tokens.clone(), 0)
+    layer = cache.layers[0]
+    assert torch.equal(layer.sinks.keys, keys[:, :, :4])
+    assert layer.window.form.bits == 8
+    assert layer.held().window == B * 64 * layer.window.form.token_bytes
+    cache.crop(2)
+    assert layer.window.count == 0
+    assert not layer.sinks.full

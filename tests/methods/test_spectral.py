@@ -164,18 +164,23 @@ def test_methods_that_share_bytes_alike_ask_once(three):
     assert probe.asked == ROUNDS
     dataclasses.replace(method, budget=0.035).finish(layers, shapes, probe)
     assert probe.asked == 2 * ROUNDS
+    dataclasses.replace(method, key_metric="query").finish(layers, shapes, probe)
+    dataclasses.replace(method, budget=0.9).finish(layers, shapes, probe)  # more than it can use
+    assert probe.asked == 4 * ROUNDS
     probe.near = lambda budget: 300.0
     for budget in (0.03, 0.035):
         done, _ = dataclasses.replace(method, budget=budget).finish(layers, shapes, probe)
         spent = sum(held(method, done, shapes))
         assert budget - 0.006 < spent / (3 * SMALL.token_bytes * 32) <= budget
-    assert probe.asked == 2 * ROUNDS + ROUGH
+    assert probe.asked == 4 * ROUNDS + ROUGH
 
 
-def test_a_budget_below_one_group_is_refused(three):
-    method = Spectral(budget=0.0005)
+@pytest.mark.parametrize("budget", ["0.0005", "1e-05"])
+@pytest.mark.parametrize("allocation", ["kl", "energy", "uniform"])
+def test_a_budget_below_one_group_is_refused(three, allocation, budget):
+    method = Spectral(budget=float(budget), allocation=allocation)
     layers, shapes = three(method), dict.fromkeys(range(3), SMALL)
-    with pytest.raises(SettingError, match=r"^budget=0\.0005 is less than one group .* Use 0\.\d+ or more\.$"):
+    with pytest.raises(SettingError, match=rf"^budget={budget} is less than one group .* Use 0\.\d+ or more\.$"):
         method.finish(layers, shapes, Told(method, layers, 1))
 
 

@@ -26,6 +26,7 @@ from kvshrink.errors import CacheError
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
+from kvshrink.methods._window import WindowForm
 from kvshrink.shapes import Float
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.lanes import Pages
@@ -49,6 +50,7 @@ class CompressedLayer(RowsLayer):
         self.method, self.shape, self.tiers, self.table = method, shape, tiers, table
         self.watch, self.base = watch, base  # base: the layer that this one follows
         self.staged: Staged | None = None
+        self.exact, self.rounded = WindowForm(None, shape), method.window_form(shape)
         self._clear()
 
     @property
@@ -64,8 +66,8 @@ class CompressedLayer(RowsLayer):
     def _clear(self) -> None:
         self.seen = 0
         self.whole = True
-        self.window = Window(self.method.window + self.method.page, self.method.window_form(self.shape))
         self.sinks = Sinks(self.method.sinks)
+        self.window = Window(self.method.window + self.method.page, self._form)
         self.body = Body(
             self.tiers, self.method.page, self.method.lanes(self.shape), self.method.token_budget is not None
         )
@@ -94,6 +96,7 @@ class CompressedLayer(RowsLayer):
         self._count(staged, key_states.shape[0], new)
         self.whole = False
         before, self.seen = self.body.view(self._base_pages), self.seen + new
+        self.window.hold(self._form)
         keys, values = self.window.extend(key_states, value_states, self.leaves)
         snapshot = self._snapshot(before, keys, staged.rope)
         leave = Leave(
@@ -110,6 +113,7 @@ class CompressedLayer(RowsLayer):
         ranked = leave.rank(staged.probe_queries, keys, new)
         if self.leaves:
             leave.run(keys, values, ranked)
+            self.window.hold(self._form)
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:
             return (key_states, value_states) if keys.shape[2] == new else (keys, values)
@@ -118,6 +122,11 @@ class CompressedLayer(RowsLayer):
         keys = keys.view_as(keys)
         setattr(keys, SNAPSHOT, snapshot)
         return keys, values
+
+    @property
+    def _form(self) -> WindowForm:
+        """How the window is held: exactly until it has given all sinks, which are exact."""
+        return self.rounded if self.sinks.full else self.exact
 
     # --- what a step reads ---
 
@@ -234,6 +243,7 @@ class CompressedLayer(RowsLayer):
             "seen": self.seen,
             "window": self.window.count,
             "starts": starts,
+            "rounded": self.window.form.bits is not None,
             "scores": self.window.scores is not None,
             "sinks": self.sinks.keys is not None,
             "watched": self.watch is not None,
@@ -245,6 +255,7 @@ class CompressedLayer(RowsLayer):
         self.reset()
         self.seen, self.whole = values["seen"], False
         self.body.restore(values, tensors, empty)
+        self.window.form = self.rounded if values["rounded"] else self.exact
         if window := under(tensors, "window."):
             self.window.restore(window, self.leaves)
             self.window.starts = None if values["starts"] is None else np.array(values["starts"], np.int64)

@@ -112,14 +112,16 @@ class Schema:
     def _compressed(self, i: int, layer: CompressedLayer, values: dict[str, Any]) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
         names = ["pages", *(f"older.{n}" for n in range(len(layer.tiers) - 1))]
-        _keys(values, {"seen", "window", "starts", "scores", "sinks", "watched", *names}, f"layer {i}")
+        _keys(values, {"seen", "window", "starts", "rounded", "scores", "sinks", "watched", *names}, f"layer {i}")
         window = _number(values, "window", f"layer {i}", 0, min(layer.window.capacity, values["seen"]))
         require(isinstance(values["watched"], bool), f"layer {i}: watched")
+        rounds = layer.rounded.bits is not None
+        require(isinstance(values["rounded"], bool) and values["rounded"] <= rounds, f"layer {i}: rounded")
         self.windows[i] = window, self._per_row(values["starts"], f"layer {i}: starts", window)
         b, shape = self.batch, layer.shape
         found: dict[str, Kind] = {}
         if values["seen"]:
-            dtype, numbers = layer.window.form.kind
+            dtype, numbers = (layer.rounded if values["rounded"] else layer.exact).kind
             rows = (dtype, (b, shape.heads, window, numbers))
             found |= {"window.keys": rows, "window.values": rows}
         require(isinstance(values["scores"], bool), f"layer {i}: scores")

@@ -38,7 +38,8 @@ class Window:
     between two pages; the step in which a page leaves takes another buffer.
 
     starts: a row's first slot, where rows differ (a batch of joined caches); None: 0 for all.
-    form: how tokens are stored; all tensors are in it but what `view` and `extend` give.
+    form: how tokens are stored; all tensors are in it but what `view` and `extend` give. The layer changes it (`hold`):
+          sinks come out of the window, and are exact, so it is until it has given all of them.
     """
 
     def __init__(self, capacity: int, form: WindowForm) -> None:
@@ -59,6 +60,18 @@ class Window:
         """The tokens' keys and values as attention reads them."""
         keys, values = self.stored()
         return self.form.rows(keys), self.form.rows(values)
+
+    def hold(self, form: WindowForm) -> None:
+        """Store tokens so from now on."""
+        if form.bits == self.form.bits:
+            return
+        keys, values, shared, old = self.keys, self.values, self.shared, self.form
+        self.form = form
+        if shared is not None:
+            self.shared = Shared(form.stored(old.rows(shared.keys)), form.stored(old.rows(shared.values)), shared.rows)
+        if keys is not None and values is not None:
+            other = [form.stored(old.rows(x[:, :, : self.own])) for x in (keys, values)]
+            _write(self._take(other[0], other[1], keys.shape[2]), 0, other[0], other[1])
 
     def stored(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None, "the window is not initialised"
@@ -166,7 +179,11 @@ class Window:
     @classmethod
     def joined(cls, windows: Sequence["Window"], left: bool) -> "Window":
         """The rows of all, ending together; what stands before a row's tokens is zero."""
-        other, views = cls(windows[0].capacity, windows[0].form), [w.stored() for w in windows]
+        form = next((w.form for w in windows if w.form.bits is None), windows[0].form)
+        windows = [w.fork() for w in windows]
+        for window in windows:
+            window.hold(form)
+        other, views = cls(windows[0].capacity, form), [w.stored() for w in windows]
         count = max(w.count for w in windows)
         parts = [[pad(x, (0, 0, count - x.shape[2], 0)) for x in view] for view in views]
         starts = [

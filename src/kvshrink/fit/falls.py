@@ -77,6 +77,8 @@ class Falls:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
+            if "allocate memory" in str(error):  # as a CPU says it
+                raise
             raise DataError(
                 f"the model has no gradient ({str(error)[:80]}). Use what needs none, as spectral:allocation=energy."
             ) from error

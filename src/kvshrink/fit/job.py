@@ -200,7 +200,7 @@ class _Job:
     def _probe(self, method: Method) -> Recall | None:
         if not method.probes:
             return None
-        key = (method.window, method.sinks, method.page)
+        key = (method.window, method.sinks, method.page, method.window_bits, method.rounds_window)
         if key not in self.recalls:
             # in bfloat16 the noise of predictions is as large as what one layer's codes cost
             model = float32(self.source.model)

@@ -29,12 +29,11 @@ Fitted = Mapping[str, Tensor]  # what `fit` learnt about one layer
 
 @dataclass(frozen=True)
 class Method(metaclass=Settings):
-    """A way to shrink the cache. The last `window` and the first `sinks` tokens of a sequence are always exact. Tokens
-    leave the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers`
-    what becomes of pages that grow old: what a tier cannot hold any more moves on to the next one.
-
-    window_bits: 8 holds the window at 8 bits, a scale per token and head; None: in the model's dtype; "auto": 8 where
-                 a method shares out a byte budget, of which an exact window would be much."""
+    """A way to shrink the cache. The first `sinks` and the last `window` tokens of a sequence stay apart. Tokens leave
+    the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers` what
+    becomes of pages that grow old: what a tier cannot hold any more moves on to the next one.
+    window_bits: 8 holds the window at 8 bits, a scale per token and head; None: exactly; "auto": at 8 where a method
+                 shares out a byte budget, of which an exact window would be much."""
 
     window: int = 32
     sinks: int = 4
@@ -161,11 +160,12 @@ class Method(metaclass=Settings):
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         """Bytes a layer holds after one prefill of `tokens` unpadded tokens. The cache must hold exactly this."""
-        room, exact = self.window + self.page, self.window_form(shape).token_bytes
+        room, pages = self.window + self.page, max(0, tokens - self.window) // self.page
+        form = self.window_form(shape) if pages * self.page >= self.sinks else WindowForm(None, shape)
+        exact = form.token_bytes  # until the window has given all sinks, it is exact as they are
         if tokens < room:
             return batch * min(room, slots_for(tokens)) * exact
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
-        pages = (tokens - self.window) // self.page
         index = self.index_bytes(shape, pages)
         return batch * (room * exact + sinks + self.body_bytes(shape, fitted, pages) + index)
 

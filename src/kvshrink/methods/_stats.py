@@ -111,11 +111,6 @@ class Probe(ABC):
     """Asks the whole model what a loss costs."""
 
     @abstractmethod
-    def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
-        """Mean KL of the model's predictions, in nats, where these layers' keys and values are read through codecs
-        (None: exactly), window and sinks as the method has them. Layers without an entry are exact."""
-
-    @abstractmethod
     def parts(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int) -> Parts:
         """KL of what is read so, and whose it is. turn: each is measured on other rows."""
 

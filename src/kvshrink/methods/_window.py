@@ -15,6 +15,7 @@ from kvshrink.shapes import Float
 
 LARGEST = 127  # of an 8-bit code
 SCALE = torch.bfloat16  # whose range is float32's, so that no token is too small or too large
+HALF = torch.finfo(torch.float16).max
 TINY = 1e-30  # a token of zeros has no scale of its own
 
 
@@ -41,6 +42,8 @@ class WindowForm:
             return stored
         codes, scale = stored.split([stored.shape[-1] - SCALE.itemsize, SCALE.itemsize], -1)
         found: Tensor = codes.view(torch.int8) * scale.contiguous().view(SCALE).float()
+        if self.shape.dtype == torch.float16:  # a scale that was rounded up may lead beyond its range
+            found = found.clamp(-HALF, HALF)
         return found.to(self.shape.dtype)
 
     @property

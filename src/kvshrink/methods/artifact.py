@@ -15,7 +15,7 @@ from kvshrink.methods import artifact_file, name_of
 from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods.artifact_file import CONFIG, WEIGHTS, Content
 
-LOOKED_AT = ("_spectrum", "_curve", "_errors", "_centre")  # endings of tensors that no codec reads
+LOOKED_AT = ("_spectrum", "_errors", "_centre")  # endings of tensors that no codec reads
 
 
 @dataclass(frozen=True, eq=False)

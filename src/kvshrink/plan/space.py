@@ -17,7 +17,6 @@ from kvshrink.methods._roles import Method
 
 METHODS = ("spectral", "cskv", "rtn", "kivi")
 WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
-WINDOW_BITS = (8, None)
 FEWEST_FIRST = ("window", "window_bits", "sinks")  # of each, the smallest value takes the fewest bytes
 
 Choices = Mapping[str, Sequence]
@@ -38,13 +37,15 @@ def known(names: Sequence[str]) -> list[str]:
 
 def choices(name: str, sizes: CacheBudget) -> Choices:
     """{setting: values} of a method, its budget setting left out."""
-    return {"window": WINDOWS, "window_bits": WINDOW_BITS, "sinks": SINKS, **get(name).search_space(sizes.layers)}
+    cls = get(name)
+    rounded = "auto" if cls().rounds_window else 8  # which leaves layers exact where 8 bits would not do
+    return {"window": WINDOWS, "window_bits": (rounded, None), "sinks": SINKS, **cls.search_space(sizes.layers)}
 
 
 def defaults(name: str, sizes: CacheBudget) -> dict[str, Any]:
     """The method's own settings, as far as they are among the choices."""
     own = {f.name: f.default for f in fields(get(name))}
-    own["window_bits"] = get(name)().window_form(sizes.layers[0]).bits  # of "auto"
+    own["window_bits"] = "auto" if get(name)().rounds_window else None
     return {k: own[k] for k, values in choices(name, sizes).items() if own[k] in values}
 
 

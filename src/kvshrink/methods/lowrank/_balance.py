@@ -48,14 +48,14 @@ def by_kl(
     key: of what the answer depends on, beside the budget. codecs: of each layer, at these bytes of each operand.
     """
     least, most = (sum(own[n].size for own in points.values()) for n in (0, -1))
-    about = min(most, max(least, int(probe.near(budget))))
-    rounds = ROUNDS if about == budget else ROUGH
+    near = int(probe.near(budget))
+    about, rounds = min(most, max(least, near)), ROUNDS if near == budget else ROUGH
 
     def search() -> tuple[Bytes, float]:
         return balanced(points, about, lambda given, turn: probe.parts(codecs(given), turn), rounds)
 
     given, kl = probe.once((key, about), search)
-    if kl > LOST and about == budget:
+    if kl > LOST and near == budget:
         log.warning(
             "with so few bytes the predictions are %.1f nats from the full cache's on the calibration text. Give a "
             "larger budget, or take a method that needs less.",
@@ -76,6 +76,7 @@ def balanced(
     parts: measures, at these bytes of each operand in the n-th round, its part of the KL over the whole.
     """
     least = {at: own[0].size or own[min(1, len(own) - 1)].size / 2 or 1.0 for at, own in points.items()}
+    least = {at: size * min(1.0, budget / sum(least.values())) for at, size in least.items()}
     most = {at: max(own[-1].size, least[at]) for at, own in points.items()}
     given, later, lost = _scaled(_start(points, budget), budget, least, most), [], []
     for n in range(rounds):

@@ -7,7 +7,8 @@ basis folds into this one.
 
 Departures from the paper: the basis is found in closed form by default (the optimum of the paper's own loss); the
 encoder reads the key, not the layer input, so biases and q/k norms are no obstacle; rows are centred; 4 sinks are
-exact; the zero point is a float (the official one is clamped); between 32 and 64 recent tokens are exact, not 1 to 32.
+exact; the zero point is a float (the official one is clamped); between 32 and 64 recent tokens are exact, not 1 to 32
+(at 8 bits with `budget`).
 """
 
 import math

@@ -2,8 +2,8 @@
 
 Rank and bits are one question: a channel left out is a channel of 0 bits. Channels of a layer's keys (before RoPE) and
 values are ordered by variance, in groups of 16; each group has a width of its own; the bytes are shared between layers,
-keys and values by what a loss there costs the model, measured as KL on repeated passages. Keys are rebuilt a block at a
-time and values stay latent, as in CSKV (arXiv 2409.10593); nothing is ever held at full width.
+keys and values by what a loss there costs the model, measured as KL with all layers lossy. Keys are rebuilt a block at
+a time and values stay latent, as in CSKV (arXiv 2409.10593); nothing is ever held at full width.
 
 Sources: transform and adaptive bits as in KVTC's storage codec (arXiv 2511.01815); the Lloyd-Max codes of rotated, unit
 numbers as in TurboQuant (arXiv 2504.19874). Departures: the store is resident and attended over; one gain per page and
@@ -32,7 +32,7 @@ from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
 from kvshrink.methods.lowrank._groups import bases_of
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
-POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # bits a channel at which a curve has a point
+POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # bits a channel
 NOISE = 1e-7  # of all variance: what float32 sums leave of a direction that has none
 FLOOR = 1e-20  # a direction without variance has no scale of its own
 
@@ -93,7 +93,7 @@ class Spectral(Method):
 
     @classmethod
     def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
-        return {"rotate": (True, False), **METRICS}
+        return {"rotate": (True, False)}  # weighted metrics do not add to it (docs/log.md)
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
@@ -132,6 +132,9 @@ class Spectral(Method):
     ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
         """Share the budget between the operands of all layers, and keep the directions that got bits."""
         budget = sum(self._budget(shapes[i]) for i in layers)
+        group = self._least(next(iter(shapes.values())))
+        if budget < group:
+            raise self._too_little(group, shapes, layers)
         points = {(i, kv): list(self._points(layers[i], kv)) for i in layers for kv in KVS}
         given: Mapping[At, float] = dict.fromkeys(points, budget // len(points))
         known: dict[str, Any] = {}
@@ -139,7 +142,8 @@ class Spectral(Method):
             given = _bits.share({at: [p[::2] for p in own] for at, own in points.items()}, budget)
         elif self.allocation == "kl":
             assert probe is not None
-            key = ("spectral", self.widths, self.code, self.speed, self.group_heads)
+            metrics = self.key_metric, self.value_metric
+            key = ("spectral", self.widths, self.code, self.speed, self.group_heads, metrics)
             given, known["kl"] = by_kl(probe, key, points, budget, partial(self._codecs_at, layers, shapes))
 
         def take(at: At, room: float) -> tuple[Tensor, int]:
@@ -148,9 +152,7 @@ class Spectral(Method):
 
         widths, left = spent(given, budget, take)
         if not any(bool(w.any()) for w in widths.values()):
-            group = self._least(next(iter(shapes.values())))
-            least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
-            raise SettingError(f"budget={self.budget} is less than one group of channels takes. Use {least:g} or more.")
+            raise self._too_little(group, shapes, layers)
         done = {}
         for i in layers:
             chosen = {f"{kv}_widths": widths[i, kv] for kv in KVS}
@@ -158,6 +160,10 @@ class Spectral(Method):
         named = {f"{i} {kv}": w.tolist() for (i, kv), w in sorted(widths.items())}
         errors = {i: {f"{kv}_error": self._error(layers[i], kv, widths[i, kv]) for kv in KVS} for i in layers}
         return done, known | {"widths": named, "unspent": left / max(1, budget), "layers": errors}
+
+    def _too_little(self, group: int, shapes: Mapping[int, LayerShape], layers: Mapping[int, Any]) -> SettingError:
+        least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
+        return SettingError(f"budget={self.budget} is less than one group of channels takes. Use {least:g} or more.")
 
     def _codecs_at(
         self, layers: Mapping[int, Fitted], shapes: Mapping[int, LayerShape], given: Mapping[At, float]
