@@ -81,7 +81,7 @@ def test_a_save_of_one_tier_has_no_other_names_and_a_ladder_takes_it():
     cache = make(RTN(bits=8), SHAPE, [{}])
     feed(cache, *rows(300))
     values, tensors = cache.layers[0].state()
-    assert set(values) == {"seen", "window", "starts", "scores", "sinks", "watched", "pages"}
+    assert set(values) == {"seen", "window", "starts", "rounded", "scores", "sinks", "watched", "pages"}
     assert {name.split(".")[0] for name in tensors} == {"window", "sinks", "pages"}
     pair = RTN(bits=8).codecs(SHAPE, {})
     layer = assemble(RTN(bits=8), SHAPE, [(Tier(pair, 64), Tier(None))]).layers[0]

@@ -11,6 +11,7 @@ from kvshrink.methods._packing.base import Around
 from kvshrink.methods._packing.by_channel import ByChannel, Rotated
 from kvshrink.methods._packing.parts import Parts
 from kvshrink.methods._packing.residual import Residual
+from kvshrink.methods._packing.sinkhorn import Sinkhorn
 from kvshrink.methods._packing.sparse import Sparse
 from kvshrink.methods._roles import Codec
 from kvshrink.methods._stats import LayerShape
@@ -26,6 +27,7 @@ WRAPPERS: dict[type, Packing] = {
     Sparse: Sparse(salient(8), "token", 2, "far"),
     Parts: Parts(salient(8), 2),
     Residual: Residual(salient(8), 1),
+    Sinkhorn: Sinkhorn(salient(8)),
     Rotated: Rotated(salient(8), torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q),
     ByChannel: ByChannel(salient(4), salient(4), "size"),
 }
