@@ -68,20 +68,11 @@ class Falls:
             for kv, codec, rows in zip(KVS, pair, (layer.keys, layer.values), strict=True):
                 if codec is not None:
                     leaves[i, kv] = rows.requires_grad_(True)
-        try:
-            # on CPUs the fused attention takes most of the time to go backwards
-            plain = sdpa_kernel(SDPBackend.MATH) if turn.tail.device.type == "cpu" else nullcontext()
-            with only(model, []), torch.enable_grad(), plain:
-                kl = _kl(turn, model(input_ids=turn.tail, past_key_values=cache).logits)
-                found = torch.autograd.grad(_loss(kl), list(leaves.values()))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            if "allocate memory" in str(error):  # as a CPU says it
-                raise
-            raise DataError(
-                f"the model has no gradient ({str(error)[:80]}). Use what needs none, as spectral:allocation=energy."
-            ) from error
+        # on CPUs the fused attention takes most of the time to go backwards
+        plain = sdpa_kernel(SDPBackend.MATH) if turn.tail.device.type == "cpu" else nullcontext()
+        with only(model, []), torch.enable_grad(), plain:
+            kl = _kl(turn, model(input_ids=turn.tail, past_key_values=cache).logits)
+            found = _gradient(_loss(kl), list(leaves.values()))
         exact = {(i, kv): rows for i in codecs for kv, rows in zip(KVS, held_by(turn.exact.layers[i]), strict=True)}
         parts = {
             at: float((slope.float() * (rows.detach() - exact[at]).float()).sum()) / 2
@@ -90,6 +81,19 @@ class Falls:
         if not all(map(math.isfinite, (lost := float(kl.detach().mean()), *parts.values()))):
             raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
         return Parts(max(0.0, lost), parts)
+
+
+def _gradient(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Raises DataError where an operation of the model has none. torch says that as a RuntimeError, which memory that
+    runs out is too."""
+    try:
+        return torch.autograd.grad(loss, leaves)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise DataError(
+            f"the model has no gradient ({str(error)[:80]}). Use what needs none, as spectral:allocation=energy."
+        ) from error
 
 
 def _kl(turn: Turn, logits: Float[Tensor, "b s v"]) -> Float[Tensor, " b"]:
