@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvshrink.methods.quant._quantiser import Quantiser
 from plot_quantisers import front_picture, table
-from quantisers import LENGTH, TASKS, Contender, full_contender, measure, ours, summary
+from quantisers import measure, summary
+from rivals import Contender, full_contender, ours
+from series import TASKS
 from tqdm import tqdm
 
 from kvshrink import CSKV, Spectral, methods, reference_model
@@ -22,9 +23,11 @@ from kvshrink.attach.budget import at_byte_ratio
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
+from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
 from kvshrink.store.log import Log
 
+LENGTH = 4096
 BUDGETS = (0.0625, 0.04)
 BITS = (4, 3, 2, 1.5, 1)
 FEW, MANY = (1, 3), (8, 8)  # (cases of each task, documents)
@@ -73,6 +76,12 @@ def best(rows: list[dict], entries: list[Entry]) -> list[str]:
     return found
 
 
+def _sizes(cases: int, documents: int) -> argparse.Namespace:
+    """What `measure` asks of its command line."""
+    given = {"model": "reference", "tasks": TASKS, "length": LENGTH, "kl_only": False}
+    return argparse.Namespace(**given, cases=cases, documents=documents)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
@@ -86,11 +95,11 @@ def main() -> None:
         ours(model, e.label, f"{e.target:g}", e.method) for e in tqdm(entries, desc="contenders")
     ]
     few = Log(args.work / "few.jsonl")
-    screened = summary(contenders, few, measure(model, tokenizer, contenders, few, *FEW))
+    screened = summary(contenders, few, measure(model, tokenizer, contenders, few, _sizes(*FEW)))
     chosen = set(best(screened, entries))
     finals = [full_contender(), *(s for s in contenders if s.label in chosen)]
     many = Log(args.work / "many.jsonl")
-    rows = summary(finals, many, measure(model, tokenizer, finals, many, *MANY))
+    rows = summary(finals, many, measure(model, tokenizer, finals, many, _sizes(*MANY)))
     settings = {e.label: e.setting for e in entries}
     for row in (*rows, *screened):
         row["setting"] = settings.get(row["label"], "")

@@ -12,15 +12,15 @@ nearest and is marked. KL and top-1 agreement are over question and answer token
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from peer_rows import Beside, tracks
 from plot_equal_bytes import draw
+from rivals import peers_as_given
+from series import ANSWERED, BUDGETS, DIVERGED, MAIN, REAL_TASKS, TASKS, fitting, plan, real_series, series
 from tqdm import tqdm
 
-from kvshrink import CSKV, RTN, Spectral, methods
-from kvshrink.attach.budget import at_byte_ratio
 from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
 from kvshrink.cli._common import load
@@ -30,85 +30,13 @@ from kvshrink.eval.run.entries import FULL, Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out
 from kvshrink.eval.run.prompt import encode
-from kvshrink.eval.run.runner import Job, Runner
+from kvshrink.eval.run.runner import Job
 from kvshrink.eval.run.stats import bootstrap, student
 from kvshrink.eval.run.teacher import follow
 from kvshrink.store import files
 from kvshrink.store.log import Log, key_of
 
-BUDGETS = (0.2, 0.125, 0.0625, 0.04)
-DIVERGED = 8  # samples of each task whose KL is measured
-TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
-REAL_TASKS = ("needle", "needle_among", "ruler/niah_single_1", "ruler/niah_single_2[books]")  # what SmolLM2 can do
 SCORED = 128
-MAIN = "spectral"
-
-
-def series(steps: int) -> dict[str, Any]:
-    """Label to method. The first are compared in answers too, the others (how it is fitted) in KL only."""
-    return {
-        MAIN: Spectral(),
-        "CSKV pca int4": CSKV(bits=4),
-        "CSKV paper int4": CSKV.paper(bits=4, steps=steps),
-        "KIVI": methods.build("kivi", {}),
-        "int4": RTN(bits=4),
-        "int3": RTN(bits=3),
-        "int2": RTN(bits=2),
-        "StreamingLLM": methods.build("streaming_llm", {}),
-        "spectral, scalar": Spectral(code="scalar"),
-        "spectral, uniform": Spectral(allocation="uniform"),
-        "spectral, energy": Spectral(allocation="energy"),
-        "spectral, query + output": Spectral(key_metric="query", value_metric="output"),
-        "spectral, unrotated": Spectral(rotate=False),
-        "spectral, no 1 bit": Spectral(widths=(2, 3, 4, 8)),
-        "CSKV pca int4, query + output": CSKV(bits=4, key_metric="query", value_metric="output"),
-    }
-
-
-def real_series(steps: int) -> dict[str, Any]:
-    """What is compared on a real model, the first ones in answers too."""
-    fixed = {f"{name} {b}": methods.build(name, {"bits": b}) for name in ("tcq", "turboquant") for b in (3, 2, 4)}
-    others = {
-        "kvarn 4": {},
-        "kvarn 2": {"bits": 2, "value_bits": None},
-        "oscar 2": {"bits": 2},
-        "kvquant 2": {"bits": 2},
-    }
-    return {
-        MAIN: Spectral(),
-        "CSKV budget": CSKV(budget=0.1),
-        "StreamingLLM": methods.build("streaming_llm", {}),
-        **fixed,
-        "CSKV pca int4": CSKV(bits=4),
-        "int4": RTN(bits=4),
-        **{label: methods.build(label[:-2], settings) for label, settings in others.items()},
-        "spectral, balanced": Spectral(speed="balanced"),
-        "spectral, fast": Spectral(speed="fast"),
-        "spectral, exact window": Spectral(window_bits=None),
-        "spectral, scalar": Spectral(code="scalar"),
-        "CSKV budget, int4": CSKV(budget=0.1, bits=4),
-        "CSKV paper int4": CSKV.paper(bits=4, steps=steps),
-    }
-
-
-ANSWERED = 8, 6  # series whose answers are compared, of the bundled model and of a real one
-FIXED = re.compile(r"(int|tcq |turboquant |kvquant |kvarn |oscar )\d")  # at their own bytes
-
-
-def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Entry]:
-    """Every series (or those of `only`) at every budget, at this length."""
-    out = []
-    for label, method in named.items():
-        if only and label not in only:
-            continue
-        if FIXED.fullmatch(label):
-            out.append(Entry(label, method, None, label, None, True, f"bits={method.bits}"))
-            continue
-        for budget in BUDGETS:
-            at = at_byte_ratio(method, budget, model, length)
-            setting = f"{method.budget_setting}={getattr(at.method, method.budget_setting):.4g}"
-            out.append(Entry(f"{label} @{budget:g}", at.method, None, label, budget, at.reached, setting))
-    return out
 
 
 def compared(model, entries: list[Entry], documents: list, chunk: int | None, log: Log, identity: str) -> dict:
@@ -125,7 +53,7 @@ def compared(model, entries: list[Entry], documents: list, chunk: int | None, lo
     return found
 
 
-def divergence(rows: list[dict]) -> dict:
+def summary(rows: list[dict]) -> dict:
     """Mean KL with its 95 % interval over documents, 99th percentile over tokens, top-1 agreement."""
     kl, means = np.concatenate([r["kl"] for r in rows]), [float(np.mean(r["kl"])) for r in rows]
     low, high = student(means) if len(means) <= 20 else bootstrap(means, 0)
@@ -153,26 +81,33 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     book = [(ids, length - SCORED) for ids in held_out(tokenizer, length, args.documents, args.seed)]
     asked = []
     for task in samples:
-        for sample in task.samples[:DIVERGED]:
+        for sample in task.samples[: args.diverged]:
             context, question = encode(sample, tokenizer)
             answer = tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
             asked.append((torch.tensor([context + question + answer]), len(context)))
-    text = compared(model, entries, book, 32, log, identity)
-    retrieval = compared(model, entries, asked, None, log, identity)
+    peers = peers_as_given(model) if args.peers else []
+    text, retrieval = (
+        compared(model, entries, given, chunk, log, identity) | tracks(model, peers, given, chunk, log, identity)
+        for given, chunk in ((book, 32), (asked, None))
+    )
     full = Entry(FULL, None, series=FULL)
-    answered = [] if args.kl_only else [full, *(e for e in entries if e.series in list(args.series)[: args.answered])]
+    strangers = [Entry(p.label, None, series=p.label) for p in peers]
+    first = list(args.series)[: args.answered]
+    ours = [e for e in entries if args.all_answers or e.series in first]
+    answered = [] if args.kl_only else [full, *ours, *strangers]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
-        runner = Runner(model, tokenizer, answered, args.batch, identity=identity)
+        runner = Beside(model, tokenizer, answered, args.batch, identity=identity)
+        runner.peers = {p.label: p for p in peers}
         for o in runner.run(Job(task.title, length=length), task.samples, args.answers, bar):
             scores[o.method].append(o)
     rows = []
-    for e in [full, *entries]:
+    for e in [full, *entries, *strangers]:
         row = {"length": length, "series": e.series, "target": e.target, "reached": e.reached, "setting": e.setting}
         row["label"] = e.label
         row["byte_ratio"] = 1.0
-        if e.method is not None:
-            row |= {"text": divergence(text[e.label]), "retrieval": divergence(retrieval[e.label])}
+        if e.label in text:
+            row |= {"text": summary(text[e.label]), "retrieval": summary(retrieval[e.label])}
             row["byte_ratio"] = row["text"]["byte_ratio"]
             base = e.label.replace(e.series, e.series.partition(",")[0])  # "spectral, uniform @0.2": "spectral @0.2"
             if base != e.label:
@@ -182,7 +117,8 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             hits = [o.score for o in scores[e.label]]
             low, high = bootstrap(hits, 0)
             row |= {"answers": len(hits), "score": round(float(np.mean(hits)), 4), "low": low, "high": high}
-            row["byte_ratio_answers"] = round(float(np.mean([o.byte_ratio for o in scores[e.label]])), 5)
+            if e not in strangers:  # what a runner counts is ours
+                row["byte_ratio_answers"] = round(float(np.mean([o.byte_ratio for o in scores[e.label]])), 5)
             row["by_task"] = {
                 t: round(float(np.mean([o.score for o in scores[e.label] if o.task == t])), 3) for t in args.tasks
             }
@@ -200,7 +136,9 @@ def verdicts(rows: list[dict], lengths: list[int]) -> list[dict]:
     for length in lengths:
         for budget in BUDGETS:
             at = [r for r in rows if r["length"] == length and "hits" in r and r["series"] != FULL]
-            ours = next(r for r in at if r["series"] == MAIN and r["target"] == budget)
+            ours = next((r for r in at if r["series"] == MAIN and r["target"] == budget), None)
+            if ours is None:  # not asked
+                continue
             others = [r for r in at if r["series"] != MAIN and r["byte_ratio"] <= 1.05 * ours["byte_ratio"]]
             best = max(others, key=lambda r: r["score"])
             delta = [a - b for a, b in zip(ours["hits"], best["hits"], strict=True)]
@@ -223,10 +161,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=12, help="per task")
     parser.add_argument("--batch", type=int, default=1, help="prompts answered together")
     parser.add_argument("--kl-only", action="store_true", help="no answers: they take most of the time")
+    parser.add_argument("--all-answers", action="store_true", help="of every series, not of the first ones alone")
+    parser.add_argument("--quantisers", action="store_true", help="every quantiser at the bits that fit, too")
+    parser.add_argument("--peers", action="store_true", help="QuantizedCache too: see bench/peers/make.sh")
     parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--diverged", type=int, default=DIVERGED, help="samples of each task whose KL is measured")
+    parser.add_argument("--threads", type=int, help="as many as there are cores by default")
     parser.add_argument("--steps", type=int, default=2000, help="of the paper's training; the paper has 12,000")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     only = [name for name in re.split(r",(?! )", args.only) if name]  # a name may hold a comma and a space
     lengths = [int(n) for n in args.lengths.split(",")]
     model, tokenizer = load(args.model)
@@ -235,11 +180,15 @@ def main() -> None:
     args.answered = ANSWERED[not small]
     args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
     plans = {length: plan(model, length, args.series, only) for length in lengths}
+    for length in lengths if args.quantisers else ():
+        known = {e.method for e in plans[length]}
+        plans[length] += [e for e in fitting(model, length) if e.method not in known]
     flat = [e for length in lengths for e in plans[length]]
     ready = fitted(flat, model, tokenizer, calibration.texts(None), args.work / "artifacts")
-    rows, each = [], len(flat) // len(lengths)
-    for n, length in enumerate(lengths):
-        entries = ready[n * each : (n + 1) * each]
+    rows, done = [], 0
+    for length in lengths:
+        entries = ready[done : done + len(plans[length])]
+        done += len(entries)
         with tqdm(desc=f"answers {length}", unit="answer") as bar:
             rows += measure(model, tokenizer, entries, length, args, log, bar)
     where = {
@@ -247,15 +196,18 @@ def main() -> None:
         "cases": args.cases,
         "tasks": args.tasks,
         "documents": args.documents,
-        "diverged": DIVERGED,
+        "diverged": args.diverged,
     }
     chosen = f' --only "{args.only}"' if only else ""
-    only_kl = " --kl-only" if args.kl_only else f" --batch {args.batch}" if args.batch > 1 else ""
+    flags = "".join(
+        f" --{x.replace('_', '-')}" for x in ("kl_only", "all_answers", "quantisers", "peers") if vars(args)[x]
+    )
+    flags += f" --batch {args.batch}" if args.batch > 1 and not args.kl_only else ""
     where |= {
         "paper_steps": args.steps,
         "seed": args.seed,
         "command": f"python bench/equal_bytes.py --model {args.model} --lengths {args.lengths} --cases {args.cases} "
-        f"--documents {args.documents}{chosen}{only_kl}",
+        f"--documents {args.documents} --diverged {args.diverged}{chosen}{flags}",
     }
     found = {
         **where,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import synthetic_heads as synthetic
 import torch
-from equal_bytes import DIVERGED, SCORED, TASKS
+from equal_bytes import SCORED
+from series import DIVERGED, TASKS
 from tqdm import tqdm
 
 from kvshrink import CSKV, reference_model

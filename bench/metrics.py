@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from equal_bytes import DIVERGED, SCORED, TASKS, beside, compared, divergence
+from equal_bytes import SCORED, beside, compared, summary
+from series import DIVERGED, TASKS
 
 from kvshrink import CSKV, reference_model
 from kvshrink.attach.identity import model_key
@@ -56,7 +57,7 @@ def main() -> None:
         base = f"plain @{e.target:g}"
         row = {"keep": e.target, "metric": e.series}
         for name, found in (("text", text), ("retrieval", retrieval)):
-            row[name] = divergence(found[e.label]) | {"beside_plain": beside(found[e.label], found[base])}
+            row[name] = summary(found[e.label]) | {"beside_plain": beside(found[e.label], found[base])}
         rows.append(row)
         print(row, flush=True)
     where = {"model": "reference, float32", "tokens": LENGTH, "documents": len(book), "prompts": len(asked)}

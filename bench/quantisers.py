@@ -14,161 +14,32 @@ tokens of book text, 32 a forward. Run again to go on where it stopped.
 
 import argparse
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from equal_bytes import REAL_TASKS, TASKS
 from plot_quantisers import draw, table
+from rivals import Contender, answer, divergence, full_contender, ours, peers, plain, plan
+from series import REAL_TASKS, TASKS
 from tqdm import tqdm
-from transformers import DynamicCache, cache_utils
 
-from kvshrink import make_cache, methods
-from kvshrink.attach import attach
-from kvshrink.attach.factory import digest_of
-from kvshrink.attach.fill import fill, prefill
+from kvshrink.attach.fill import asked_by, prefill
 from kvshrink.attach.identity import model_key
 from kvshrink.cli._common import load
 from kvshrink.eval import metrics
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.catalogue import choices, gather
-from kvshrink.eval.run.entries import Entry
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import held_out
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.stats import bootstrap
-from kvshrink.eval.run.teacher import compared
-from kvshrink.methods._quantiser import Quantiser
 from kvshrink.store import files
-from kvshrink.store.bytes import nbytes
 from kvshrink.store.log import Log, key_of
 
 SCORED, CHUNK = 128, 32
 LATER = 127  # tokens after the prompt when bytes are measured again: the peers' residual is as long as it gets
 MULTIPLE = 64  # contexts are cut to it, the rest is read exactly with the question: quanto's axis -1 refuses others
-FULL = "full"
-WINDOW = {"window": 32, "sinks": 4}  # of every quantiser, beside the paper's own where that differs
-# settings that stand for about 1.5 bits, where a method has no `bits`
-OTHERS = {"kivi": [{"group": 64}, {"group": 128}, {"bits": 4, "group": 64}]}
-
-
-@dataclass
-class Contender:
-    """A way to hold the cache. fill: a cache from an exact prefill; bits: of a stored number, of such a cache."""
-
-    label: str
-    group: str
-    identity: str
-    fill: Callable[[DynamicCache], Any]
-    held: Callable[[Any], tuple[float, int]]
-
-
-def ours(model: Any, label: str, group: str, method: Any) -> Contender:
-    attachment = attach(model)
-
-    def filled(dense: DynamicCache) -> Any:
-        cache = make_cache(model, method)
-        fill(cache, dense, attachment)
-        return cache
-
-    def held(cache: Any) -> tuple[float, int]:
-        return cache.report().bits or 0.0, cache.nbytes
-
-    return Contender(label, group, digest_of(method), filled, held)
-
-
-def peer(model: Any, backend: str, bits: int, axis: int, size: int) -> Contender:
-    """transformers' own, with its default residual of 128 tokens, which a prefill leaves empty."""
-    kind = {"quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}[backend]
-    label = f"QuantizedCache {backend} int{bits} axis {axis} group {size}"
-
-    def filled(dense: DynamicCache) -> Any:
-        cache = DynamicCache(config=model.config)
-        make = getattr(cache_utils, kind)
-        cache.layers = [make(bits, axis, axis, size) for _ in dense.layers]
-        for i, layer in enumerate(dense.layers):
-            cache.update(layer.keys, layer.values, i)
-        return cache
-
-    def held(cache: Any) -> tuple[float, int]:
-        quantised, rest, numbers = 0, 0, 0
-        for layer in cache.layers:
-            parts = (layer._quantized_keys, layer._quantized_values)
-            if backend == "quanto":
-                tensors = [t for q in parts for t in (q._data._data, q._scale, q._shift)]
-                numbers += sum(q.numel() for q in parts)
-            else:
-                tensors = [t for codes, meta in parts for t in (codes, meta["scale"], meta["zero"])]
-                numbers += sum(int(np.prod(meta["shape"])) for _, meta in parts)
-            quantised += nbytes(tensors)
-            rest += nbytes([layer.keys, layer.values])
-        return 8 * quantised / numbers, quantised + rest
-
-    return Contender(label, "peer", label, filled, held)
-
-
-def full_contender() -> Contender:
-    return Contender(FULL, FULL, FULL, copy.deepcopy, lambda cache: (16.0, _plain(cache)))
-
-
-def _plain(cache: Any) -> int:
-    return nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
-
-
-def plan() -> list[Entry]:
-    """Every quantiser at every number of bits that it offers between 1 and 4 (and those that have none)."""
-    out = []
-    for name in methods.names():
-        cls = methods.get(name)
-        if not issubclass(cls, Quantiser):
-            continue
-        variants: list[dict] = []
-        for bits in (4, 3, 2, 1.5, 1):
-            try:
-                cls(bits=bits)
-                variants.append({"bits": bits})
-            except (methods.SettingError, TypeError):
-                continue
-        for given in [*(variants or [{}]), *OTHERS.get(name, [])]:
-            shown = ",".join(f"{k}={v}" for k, v in given.items())
-            label = f"{name}:{shown}" if shown else name
-            own = cls(**given)
-            out.append(Entry(label, own, series="paper's window"))
-            near = methods.build(name, given | WINDOW)
-            if near != own:
-                out.append(Entry(f"{label} w32", near, series="window 32"))
-    return out
-
-
-def peers(model: Any) -> list[Contender]:
-    found = [("quanto", b, a, g) for b in (4, 2) for a in (0, -1) for g in (64, 32)]
-    # hqq packs 3 bits along axis 1 so that it cannot read them again
-    found += [("hqq", b, a, g) for b in (4, 3, 2, 1) for a in (0, 1) for g in (64, 32) if (b, a) != (3, 1)]
-    return [peer(model, *settings) for settings in found]
-
-
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, ids: list[int], cache: Any, limit: int) -> str:
-    given = torch.tensor([ids])
-    out = model.generate(
-        given, attention_mask=torch.ones_like(given), past_key_values=cache, max_new_tokens=limit, do_sample=False
-    )
-    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-
-
-@torch.inference_mode()
-def divergence(model: Any, ids: list[int], first: int, cache: Any, dense: DynamicCache, chunk: int) -> list[float]:
-    """KL of the predictions of ids[first:], a chunk a forward, from those over the full cache."""
-    found: list[float] = []
-    for at in range(first - 1, len(ids) - 1, chunk):
-        end = min(at + chunk, len(ids) - 1)
-        part, targets = torch.tensor([ids[at:end]]), torch.tensor(ids[at + 1 : end + 1])
-        full, mine = (model(input_ids=part, past_key_values=c).logits[0] for c in (dense, cache))
-        found += compared(full, mine, targets)[2].tolist()
-    return found
 
 
 def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, args: argparse.Namespace) -> set[str]:
@@ -191,12 +62,12 @@ def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, a
             continue
         context = len(ids) - SCORED if sample is None else len(encode(sample, tokenizer)[0])
         context = context // MULTIPLE * MULTIPLE
-        dense = prefill(model, torch.tensor([ids[:context]]), asked=True)
+        dense = prefill(model, torch.tensor([ids[:context]]), asked=asked_by(c.method for c in contenders))
         for contender in todo:
             cache = contender.fill(dense)
             bits, held = contender.held(cache)
             row = {"key": keys[contender.label], "contender": contender.label, "task": title, "case": n, "bits": bits}
-            row["byte_ratio"] = held / _plain(dense)
+            row["byte_ratio"] = held / plain(dense)
             if sample is None:
                 scored, chunk = ids, CHUNK
             else:
@@ -205,7 +76,8 @@ def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, a
                     row["score"] = metrics.score(sample, row["output"])
                 scored = ids + tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
                 chunk = len(scored)
-            row["kl"] = np.round(divergence(model, scored, context + 1, cache, copy.deepcopy(dense), chunk), 6).tolist()
+            kl = divergence(model, scored, context + 1, cache, copy.deepcopy(dense), chunk)[2]
+            row["kl"] = np.round(kl, 6).tolist()
             log.add(row)
     return wanted
 
@@ -218,11 +90,11 @@ def later(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, len
     keys = {contender.label: key_of("later", contender.identity, LATER, length) for contender in contenders}
     todo = [contender for contender in contenders if keys[contender.label] not in log.rows]
     if todo:
-        dense = prefill(model, ids[:, :context], asked=True)
+        dense = prefill(model, ids[:, :context], asked=asked_by(c.method for c in contenders))
         for contender in tqdm(todo, desc="bytes"):
             cache = contender.fill(dense)
             model(input_ids=ids[:, context : context + LATER], past_key_values=cache)
-            full = _plain(dense) * (context + LATER) // context
+            full = plain(dense) * (context + LATER) // context
             log.add(
                 {"key": keys[contender.label], "contender": contender.label, "later": contender.held(cache)[1] / full}
             )

@@ -1,6 +1,7 @@
 """The tree stays honest: imports only go down, docs list every method, kernels agree with their meaning."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -249,3 +250,14 @@ def test_importing_the_library_imports_no_extra():
 def test_the_package_needs_no_recipe():
     for path in SOURCES:
         assert not re.search(r"^\s*(from|import) (recipes|bench|tests)\b", path.read_text(), flags=re.M), path
+
+
+def test_every_benchmark_can_be_imported():
+    """A name that moved breaks them unseen: none of them runs in the suite."""
+    names = sorted(path.stem for path in (REPO / "bench").glob("*.py"))
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    path = os.pathsep.join(str(p) for p in (REPO / "bench", REPO))
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]

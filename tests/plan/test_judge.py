@@ -39,7 +39,7 @@ def bench_of(net: LlamaForCausalLM) -> Bench:
     rows = torch.randint(3, 97, (5, 420), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "ROWS", 1)
-        patch.setattr(benches, "WIDEST", RTN(window=32))
+        patch.setattr(benches, "widest", lambda tokens: RTN(window=32))
         bench = Bench(net, rows, CacheBudget.of(net, 1024), Log(None), progress=False)
         assert bench.cached.step == 32
         assert bench.judge.tail > 100

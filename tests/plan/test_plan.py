@@ -21,8 +21,9 @@ from kvshrink.fit.probe import Recall, recall_rows, row_length
 from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
 from kvshrink.kernels.ceilings import Ceilings
-from kvshrink.methods import _window, get
+from kvshrink.methods import _window, get, name_of
 from kvshrink.methods._stats import LayerShape
+from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank import _balance
 from kvshrink.plan import bench as benches
 from kvshrink.plan import file as plans
@@ -73,6 +74,10 @@ def searched(model, rows, tokens=4096, names=QUICK, trials=6, seed=0, log=None, 
     bench = Bench(model, rows, sizes, log or Log(None), progress=False)
     search = Search(bench, budget(sizes, batch, **asked), names, trials, seed)
     return search, search.run()
+
+
+def named(ready) -> str:
+    return name_of(getattr(ready, "method", ready))
 
 
 def filled(model, method, tokens, batch=1) -> KVCache:
@@ -253,11 +258,11 @@ def test_methods_that_no_plan_can_have():
 
 def test_too_little_text_is_refused(reference):
     _, rows = reference
-    fitted, held = split(rows)
+    fitted, held = split(rows, benches.widest(4096))
     assert (len(fitted), len(held)) == (5, 3)
-    assert len(split(torch.zeros(200, 256, dtype=torch.long))[1]) == 20
+    assert len(split(torch.zeros(200, 256, dtype=torch.long), benches.widest(4096))[1]) == 20
     with pytest.raises(DataError, match=r"^768 calibration tokens are too few .* Give 920 or more\.$"):
-        split(rows[:3])
+        split(rows[:3], benches.widest(4096))
 
 
 # --- what is searched ---
@@ -305,6 +310,12 @@ def test_every_choice_is_a_setting_of_the_method(llama, name):
     assert "window" in choices(name, sizes)
 
 
+def test_a_long_sequence_may_have_a_long_window(llama):
+    short, long = (choices("rtn", CacheBudget.of(llama[0], tokens))["window"] for tokens in (4096, 8192))
+    assert (max(short), max(long)) == (128, 256)
+    assert benches.widest(8192).window == 256
+
+
 def test_the_front_is_what_nothing_beats():
     draw = torch.Generator().manual_seed(3)
     numbers = torch.randint(0, 12, (60, 2), generator=draw).tolist()
@@ -322,7 +333,7 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama, monkeypatch):
     """Against make_cache in chunks of a page: the same KL, whatever the window, and however it is held."""
     model, rows = llama
     infos, shape = layers_of(model), LayerShape(8, 128, torch.float32)
-    judge = Recall(model, infos, rows, benches.WIDEST, False, chunk=32)
+    judge = Recall(model, infos, rows, benches.widest(4096), False, chunk=32)
     monkeypatch.setattr(_window, "LARGEST", 2)  # codes so coarse that it shows
     found = {}
     rounded = RTN(bits=8, window=64, window_bits=8)
@@ -330,7 +341,7 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama, monkeypatch):
         pair = method.codecs(shape, {})
         found[method.window] = got = judge.seen_by(method).kl(dict.fromkeys(range(2), pair))
         total = 0.0
-        made = recall_rows(rows, row_length(model, rows), benches.WIDEST)
+        made = recall_rows(rows, row_length(model, rows), benches.widest(4096))
         for row, exact in zip(made[:, None], judge.wanted, strict=True):
             cache = make_cache(model, method)
             with torch.no_grad():
@@ -346,6 +357,38 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama, monkeypatch):
     assert found[64] > 2 * judge.seen_by(exact).kl(dict.fromkeys(range(2), exact.codecs(shape, {})))
 
 
+# --- the time of a step ---
+
+
+def test_a_limit_on_a_step_leaves_the_best_of_what_is_fast_enough(reference, monkeypatch):
+    """Times are given here: what loses least is slow, and another is chosen; where all are, the fastest is named."""
+    model, rows = reference
+    slow = {"rtn": 3.0, "cskv": 0.9, "kivi": 1.4}
+    asked = []
+    monkeypatch.setattr(benches.Pace, "ratio", lambda self, ready: asked.append(ready) or slow[named(ready)])
+    log = Log(None)
+    free = searched(model, rows, log=log, byte_ratio=0.25)[1]
+    assert (free.name, asked) == ("rtn", []), "what nobody asked for is not timed"
+    search, chosen = searched(model, rows, log=log, byte_ratio=0.25, step_time=1.5)
+    assert chosen.kl == min(p.kl for p in search.points if p.nbytes <= search.budget.nbytes and p.name != "rtn")
+    count = len(asked)
+    assert searched(model, rows, log=log, byte_ratio=0.25, step_time=1.5)[1] == chosen
+    assert len(asked) == count, "times are in the log, too"
+    assert searched(model, rows, log=log, kl=1.0, step_time=1.0)[1].name == "cskv"
+    with pytest.raises(SettingError, match=r"in 0\.5 times the full cache's time: the fastest took 0\.90, with cskv"):
+        searched(model, rows, log=log, byte_ratio=0.25, step_time=0.5)
+    with pytest.raises(SettingError, match="step_time=nan"):
+        budget(search.bench.sizes, 1, kl=0.1, step_time=float("nan"))
+
+
+def test_a_step_is_timed_beside_one_over_the_full_cache(reference):
+    """A cache that holds a fraction of a long one's tokens is read in less time; every setting's time is above 0."""
+    model, _ = reference
+    pace = benches.Pace(model, 8000, 2)
+    few, many = (pace.ratio(StreamingLLM(window=w)) for w in (32, 7900))
+    assert 0 < few < many
+
+
 # --- the file ---
 
 
@@ -354,7 +397,7 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     search, chosen = searched(model, rows, trials=3, byte_ratio=0.25, batch=2)
     ready = search.bench.fitted(chosen.method)
     front, checked = pareto(search.points), check(model, ready, 4096, 2)
-    data = plans.plan_of("reference", search.bench, search.budget, chosen, front, checked, {"seed": 0})
+    data = plans.plan_of("reference", search.bench, search.budget, chosen, front, checked, None, {"seed": 0})
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
     method, made_for = plans.read(path)
@@ -363,7 +406,7 @@ def test_a_plan_is_read_back_and_an_edited_one_refused(reference, tmp_path):
     assert data["promised"]["nbytes"] == 2 * chosen.nbytes
     assert data["budget"] == {"byte_ratio": 0.25, "tokens": 4096, "batch": 2}
     for change, message in (
-        ({"version": 1}, "has plan version 1, this kvshrink reads 3"),
+        ({"version": 1}, "has plan version 1, this kvshrink reads 4"),
         ({"note": "hello"}, r"missing or unknown keys \['note'\]"),
         ({"settings": {"window": 0}}, r"is edited: window=0"),
         ({"method": "magic"}, r"is edited: no method 'magic'"),

@@ -55,6 +55,10 @@ def plan(
         ),
     ] = None,
     kl: Annotated[float | None, typer.Option(help="Budget: nats; the fewest bytes that keep to it are found.")] = None,
+    step_time: Annotated[
+        float | None,
+        typer.Option(help="Limit beside the budget: time of a decoding step here, in the full cache's. 1: no slower."),
+    ] = None,
     methods: Annotated[str, typer.Option(help="Names with commas between them.")] = ",".join(METHODS),
     trials: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Settings that are tried.")] = 48,
     seed: SeedOption = 0,
@@ -75,7 +79,7 @@ def plan(
     net, tokenizer = load(model)
     check_context(net, tokens)
     sizes = CacheBudget.of(net, tokens)
-    asked = budget(sizes, batch, byte_ratio, memory, kl)
+    asked = budget(sizes, batch, byte_ratio, memory, kl, step_time)
     rows = token_rows(texts, tokenizer, row_length(net, length), Method.page)
     bench = Bench(net, rows, sizes, Log(work / POINTS if work else None), True)
     settings = {"methods": chosen_names, "trials": trials, "seed": seed, "text": rows_hash(rows)}
@@ -86,8 +90,11 @@ def plan(
     best = [p for name in chosen_names if (p := search.best_of(name, chosen.nbytes)) and p not in front]
     ready = bench.fitted(chosen.method) if chosen.method.needs_fit else chosen.method
     checked = check(net, ready, tokens, batch)
-    data = plan_of(model, bench, asked, chosen, front, checked, settings | {"points": len(search.points)})
+    pace = None if step_time is None else search.pace(chosen)
+    data = plan_of(model, bench, asked, chosen, front, checked, pace, settings | {"points": len(search.points)})
     _show(asked, chosen, front, best, checked)
+    if pace is not None:
+        console.print(f"a step takes {pace:.2f} times the full cache's, measured here on {net.device}")
     if out is not None:
         files.write_json(out, data)
         then = f"kvshrink fit --plan {out} --out FOLDER" if chosen.method.needs_fit else "nothing to fit"

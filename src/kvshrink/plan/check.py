@@ -34,21 +34,26 @@ class Check:
         return asdict(self)
 
 
-def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Check:
-    """Fill a cache with normal noise, which takes the bytes that any text takes, and count what is alive."""
+def noise(model: Any, tokens: int, batch: int) -> tuple[DynamicCache, int, int]:
+    """(a full cache of normal noise, its sequences, its tokens): as many as take no more than MOST bytes."""
     token = CacheBudget.of(model, tokens).full // tokens
     rows = min(batch, max(1, MOST // (token * tokens)))
     length = min(tokens, MOST // (token * rows))
-    attachment = attach(model)
     dense, draw = DynamicCache(config=model.config), torch.Generator().manual_seed(0)
-    for i, info in enumerate(attachment.layers):
+    for i, info in enumerate(attach(model).layers):
         shape = shape_of(info.module)
         size = (rows, shape.heads, length, shape.head_dim)
         device = next(info.module.parameters()).device
         keys, values = (torch.randn(size, generator=draw).to(device, shape.dtype) for _ in range(2))
         dense.update(keys, values, i)
+    return dense, rows, length
+
+
+def check(model: Any, method: Method | Artifact, tokens: int, batch: int) -> Check:
+    """Fill a cache with normal noise, which takes the bytes that any text takes, and count what is alive."""
+    dense, rows, length = noise(model, tokens, batch)
     cache = make_cache(model, method)
-    fill(cache, dense, attachment)
+    fill(cache, dense, attach(model))
     sizes, own = CacheBudget.of(model, length), method.method if isinstance(method, Artifact) else method
     held = cache.report()
     whole = (length, rows) == (tokens, batch)

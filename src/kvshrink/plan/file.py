@@ -16,14 +16,35 @@ from kvshrink.store import files
 from kvshrink.store.digest import sealed, unsealed
 from kvshrink.store.reason import line
 
-VERSION = 3
-KEYS = {"version", "method", "settings", "budget", "promised", "check", "kl", "model", "search", "front", "sha256"}
+VERSION = 4
+KEYS = {
+    "version",
+    "method",
+    "settings",
+    "budget",
+    "promised",
+    "check",
+    "kl",
+    "pace",
+    "model",
+    "search",
+    "front",
+    "sha256",
+}
 
 
 def plan_of(
-    name: str, bench: Bench, budget: Budget, chosen: Point, front: Sequence[Point], checked: Check, search: dict
+    name: str,
+    bench: Bench,
+    budget: Budget,
+    chosen: Point,
+    front: Sequence[Point],
+    checked: Check,
+    pace: float | None,
+    search: dict,
 ) -> dict:
-    """A plan as plain values, for the model that the user calls `name`. Bytes are those of all sequences together."""
+    """A plan as plain values, for the model that the user calls `name`. Bytes are those of all sequences together;
+    pace: time of a step in the full cache's, or None where it was not asked."""
     nbytes = chosen.nbytes * budget.batch
     plan = {
         "version": VERSION,
@@ -33,6 +54,7 @@ def plan_of(
         "promised": {"nbytes": nbytes, "full": bench.sizes.full * budget.batch, "byte_ratio": chosen.byte_ratio},
         "check": checked.to_dict(),
         "kl": chosen.kl,
+        "pace": pace,
         "model": {"name": name, "identity": bench.identity.to_dict()},
         "search": search,
         "front": [{**asdict(p), "nbytes": p.nbytes * budget.batch} for p in front],

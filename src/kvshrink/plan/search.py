@@ -62,7 +62,15 @@ class Search:
                 value = self._at_bytes(method) if self.budget.nbytes is not None else self._at_kl(method)
                 study.tell(trial, value, state=None if value is not None else _pruned())
                 bar.update()
-        chosen = self._chosen() or self._smallest(names)
+        if not self._within():
+            self._try_smallest(names)
+        chosen = self._chosen()
+        if chosen is None and (within := self._within()):
+            pace, best = min(((self.pace(p), p) for p in within), key=lambda pair: pair[0])
+            raise SettingError(
+                f"no setting that was tried takes a step in {self.budget.step_time:g} times the full cache's time: the "
+                f"fastest took {pace:.2f}, with {label(best.method)}. Allow that much, or try more."
+            )
         if chosen is None:
             best = min(self.points, key=lambda p: p.kl)
             raise SettingError(
@@ -88,13 +96,12 @@ class Search:
             )
         return possible
 
-    def _smallest(self, names: Sequence[str]) -> Point | None:
-        """Where a byte budget is so small that no trial stood within it: the best of the methods' smallest settings."""
-        if self.budget.nbytes is None:
-            return None
-        sizes = self.bench.sizes
-        there = [fit_to_budget(smallest(name, sizes)[1], sizes, self.budget.nbytes) for name in names]
-        return min((self._measure(m) for m in there if m is not None), key=lambda p: p.kl)
+    def _try_smallest(self, names: Sequence[str]) -> None:
+        """Where a byte budget is so small that no trial stood within it: the methods' smallest settings."""
+        sizes, most = self.bench.sizes, self.budget.nbytes
+        for method in (smallest(name, sizes)[1] for name in names if most is not None):
+            if (there := fit_to_budget(method, sizes, most or 0)) is not None:
+                self._measure(there)
 
     def _measure(self, method: Method) -> Point:
         point = self.bench.point(method)
@@ -106,7 +113,11 @@ class Search:
         """KL at the budget; None if the setting cannot be as small."""
         assert self.budget.nbytes is not None
         there = fit_to_budget(method, self.bench.sizes, self.budget.nbytes)
-        return None if there is None else self._measure(there).kl
+        if there is None:
+            return None
+        before, point = self._chosen(), self._measure(there)
+        slow = (before is None or point.kl < before.kl) and not self._fast_enough(point)
+        return None if slow else point.kl
 
     def _at_kl(self, method: Method) -> float | None:
         """Log of the bytes that the KL takes; where that is above the best so far, of more than the best, by the KL."""
@@ -118,6 +129,8 @@ class Search:
         best = self._measure(there)
         if best.kl > self.budget.kl:
             return math.log(best.nbytes) + math.log(best.kl / self.budget.kl)
+        if not self._fast_enough(best):
+            return None
         low = best.nbytes / 1024
         while best.nbytes > STEP * low:
             middle = math.sqrt(low * best.nbytes)
@@ -129,12 +142,23 @@ class Search:
         return math.log(best.nbytes)
 
     def _chosen(self) -> Point | None:
-        """The smallest KL within the bytes, or the fewest bytes within the KL."""
+        """The smallest KL within the bytes, or the fewest bytes within the KL, of what is fast enough."""
+        return next((p for p in self._within() if self._fast_enough(p)), None)
+
+    def _within(self) -> list[Point]:
+        """The points within the budget, the best first."""
         if self.budget.nbytes is not None:
             within = [p for p in self.points if p.nbytes <= self.budget.nbytes]
-            return min(within, key=lambda p: (p.kl, p.nbytes), default=None)
+            return sorted(within, key=lambda p: (p.kl, p.nbytes))
         within = [p for p in self.points if p.kl <= (self.budget.kl or 0.0)]
-        return min(within, key=lambda p: (p.nbytes, p.kl), default=None)
+        return sorted(within, key=lambda p: (p.nbytes, p.kl))
+
+    def _fast_enough(self, point: Point) -> bool:
+        return self.budget.step_time is None or self.pace(point) <= self.budget.step_time
+
+    def pace(self, point: Point) -> float:
+        """Time of a step over the setting's cache, in that of the full cache's."""
+        return self.bench.pace(point.method, self.budget.batch)
 
     def best_of(self, name: str, nbytes: int) -> Point | None:
         """The method's point to go on with: the smallest KL of those nearest to these bytes."""

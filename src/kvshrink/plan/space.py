@@ -17,6 +17,10 @@ from kvshrink.methods._roles import Method
 
 METHODS = ("spectral", "cskv", "rtn", "kivi")
 WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
+LONG, LONG_WINDOW = (
+    8192,
+    256,
+)  # tokens from which on a window of 256 is tried too: below, it takes too much of the cache
 FEWEST_FIRST = ("window", "window_bits", "sinks")  # of each, the smallest value takes the fewest bytes
 
 Choices = Mapping[str, Sequence]
@@ -35,11 +39,17 @@ def known(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def windows(tokens: int) -> tuple[int, ...]:
+    """The windows that a sequence of so many tokens may have."""
+    return (*WINDOWS, LONG_WINDOW) if tokens >= LONG else WINDOWS
+
+
 def choices(name: str, sizes: CacheBudget) -> Choices:
     """{setting: values} of a method, its budget setting left out."""
     cls = get(name)
     rounded = "auto" if cls().rounds_window else 8  # which leaves layers exact where 8 bits would not do
-    return {"window": WINDOWS, "window_bits": (rounded, None), "sinks": SINKS, **cls.search_space(sizes.layers)}
+    window = windows(sizes.tokens)
+    return {"window": window, "window_bits": (rounded, None), "sinks": SINKS, **cls.search_space(sizes.layers)}
 
 
 def defaults(name: str, sizes: CacheBudget) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvshrink.attach.factory import digest_of
 from kvshrink.attach.identity import model_key
 from kvshrink.errors import ArtifactError
 from kvshrink.eval.run.entries import Entry
@@ -24,28 +25,33 @@ def fitted(
     entries: Sequence[Entry], model: Any, tokenizer, texts: Sequence[str], folder: Path | None = None
 ) -> list[Entry]:
     """The entries with every method that needs it fitted. With a folder an interrupted fit goes on where it was."""
-    methods = {e.method: None for e in entries if isinstance(e.method, Method) and e.method.needs_fit}
-    made = _fit(list(methods), model, tokenizer, texts, folder)
-    return [replace(e, method=made.get(e.method, e.method)) if isinstance(e.method, Method) else e for e in entries]
+    # by digest: settings that Python calls equal, a share of 1.0 and a count of 1, are two methods
+    asked = {digest_of(e.method): e.method for e in entries if isinstance(e.method, Method) and e.method.needs_fit}
+    made = _fit(asked, model, tokenizer, texts, folder)
+
+    def ready(entry: Entry) -> Entry:
+        key = digest_of(entry.method) if isinstance(entry.method, Method) else ""
+        return replace(entry, method=made[key]) if key in made else entry
+
+    return [ready(e) for e in entries]
 
 
 def _fit(
-    methods: list[Method], model: Any, tokenizer, texts: Sequence[str], folder: Path | None
-) -> dict[Method, Artifact]:
+    methods: dict[str, Method], model: Any, tokenizer, texts: Sequence[str], folder: Path | None
+) -> dict[str, Artifact]:
     if folder is None:
-        return (
-            dict(zip(methods, fit_all(model, methods, texts, tokenizer, batch=BATCH), strict=True)) if methods else {}
-        )
+        fits = fit_all(model, list(methods.values()), texts, tokenizer, batch=BATCH) if methods else []
+        return dict(zip(methods, fits, strict=True))
     identity = model_key(model)
-    where = {m: folder / f"{name_of(m)}-{_key(m, identity, texts)}" for m in methods}
-    made = {m: artifact for m, place in where.items() if (artifact := _known(place)) is not None}
-    todo = [m for m in methods if m not in made]
+    where = {k: folder / f"{name_of(m)}-{_key(m, identity, texts)}" for k, m in methods.items()}
+    made = {k: artifact for k, place in where.items() if (artifact := _known(place)) is not None}
+    todo = [k for k in methods if k not in made]
     if todo:
         checkpoint = folder / UNFINISHED
-        artifacts = fit_all(model, todo, texts, tokenizer, batch=BATCH, checkpoint=checkpoint)
-        for method, artifact in zip(todo, artifacts, strict=True):
-            artifact.save_pretrained(where[method])
-            made[method] = artifact
+        artifacts = fit_all(model, [methods[k] for k in todo], texts, tokenizer, batch=BATCH, checkpoint=checkpoint)
+        for k, artifact in zip(todo, artifacts, strict=True):
+            artifact.save_pretrained(where[k])
+            made[k] = artifact
         clear(checkpoint)
     return made
 

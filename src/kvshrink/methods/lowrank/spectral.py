@@ -93,7 +93,8 @@ class Spectral(Method):
 
     @classmethod
     def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
-        return {"rotate": (True, False)}  # weighted metrics do not add to it (docs/log.md)
+        # weighted metrics and codes that are not rotated do not pay (docs/log.md)
+        return {"speed": ("accurate", "balanced", "fast")}
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         """From one group of channels a layer on, which `finish` can always give, in steps of a ten-thousandth."""
