@@ -25,8 +25,8 @@ FIELDS = (
     "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings"
 ).split()
 NAMES = (
-    "rtn kivi turboquant tcq kvarn saw_int4 rotatekv oscar kvquant skvq qserve kitty gear zipcache mikv saq roste "
-    "edgeqat accllm vidkv fp8 nvfp4 block_float xquant a2ats"
+    "rtn kivi turboquant block_gtq tcq kvarn saw_int4 rotatekv oscar kvquant skvq qserve kitty gear zipcache mikv saq "
+    "roste edgeqat accllm vidkv fp8 nvfp4 block_float xquant a2ats"
 ).split()
 
 
