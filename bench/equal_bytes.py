@@ -92,8 +92,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     )
     full = Entry(FULL, None, series=FULL)
     strangers = [Entry(p.label, None, series=p.label) for p in peers]
-    first = list(args.series)[: args.answered]
-    ours = [e for e in entries if args.all_answers or e.series in first]
+    ours = [e for e in entries if e.series in args.answered]
     answered = [] if args.kl_only else [full, *ours, *strangers]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
@@ -151,6 +150,11 @@ def verdicts(rows: list[dict], lengths: list[int]) -> list[dict]:
     return out
 
 
+def _names(text: str) -> list[str]:
+    """Labels with commas between them, which may hold a comma and a space themselves."""
+    return [name for name in re.split(r",(?! )", text) if name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="reference", help="as the commands' --model")
@@ -161,7 +165,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=12, help="per task")
     parser.add_argument("--batch", type=int, default=1, help="prompts answered together")
     parser.add_argument("--kl-only", action="store_true", help="no answers: they take most of the time")
-    parser.add_argument("--all-answers", action="store_true", help="of every series, not of the first ones alone")
+    parser.add_argument("--answered", default="", help="series whose answers are compared; else the first ones")
     parser.add_argument("--quantisers", action="store_true", help="every quantiser at the bits that fit, too")
     parser.add_argument("--peers", action="store_true", help="QuantizedCache too: see bench/peers/make.sh")
     parser.add_argument("--documents", type=int, default=8)
@@ -172,12 +176,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    only = [name for name in re.split(r",(?! )", args.only) if name]  # a name may hold a comma and a space
+    only = _names(args.only)
     lengths = [int(n) for n in args.lengths.split(",")]
     model, tokenizer = load(args.model)
     small = args.model == "reference"
     args.tasks, args.series = TASKS if small else REAL_TASKS, series(args.steps) if small else real_series(args.steps)
-    args.answered = ANSWERED[not small]
+    args.answered = _names(args.answered) or list(args.series)[: ANSWERED[not small]]
     args.answers, log = Log(args.work / "outcomes.jsonl"), Log(args.work / "kl.jsonl")
     plans = {length: plan(model, length, args.series, only) for length in lengths}
     for length in lengths if args.quantisers else ():
@@ -199,9 +203,8 @@ def main() -> None:
         "diverged": args.diverged,
     }
     chosen = f' --only "{args.only}"' if only else ""
-    flags = "".join(
-        f" --{x.replace('_', '-')}" for x in ("kl_only", "all_answers", "quantisers", "peers") if vars(args)[x]
-    )
+    flags = "" if args.kl_only else f' --answered "{",".join(args.answered)}"'
+    flags += "".join(f" --{x.replace('_', '-')}" for x in ("kl_only", "quantisers", "peers") if vars(args)[x])
     flags += f" --batch {args.batch}" if args.batch > 1 and not args.kl_only else ""
     where |= {
         "paper_steps": args.steps,

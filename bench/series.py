@@ -86,14 +86,10 @@ def plan(model, length: int, named: dict[str, Any], only: list[str]) -> list[Ent
 
 
 def fitting(model: Any, length: int) -> list[Entry]:
-    """Of every quantiser, at each budget, the most bits that stay under it (or within 5 % of it)."""
-    sizes = [(promised(e.method, model, length), e) for e in rivals.plan()]
-    found: dict[Any, Entry] = {}
-    for budget in BUDGETS:
-        by_name: dict[str, tuple[float, Entry]] = {}
-        for size, e in sizes:
-            name = name_of(e.method)
-            if 0 < size <= (1 + TOLERANCE) * budget and size > by_name.get(name, (0.0, e))[0]:
-                by_name[name] = size, e
-        found |= {e.method: replace(e, series=e.label, setting=e.label) for _, e in by_name.values()}
-    return list(found.values())
+    """Of every quantiser, the most bits that stay under the largest budget (or within 5 % of it)."""
+    found: dict[str, tuple[float, Entry]] = {}
+    for e in rivals.plan():
+        size, name = promised(e.method, model, length), name_of(e.method)
+        if 0 < size <= (1 + TOLERANCE) * BUDGETS[0] and size > found.get(name, (0.0, e))[0]:
+            found[name] = size, e
+    return [replace(e, series=e.label, setting=e.label) for _, e in found.values()]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import DataError
-from kvshrink.kernels.latents import Packed, code_of, load
+from kvshrink.kernels.latents import Packed, code_of, level_table, load
 from kvshrink.kernels.pack import pack, packed_bytes
 from kvshrink.methods._packing.base import Importance, Packing, Stored, paged, there
+from kvshrink.methods._packing.gains import widened
 from kvshrink.shapes import Bool, Float
 
 GAIN_BYTES = 2
@@ -68,7 +69,7 @@ class Mixed(Packing):
             count = real.sum(3).clamp_min(1)
         energy = pages.square().sum(3) / count  # [b, p, G, r]
         gain = torch.stack([part.mean(-1) for part in energy.split(self.sizes, -1)], -1) if self.sizes else energy
-        gain = gain.sqrt().to(torch.float16)
+        gain = widened(pages, gain.sqrt(), self._reach(gain), self.sizes).to(torch.float16)
         if not bool(gain.isfinite().all()):
             raise DataError(
                 "keys or values are NaN, infinite or thousands of times what they were on the calibration text. "
@@ -92,6 +93,14 @@ class Mixed(Packing):
     def page_bytes(self) -> int:
         own = sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
         return self.bases * own
+
+    def _reach(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(the largest level, the expected squared error of a unit normal number) of each group's codes."""
+        table, at = level_table(self.form), sorted(set(self.bits))
+        most = {bits: float(table[bits].abs().max()) for bits in at}
+        error = {bits: float(code_of(self.form, bits).expected_error(bits)) for bits in at}
+        most_of, error_of = (like.new_tensor([of[bits] for bits in self.bits]) for of in (most, error))
+        return most_of, error_of
 
     def _spread(self, gain: Tensor) -> Tensor:
         """[.., groups] to [.., channels], float32."""
