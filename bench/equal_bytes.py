@@ -92,8 +92,8 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
     )
     full = Entry(FULL, None, series=FULL)
     strangers = [Entry(p.label, None, series=p.label) for p in peers]
-    ours = [e for e in entries if e.series in args.answered]
-    answered = [] if args.kl_only else [full, *ours, *strangers]
+    asked_too = [e for e in [*entries, *strangers] if not {e.series, e.label}.isdisjoint(args.answered)]
+    answered = [] if args.kl_only else [full, *asked_too]
     scores: dict[str, list] = {e.label: [] for e in answered}
     for task in samples if answered else ():
         runner = Beside(model, tokenizer, answered, args.batch, identity=identity)
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=12, help="per task")
     parser.add_argument("--batch", type=int, default=1, help="prompts answered together")
     parser.add_argument("--kl-only", action="store_true", help="no answers: they take most of the time")
-    parser.add_argument("--answered", default="", help="series whose answers are compared; else the first ones")
+    parser.add_argument("--answered", default="", help="series or rows whose answers are compared; else the first ones")
     parser.add_argument("--quantisers", action="store_true", help="every quantiser at the bits that fit, too")
     parser.add_argument("--peers", action="store_true", help="QuantizedCache too: see bench/peers/make.sh")
     parser.add_argument("--documents", type=int, default=8)

@@ -30,12 +30,15 @@ def widened(
     if not sizes:
         return gain
     most, error = reach
-    padded = torch.nn.functional.pad(pages.abs(), (0, len(sizes) * sizes[0] - pages.shape[-1]))
-    groups = padded.unflatten(-1, (len(sizes), sizes[0])).movedim(-2, 3).flatten(4)  # [b, p, G, n, page * size]
-    far = groups.amax(-1) > FAR * most * gain
+    missing = len(sizes) * sizes[0] - pages.shape[-1]
+    if missing:
+        pages = torch.nn.functional.pad(pages, (0, missing))
+    largest = torch.maximum(pages.amax(3), -pages.amin(3)).unflatten(-1, (len(sizes), -1)).amax(-1)
+    far = largest > FAR * most * gain
     if not bool(far.any()):
         return gain
-    rows, own = groups[far], gain[far]  # [m, page * size], [m]
+    groups = pages.unflatten(-1, (len(sizes), -1)).movedim(-2, 3)  # [b, p, G, n, page, size], a view
+    rows, own = groups[far].flatten(1).abs(), gain[far]  # [m, page * size], [m]
     most, error = (x.expand_as(gain)[far] for x in (most, error))
     weight = torch.where(error < FINE, CUT, 1.0)
     costs = []
