@@ -64,7 +64,8 @@ def test_a_part_is_half_of_the_slope_towards_the_exact_rows(measured, number):
             rows, exact = getattr(cache.layers[i], name), getattr(turn.exact.layers[i], name)
             setattr(cache.layers[i], name, rows + share * (exact - rows))
             ends.append(loss(measured, turn, cache))
-        assert part == pytest.approx((ends[0] - ends[1]) / (2 * STEP) / 2, rel=3e-2, abs=1e-4)  # of float32 sums, which differ by processor
+        # differences of float32 sums, which differ by processor
+        assert part == pytest.approx((ends[0] - ends[1]) / (2 * STEP) / 2, rel=3e-2, abs=1e-4)
 
 
 def test_parts_of_a_small_loss_add_up_to_it(measured):
