@@ -22,8 +22,8 @@ def error(packing: Mixed, x: torch.Tensor, valid=None) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["normal", "trellis"])
 @pytest.mark.parametrize(("bits", "own", "rest"), [(8, 0.01, 0.002), (4, 12, 0.08)])
 def test_a_word_that_is_far_out_is_read_where_it_is(form, bits, own, rest):
-    """As the commonest words of a real model are after a rotation: ten deviations out. Cut at the largest level it
-    would be off by five to seven; the others of its page stay about as they were."""
+    """As the commonest words of a real model are after a rotation; ten deviations out here. Cut at the largest level
+    it would be off by five to seven; the others of its page stay about as they were."""
     found = error(Mixed((16,), (bits,), 32, form=form), rows(10.0))
     assert found[0, 0, 39, 3] < own
     assert found[0, 0, 32:].mean() < rest

@@ -122,7 +122,8 @@ class Bench:
     def pace(self, method: Method, batch: int) -> float:
         """Time of a decoding step of `batch` sequences, in that of the full cache's."""
         tokens = self.sizes.tokens
-        key = key_of("pace", *self.key, name_of(method), method.settings(), tokens, batch)
+        device = str(next(self.model.parameters()).device)
+        key = key_of("pace", *self.key, name_of(method), method.settings(), tokens, batch, device)
         if not self.log.has(key, is_pace):
             ready = self.fitted(method) if method.needs_fit else method
             ratio = self._paces.setdefault(batch, Pace(self.model, tokens, batch)).ratio(ready)

@@ -62,8 +62,8 @@ class Search:
                 value = self._at_bytes(method) if self.budget.nbytes is not None else self._at_kl(method)
                 study.tell(trial, value, state=None if value is not None else _pruned())
                 bar.update()
-        if not self._within():
-            self._try_smallest(names)
+        if self.budget.nbytes is not None and not self._within():
+            self._try_smallest(names, self.budget.nbytes)
         chosen = self._chosen()
         if chosen is None and (within := self._within()):
             pace, best = min(((self.pace(p), p) for p in within), key=lambda pair: pair[0])
@@ -96,11 +96,11 @@ class Search:
             )
         return possible
 
-    def _try_smallest(self, names: Sequence[str]) -> None:
+    def _try_smallest(self, names: Sequence[str], nbytes: int) -> None:
         """Where a byte budget is so small that no trial stood within it: the methods' smallest settings."""
-        sizes, most = self.bench.sizes, self.budget.nbytes
-        for method in (smallest(name, sizes)[1] for name in names if most is not None):
-            if (there := fit_to_budget(method, sizes, most or 0)) is not None:
+        for name in names:
+            method = smallest(name, self.bench.sizes)[1]
+            if (there := fit_to_budget(method, self.bench.sizes, nbytes)) is not None:
                 self._measure(there)
 
     def _measure(self, method: Method) -> Point:

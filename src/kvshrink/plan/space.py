@@ -17,10 +17,8 @@ from kvshrink.methods._roles import Method
 
 METHODS = ("spectral", "cskv", "rtn", "kivi")
 WINDOWS, SINKS = (8, 16, 32, 64, 128), (0, 4)  # a small window frees bytes for the body, a large one is exact
-LONG, LONG_WINDOW = (
-    8192,
-    256,
-)  # tokens from which on a window of 256 is tried too: below, it takes too much of the cache
+# tokens from which on so long a window is tried too: below, it takes too much of the cache
+LONG, LONG_WINDOW = 8192, 256
 FEWEST_FIRST = ("window", "window_bits", "sinks")  # of each, the smallest value takes the fewest bytes
 
 Choices = Mapping[str, Sequence]

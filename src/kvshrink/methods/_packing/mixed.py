@@ -7,6 +7,7 @@ number.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import ClassVar, Literal, final
 
@@ -95,16 +96,19 @@ class Mixed(Packing):
         return self.bases * own
 
     def _reach(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(the largest level, the expected squared error of a unit normal number) of each group's codes."""
-        table, at = level_table(self.form), sorted(set(self.bits))
-        most = {bits: float(table[bits].abs().max()) for bits in at}
-        error = {bits: float(code_of(self.form, bits).expected_error(bits)) for bits in at}
-        most_of, error_of = (like.new_tensor([of[bits] for bits in self.bits]) for of in (most, error))
-        return most_of, error_of
+        """`reach` of each group's codes."""
+        most, error = like.new_tensor([reach(self.form, bits) for bits in self.bits]).view(-1, 2).unbind(1)
+        return most, error
 
     def _spread(self, gain: Tensor) -> Tensor:
         """[.., groups] to [.., channels], float32."""
         return gain.float().repeat_interleave(torch.tensor(self.sizes, device=gain.device, dtype=torch.long), -1)
+
+
+@cache
+def reach(form: str, bits: int) -> tuple[float, float]:
+    """(the largest level of such codes, the expected squared error of a unit normal number)."""
+    return float(level_table(form)[bits].abs().max()), float(code_of(form, bits).expected_error(bits))
 
 
 def group_sizes(channels: int) -> tuple[int, ...]:

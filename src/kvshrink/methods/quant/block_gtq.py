@@ -46,23 +46,18 @@ class BlockGTQ(Quantiser):
         if kv == "key":
             blocks = blocks_of(space.width, stats.pairs)
             widths = torch.stack([shared(w * e, blocks, self.bits) for w, e in zip(stats.weight, energy, strict=True)])
-        unit = torch.ones_like(energy)
-        for head in range(len(energy)):
-            for bits in WIDTHS:
-                run = widths[head] == bits
-                unit[head, run] = energy[head, run].mean().sqrt().clamp_min(1e-6) if bool(run.any()) else 1.0
-        return {"widths": widths.int(), "unit": unit}
+        unit = torch.empty_like(energy).flatten()
+        for run in runs_of(widths):
+            unit[run] = energy.flatten()[run].mean().sqrt().clamp_min(1e-6)
+        return {"widths": widths, "unit": unit.view_as(energy)}
 
     def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
         """Each head's channels of one width by their size and rotated together, then all heads' by width."""
         widths, unit = learnt["widths"].flatten(), learnt["unit"].flatten()
         order = widths.argsort(stable=True)
         turned = torch.zeros(len(order), len(order), device=unit.device)
-        for head in range(space.groups):
-            for bits in WIDTHS:
-                own = ((widths == bits).view(space.groups, -1)[head]).nonzero()[:, 0] + head * space.width
-                if len(own):
-                    turned[own[:, None], own] = orthonormal(1, len(own), len(own), SEED)[0].float().to(unit.device)
+        for run in runs_of(learnt["widths"]):
+            turned[run[:, None], run] = orthonormal(1, len(run), len(run), SEED)[0].float().to(unit.device)
         placed = turned[:, order]
         return Transform((placed / unit[:, None])[None], (placed.T * unit)[None], unit.new_zeros(1, len(unit)))
 
@@ -71,6 +66,12 @@ class BlockGTQ(Quantiser):
         if not learnt:
             return Blocks(tuple(channels * (bits == self.bits) for bits in WIDTHS), space.page)
         return Blocks(tuple(int((learnt["widths"] == bits).sum()) for bits in WIDTHS), space.page)
+
+
+def runs_of(widths: Int[Tensor, "h d"]) -> list[Int[Tensor, " n"]]:
+    """The channels of each head and width, counted over all heads, where there are any."""
+    alike = [(head == bits).nonzero()[:, 0] + h * len(head) for h, head in enumerate(widths) for bits in WIDTHS]
+    return [run for run in alike if len(run)]
 
 
 def blocks_of(width: int, pairs: tuple[Tensor, Tensor] | None) -> Int[Tensor, " d"]:
