@@ -141,11 +141,11 @@ def test_sliding_layers_are_read_at_their_true_positions(rows):
     with torch.no_grad():
         ours = reader.predict(reader.prefill(ids[:, :260]), {}, ids[:, 260:])
         plain = net(ids).logits[0, 260:].log_softmax(-1)
-    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours[0], plain, atol=1e-4, rtol=0)
 
 
 def test_a_kl_that_is_no_number_is_refused(probe, monkeypatch):
-    monkeypatch.setattr(probe, "wanted", [w * float("nan") for w in probe.wanted])
+    monkeypatch.setattr(probe, "wanted", probe.wanted * float("nan"))
     with pytest.raises(DataError, match="NaN or infinite"):
         probe.kl({})
 

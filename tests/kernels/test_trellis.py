@@ -35,20 +35,25 @@ def test_search_finds_the_best_of_all_closed_paths():
     x = normal(40, 5, 1)
     every = torch.tensor(list(itertools.product(range(4), repeat=5)), dtype=torch.uint8)[..., None]
     errors = (trellis.from_codes(every, 2)[None] - x[:, None]).square().sum((2, 3))
-    for found in [reference.to_codes(x, 2), *([cpu.to_codes(x, 2)] if native.library() else [])]:
-        mine = (trellis.from_codes(found, 2) - x).square().sum((1, 2))
-        assert torch.allclose(mine, errors.min(1).values, rtol=1e-5)
+    for code in [reference, *([cpu] if native.library() else [])]:
+        mine = (trellis.from_codes(code.to_codes(x, 2), 2) - x).square().sum((1, 2))
+        assert torch.allclose(mine, errors.min(1).values, rtol=1e-5 if code is reference else 1e-3)
 
 
 @needs_library
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("page", [16, 31, 32])
 def test_kernel_is_as_good_as_the_reference(bits, page):
-    x = torch.cat([normal(2, 3, page, 40), 30 * normal(1, 3, page, 40), torch.zeros(1, 3, page, 40)])
-    mine, wanted = (
-        (trellis.from_codes(code(x, bits), bits) - x).square().sum(2) for code in (cpu.to_codes, reference.to_codes)
-    )
-    assert torch.allclose(mine, wanted, rtol=1e-5)
+    """Its costs are integers, and no larger than they must be to tell levels apart: beyond all levels it is coarser."""
+    near, far = normal(5, 3, page, 40), 30 * normal(1, 3, page, 40)
+    for x, worst, mean in ((near, 0.01, 1e-4), (near[:, :, :, :7], 0.01, 1e-4), (far, 0.1, 0.05)):
+        mine, wanted = (
+            (trellis.from_codes(code(x, bits), bits) - x).double().square().sum(2)
+            for code in (cpu.to_codes, reference.to_codes)
+        )
+        assert bool((mine <= (1 + worst) * wanted).all())
+        assert bool((mine >= (1 - 1e-5) * wanted).all())
+        assert mine.sum() <= (1 + mean) * wanted.sum()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -60,7 +60,7 @@ def plan(
         typer.Option(help="Limit beside the budget: time of a decoding step here, in the full cache's. 1: no slower."),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names with commas between them.")] = ",".join(METHODS),
-    trials: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Settings that are tried.")] = 48,
+    trials: Annotated[int, typer.Option(min=1, max=MOST_CASES, help="Settings that are tried.")] = 24,
     seed: SeedOption = 0,
     length: LengthOption = None,
     out: Annotated[Path | None, typer.Option(help="plan.json, which `kvshrink fit --plan` takes.")] = None,

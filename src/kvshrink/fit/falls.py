@@ -39,7 +39,7 @@ class Turn:
 
     exact: DynamicCache
     tail: Int[Tensor, "b s"]
-    wanted: Float[Tensor, "n v"]
+    wanted: Float[Tensor, "b s v"]
 
 
 @final
@@ -99,8 +99,7 @@ def _gradient(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 def _kl(turn: Turn, logits: Float[Tensor, "b s v"]) -> Float[Tensor, " b"]:
     """Of each row, in nats a token."""
     found = logits.float().log_softmax(-1)
-    wanted = turn.wanted.view_as(found)
-    return (wanted.exp() * (wanted - found)).sum(-1).mean(-1)
+    return (turn.wanted.exp() * (turn.wanted - found)).sum(-1).mean(-1)
 
 
 def _loss(kl: Float[Tensor, " b"]) -> Tensor:

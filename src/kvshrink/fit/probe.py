@@ -25,7 +25,7 @@ from kvshrink.fit.fisher import squared_gradients
 from kvshrink.fit.reader import Reader
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import Parts, Probe
-from kvshrink.shapes import Int
+from kvshrink.shapes import Float, Int
 
 ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
 REPEATED = 4  # a quarter of a row is the repetition
@@ -36,9 +36,9 @@ T = TypeVar("T")
 
 @final
 class Recall(Probe):
-    """`ROWS` rows, which go through the model one by one, once. chunk: as a Reader's.
+    """`ROWS` rows, which go through the model together, once. chunk: as a Reader's.
 
-    Holds their caches and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary.
+    Holds their cache and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary.
     rough: whether answers are shared by budgets that are near each other, as a search needs them.
     """
 
@@ -56,21 +56,20 @@ class Recall(Probe):
         self.device = next(model.parameters()).device
         made = recall_rows(rows, row_length(model, rows), method)
         self.made, self.tail = made.to(self.device), made.shape[1] // REPEATED
-        self.tails = [row[:, -self.tail :] for row in self.made[:, None]]
         self.information: dict[int, tuple[float, float]] | None = None
         self.known: dict[Hashable, Any] = {}
         self.bar = tqdm(desc="probe", unit="loss", disable=not progress)
 
     @cached_property
-    def caches(self) -> list[DynamicCache]:
-        with torch.no_grad():
-            return [self.reader.prefill(row[:, : -self.tail]) for row in self.made[:, None]]
+    @torch.no_grad()
+    def exact(self) -> DynamicCache:
+        return self.reader.prefill(self.made[:, : -self.tail])
 
     @cached_property
-    def wanted(self) -> list[Tensor]:
+    @torch.no_grad()
+    def wanted(self) -> Float[Tensor, "b s v"]:
         """What the exact model predicts."""
-        with torch.no_grad():
-            return [self.reader.predict(c, {}, tail) for c, tail in zip(self.caches, self.tails, strict=True)]
+        return self.reader.predict(self.exact, {}, self.made[:, -self.tail :])
 
     @cached_property
     def falls(self) -> Falls:
@@ -90,13 +89,15 @@ class Recall(Probe):
 
     @torch.no_grad()
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
-        total = 0.0
-        for cache, tail, wanted in zip(self.caches, self.tails, self.wanted, strict=True):
-            found = self.reader.predict(cache, codecs, tail)
-            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        return self.lost(self.reader.predict(self.exact, codecs, self.made[:, -self.tail :]))
+
+    def lost(self, found: Float[Tensor, "b s v"]) -> float:
+        """KL of predictions, in nats, the mean over all tokens. Raises DataError where they are no numbers."""
+        rows = zip(self.wanted, found, strict=True)  # one by one: each takes a few times its own memory
+        total = sum(float((wanted.exp() * (wanted - row)).sum(-1).mean()) for wanted, row in rows)
         if not math.isfinite(total):
             raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
-        return max(0.0, total / len(self.caches))
+        return max(0.0, total / len(found))
 
     def parts(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int) -> Parts:
         self.bar.update()

@@ -37,7 +37,7 @@ class Reader:
         exact: DynamicCache,
         codecs: Mapping,
         tail: Int[Tensor, "b s"],
-    ) -> Float[Tensor, "n v"]:
+    ) -> Float[Tensor, "b s v"]:
         """Log-probabilities after each token of the tails, the cache read through the codecs."""
         cache = self.lossy(exact, codecs)
         found, before = [], cache.get_seq_length()
@@ -46,7 +46,7 @@ class Reader:
             before = cache.get_seq_length()
             logits = self.model(input_ids=part, past_key_values=cache).logits
             found.append(logits.float().log_softmax(-1))
-        return torch.cat(found, 1).flatten(0, 1)
+        return torch.cat(found, 1)
 
     def lossy(self, exact: DynamicCache, codecs: Mapping) -> DynamicCache:
         """A cache of what the codecs give for what this one holds."""

@@ -5,15 +5,11 @@ that does no more (`Method.apart`). Each cache is filled from an exact prefill, 
 time. A method that lets a new token read a part of the tokens does so for single ones, so these come one by one.
 """
 
-import math
-from typing import Any
-
 import torch
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.fill import fill, prefill
 from kvshrink.cache import KVCache
-from kvshrink.errors import DataError
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
@@ -24,22 +20,17 @@ class Judge:
 
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
-        self.exact = [prefill(self.model, row[:, : -recall.tail], asked=torch.arange) for row in recall.made[:, None]]
+        self.exact = prefill(self.model, recall.made[:, : -recall.tail], asked=torch.arange)
 
     @torch.no_grad()
     def kl(self, method: Method | Artifact) -> float:
         """In nats, over all tokens of the repetitions. Raises DataError where predictions are no numbers."""
-        attachment, total = attach(self.model), 0.0
-        for exact, tail, wanted in zip(self.exact, self.recall.tails, self.recall.wanted, strict=True):
-            cache = make_cache(self.model, method)
-            fill(cache, exact, attachment)
-            parts: list[Any] = list(tail.split(1 if _chooses(cache) else self.step, 1))
-            logits = torch.cat([self.model(input_ids=x, past_key_values=cache).logits[0] for x in parts])
-            found = logits.float().log_softmax(-1)
-            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
-        if not math.isfinite(total):
-            raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
-        return max(0.0, total / len(self.exact))
+        cache = make_cache(self.model, method)
+        fill(cache, self.exact, attach(self.model))
+        tail = self.recall.made[:, -self.recall.tail :]
+        parts = tail.split(1 if _chooses(cache) else self.step, 1)
+        logits = [self.model(input_ids=x, past_key_values=cache).logits for x in parts]
+        return self.recall.lost(torch.cat(logits, 1).float().log_softmax(-1))
 
 
 def _chooses(cache: KVCache) -> bool:
