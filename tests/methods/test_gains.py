@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kvshrink.kernels.groups import FACTORS, widened
 from kvshrink.kernels.latents import level_table
-from kvshrink.methods._packing.gains import FACTORS, widened
 from kvshrink.methods._packing.mixed import Mixed
 
 

@@ -26,7 +26,7 @@ from kvshrink.kernels import compiler, private
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math")
 SECONDS = 300  # after which a compiler that hangs is ended, and no longer waited for in another process
-FUNCTIONS = ("kvshrink_decode", "kvshrink_prepare", "kvshrink_forget", "kvshrink_trellis")
+FUNCTIONS = ("kvshrink_decode", "kvshrink_prepare", "kvshrink_forget", "kvshrink_trellis", "kvshrink_mixed")
 BUILDING = "building-"  # how folders of builds begin
 
 log = logging.getLogger("kvshrink")

@@ -7,18 +7,16 @@ number.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
 from typing import ClassVar, Literal, final
 
-import torch
 from torch import Tensor
 
 from kvshrink.errors import DataError
-from kvshrink.kernels.latents import Packed, code_of, level_table, load
-from kvshrink.kernels.pack import pack, packed_bytes
+from kvshrink.kernels.groups import runs_of
+from kvshrink.kernels.latents import Packed, load
+from kvshrink.kernels.mixed import encode
+from kvshrink.kernels.pack import packed_bytes
 from kvshrink.methods._packing.base import Importance, Packing, Stored, paged, there
-from kvshrink.methods._packing.gains import widened
 from kvshrink.shapes import Bool, Float
 
 GAIN_BYTES = 2
@@ -53,36 +51,22 @@ class Mixed(Packing):
 
     def runs(self) -> list[tuple[int, slice]]:
         """(bits, channels) of neighbouring groups of one width."""
-        out, at = [], 0
-        for bits, members in groupby(zip(self.bits, self.sizes, strict=True), key=lambda pair: pair[0]):
-            count = sum(size for _, size in members)
-            out.append((bits, slice(at, at + count)))
-            at += count
-        return out
+        return runs_of(self.sizes, self.bits)
 
     def store(
         self, latent: Float[Tensor, "b G t r"], valid: Bool[Tensor, "b t"] | None, importance: Importance = None
     ) -> Stored:
         pages, real = paged(latent, self.page), there(valid, self.page)
-        count: Tensor | float = float(self.page)
         if real is not None:
             pages = pages.masked_fill(~real, 0.0)
-            count = real.sum(3).clamp_min(1)
-        energy = pages.square().sum(3) / count  # [b, p, G, r]
-        gain = torch.stack([part.mean(-1) for part in energy.split(self.sizes, -1)], -1) if self.sizes else energy
-        gain = widened(pages, gain.sqrt(), self._reach(gain), self.sizes).to(torch.float16)
+        count = pages.new_full(pages.shape[:2], self.page) if real is None else real.sum((2, 3, 4)).clamp_min(1).float()
+        codes, gain = encode(pages, count, self.sizes, self.bits, self.form)
         if not bool(gain.isfinite().all()):
             raise DataError(
                 "keys or values are NaN, infinite or thousands of times what they were on the calibration text. "
                 "Check the model's activations, or fit on text like this."
             )
-        spread = self._spread(gain)[:, :, :, None]
-        unit = pages / torch.where(spread > 0, spread, torch.ones_like(spread))
-        codes = [
-            pack(code_of(self.form, bits).to_codes(unit[..., part], bits).flatten(3), bits)
-            for bits, part in self.runs()
-        ]
-        return {"codes": torch.cat(codes, -1) if codes else pages.new_zeros(*pages.shape[:3], 0).byte(), "gain": gain}
+        return {"codes": codes, "gain": gain}
 
     def packed(self, stored: Stored) -> Packed:
         runs = tuple((bits, part.stop - part.start) for bits, part in self.runs())
@@ -94,21 +78,6 @@ class Mixed(Packing):
     def page_bytes(self) -> int:
         own = sum(group_bytes(size, bits, self.page) for size, bits in zip(self.sizes, self.bits, strict=True))
         return self.bases * own
-
-    def _reach(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`reach` of each group's codes."""
-        most, error = like.new_tensor([reach(self.form, bits) for bits in self.bits]).view(-1, 2).unbind(1)
-        return most, error
-
-    def _spread(self, gain: Tensor) -> Tensor:
-        """[.., groups] to [.., channels], float32."""
-        return gain.float().repeat_interleave(torch.tensor(self.sizes, device=gain.device, dtype=torch.long), -1)
-
-
-@cache
-def reach(form: str, bits: int) -> tuple[float, float]:
-    """(the largest level of such codes, the expected squared error of a unit normal number)."""
-    return float(level_table(form)[bits].abs().max()), float(code_of(form, bits).expected_error(bits))
 
 
 def group_sizes(channels: int) -> tuple[int, ...]:

@@ -1,12 +1,17 @@
-"""Gains of groups whose largest numbers lie beyond the largest level of their codes.
+"""Groups of channels that share a width and a gain: runs of neighbours, and gains where a number is far out.
 
-A rotation turns a token that is far out in several directions, as the commonest words are, into one number that is far
-out in one; at the gain that suits the others it would be cut, in every page that has the word.
+A gain is the root of the mean square of its group; larger where numbers lie beyond the codes' largest level. A rotation
+turns a token that is far out in several directions, as the commonest words are, into one number that is far out in one;
+at the gain that suits the others it would be cut, in every page that has the word.
 """
+
+from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.latents import code_of, level_table
 from kvshrink.shapes import Float
 
 FACTORS = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.1, 2.5, 3.0, 4.0)
@@ -14,6 +19,22 @@ FACTORS = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.1, 2.5, 3.0, 4.0)
 # every such token and leans one way
 FINE, CUT = 0.02, 3.0
 FAR = 1.1  # times the largest level: nearer numbers are cut in every normal page, and the levels are made for that
+
+
+def runs_of(sizes: tuple[int, ...], bits: tuple[int, ...]) -> list[tuple[int, slice]]:
+    """(bits, channels) of neighbouring groups of one width."""
+    out, at = [], 0
+    for width, members in groupby(zip(bits, sizes, strict=True), key=lambda pair: pair[0]):
+        channels = sum(size for _, size in members)
+        out.append((width, slice(at, at + channels)))
+        at += channels
+    return out
+
+
+@cache
+def reach(form: str, bits: int) -> tuple[float, float]:
+    """(the largest level of such codes, the expected squared error of a unit normal number)."""
+    return float(level_table(form)[bits].abs().max()), float(code_of(form, bits).expected_error(bits))
 
 
 def widened(
