@@ -13,6 +13,9 @@ typedef long long __m128i __attribute__((vector_size(16)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef uint16_t __m256bh __attribute__((vector_size(32)));
 typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
+typedef float __m128 __attribute__((vector_size(16)));
+typedef double __m512d __attribute__((vector_size(64)));
 typedef uint64_t __mmask64;
 
 namespace plain {
@@ -83,6 +86,10 @@ inline __m256i _mm256_loadu_si256(const __m256i *p) { return plain::load<__m256i
 inline void _mm512_storeu_ps(void *p, __m512 v) { plain::store(p, v); }
 inline void _mm512_storeu_si512(void *p, __m512i v) { plain::store(p, v); }
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void *p) { return plain::load_masked<float, 16, __m512>(m, p); }
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void *p) { return plain::load_masked<uint16_t, 32, __m512i>(m, p); }
+inline __m128 _mm_loadu_ps(const void *p) { return plain::load<__m128>(p); }
+inline void _mm_storeu_ps(void *p, __m128 v) { plain::store(p, v); }
+inline __m128 _mm_add_ps(__m128 a, __m128 b) { return a + b; }
 inline __m512i _mm512_maskz_loadu_epi8(__mmask64 m, const void *p) { return plain::load_masked<uint8_t, 64, __m512i>(m, p); }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void *p) { return plain::load_masked<uint16_t, 16, __m256i>(m, p); }
 inline __m128i _mm_maskz_loadu_epi8(__mmask16 m, const void *p) { return plain::load_masked<uint8_t, 16, __m128i>(m, p); }
@@ -97,6 +104,7 @@ inline __m512 _mm512_i32gather_ps(__m512i index, const void *from, int scale) {
 }
 
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
+inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float x) { return plain::floats([&](int) { return x; }); }
 inline __m512i _mm512_set1_epi32(int x) { return plain::words([&](int) { return x; }); }
 inline __m256i _mm256_set_epi16(short e15, short e14, short e13, short e12, short e11, short e10, short e9, short e8, short e7,
@@ -221,4 +229,45 @@ inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
 inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int which) {
     const plain::Words x(a), y(b);
     return plain::words([&](int i) { return (i < 8 ? x : y).at[4 * (which >> (2 * (i / 4)) & 3) + i % 4]; });
+}
+
+// --- within each 128 bits ---
+
+inline __m512d _mm512_castps_pd(__m512 x) { return (__m512d)x; }
+inline __m512 _mm512_castpd_ps(__m512d x) { return (__m512)x; }
+inline __m512i _mm512_set_epi32(int e15, int e14, int e13, int e12, int e11, int e10, int e9, int e8, int e7, int e6, int e5, int e4,
+                                int e3, int e2, int e1, int e0) {
+    const int all[16] = {e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15};
+    return plain::load<__m512i>(all);
+}
+
+namespace plain {
+// Lanes of one half of each 128 bits, of a and b in turn. N: of a vector.
+template <class Lane, int N, class V> V unpack(const V &a, const V &b, bool high) {
+    const Lanes<Lane, N> x(a), y(b);
+    Lanes<Lane, N> out;
+    constexpr int part = N / 4;
+    for (int i = 0; i < N; i++) {
+        const int from = i / part * part + (high ? part / 2 : 0) + i % part / 2;
+        out.at[i] = i % 2 ? y.at[from] : x.at[from];
+    }
+    return out.template as<V>();
+}
+}  // namespace plain
+
+inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) { return plain::unpack<float, 16>(a, b, false); }
+inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) { return plain::unpack<float, 16>(a, b, true); }
+inline __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) { return plain::unpack<double, 8>(a, b, false); }
+inline __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) { return plain::unpack<double, 8>(a, b, true); }
+inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return plain::unpack<uint16_t, 32>(a, b, false); }
+inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return plain::unpack<uint16_t, 32>(a, b, true); }
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+    return plain::floats([&](int i) { return (i < 8 ? a : b)[4 * (order >> (i / 4 * 2) & 3) + i % 4]; });
+}
+
+inline uint64_t _pdep_u64(uint64_t bits, uint64_t mask) {
+    uint64_t found = 0;
+    for (int i = 0; i < 64; i++)
+        if (mask >> i & 1) found |= (bits & 1) << i, bits >>= 1;
+    return found;
 }

@@ -131,7 +131,7 @@ template <class T> struct Shared {
         const int64_t count = int64_t(j.batch) * rows;
         if (!j.rebuild) {
             query.resize(count * depth);
-            for (int64_t i = 0; i < count; i++) T::pack(j.query + i * j.wide, j.keys.width, query.data() + i * depth);
+            for (int64_t i = 0; i < count; i++) T::pack_asked(j.keys, j.query + i * j.wide, j.keys.width, query.data() + i * depth);
             return;
         }
         asked.resize(count * how.wide);

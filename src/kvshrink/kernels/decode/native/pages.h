@@ -2,6 +2,11 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
 
 constexpr int PAGE = 32;
 constexpr int HALF = PAGE / 2;
@@ -56,43 +61,79 @@ struct Spot {
 
 inline int64_t run_bytes(int bits, int channels) { return int64_t(PAGE) * channels * bits / 8; }
 
+// N bytes side by side.
+template <int N> struct Bytes {
+    typedef uint8_t V __attribute__((vector_size(N)));
+    static V load(const uint8_t *p) {
+        V x;
+        std::memcpy(&x, p, N);
+        return x;
+    }
+};
+
+// use(at, count), count a constant, for all of n bytes: as many at a time as there are, since loops over a few of them
+// would do the last ones one by one.
+template <int N = 64, class F> inline void by_bytes(int n, F use) {
+    int at = 0;
+    for (; at + N <= n; at += N) use(at, std::integral_constant<int, N>());
+    if constexpr (N > 1)
+        if (at < n) by_bytes<N == 16 ? 4 : N == 4 ? 1 : N / 2>(n - at, [&](int more, auto count) { use(at + more, count); });
+}
+
+// Eight codes of 3 bits, from the lowest on, as bytes.
+inline uint64_t eight_of(uint32_t word) {
+#if defined(__BMI2__)
+    return _pdep_u64(word, 0x0707070707070707);
+#else
+    uint64_t found = 0;
+    for (int i = 0; i < 8; i++) found |= uint64_t(word >> (3 * i) & 7) << (8 * i);
+    return found;
+#endif
+}
+
 // Codes of one run, one byte each, to out[token * stride + channel].
 inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
     if (bits == 3) {  // three bytes are a little-endian word of eight codes
         int token = 0, channel = 0;
         for (int word = 0; word < PAGE * channels / 8; word++, in += 3) {
-            uint32_t w = in[0] | in[1] << 8 | in[2] << 16;
-            for (int i = 0; i < 8; i++, w >>= 3) {
-                out[token * stride + channel] = w & 7;
+            uint64_t w = eight_of(in[0] | in[1] << 8 | in[2] << 16);
+            if (channel + 8 <= channels) {
+                std::memcpy(out + token * stride + channel, &w, 8);
+                if ((channel += 8) == channels) channel = 0, token++;
+                continue;
+            }
+            for (int i = 0; i < 8; i++, w >>= 8) {
+                out[token * stride + channel] = w & 255;
                 if (++channel == channels) channel = 0, token++;
             }
         }
         return;
     }
-    const int planes = 8 / bits, rows = PAGE / planes, mask = (1 << bits) - 1;
+    const int planes = 8 / bits, rows = PAGE / planes;
+    const uint8_t mask = (1 << bits) - 1;
     for (int plane = 0; plane < planes; plane++)
         for (int row = 0; row < rows; row++) {
             const uint8_t *from = in + row * channels;
             uint8_t *to = out + (plane * rows + row) * stride;
-            for (int c = 0; c < channels; c++) to[c] = (from[c] >> (plane * bits)) & mask;
+            by_bytes(channels, [&](int c, auto count) {
+                const auto x = (Bytes<count>::load(from + c) >> (plane * bits)) & mask;
+                std::memcpy(to + c, &x, count);
+            });
         }
 }
 
 // From codes of a trellis to the numbers of their levels, in place: see kernels/trellis_levels.py.
 inline void follow_trellis(uint8_t *codes, int channels, int stride) {
-    constexpr int AT_ONCE = 64;
-    for (int c0 = 0; c0 < channels; c0 += AT_ONCE) {
-        const int n = channels - c0 < AT_ONCE ? channels - c0 : AT_ONCE;
-        uint8_t last[PAGE][AT_ONCE];  // coded bits, which the numbers overwrite
-        for (int t = 0; t < PAGE; t++)
-            for (int c = 0; c < n; c++) last[t][c] = codes[t * stride + c0 + c] & 1;
+    by_bytes(channels, [&](int c, auto count) {
+        typename Bytes<count>::V last[PAGE];  // coded bits, which the numbers overwrite
+        for (int t = 0; t < PAGE; t++) last[t] = Bytes<count>::load(codes + t * stride + c) & 1;
         for (int t = 0; t < PAGE; t++) {
-            uint8_t *row = codes + t * stride + c0;
-            const uint8_t *one = last[(t + PAGE - 1) % PAGE], *two = last[(t + PAGE - 2) % PAGE];
-            const uint8_t *four = last[(t + PAGE - 4) % PAGE];
-            for (int c = 0; c < n; c++) row[c] = (row[c] >> 1) << 2 | ((last[t][c] ^ one[c] ^ four[c]) << 1) | two[c];
+            const auto own = Bytes<count>::load(codes + t * stride + c) & 254;
+            const auto first = last[t] ^ last[(t + PAGE - 1) % PAGE] ^ last[(t + PAGE - 4) % PAGE];
+            const auto x = (own + own) | (first + first) | last[(t + PAGE - 2) % PAGE];
+            std::memcpy(codes + t * stride + c, &x, count);
         }
-    }
+    });
 }
 
 // All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels.

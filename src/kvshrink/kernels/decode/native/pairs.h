@@ -29,16 +29,49 @@ struct PairTiles {
         _mm512_storeu_si512(to, pair(_mm512_loadu_ps(p), _mm512_loadu_ps(p + HALF)));
     }
 
+    static bool direct_keys(const Side &s) { return s.form == RAW_BF16; }
+    static bool direct_values(const Side &s) { return s.form == RAW_BF16 && s.width % 32 == 0; }
+    static void pack_asked(const Side &s, const float *from, int n, uint32_t *to) {
+        if (!direct_keys(s)) return pack(from, n, to);
+        for (int i = 0; i < key_depth(n); i++) to[i] = pair(2 * i < n ? from[2 * i] : 0.0f, 2 * i + 1 < n ? from[2 * i + 1] : 0.0f);
+    }
+    static void dot_rows(const Side &s, const Spot &at, const uint32_t *query, int query_row, int rows, float *to) {
+        by_few(rows, [&](int r, auto count) {
+            dot_pairs<count>(at.data, s.width, query + r * query_row, query_row, to + r * PAGE);
+        });
+    }
+    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, uint32_t *packed, float *sums,
+                         int width) {
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < PAGE; t += 2) packed[r * HALF + t / 2] = pair(weights[r * PAGE + t], weights[r * PAGE + t + 1]);
+        by_few<2>(rows, [&](int r, auto count) {
+            add_pairs<count>(at.data, s.width, packed + r * HALF, sums + r * width, width);
+        });
+    }
+    static void done(const Side &s, float *sums, int rows) {
+        const int width = padded(s.width, 32);
+        for (int r = 0; direct_values(s) && r < rows; r++) ordered(sums + r * width, width);
+    }
+
     static void load_keys(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
         if (s.form == RAW_BF16) return raw_keys(s.width, at.data, z);
         if (s.form <= RAW_F16) return through_floats_keys(s, at, room, z);
         sides(s, at, room, true);
+        const bool gains = s.form == NORMAL && s.group % 4 == 0;  // one for all four channels: it goes into the levels
+        int group = -1;
+        __m512i table = _mm512_setzero_si512();
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
+            uint32_t *to = z + c / 2 * PAGE + half * HALF;
+            if (const int bits = bits_at(s, c); gains && bits <= 4) {
+                if (c / s.group != group) group = c / s.group, table = scaled(s, bits, room.numbers[c]);
+                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, table));
+                _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 8), table));
+                return;
+            }
             const __m512 none = _mm512_setzero_ps();
             __m512 x[4];
             for (int i = 0; i < 4; i++)
                 x[i] = c + i < s.width ? number(s, room, bits_at(s, c + i), _mm512_srli_epi32(codes, 8 * i), c + i, half) : none;
-            uint32_t *to = z + c / 2 * PAGE + half * HALF;
             _mm512_storeu_si512(to, pair(x[0], x[2]));
             _mm512_storeu_si512(to + PAGE, pair(x[1], x[3]));
         });
@@ -46,7 +79,7 @@ struct PairTiles {
 
     // Queries times each channel's scale, and what the minima add to each row's scores. z becomes codes as they are.
     static bool folds_keys(const Side &s) {
-        bool small = s.form == CHANNEL || s.form == NORMAL;
+        bool small = s.form == CHANNEL;
         for (int i = 0; small && i < s.runs; i++) small = s.bits[i] <= 4;
         return small;
     }
@@ -65,8 +98,7 @@ struct PairTiles {
             added[r] = _mm512_reduce_add_ps(sum);
         }
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
-            const float *levels = s.levels + 256 * bits_at(s, c);
-            const __m512i table = s.trellis ? levels32(levels) : levels16(levels);
+            const __m512i table = scaled(s, bits_at(s, c), 1.0f);
             uint32_t *to = z + c / 2 * PAGE + half * HALF;
             _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, table));
             _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 8), table));
@@ -88,6 +120,17 @@ struct PairTiles {
             const int bits = bits_at(s, c), g = s.form == TOKEN ? c / s.group : 0;
             const int groups = s.form == TOKEN ? (s.width + s.group - 1) / s.group : 0;
             const float *scale = room.numbers, *low = scale + PAGE * room.stride;
+            if (s.form == NORMAL && bits <= 4) {  // 16 channels have one gain, which goes into the levels
+                const __m512i table = scaled(s, bits, scale[c]);
+                for (int t = 0; t < HALF; t++) {
+                    const __m512i one = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + t * stride + c));
+                    const __m512i two = nibbles ? _mm512_srli_epi32(one, 4)
+                                                : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + (t + HALF) * stride + c));
+                    const __m512i index = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
+                    _mm512_storeu_si512(z + t * width + c, _mm512_permutexvar_epi16(index, table));
+                }
+                continue;
+            }
             const __m512 table = _mm512_loadu_ps(s.levels + 256 * bits);
             __m512 by = _mm512_loadu_ps(scale + (groups ? 0 : c)), to = _mm512_loadu_ps(low + (groups ? 0 : c));
             for (int t = 0; t < HALF; t++) {
@@ -130,7 +173,7 @@ struct PairTiles {
             }
     }
     static void load_codes(const Side &s, const Spot &at, uint32_t *z, int width) {
-        const __m512i table = levels16(s.levels + 256 * 4);
+        const __m512i table = scaled(s, 4, 1.0f);
         for (int t = 0; t < HALF; t++)
             for (int c = 0; c < s.width; c += 16) {
                 const __m128i bytes = _mm_maskz_loadu_epi8(mask16(s.width - c), at.data + int64_t(t) * s.width + c);
@@ -150,15 +193,13 @@ struct PairTiles {
 
     static __mmask16 mask16(int left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
 
-    // The first 16 levels as bfloat16, twice.
-    static __m512i levels16(const float *levels) {
-        const __m512i wide = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(levels)));
-        return _mm512_inserti64x4(wide, _mm512_castsi512_si256(wide), 1);
-    }
-
-    static __m512i levels32(const float *levels) {
-        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(levels));
-        return _mm512_inserti64x4(_mm512_castsi256_si512(low), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(levels + 16)), 1);
+    // The levels of codes of up to 4 bits, times a gain, as bfloat16: 16 twice, or 32 of a trellis.
+    static __m512i scaled(const Side &s, int bits, float gain) {
+        const __m512 by = _mm512_set1_ps(gain);
+        const float *levels = s.levels + 256 * bits;
+        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(levels), by));
+        const __m256i high = s.trellis ? (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(levels + 16), by)) : low;
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
 
     // use(c, half, codes): lane = token of this half, byte i = code of channel c + i, in its low 4 bits, or all 8 if it was unpacked.

@@ -80,6 +80,7 @@ template <class T> struct Task {
                 if (at.there) add(at, g);
             }
         }
+        T::done(job.values, sums.data, all.rows);
     }
 
     // Slots of a page that a lane's rows may read, as [begin, end): what is filled, but for the row's first ones.
@@ -101,6 +102,7 @@ template <class T> struct Task {
         const int count = group_heads * job.x, first_row = g * count;
         float *to = scores.data + first_row * PAGE;
         const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
+        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to);
         if (T::folds_keys(job.keys)) {
             const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
             T::fold_keys(job.keys, at, room, query, count, folded.data, added.data(), keys.data);
@@ -117,6 +119,8 @@ template <class T> struct Task {
     void add(const Spot &at, int g) {
         const int count = all.rows / job.values.groups, wide = all.value_wide, group = job.values.group;
         float *to = sums.data + int64_t(g) * count * wide;
+        if (T::direct_values(job.values))
+            return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, wide);
         if (T::folds_values(job.values, count)) {
             T::fold_values(job.values, at, room, scores.data + g * count * PAGE, count, folded.data, to, wide);
             T::load_codes(job.values, at, values.data, wide);

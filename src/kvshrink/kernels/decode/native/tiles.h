@@ -10,8 +10,7 @@
 #pragma once
 #include <algorithm>
 
-#include "pages.h"
-#include "vector.h"
+#include "rows.h"
 
 inline int padded(int width, int to) { return (width + to - 1) / to * to; }
 
@@ -34,6 +33,21 @@ struct FloatTiles {
     }
     static void pack(const float *from, int n, float *to) { std::copy(from, from + n, to); }
     static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
+    // Rows of floats are read as they lie; queries and weights as `pack_asked` and `pack_weights` give them.
+    static bool direct_keys(const Side &s) { return s.form <= RAW_F16; }
+    static bool direct_values(const Side &s) { return s.form <= RAW_F16; }
+    static void pack_asked(const Side &, const float *from, int n, float *to) { pack(from, n, to); }
+    static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to) {
+        by_few(rows, [&](int r, auto count) {
+            dot_floats<count>(s.form, at.data, s.width, query + r * query_row, query_row, to + r * PAGE);
+        });
+    }
+    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width) {
+        by_few(rows, [&](int r, auto count) {
+            add_floats<count>(s.form, at.data, s.width, weights + r * PAGE, sums + r * width, width);
+        });
+    }
+    static void done(const Side &, float *, int) {}
     static bool folds_keys(const Side &) { return false; }
     static bool folds_values(const Side &, int) { return false; }
     static void fold_keys(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, float *) {}
