@@ -20,8 +20,9 @@ from kvshrink.fit.data import token_rows
 from kvshrink.fit.probe import Recall, recall_rows, row_length
 from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
+from kvshrink.kernels import held
 from kvshrink.kernels.ceilings import Ceilings
-from kvshrink.methods import _window, get, name_of
+from kvshrink.methods import get, name_of
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank import _balance
@@ -334,7 +335,8 @@ def test_the_judge_reads_what_a_real_cache_would_hold(llama, monkeypatch):
     model, rows = llama
     infos, shape = layers_of(model), LayerShape(8, 128, torch.float32)
     judge = Recall(model, infos, rows, benches.widest(4096), False, chunk=32)
-    monkeypatch.setattr(_window, "LARGEST", 2)  # codes so coarse that it shows
+    monkeypatch.setattr(held, "_native", lambda tensor: False)
+    monkeypatch.setattr(held.reference, "LARGEST", 2)  # codes so coarse that it shows
     found = {}
     rounded = RTN(bits=8, window=64, window_bits=8)
     for method in (RTN(bits=1, window=8, sinks=0), RTN(bits=1, window=128), rounded):

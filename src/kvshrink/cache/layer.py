@@ -14,11 +14,11 @@ from torch import Tensor
 from kvshrink.cache.attend import rebuild
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
-from kvshrink.cache.leaving import left
+from kvshrink.cache.leaving import left, quiet
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows_layer import RowsLayer
 from kvshrink.cache.sinks import Sinks
-from kvshrink.cache.snapshot import ExactSinks, Snapshot
+from kvshrink.cache.snapshot import ExactSinks, HeldRows, Snapshot
 from kvshrink.cache.step import SNAPSHOT, Staged, appending
 from kvshrink.cache.window import Window
 from kvshrink.cache.writing import Leave
@@ -97,8 +97,14 @@ class CompressedLayer(RowsLayer):
         self.whole = False
         before, self.seen = self.body.view(self._base_pages), self.seen + new
         self.window.hold(self._form)
-        keys, values = self.window.extend(key_states, value_states, self.leaves)
-        snapshot = self._snapshot(before, keys, staged.rope)
+        joined, held = self.window.put(key_states, value_states, self.leaves), None
+        if joined is None and staged.own_attention and self._only_attended(before):
+            keys, values = key_states, value_states
+            held = HeldRows(*self.window.stored(), self.window.form)
+        else:
+            keys, values = joined or self.window.view()
+        count = keys.shape[2] if held is None else self.window.count
+        snapshot = self._snapshot(before, count, keys.device, staged.rope, held)
         leave = Leave(
             self.method,
             self.codecs,
@@ -132,11 +138,22 @@ class CompressedLayer(RowsLayer):
 
     def snapshot(self, rope: Rope | None) -> Snapshot:
         """What attention would read now, beside `window.view()`."""
-        return self._snapshot(self.body.view(self._base_pages), self.window.view()[0], rope)
+        keys = self.window.stored()[0]
+        return self._snapshot(self.body.view(self._base_pages), keys.shape[2], keys.device, rope, None)
 
-    def _snapshot(self, before: tuple[Any, ...], keys: Tensor, rope: Rope | None) -> Snapshot:
+    def _only_attended(self, before: tuple[Any, ...]) -> bool:
+        """Whether our attention alone reads the exact tokens, all in the window, and others beside them."""
+        first, method = self.seen - self.window.count, self.method
+        alike = self.window.starts is None and self.table.shifts is None
+        more = first > 0 or bool(before) or self.sinks.keys is not None
+        return more and alike and method.scorer is None and quiet(first, self.seen, method.window, method.page)
+
+    def _snapshot(
+        self, before: tuple[Any, ...], count: int, device: torch.device, rope: Rope | None, held: HeldRows | None
+    ) -> Snapshot:
+        """count: of exact tokens."""
         sinks, exact, table = self.sinks, None, self.table
-        shifts = None if table.shifts is None else torch.from_numpy(table.shifts.astype(np.int32)).to(keys.device)
+        shifts = None if table.shifts is None else torch.from_numpy(table.shifts.astype(np.int32)).to(device)
         if sinks.keys is not None and sinks.values is not None and sinks.columns is not None and sinks.size:
             own = sinks.columns
             columns = own if shifts is None else torch.where(own < 0, own, own + shifts[:, None])
@@ -147,13 +164,14 @@ class CompressedLayer(RowsLayer):
             rope=rope,
             tiers=before,
             sinks=exact,
-            positions=table.positions_on(keys.device)[:, : self.seen],
+            positions=table.positions_on(device)[:, : self.seen],
             padded=table.padded,
-            first=self.seen - keys.shape[2],
+            first=self.seen - count,
             seen=self.seen,
-            starts=None if starts is None else torch.from_numpy(starts).to(keys.device),
+            starts=None if starts is None else torch.from_numpy(starts).to(device),
             shifts=shifts,
             hidden=sinks.hidden,
+            held=held,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedLayer":

@@ -44,6 +44,11 @@ def left(length: np.ndarray, window: int, page: int) -> np.ndarray:
     return np.asarray(np.maximum(0, length - window) // page * page)
 
 
+def quiet(first: int, seen: int, window: int, page: int) -> bool:
+    """Whether no page leaves of exact columns from `first` to `seen`, where all rows are alike: so in most steps."""
+    return first >= (seen - window) // page * page
+
+
 def leavings(lengths: np.ndarray, exact: np.ndarray, slots: int, window: int, page: int) -> Iterator[Leaving]:
     """Rows of so many columns, of which the last `exact` are in the last of so many slots."""
     gone = np.maximum(0, left(lengths, window, page) - (lengths - exact))

@@ -17,6 +17,7 @@ from kvshrink.kernels.decode import Choice, Live, fused
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._stats import LayerShape
+from kvshrink.methods._window import WindowForm
 from kvshrink.shapes import Bool, Float, Int, UInt8
 from kvshrink.store.lanes import Pages, Span
 
@@ -139,14 +140,26 @@ class ExactSinks(NamedTuple):
     simple: bool  # whether they are the first columns in every row
 
 
+class HeldRows(NamedTuple):
+    """The exact tokens as their window holds them: `form` gives keys and values [b, h, w, d] of them."""
+
+    keys: Tensor
+    values: Tensor
+    form: WindowForm
+
+    def rows(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
+        return self.form.rows(self.keys), self.form.rows(self.values)
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Rides on the key tensor that `update` returns: what attention must read besides that tensor.
 
-    first:  column of the returned tensor's first token; seen: columns in all.
-    starts: of rows that differ, the returned tensor's first slot that is a row's own; None: 0.
+    first:  column of the first exact token; seen: columns in all.
+    starts: of rows that differ, the first slot of the exact tokens that is a row's own; None: 0.
     shifts: of joined rows, the column of each one's first token, [b]; None: 0.
     hidden: leading columns of each row that its body does not show; None: none.
+    held:   the exact tokens, where the returned tensor is the new ones alone; None: it has all of them.
     """
 
     shape: LayerShape
@@ -160,6 +173,7 @@ class Snapshot:
     starts: Int[Tensor, " b"] | None = None
     shifts: Int[Tensor, " b"] | None = None
     hidden: Hidden | None = None
+    held: HeldRows | None = None
 
     @property
     def pages(self) -> int:

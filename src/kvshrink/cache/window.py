@@ -85,7 +85,13 @@ class Window:
     def extend(
         self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
     ) -> tuple[Tensor, Tensor]:
-        """Old and new tokens together: in place if they fit, else joined for this step only; then call `keep`.
+        """Old and new tokens together, as `put` leaves them."""
+        return self.put(keys, values, left) or self.view()
+
+    def put(
+        self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add tokens: in place if they fit, then None; else all are joined for this step only, and `keep` must follow.
 
         left: whether tokens have left the window before, or will in this step.
         """
@@ -100,7 +106,7 @@ class Window:
         room = self._make_room(self.capacity if left and self.shared is None else min(self.capacity, slots_for(end)))
         _write(room, self.own, self.form.stored(keys), self.form.stored(values))
         self.own = end
-        return self.view()
+        return None
 
     def keep(self, keys: Tensor, values: Tensor, gone: int) -> None:
         """Let the first `gone` of these tokens [b, h, w, d] go, which are all that `extend` gave."""

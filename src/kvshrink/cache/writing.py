@@ -12,7 +12,7 @@ from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
-from kvshrink.cache.leaving import Leaving, Paged, cut, leavings, left, paged, spread
+from kvshrink.cache.leaving import Leaving, Paged, cut, leavings, left, paged, quiet, spread
 from kvshrink.cache.scoring import ProbeQueries, received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
@@ -67,8 +67,8 @@ class Leave:
         """Move what leaves of these exact tokens to sinks and body; the window keeps the rest."""
         window, page, slots = self.method.window, self.method.page, keys.shape[2]
         starts, seen = self.window.starts, self.first + slots
-        if starts is None and self.table.shifts is None and self.first >= (seen - window) // page * page:
-            return  # as in most steps: all rows are alike, and none has a page to give
+        if starts is None and self.table.shifts is None and quiet(self.first, seen, window, page):
+            return
         lengths = self.table.lengths
         exact = np.minimum(lengths, slots - (0 if starts is None else starts))
         positions = self.before.positions[:, self.first :]

@@ -10,13 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.held import SCALE, rounded, unrounded
 from kvshrink.methods._stats import LayerShape
 from kvshrink.shapes import Float
-
-LARGEST = 127  # of an 8-bit code
-SCALE = torch.bfloat16  # whose range is float32's, so that no token is too small or too large
-HALF = torch.finfo(torch.float16).max
-TINY = 1e-30  # a token of zeros has no scale of its own
 
 
 @final
@@ -31,20 +27,13 @@ class WindowForm:
         """Rows as they are held: themselves, or bytes [b, h, w, d + 2], codes and the scale behind them."""
         if self.bits is None:
             return rows
-        rows = rows.float()
-        scale = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(TINY).to(SCALE)
-        codes = (rows / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], -1)
+        return rounded(rows)
 
     def rows(self, stored: Tensor) -> Float[Tensor, "b h w d"]:
         """Rows of the model's dtype from what `stored` gave; zeros from bytes of zero."""
         if self.bits is None:
             return stored
-        codes, scale = stored.split([stored.shape[-1] - SCALE.itemsize, SCALE.itemsize], -1)
-        found: Tensor = codes.view(torch.int8) * scale.contiguous().view(SCALE).float()
-        if self.shape.dtype == torch.float16:  # a scale that was rounded up may lead beyond its range
-            found = found.clamp(-HALF, HALF)
-        return found.to(self.shape.dtype)
+        return unrounded(stored, self.shape.dtype)
 
     @property
     def kind(self) -> tuple[torch.dtype, int]:
