@@ -30,6 +30,7 @@ from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.rope_commuting import RopeCommuting
 from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.lowrank.spectral import Spectral
+from kvshrink.methods.quant.exact import Full
 from kvshrink.methods.quant.kivi import KIVI
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.store import files
@@ -44,6 +45,9 @@ METHODS: dict[str, Method] = {
     "RoPE-commuting 0.2": RopeCommuting(keep=0.2),
     "SALS 0.2 int4, 1/8 of tokens": SALS(keep=0.2, bits=4, topk=0.125),
     "spectral 0.0625": Spectral(budget=0.0625, allocation="energy"),
+    "spectral 0.0625 balanced": Spectral(budget=0.0625, allocation="energy", speed="balanced"),
+    "spectral 0.0625 fast": Spectral(budget=0.0625, allocation="energy", speed="fast"),
+    "full, in our pages": Full(),
     "KIVI int4": KIVI(bits=4),
     "KIVI int2": KIVI(bits=2),
     "RTN int4": RTN(bits=4),

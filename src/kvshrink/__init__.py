@@ -29,6 +29,7 @@ from kvshrink.errors import KVShrinkError
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.lowrank.cskv import CSKV
 from kvshrink.methods.lowrank.spectral import Spectral
+from kvshrink.methods.quant.exact import Full
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.reference import reference_model
 
@@ -43,6 +44,7 @@ __all__ = [
     "CSKV",
     "RTN",
     "Artifact",
+    "Full",
     "KVCache",
     "KVShrinkError",
     "Spectral",

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvshrink import methods
+from kvshrink import Full, methods
 from kvshrink.cache import attend
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError
@@ -146,7 +146,9 @@ def test_promised_bits_are_those_of_the_pages(method, shape, fit):
     pair = method.codecs(shape, fitted)
     promised = method.bits_per_token(shape, fitted)
     assert promised == (sum(c.page_bytes() for c in pair) * 8 / method.page if pair else 0)
-    assert promised < shape.token_bytes * 8 or getattr(method, "bits", 0) in (None, 8), "a method must save bytes"
+    assert promised < shape.token_bytes * 8 or getattr(method, "bits", 0) in (None, 8) or isinstance(method, Full), (
+        "a method must save bytes"
+    )
 
 
 @pytest.mark.parametrize("b", [1, 2])

@@ -31,8 +31,8 @@ def attend(
     softcap: float | None,
     snapshot: Snapshot,
 ) -> Float[Tensor, "b q s d"]:
-    """Attention of s new tokens to everything cached. keys, values: the exact tokens, unless the snapshot holds them.
-    `mask` covers all columns, bool or additive; None is causal."""
+    """Attention of s new tokens to everything cached. keys, values: the exact tokens, or the new ones
+    where the snapshot holds all of them. `mask` covers all columns, bool or additive; None is causal."""
     b, heads, s, _ = query.shape
     h = keys.shape[1]
     # many new tokens come in chunks, so that scores stay small; a block of the body is rebuilt once for all chunks
@@ -112,7 +112,7 @@ def _exact(chunks: list[QueryChunk], keys: Tensor, values: Tensor, softcap: floa
     if snapshot.held is not None:
         if len(chunks) == 1 and (part := _held(chunks[0], snapshot.held, softcap)) is not None:
             return [part]
-        keys, values = snapshot.held.rows()
+        keys, values = (keys, values) if snapshot.held.form.bits is None else snapshot.held.rows()
     states, step = [start(q, values.shape[3]) for q, _ in chunks], _block_tokens(snapshot)
     for at in range(0, keys.shape[2] or int(sinks is not None), step):  # after a crop none may be exact
         k, v = keys[:, :, at : at + step], values[:, :, at : at + step]
@@ -130,15 +130,14 @@ def _exact(chunks: list[QueryChunk], keys: Tensor, values: Tensor, softcap: floa
 
 
 def _held(part: QueryChunk, held: HeldRows, softcap: float | None) -> tuple[Tensor, Tensor] | None:
-    """All exact tokens in one operation; None where the chunk does not see all of them, or other things too."""
+    """All exact tokens in one operation; None without a kernel, or where the chunk does not see all of them."""
     query, view = part
     sinks = view.snapshot.sinks
     plain = view.rows is None and view.biases is None and view.snapshot.starts is None
     if not plain or query.shape[2] > MOST_ROWS or (sinks is not None and not sinks.simple):
         return None
     first = None if sinks is None else (sinks.keys, sinks.values)
-    out: tuple[Tensor, Tensor] = attend_held(query, held.keys, held.values, first, softcap, view.snapshot.shape.dtype)
-    return out
+    return attend_held(query, held.keys, held.values, first, softcap, view.snapshot.shape.dtype)
 
 
 def _shown(view: Visibility, columns: slice, with_sinks: bool) -> tuple[Tensor | None, Tensor | None]:

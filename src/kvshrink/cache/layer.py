@@ -99,11 +99,12 @@ class CompressedLayer(RowsLayer):
         self.window.hold(self._form)
         joined, held = self.window.put(key_states, value_states, self.leaves), None
         if joined is None and staged.own_attention and self._only_attended(before):
-            keys, values = key_states, value_states
             held = HeldRows(*self.window.stored(), self.window.form)
+        if held is not None and held.form.bits is not None:  # rows are not made where a kernel reads what is held
+            keys, values, count = key_states, value_states, self.window.count
         else:
             keys, values = joined or self.window.view()
-        count = keys.shape[2] if held is None else self.window.count
+            count = keys.shape[2]
         snapshot = self._snapshot(before, count, keys.device, staged.rope, held)
         leave = Leave(
             self.method,

@@ -159,7 +159,7 @@ class Snapshot:
     starts: of rows that differ, the first slot of the exact tokens that is a row's own; None: 0.
     shifts: of joined rows, the column of each one's first token, [b]; None: 0.
     hidden: leading columns of each row that its body does not show; None: none.
-    held:   the exact tokens, where the returned tensor is the new ones alone; None: it has all of them.
+    held:   the exact tokens as they are held; at 8 bits the returned tensor is the new ones alone. None: it has all.
     """
 
     shape: LayerShape
