@@ -3,9 +3,9 @@
     python bench/closed_paths.py                  # writes bench/results/closed_paths.json
 
 A path of 32 unit normal numbers begins in the state where it ends. Ends are tried in the order of a lower bound, until
-the next one cannot be better (`searches`, the mean over paths): the bound from the best way to a state, or from that
+the next one cannot be better (`searches`): the bound from the best way to a state, or from that
 and the best way on from it. `error`: squared error over the best closed path's, where the first end alone is tried, or
-where the end comes from a second turn around the page (wrap-around Viterbi), as decoders of tail-biting codes save work.
+where the end comes from a second turn around the page (wrap-around Viterbi), as decoders of tail-biting codes do.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 from kvshrink.kernels.trellis_levels import BITS, STATES, SUBSETS, levels, subset_of
 from kvshrink.store import files
 
-NEVER = 1e30
+NEVER, LANES = 1e30, 32
 STATE = torch.arange(STATES)
 BEFORE = torch.stack([STATE >> 1, (STATE >> 1) + STATES // 2])  # the two states that may come before each
 NEXT = torch.stack([2 * STATE % STATES, 2 * STATE % STATES + 1])
@@ -49,13 +49,14 @@ def closed(cost: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def searches(bound: Tensor, own: Tensor) -> float:
-    """Ends that are tried, the mean over paths."""
+def searches(bound: Tensor, own: Tensor) -> dict:
+    """Ends that are tried: the mean over paths, and over 32 of them that are searched together."""
     low, order = bound.sort(1)
     best = own.gather(1, order).cummin(1).values
     done = best[:, :-1] <= low[:, 1:] + 1e-6
     count = torch.where(done.any(1), done.int().argmax(1) + 1, STATES)
-    return float(count.float().mean())
+    together = count.view(-1, LANES).amax(1)
+    return {"a path": round(float(count.float().mean()), 2), "a register": round(float(together.float().mean()), 2)}
 
 
 def measure(bits: int, paths: int) -> dict:
@@ -72,7 +73,7 @@ def measure(bits: int, paths: int) -> dict:
     both = torch.maximum(to, on)
     return {
         "bits": bits,
-        "searches": {"way to it": round(searches(to, own), 2), "and on from it": round(searches(both, own), 2)},
+        "searches": {"way to it": searches(to, own), "and on from it": searches(both, own)},
         "error": {"first end alone": error(to), "first of both bounds": error(both), "second turn": error(again)},
     }
 

@@ -188,6 +188,25 @@ def test_gradients_are_right_or_refused(model, implementation, mode):
         loss.backward()
 
 
+@pytest.mark.parametrize("trained", [("",), ("k_proj",), ("v_proj",), ("k_proj", "lm_head")])
+@pytest.mark.parametrize("window_bits", [None, 8])
+def test_one_token_more_is_refused_gradients_too(model, window_bits, trained):
+    """A kernel may read what the window holds: what the new token's keys and values would learn must not be lost."""
+    model.set_attn_implementation(NAME)
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(part in name for part in trained))
+    ids = tokens(1, 120)
+    cache = kvshrink.make_cache(model, RTN(bits=8, window_bits=window_bits))
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+    out = model(ids[:, -1:], past_key_values=cache)
+    assert cache.get_seq_length() == 120
+    with pytest.raises(CacheError, match="gradients do not pass through a shrunken cache"):
+        out.logits.sum().backward()
+    model.requires_grad_(False)
+
+
 def test_gradient_checkpointing_refuses_our_cache_alone(model):
     model.requires_grad_(True).train()
     ids = tokens(1, 70)

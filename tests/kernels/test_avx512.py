@@ -37,6 +37,8 @@ def test_pages_read_by_pairs(emulated, form):
     keys, values = packed(form, 2, 70, 2, 1, BF16), packed(form, 1, 48, 2, 1, BF16)
     query, turn = torch.randn(1, 4, 2, 64) / 8, turn_of(2 * PAGE, 64)
     compare(query, keys, basis_of(2, 70, 4, 64), turn, values, None, None, BF16)
+    even = packed(form, 1, 96, 2, 1, BF16)  # rows whose values are read as they lie are of whole blocks of 32 channels
+    compare(query, keys, basis_of(2, 70, 4, 64), turn, even, None, None, BF16)
     wide = packed(form, 4, 64, 2, 1, BF16)
     compare(query, wide, None, None, values, None, None, BF16)
 

@@ -64,6 +64,5 @@ def test_zeros_and_numbers_that_are_none():
 def test_the_encoder_is_left_out_where_no_kernel_is_wanted(monkeypatch):
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
     monkeypatch.setattr(native, "library", lambda: pytest.fail("asked for the library"))
-    monkeypatch.setattr(cpu, "encode", lambda *a: pytest.fail("encoded in C++"))
-    mixed.reference.encode(torch.randn(1, 1, 1, 32, 16), torch.full((1, 1), 32.0), (16,), (8,), "normal")
-    mixed.encode(torch.randn(1, 1, 1, 32, 16), torch.full((1, 1), 32.0), (16,), (8,), "normal")
+    for form, bits in (("normal", 8), ("trellis", 4)):
+        mixed.encode(torch.randn(1, 1, 1, 32, 16), torch.full((1, 1), 32.0), (16,), (bits,), form)

@@ -41,8 +41,15 @@ def test_search_finds_the_best_of_all_closed_paths():
 
 
 @needs_library
+def test_pages_of_a_few_tokens_are_searched_by_the_reference():
+    """A cost that is clipped would decide there: three times the least error was seen."""
+    x = 3 * normal(20, 3, 3, 4)
+    assert torch.equal(trellis.to_codes(x, 3), reference.to_codes(x, 3))
+
+
+@needs_library
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("page", [16, 31, 32])
+@pytest.mark.parametrize("page", [8, 16, 31, 32])
 def test_kernel_is_as_good_as_the_reference(bits, page):
     """Its costs are integers, and no larger than they must be to tell levels apart: beyond all levels it is coarser."""
     near, far = normal(5, 3, page, 40), 30 * normal(1, 3, page, 40)

@@ -15,7 +15,7 @@ from tests.cache.build import feed, make
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def model(request):
     torch.manual_seed(0)
-    shape = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    shape = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
     config = LlamaConfig(num_hidden_layers=2, intermediate_size=64, vocab_size=97, **shape)
     net = LlamaForCausalLM(config).eval().to(request.param)
     yield net

@@ -55,8 +55,8 @@ def attend_all(
     softcap: float | None,
     snapshots: Sequence[Snapshot],
 ) -> list[Tensor]:
-    """Attention of a server's batch: independent caches, each with its queries [b, q, s, d], exact keys and values,
-    mask and snapshot, of any lengths."""
+    """Attention of a server's batch: independent caches, each with its queries [b, q, s, d], keys and values as for
+    `attend`, mask and snapshot, of any lengths."""
     parts = zip(queries, exact, masks, snapshots, strict=True)
     return [attend(query, *pair, mask, scaling, softcap, snapshot) for query, pair, mask, snapshot in parts]
 
@@ -73,8 +73,11 @@ def stored_keys(snapshot: Snapshot) -> Iterator[tuple[Float[Tensor, "b h t d"], 
 
 
 def rebuild(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of all columns at full width: zero where nothing was stored, anything at (masked) pads."""
+    """Keys and values of all columns at full width: zero where nothing was stored, anything at (masked) pads. keys and
+    values as for `attend`."""
     first = snapshot.first
+    if snapshot.held is not None:
+        keys, values = snapshot.held.rows()
     b, h, w, d = keys.shape
     all_keys, all_values = keys.new_zeros(b, h, first + w, d), values.new_zeros(b, h, first + w, values.shape[3])
     for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(_block_tokens(snapshot))):

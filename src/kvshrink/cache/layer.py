@@ -82,7 +82,8 @@ class CompressedLayer(RowsLayer):
     def update(
         self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append s tokens; return the exact ones, with a snapshot of the rest; or all, while nothing is encoded."""
+        """Append s tokens; return the exact ones with a snapshot of the rest, or all, while nothing is encoded. Of a
+        window at 8 bits the new ones alone may come back: the snapshot has what is held."""
         staged, self.staged = self.staged, None
         if staged is None:
             raise CacheError("this cache is used with a model that is not attached. Call kvshrink.attach(model) first.")
@@ -98,12 +99,13 @@ class CompressedLayer(RowsLayer):
         before, self.seen = self.body.view(self._base_pages), self.seen + new
         self.window.hold(self._form)
         joined, held = self.window.put(key_states, value_states, self.leaves), None
-        if joined is None and staged.own_attention and self._only_attended(before):
+        learns = key_states.requires_grad or value_states.requires_grad  # then attention must see the returned keys
+        if joined is None and staged.own_attention and not learns and self._only_attended(before):
             held = HeldRows(*self.window.stored(), self.window.form)
         if held is not None and held.form.bits is not None:  # rows are not made where a kernel reads what is held
             keys, values, count = key_states, value_states, self.window.count
         else:
-            keys, values = joined or self.window.view()
+            keys, values = joined or (self.window.view() if held is None else held.rows())
             count = keys.shape[2]
         snapshot = self._snapshot(before, count, keys.device, staged.rope, held)
         leave = Leave(
@@ -118,7 +120,7 @@ class CompressedLayer(RowsLayer):
             snapshot,
         )
         ranked = leave.rank(staged.probe_queries, keys, new)
-        if self.leaves:
+        if self.leaves and held is None:
             leave.run(keys, values, ranked)
             self.window.hold(self._form)
         self.whole = True

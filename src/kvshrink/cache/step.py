@@ -42,8 +42,9 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
         snapshot = getattr(all_keys, SNAPSHOT, None)
         if auto and snapshot is None:  # others' attention gets both as DynamicCache gives them
             all_keys, all_values = all_keys.to(given), all_values.to(given)
-        if torch.is_grad_enabled() and keys.requires_grad and all_keys is not keys:
-            all_keys = _Unlearnt.apply(all_keys, keys)  # type: ignore[no-untyped-call] # torch has no types here
+        learns = next((new for new in (keys, values) if new.requires_grad), None)
+        if torch.is_grad_enabled() and learns is not None and all_keys is not keys:
+            all_keys = _Unlearnt.apply(all_keys, learns)  # type: ignore[no-untyped-call] # torch has no types here
             if snapshot is not None:
                 setattr(all_keys, SNAPSHOT, snapshot)
         return all_keys, all_values
@@ -52,7 +53,7 @@ def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 
 class _Unlearnt(torch.autograd.Function):
-    """Keys of which the new ones came from a projection that would learn: what is stored has no gradient."""
+    """Keys, where new keys or values came from a projection that would learn: what is stored has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, stored: Tensor, new: Tensor) -> Tensor:

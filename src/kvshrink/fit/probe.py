@@ -8,7 +8,7 @@ window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 import copy
 import math
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar, final
 
@@ -38,7 +38,8 @@ T = TypeVar("T")
 class Recall(Probe):
     """`ROWS` rows, which go through the model together, once. chunk: as a Reader's.
 
-    Holds their cache and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary.
+    Holds their cache and, in float32, what the exact model predicts: ROWS x a quarter of LENGTH x the vocabulary. Read
+    through codecs the cache is there a second time.
     rough: whether answers are shared by budgets that are near each other, as a search needs them.
     """
 
@@ -89,15 +90,21 @@ class Recall(Probe):
 
     @torch.no_grad()
     def kl(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]]) -> float:
-        return self.lost(self.reader.predict(self.exact, codecs, self.made[:, -self.tail :]))
+        return self.lost(self.reader.predictions(self.exact, codecs, self.made[:, -self.tail :]))
 
-    def lost(self, found: Float[Tensor, "b s v"]) -> float:
-        """KL of predictions, in nats, the mean over all tokens. Raises DataError where they are no numbers."""
-        rows = zip(self.wanted, found, strict=True)  # one by one: each takes a few times its own memory
-        total = sum(float((wanted.exp() * (wanted - row)).sum(-1).mean()) for wanted, row in rows)
+    def lost(self, chunks: Iterable[Float[Tensor, "b s v"]]) -> float:
+        """KL of predictions, in nats, the mean over all tokens. Raises DataError where they are no numbers.
+
+        chunks: of the tails, in order; each takes a few times its own memory.
+        """
+        total, at = 0.0, 0
+        for found in chunks:
+            wanted = self.wanted[:, at : at + found.shape[1]]
+            total += float((wanted.exp() * (wanted - found)).sum((1, 2)).double().sum())
+            at += found.shape[1]
         if not math.isfinite(total):
             raise DataError("the model's predictions are NaN or infinite on the calibration text. Check the weights.")
-        return max(0.0, total / len(found))
+        return max(0.0, total / self.wanted[..., 0].numel())
 
     def parts(self, codecs: Mapping[int, tuple[Codec | None, Codec | None]], turn: int) -> Parts:
         self.bar.update()

@@ -1,6 +1,6 @@
 """A model that prefills exactly and then reads what it prefilled through codecs, without a cache of ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -39,14 +39,17 @@ class Reader:
         tail: Int[Tensor, "b s"],
     ) -> Float[Tensor, "b s v"]:
         """Log-probabilities after each token of the tails, the cache read through the codecs."""
+        return torch.cat(list(self.predictions(exact, codecs, tail)), 1)
+
+    def predictions(self, exact: DynamicCache, codecs: Mapping, tail: Int[Tensor, "b s"]) -> Iterator[Tensor]:
+        """The same, a chunk [b, s, v] at a time."""
         cache = self.lossy(exact, codecs)
-        found, before = [], cache.get_seq_length()
+        before = cache.get_seq_length()
         for part in tail.split(self.chunk or tail.shape[1], 1):
             self._slide(cache, codecs, before)
             before = cache.get_seq_length()
             logits = self.model(input_ids=part, past_key_values=cache).logits
-            found.append(logits.float().log_softmax(-1))
-        return torch.cat(found, 1)
+            yield logits.float().log_softmax(-1)
 
     def lossy(self, exact: DynamicCache, codecs: Mapping) -> DynamicCache:
         """A cache of what the codecs give for what this one holds."""

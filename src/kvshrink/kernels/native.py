@@ -42,6 +42,11 @@ _answer: _Answer | None = None
 _looking = threading.Lock()
 
 
+def left_out() -> bool:
+    """Whether KVSHRINK_REFERENCE=1 in the environment leaves all kernels out, asked at each use."""
+    return os.environ.get("KVSHRINK_REFERENCE") == "1"
+
+
 def library() -> ctypes.CDLL | None:
     """The built library; None, said once in the log, where it cannot be built or loaded."""
     return (_answer or _ask()).library

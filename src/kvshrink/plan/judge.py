@@ -29,8 +29,9 @@ class Judge:
         fill(cache, self.exact, attach(self.model))
         tail = self.recall.made[:, -self.recall.tail :]
         parts = tail.split(1 if _chooses(cache) else self.step, 1)
-        logits = [self.model(input_ids=x, past_key_values=cache).logits for x in parts]
-        return self.recall.lost(torch.cat(logits, 1).float().log_softmax(-1))
+        return self.recall.lost(
+            self.model(input_ids=x, past_key_values=cache).logits.float().log_softmax(-1) for x in parts
+        )
 
 
 def _chooses(cache: KVCache) -> bool:

@@ -1,7 +1,6 @@
 """Decode attention over stored pages in one operation. See reference.py for what it means."""
 
 import logging
-import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from kvshrink.kernels.decode import cpu
 from kvshrink.kernels.decode.gpu.side import fits
 from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn, decode
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.native import left_out
 from kvshrink.kernels.records import Records
 
 MOST_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
@@ -30,11 +30,6 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         return f"no: {self.why}" if self.kernel is None else "yes"
-
-
-def left_out() -> bool:
-    """Whether KVSHRINK_REFERENCE=1 in the environment leaves all kernels out, asked at each use."""
-    return os.environ.get("KVSHRINK_REFERENCE") == "1"
 
 
 def fused(device: torch.device, keys: Packed | None, values: Packed | None) -> Choice:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import native
-from kvshrink.kernels.decode import left_out
 from kvshrink.kernels.held import cpu, reference
 from kvshrink.kernels.held.reference import SCALE
+from kvshrink.kernels.native import left_out
 from kvshrink.shapes import Float, UInt8
 
 __all__ = ["SCALE", "attend", "rounded", "unrounded"]

@@ -23,7 +23,7 @@ class _Rows(Structure):
 
 class _Job(Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("batch", "heads", "x", "d", "e", "dtype")),
+        *((name, c_int32) for name in ("batch", "heads", "x", "d", "e", "dtype", "threads")),
         ("softcap", c_float),
         *((name, _Rows) for name in ("sink_keys", "sink_values", "keys", "values")),
         *((name, c_void_p) for name in ("query", "out", "lse")),
@@ -64,7 +64,7 @@ def attend(
     e = values.shape[3] - (SCALE.itemsize if values.dtype == torch.uint8 else 0)
     query = query.float().contiguous()
     out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (e, 1))
-    job = _Job(b, h, x, d, e, FORMS[dtype], softcap or 0.0)
+    job = _Job(b, h, x, d, e, FORMS[dtype], torch.get_num_threads(), softcap or 0.0)
     parts = {"keys": keys, "values": values}
     parts |= {} if sinks is None else {"sink_keys": sinks[0], "sink_values": sinks[1]}
     parts = {name: rows if rows.stride(3) == 1 else rows.contiguous() for name, rows in parts.items()}

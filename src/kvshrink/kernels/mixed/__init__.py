@@ -1,11 +1,9 @@
 """Runs of channels of several widths, encoded. See reference.py."""
 
-import os
-
 from torch import Tensor
 
-from kvshrink.kernels import native
 from kvshrink.kernels.mixed import cpu, reference
+from kvshrink.kernels.trellis import fits
 from kvshrink.shapes import Float
 
 __all__ = ["encode"]
@@ -19,7 +17,6 @@ def encode(
     form: str,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's, in C++ on a CPU that has a compiler. KVSHRINK_REFERENCE=1 leaves that out."""
-    plain = os.environ.get("KVSHRINK_REFERENCE") == "1" or not pages.is_cpu or pages.shape[3] > cpu.LONGEST
-    if plain or not sizes or native.library() is None:
-        return reference.encode(pages, count, sizes, bits, form)
-    return cpu.encode(pages, count, sizes, bits, form)
+    if sizes and pages.is_cpu and fits(pages.shape[3]):
+        return cpu.encode(pages, count, sizes, bits, form)
+    return reference.encode(pages, count, sizes, bits, form)

@@ -9,11 +9,11 @@ from kvshrink.kernels import native
 from kvshrink.kernels.trellis_levels import levels
 from kvshrink.shapes import Float, UInt8
 
-LONGEST = 32  # tokens of a page: a path's coded bits are one word
+SHORTEST, LONGEST = 8, 32  # tokens of a page: a path's coded bits are one word, and its costs are clipped
 
 
 def to_codes(x: Float[Tensor, "*outer page r"], bits: int) -> UInt8[Tensor, "*outer page r"]:
-    """As the reference, up to paths of equal cost; needs native.library()."""
+    """As the reference, to within a hundredth of a path's error; needs native.library()."""
     library = native.library()
     assert library is not None
     assert x.is_cpu

@@ -4,7 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__BMI2__)
+#if defined(__BMI2__) && defined(__x86_64__) && !defined(__znver1__) && !defined(__znver2__)  // where it is slow
+#define SPREADS_BITS
 #include <immintrin.h>
 #endif
 
@@ -82,7 +83,7 @@ template <int N = 64, class F> inline void by_bytes(int n, F use) {
 
 // Eight codes of 3 bits, from the lowest on, as bytes.
 inline uint64_t eight_of(uint32_t word) {
-#if defined(__BMI2__)
+#if defined(SPREADS_BITS)
     return _pdep_u64(word, 0x0707070707070707);
 #else
     uint64_t found = 0;

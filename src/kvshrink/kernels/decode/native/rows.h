@@ -14,8 +14,11 @@ constexpr int FEW = 4;
 inline v16 row16(int form, const char *row, int width, int c) {
     v16 x{};
     const int n = std::min(16, width - c);
-    if (form == RAW_F32) {
-        std::memcpy(&x, row + 4 * c, 4 * n);
+    if (form == RAW_F32) {  // of a size that is a constant, else it is a call
+        if (n == 16)
+            std::memcpy(&x, row + 4 * c, 64);
+        else
+            std::memcpy(&x, row + 4 * c, 4 * n);
         return x;
     }
     uint16_t half[16] = {};
@@ -24,12 +27,10 @@ inline v16 row16(int form, const char *row, int width, int c) {
     else
         std::memcpy(half, row + 2 * c, 2 * n);
     if (form == RAW_F16) {
-        for (int i = 0; i < 16; i++) {
-            _Float16 one;
-            std::memcpy(&one, half + i, 2);
-            x[i] = float(one);
-        }
-        return x;
+        typedef _Float16 f16 __attribute__((vector_size(32)));
+        f16 all;
+        std::memcpy(&all, half, 32);
+        return __builtin_convertvector(all, v16);
     }
     typedef uint16_t h16 __attribute__((vector_size(32)));
     h16 bits;
@@ -39,7 +40,7 @@ inline v16 row16(int form, const char *row, int width, int c) {
     return x;
 }
 
-// to[r][t] += query[r] . row t, for tokens [first, PAGE) of a page.
+// to[r][t] += query[r] . row t, for all tokens of a page.
 template <int R>
 inline void dot_floats(int form, const char *data, int width, const float *query, int query_row, float *to) {
     const int size = width * (form == RAW_F32 ? 4 : 2);

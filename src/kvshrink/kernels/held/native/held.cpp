@@ -13,7 +13,7 @@ struct Rows {
 };
 
 struct Held {
-    int32_t batch, heads, x, d, e, dtype;
+    int32_t batch, heads, x, d, e, dtype, threads;
     float softcap;  // 0: none
     Rows sink_keys, sink_values, keys, values;
     const float *query;  // [b][h][x][d], scaled
@@ -23,6 +23,7 @@ struct Held {
 namespace {
 
 constexpr int EIGHT = 3;
+constexpr int64_t PARALLEL = 1 << 19;  // numbers that are read, from which a second thread gains more than it costs
 constexpr float LARGEST = 127, TINY = 1e-30f, HALF_MOST = 65504;
 
 uint16_t bfloat16_of(float x) {
@@ -111,9 +112,12 @@ extern "C" {
 // 0, or 1 where memory is short.
 int32_t kvshrink_held(const Held *job) try {
     const int64_t wide = (job->d + 15) / 16 * 16 + (job->e + 15) / 16 * 16, tokens = job->sink_keys.count + job->keys.count;
-    std::vector<float> room(job->x * (wide + (tokens + 15) / 16 * 16) + wide);
-    for (int64_t row = 0; row < job->batch; row++)
-        for (int64_t head = 0; head < job->heads; head++) attend(*job, row, head, room);
+    const int64_t each = job->x * (wide + (tokens + 15) / 16 * 16) + wide, all = int64_t(job->batch) * job->heads;
+    std::vector<std::vector<float>> rooms(std::max(1, job->threads));
+    for (auto &room : rooms) room.resize(each);
+#pragma omp parallel for num_threads(job->threads) schedule(static, 1) if (all * tokens * wide > PARALLEL)
+    for (int thread = 0; thread < int(rooms.size()); thread++)  // as many parts as threads, each with a room of its own
+        for (int64_t n = thread; n < all; n += rooms.size()) attend(*job, n / job->heads, n % job->heads, rooms[thread]);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

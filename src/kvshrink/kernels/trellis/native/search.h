@@ -1,9 +1,9 @@
-// The Viterbi search of kernels/trellis/reference.py: the closed path of least cost of each channel of a page.
+// The Viterbi search of kernels/trellis/reference.py: the closed path of least cost of each channel of a page, costs rounded.
 //
 // A vector has one state's costs of as many channels as it has lanes, as integers of 16 bits. A first search lets paths
 // begin anywhere, and another one end anywhere: no closed path through a state costs less than what they find. So states
 // are tried as both ends of a path, the most promising first, until the next one cannot be better: two for most channels,
-// not all sixteen.
+// seven where all of a register must be done, not sixteen.
 #pragma once
 #include <algorithm>
 
