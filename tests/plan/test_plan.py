@@ -22,7 +22,7 @@ from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
 from kvshrink.kernels import held
 from kvshrink.kernels.ceilings import Ceilings
-from kvshrink.methods import get, name_of
+from kvshrink.methods import build, get, name_of
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.evict.streaming_llm import StreamingLLM
 from kvshrink.methods.lowrank import _balance
@@ -384,11 +384,11 @@ def test_a_limit_on_a_step_leaves_the_best_of_what_is_fast_enough(reference, mon
 
 
 def test_a_step_is_timed_beside_one_over_the_full_cache(reference):
-    """A cache that holds a fraction of a long one's tokens is read in less time; every setting's time is above 0."""
+    """A few tokens are read in far less time than thousands that plain torch must unpack; every time is above 0."""
     model, _ = reference
     pace = benches.Pace(model, 8000, 2)
-    few, many = (pace.ratio(StreamingLLM(window=w)) for w in (32, 7900))
-    assert 0 < few < many
+    few, many = pace.ratio(StreamingLLM(window=32)), pace.ratio(build("gear", {}))
+    assert 0 < 2 * few < many
 
 
 # --- the file ---
