@@ -262,7 +262,10 @@ inline __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) { return plain::unpack<d
 inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return plain::unpack<uint16_t, 32>(a, b, false); }
 inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return plain::unpack<uint16_t, 32>(a, b, true); }
 inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
-    return plain::floats([&](int i) { return (i < 8 ? a : b)[4 * (order >> (i / 4 * 2) & 3) + i % 4]; });
+    return plain::floats([&](int i) {
+        const int from = 4 * (order >> (i / 4 * 2) & 3) + i % 4;
+        return i < 8 ? a[from] : b[from];
+    });
 }
 
 inline uint64_t _pdep_u64(uint64_t bits, uint64_t mask) {
