@@ -51,7 +51,7 @@ def test_tokens_move_as_they_are_stored(bits):
     window, keys, values = Window(12, form), rows(60, 1), rows(60, 2)  # 4 tokens, and a page of 8
     want, at = [form.rows(form.stored(x)) for x in (keys, values)], 0
     for count in (5, 4, 1, 9, 1, 1, 1, 1, 30, 1, 1):
-        given = window.extend(keys[:, :, at : at + count], values[:, :, at : at + count], True)
+        given = window.put(keys[:, :, at : at + count], values[:, :, at : at + count], True) or window.view()
         at, total = at + count, given[0].shape[2]
         if total >= 12:
             window.keep(*given, (total - 4) // 8 * 8)
@@ -65,7 +65,7 @@ def test_a_window_takes_what_is_promised():
     assert exact.window_form(SHAPE).token_bytes == 2 * H * D * 2
     assert rounded.window_form(SHAPE).token_bytes == 2 * H * (D + 2)
     window = Window(64, rounded.window_form(SHAPE))
-    window.extend(rows(10), rows(10), True)
+    window.put(rows(10), rows(10), True)
     assert sum(t.nbytes for t in window.tensors().values()) == B * 64 * rounded.window_form(SHAPE).token_bytes
 
 

@@ -115,7 +115,7 @@ def _exact(chunks: list[QueryChunk], keys: Tensor, values: Tensor, softcap: floa
     if snapshot.held is not None:
         if len(chunks) == 1 and (part := _held(chunks[0], snapshot.held, softcap)) is not None:
             return [part]
-        keys, values = (keys, values) if snapshot.held.form.bits is None else snapshot.held.rows()
+        keys, values = snapshot.held.rows()
     states, step = [start(q, values.shape[3]) for q, _ in chunks], _block_tokens(snapshot)
     for at in range(0, keys.shape[2] or int(sinks is not None), step):  # after a crop none may be exact
         k, v = keys[:, :, at : at + step], values[:, :, at : at + step]

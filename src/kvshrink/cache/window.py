@@ -38,7 +38,7 @@ class Window:
     between two pages; the step in which a page leaves takes another buffer.
 
     starts: a row's first slot, where rows differ (a batch of joined caches); None: 0 for all.
-    form: how tokens are stored; all tensors are in it but what `view` and `extend` give. The layer changes it (`hold`):
+    form: how tokens are stored; all tensors are in it but what `view` and `put` give. The layer changes it (`hold`):
           sinks come out of the window, and are exact, so it is until it has given all of them.
     """
 
@@ -82,12 +82,6 @@ class Window:
         rows = self.shared.rows
         return torch.cat([self.shared.keys[rows], keys], 2), torch.cat([self.shared.values[rows], values], 2)
 
-    def extend(
-        self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Old and new tokens together, as `put` leaves them."""
-        return self.put(keys, values, left) or self.view()
-
     def put(
         self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
     ) -> tuple[Tensor, Tensor] | None:
@@ -109,7 +103,7 @@ class Window:
         return None
 
     def keep(self, keys: Tensor, values: Tensor, gone: int) -> None:
-        """Let the first `gone` of these tokens [b, h, w, d] go, which are all that `extend` gave."""
+        """Let the first `gone` of these tokens [b, h, w, d] go, which are all that there are after `put`."""
         self.scores = None if self.scores is None else self.scores[..., gone:].clone()
         if self.starts is not None:
             self.starts = _some(np.maximum(self.starts - gone, 0))

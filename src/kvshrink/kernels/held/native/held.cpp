@@ -35,13 +35,7 @@ uint16_t bfloat16_of(float x) {
 
 float scale_of(const char *codes, int d) { return raw_of(RAW_BF16, codes + d, 0); }
 
-// A number as the model's dtype has it.
-float as(int dtype, float x) {
-    if (dtype == RAW_F32) return x;
-    if (dtype == RAW_F16) return float(_Float16(std::min(std::max(x, -HALF_MOST), HALF_MOST)));
-    const uint16_t bits = bfloat16_of(x);
-    return raw_of(RAW_BF16, reinterpret_cast<const char *>(&bits), 0);
-}
+_Float16 half_near(float x) { return _Float16(std::min(std::max(x, -HALF_MOST), HALF_MOST)); }
 
 // A row's d numbers, and zeros up to a multiple of 16.
 void read(const Rows &rows, int64_t at, int d, int dtype, float *to) {
@@ -61,7 +55,7 @@ void read(const Rows &rows, int64_t at, int d, int dtype, float *to) {
             std::memcpy(to + c, &bits, 4);
         }
     else if (dtype == RAW_F16)
-        for (int c = 0; c < d; c++) to[c] = as(dtype, to[c]);
+        for (int c = 0; c < d; c++) to[c] = float(half_near(to[c]));
     for (int c = d; c % 16; c++) to[c] = 0;
 }
 
@@ -151,7 +145,7 @@ void kvshrink_unround(const uint8_t *rows, int64_t count, int32_t d, int32_t dty
             else if (dtype == RAW_BF16)
                 static_cast<uint16_t *>(out)[at] = bfloat16_of(x);
             else
-                static_cast<_Float16 *>(out)[at] = _Float16(std::min(std::max(x, -HALF_MOST), HALF_MOST));
+                static_cast<_Float16 *>(out)[at] = half_near(x);
         }
     }
 }

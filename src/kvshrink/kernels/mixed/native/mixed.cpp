@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int PAGES = 4;  // at a time: their channels fill the lanes of a search
-constexpr int FACTORS = 10;
+constexpr int FACTORS = 10;  // this and what follows: as kernels/groups.py has them
 constexpr float FACTOR[FACTORS] = {1.0f, 1.1f, 1.25f, 1.4f, 1.6f, 1.8f, 2.1f, 2.5f, 3.0f, 4.0f};
 constexpr float FINE = 0.02f, CUT = 3.0f, FAR = 1.1f;
 
