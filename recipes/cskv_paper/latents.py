@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kvshrink.attach import attach
+from kvshrink.attach.asking import key_value
 from kvshrink.attach.factory import digest_of, shapes
-from kvshrink.attach.families import key_value
+from kvshrink.attach.families import decoder_layers
 from kvshrink.errors import EvalError
 from kvshrink.eval.run.layers import relative
 from kvshrink.fit.layerwise import LayerRunner
@@ -47,13 +48,14 @@ def latent_rows(lab: Lab, artifacts: Mapping[str, Artifact]) -> list[dict]:
 def _measured(model: Any, artifacts: Mapping[str, Artifact], texts: Tensor) -> dict[str, list[dict]]:
     runner = LayerRunner(InMemory(model), texts, 1)
     found: dict[str, list[dict]] = {label: [] for label in artifacts}
-    for i, shape in enumerate(shapes(attach(model))):
+    attachment = attach(model)
+    for i, shape in enumerate(shapes(attachment)):
         seen: list[tuple[Tensor, Tensor]] = []
 
         def watch(module: nn.Module, kwargs: dict, seen: list = seen) -> None:
-            seen.append(key_value(module, kwargs["hidden_states"]))
+            seen.append(key_value(module, kwargs))
 
-        runner.run(i, runner.source.model.get_decoder().layers[i], watch)
+        runner.run(i, decoder_layers(model)[i], watch, attachment.layers[i].module)
         if shape is None:
             continue
         sides = [torch.cat(x).float() for x in zip(*seen, strict=True)]

@@ -6,7 +6,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvshrink
 from kvshrink import CSKV, RTN, methods
-from kvshrink.attach.families import shape_of
+from kvshrink.attach.projections import swamped
 from kvshrink.cache.attend import stored_keys
 from kvshrink.kernels import native
 from kvshrink.methods._roles import Method
@@ -125,8 +125,8 @@ def test_of_weights_stored_as_codes_large_biases_alone_say_it():
     for layer in model.model.layers:
         weight = layer.self_attn.k_proj.weight
         layer.self_attn.k_proj.weight = torch.nn.Parameter(weight.mul(40).to(torch.int8), requires_grad=False)
-    assert shape_of(model.model.layers[0].self_attn).swamped
-    assert not shape_of(biased(2).model.layers[0].self_attn).swamped
+    assert swamped(model.model.layers[0].self_attn)
+    assert not swamped(biased(2).model.layers[0].self_attn)
 
 
 def test_a_window_at_eight_bits_that_was_asked_for_says_what_it_loses():

@@ -51,8 +51,13 @@ def test_queries_are_those_that_the_model_s_attention_uses(name, monkeypatch):
 
 def test_no_query_is_projected_that_nobody_asks_for(monkeypatch):
     """Not for a method that does not care, nor in a step after which nothing leaves the window."""
-    model, calls, real = FAMILIES["llama"].build(), [], stage.queries
-    monkeypatch.setattr(stage, "queries", lambda module, hidden: calls.append(hidden.shape[1]) or real(module, hidden))
+    model, calls, real = FAMILIES["llama"].build(), [], stage.ask
+
+    def spy(module, given, **how):
+        calls.append(given["hidden_states"].shape[1])
+        return real(module, given, **how)
+
+    monkeypatch.setattr(stage, "ask", spy)
     for method, wanted in ((RTN(window=8), []), (EdgeQAT(window=8), [10, 10, 1, 1, 1, 1, 1, 1])):
         cache = kvshrink.make_cache(model, method)
         feed(model, tokens(1, 100)[:, :39], cache)

@@ -32,18 +32,36 @@ def built(name: str, config, dtype: torch.dtype = torch.float32) -> hf.PreTraine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("strength", [0.01, 1.0, 3.0])
+@pytest.mark.parametrize("strength", [0.01, 1.0, 3.0, 6.0])
 @pytest.mark.parametrize("name", ["GptOss", "GraniteSWA", "GraniteMoeSWA"])
-def test_sinks_as_logits_are_refused_however_weak(name, strength, dtype):
+def test_sinks_as_logits_take_their_share(name, strength, dtype):
+    """In bfloat16 too, where 3 were once accepted and ignored."""
     settings = SINKS if name == "GptOss" else {**SINKS, "sliding_window": 16}
     model = built(f"{name}ForCausalLM", getattr(hf, f"{name}Config")(**settings), dtype)
     for each, weight in model.named_parameters():
         if each.endswith("sinks"):
             weight.copy_(torch.randn_like(weight) * strength)
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match="passes s_aux to attention"):
-        kvshrink.make_cache(model, METHOD)
-    assert untouched(model, before)
+    wanted, got = (torch.stack(answered(model, cache)) for cache in (None, kvshrink.make_cache(model, METHOD)))
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(got, wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
+    for each, weight in model.named_parameters():
+        if each.endswith("sinks"):
+            weight.fill_(-1e4)
+    without = torch.stack(answered(model, None))
+    assert strength < 1 or float((without - wanted).abs().max()) > 0.003 * float(wanted.abs().max()), (
+        "nothing is tested"
+    )
+
+
+def answered(model, cache) -> tuple:
+    """Logits of some tokens after a prompt."""
+    ids = tokens(1, 120)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0}
+    given = {} if cache is None else {"past_key_values": cache}
+    out = model.generate(ids, **settings, **given)
+    assert cache is None or cache.report().held.payload > 0
+    return tuple(x.float() for x in out.logits)
 
 
 def test_what_bfloat16_rounds_away_is_seen():
@@ -66,10 +84,10 @@ def test_what_bfloat16_rounds_away_is_seen():
 
 
 RIGHT_OR_REFUSED = {
-    "values_are_keys": ("Gemma4ForCausalLM", lambda: hf.Gemma4TextConfig(**VALUES), "no projection of its own"),
-    "shared_keys": ("Gemma4ForCausalLM", lambda: hf.Gemma4TextConfig(**SHARED), "no projection of its own"),
-    "norm_without_weight": ("NanoChatForCausalLM", lambda: hf.NanoChatConfig(**TINY), "keys of layer 0 could not"),
-    "rope_on_some": ("Cohere2ForCausalLM", lambda: hf.Cohere2Config(**SLIDING), "keys of layer 1 could not"),
+    "values_are_keys": ("Gemma4ForCausalLM", lambda: hf.Gemma4TextConfig(**VALUES), None),
+    "shared_keys": ("Gemma4ForCausalLM", lambda: hf.Gemma4TextConfig(**SHARED), None),
+    "norm_without_weight": ("NanoChatForCausalLM", lambda: hf.NanoChatConfig(**TINY), None),
+    "rope_on_some": ("Cohere2ForCausalLM", lambda: hf.Cohere2Config(**SLIDING), None),
     "cross_attention": (
         "MllamaForCausalLM",
         lambda: hf.models.mllama.configuration_mllama.MllamaTextConfig(**TINY, cross_attention_layers=[1]),
@@ -92,30 +110,25 @@ RIGHT_OR_REFUSED = {
 @pytest.mark.parametrize("kind", RIGHT_OR_REFUSED)
 def test_odd_models_are_right_or_refused_with_the_reason(kind):
     name, config, reason = RIGHT_OR_REFUSED[kind]
-    model, ids = built(name, config()), tokens(1, 120)
+    model = built(name, config())
     if reason is not None:
         with pytest.raises(UnsupportedModelError, match=reason):
             kvshrink.make_cache(model, METHOD)
         return
-    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
-    settings |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0}
-    wanted = torch.stack(model.generate(ids, **settings).logits)
-    cache = kvshrink.make_cache(model, METHOD)
-    got = torch.stack(model.generate(ids, past_key_values=cache, **settings).logits)
-    assert cache.report().held.payload > 0
+    wanted, got = (torch.stack(answered(model, cache)) for cache in (None, kvshrink.make_cache(model, METHOD)))
     torch.testing.assert_close(got, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
 
 
 def test_any_failure_of_inspection_is_a_refusal():
     model = FAMILIES["llama"].build()
-    model.model.rotary_emb.rope_type = {"full_attention": "default"}  # as of models with a RoPE for each kind
-    with pytest.raises(UnsupportedModelError, match=r"llama: its attention layers .*AttributeError.*inv_freq") as error:
+    del model.model.layers[1].self_attn.config
+    with pytest.raises(UnsupportedModelError, match=r"llama: .*AttributeError.*config.* unknown kind") as error:
         kvshrink.make_cache(model, METHOD)
     assert isinstance(error.value.__cause__, AttributeError)
     assert "\n" not in str(error.value)
     model = FAMILIES["llama"].build()
     model.model.layers[0].self_attn.layer_idx = None
-    with pytest.raises(UnsupportedModelError, match="2 attention modules for 2 layers"):
+    with pytest.raises(UnsupportedModelError, match="layer 0 has 0 attention modules"):
         kvshrink.make_cache(model, METHOD)
 
 
@@ -128,7 +141,7 @@ def test_keywords_are_known_or_refused_at_each_call():
     assert plain(known)
     for name, value in {"s_aux": torch.ones(4), "position_bias": torch.ones(1), "is_causal": False, "new": 0}.items():
         with pytest.raises(CacheError, match=f"Attention passes {name} to attention, which is not known"):
-            check_keywords({**known, name: value}, "Attention")
+            check_keywords({**known, name: value}, "Attention", by_module=False)
     with pytest.raises(CacheError, match="LlamaAttention passes seq_idx to attention"):
         model(ids[:, :1], past_key_values=cache, seq_idx=torch.zeros(1, 1))
     full = DynamicCache(config=model.config)

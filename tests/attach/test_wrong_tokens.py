@@ -77,12 +77,14 @@ def test_attention_of_another_kind_is_refused_or_right(name, settings):
         pytest.param("Gemma4", "Gemma4TextConfig", SHARED, id="gemma4"),
     ],
 )
-def test_layers_that_share_a_cache_are_refused_with_a_reason(name, config, settings):
+def test_layers_that_share_a_cache_read_what_is_stored(name, config, settings):
     model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, config)(**settings)).eval()
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError):
-        kvshrink.attach(model)
-    assert untouched(model, before)
+    ids = torch.randint(3, 90, (1, 70), generator=torch.Generator().manual_seed(0))
+    wanted = logits(model, DynamicCache(config=model.config), ids)
+    cache = kvshrink.make_cache(model, RTN(bits=None, window=8))
+    torch.testing.assert_close(logits(model, cache, ids), wanted, atol=1e-4, rtol=1e-4)
+    more = [logits(model, c, ids[:, :3]) for c in (DynamicCache(config=model.config), cache)]
+    assert more[1].isfinite().all()
 
 
 def test_crop_takes_all_layers_or_none():

@@ -17,7 +17,9 @@ from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import NAME, previous
 from kvshrink.attach.keywords import check_keywords, plain
 from kvshrink.cache.attend import attend
+from kvshrink.cache.latents import Pending, attend_latents, taken, up_of
 from kvshrink.cache.snapshot import Snapshot
+from kvshrink.cache.step import SNAPSHOT
 from kvshrink.store.modes import at_once, autocast_on, own_modes
 
 
@@ -33,8 +35,11 @@ def kvshrink_attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output [b, s, q, d]. See transformers' AttentionInterface for the contract."""
-    snapshot = getattr(key, "_kvshrink", None)
+    snapshot = getattr(key, SNAPSHOT, None)
     if snapshot is None:
+        pending = taken(module)
+        if pending is not None:
+            return _over_latents(pending, module, query, attention_mask, scaling, softcap, kwargs), None
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
     return _over(snapshot, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
 
@@ -55,7 +60,26 @@ def _over(
     """Attention over our cache."""
     check_keywords(kwargs, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, mask, scale, softcap, snapshot).transpose(1, 2).contiguous()
+    sinks = kwargs.get("s_aux")
+    return attend(query, key, value, mask, scale, softcap, snapshot, sinks).transpose(1, 2).contiguous()
+
+
+@at_once
+@own_modes
+def _over_latents(
+    pending: Pending,
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict,
+) -> Tensor:
+    """Attention over our cache of latents."""
+    check_keywords(kwargs, type(module).__name__, by_module=False)
+    scale, up = query.shape[-1] ** -0.5 if scaling is None else scaling, up_of(module)
+    assert up is not None
+    return attend_latents(query, pending, up, mask, scale, softcap).transpose(1, 2).contiguous()
 
 
 def register() -> None:

@@ -6,19 +6,23 @@ window, sinks, scales and positions. Outcomes report what was measured.
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
-from kvshrink.attach.families import text_config
+from kvshrink.attach.families import LayerInfo, shape_of
+from kvshrink.cache.passed import has_states, is_sliding, states_of
 from kvshrink.errors import SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import LayerShape
+from kvshrink.store.bytes import nbytes
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 
 TOLERANCE = 0.05  # a target counts as reached within 5 % of it
@@ -65,9 +69,25 @@ def promised(method: Method, model: Any, tokens: int) -> float:
     return CacheBudget.of(model, tokens).byte_ratio(method)
 
 
+@torch.no_grad()
+def fixed_bytes(model: Any, layers: Sequence[LayerInfo], tokens: int) -> int:
+    """Bytes that one sequence takes in layers that stay as they are: windows, and states, of which one step tells."""
+    cache: Any = DynamicCache(config=model.config)
+    total = 0
+    for layer, info in zip(cache.layers, layers, strict=True):
+        if is_sliding(layer) and info.heads:
+            length = min(tokens, max(1, layer.sliding_window - 1))
+            total += length * shape_of(info).token_bytes
+    if any(map(has_states, cache.layers)):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        total += nbytes(t for layer in cache.layers for t in states_of(layer).values())
+    return total
+
+
 @dataclass(frozen=True)
 class CacheBudget:
-    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of sliding-window layers, which stay.
+    """What a full cache of `tokens` tokens takes; `fixed` are the bytes of layers that stay as they are.
 
     device: where the model is, for which methods resolve "auto".
     """
@@ -79,14 +99,12 @@ class CacheBudget:
 
     @classmethod
     def of(cls, model: Any, tokens: int) -> "CacheBudget":
-        all_shapes = shapes(attach(model))
-        layers = [shape for shape in all_shapes if shape is not None]
+        attachment = attach(model)
+        layers = [shape for shape in shapes(attachment) if shape is not None]
         if not layers:
             raise SettingError("this model has no full-attention layer: there is nothing to shrink.")
-        sliding = len(all_shapes) - len(layers)
-        length = min(tokens, (getattr(text_config(model), "sliding_window", None) or 1) - 1)
         device = next(model.parameters()).device
-        return cls(layers, tokens, sliding * length * layers[0].token_bytes, device)
+        return cls(layers, tokens, fixed_bytes(model, attachment.layers, tokens), device)
 
     @property
     def full(self) -> int:

@@ -35,10 +35,10 @@ def new_tokens(mask: Tensor | None, b: int, s: int) -> Bool[Tensor, "b s"] | Non
     return None if bool(real.all()) else real
 
 
-def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: int, s: int) -> None:
+def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: int, s: int, axes: bool = False) -> None:
     """Raise CacheError for a mask or positions that the cache cannot honour. `mask` may be one for each kind of layer.
 
-    decoder: the attached one. b rows of s new tokens.
+    decoder: the attached one. b rows of s new tokens. axes: whether it takes positions of several axes.
     """
     seen, pads = cache.get_seq_length(), cache.table.pads
     # by kind of layer, it is that of full attention that speaks of all columns
@@ -51,8 +51,7 @@ def check_columns(cache: KVCache, decoder: Any, mask: Any, positions: Any, b: in
             _check_windows(cache, s, seen)
     if pads is not None:
         _refuse_shown(full, pads, s) if full is not None else _refuse_unmasked(pads, seen + s)
-    several = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
-    if not (several and isinstance(positions, Tensor) and positions.dim() == 3):  # of which the model hands on one
+    if not (axes and isinstance(positions, Tensor) and positions.dim() == 3):  # time, height and width
         _check_positions(positions, new_tokens(full, b, s), b, s)
 
 

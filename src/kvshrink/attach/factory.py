@@ -1,12 +1,14 @@
 """make_cache: one empty cache for a model, from a method or a fitted artifact."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvshrink.attach.families import key_value_weights, shape_of, text_config
+from kvshrink.attach.families import check_queries, check_widths, first_weight, shape_of
 from kvshrink.attach.fitted import fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
@@ -16,11 +18,14 @@ from kvshrink.attach.target import transformers_model
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.drift import DriftWatch, Reference
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.layout import before_rope
+from kvshrink.cache.state_layer import StateAndCompressedLayer
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.identity import Identity, difference
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
+from kvshrink.methods._tier import Tier
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
 from kvshrink.store.digest import digest
@@ -57,27 +62,31 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     layers: list[CacheLayerMixin] = []
     fitted_by = digest_of(artifact)
     ladders = fitting(artifact, {i: (s, _like(attachment, i)) for i, s in enumerate(shapes(attachment)) if s})
+    _check_codecs(attachment, artifact, ladders)
     if apart := with_constants_apart(attachment, artifact, fitted_by, identity.digest, ladders):
         ladders = {**ladders, **apart}
         fitted_by = digest([fitted_by, list(apart)], {})[:16]  # a saved cache must be read as it was stored
+    theirs: list[Any] = list(DynamicCache(config=model.config).layers)
     for i, shape in enumerate(shapes(attachment)):
         if shape is None:
-            sliding = DynamicSlidingWindowLayer(sliding_window=text_config(model).sliding_window)
-            sliding.shape = shape_of(attachment.layers[i].module)  # type: ignore[attr-defined] # a saved one must fit
-            layers.append(sliding)
+            if attachment.layers[i].heads:
+                theirs[i].shape = shape_of(attachment.layers[i])  # a saved one must fit
+            layers.append(theirs[i])
         else:
             watched = _watch(artifact, i, ladders[i][0].codecs, _like(attachment, i)) if watch else None
             delta = artifact.method.stores_delta(artifact.layers.get(i, {}))
             base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if delta else None
-            layers.append(CompressedLayer(artifact.method, shape, ladders[i], table, watched, base))
-    device = key_value_weights(attachment.layers[0].module)[0].device
+            given = (artifact.method, shape, ladders[i], table, watched, base)
+            states = getattr(theirs[i], "number_of_states", None)
+            layers.append(CompressedLayer(*given) if states is None else StateAndCompressedLayer(states, *given))
+    device = next(model.parameters()).device
     owner = owner_of(decoder_of(model), identity)
     return KVCache(layers, artifact.method, table, attachment.name, fitted_by, device, owner)
 
 
 def shapes(attachment: Attachment) -> list[LayerShape | None]:
     """Shape of each layer's cache; None for a layer that stays as it is."""
-    return [shape_of(info.module) if info.compressed else None for info in attachment.layers]
+    return [shape_of(info) if info.compressed else None for info in attachment.layers]
 
 
 def _check(artifact: Artifact, attachment: Attachment, identity: Identity) -> None:
@@ -97,8 +106,26 @@ def _check(artifact: Artifact, attachment: Attachment, identity: Identity) -> No
         raise ArtifactError(f"the artifact was fitted on {name}: of this model {different}. Fit one for this model.")
 
 
+def _check_codecs(attachment: Attachment, artifact: Artifact, ladders: Mapping[int, tuple[Tier, ...]]) -> None:
+    """Raise SettingError if a layer of two widths is stored as of one. Warn where keys cannot be turned back."""
+    name = name_of(artifact.method)
+    for i, tiers in ladders.items():
+        info, pair = attachment.layers[i], tiers[0].codecs
+        check_queries(info, artifact.method, i)
+        if pair is None:
+            continue
+        check_widths(info, artifact.method, i, joint=pair[1].joint)
+        if info.moves and before_rope(pair):
+            warnings.warn(
+                f"{name} stores keys before RoPE, but those of this model are turned in a way that cannot be undone: "
+                "they are stored as attention uses them, and lose more. turboquant and kivi store them so by design.",
+                stacklevel=4,
+            )
+            return
+
+
 def _like(attachment: Attachment, layer: int) -> torch.device:
-    return key_value_weights(attachment.layers[layer].module)[0].device
+    return first_weight(attachment.layers[layer].module).device
 
 
 def _watch(artifact: Artifact, layer: int, codecs: tuple[Codec, Codec] | None, device: torch.device) -> DriftWatch:

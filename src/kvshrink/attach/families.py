@@ -1,38 +1,56 @@
-"""Where a model family keeps what we need: projections, norms, RoPE. Found by looking, then checked (check.py).
+"""Which modules of a model have a cache of tokens, of what kind each layer is, and what is known of those we shrink.
 
-Modules of one kind differ in four ways only: fused or separate projections, clipping (Olmo), a key norm over the whole
-width (Olmo2) or per head (Qwen3, Gemma3, Cohere), and the pairing of RoPE channels.
+Nothing is listed by family: modules are found by what they take, layer kinds are those of transformers' DynamicCache,
+and the rest is seen by running a module (asking.py), then checked (check.py).
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
+from kvshrink.attach.asking import CACHES, names_of
+from kvshrink.attach.projections import swamped
 from kvshrink.cache.rope import Rope
-from kvshrink.errors import KVShrinkError, UnsupportedModelError
+from kvshrink.errors import KVShrinkError, SettingError, UnsupportedModelError
+from kvshrink.methods import name_of
+from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import LayerShape
-from kvshrink.shapes import Float
 
-INTERLEAVED = {"glm", "glm4", "cohere", "cohere2"}  # families that pair channels 2i and 2i + 1
-MOVING = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length reached
-KINDS = {"full_attention", "sliding_attention"}
-SWAMPS = 30  # a key bias to what varies, from which on 8 bits of a token would be for the bias
-ENCODER = {"encoder_hidden_states", "cross_attention_states", "key_value_states"}  # what cross-attention reads
+KEPT = {"full_attention", "hybrid"}  # kinds of layers whose keys and values are shrunken
+# those that stay as transformers makes them. Of kinds that choose what they attend to, modules build the mask of that
+# only where their attention is called "eager" or "sdpa": under our name they would attend to all
+PASSED = {"sliding_attention", "chunked_attention", "conv", "linear_attention", "hybrid_sliding", "dummy", "moe", "mlp"}
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One attention layer: its module, whether it is compressed (full attention), and its RoPE (None: no positions)."""
+    """One layer of a cache.
+
+    module:     its attention; None: it has none that caches tokens (a recurrence, an MLP alone).
+    kind:       as transformers names it.
+    compressed: whether its keys and values are shrunken.
+    heads, key_dim, value_dim: of what reaches the cache.
+    rope:       of its keys. None: no positions, or `moves`.
+    moves:      whether keys are turned in a way that cannot be undone (frequencies that change with the length, a norm
+                behind the rotation): only methods that store keys as attention uses them.
+    latent:     whether keys and values are made of what is cached (MLA), so that all of it is given back at each step.
+    """
 
     module: Any
+    kind: str
     compressed: bool
-    rope: Rope | None
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    rope: Rope | None = None
+    moves: bool = False
+    latent: bool = False
 
 
 def text_config(model: Any) -> PreTrainedConfig:
@@ -42,7 +60,26 @@ def text_config(model: Any) -> PreTrainedConfig:
 def text_tower(model: Any) -> Any:
     """The decoder of a model: where its attention layers and its RoPE are, and no vision tower's."""
     tower = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return getattr(tower, "language_model", None) or tower
+    tower = getattr(tower, "language_model", None) or tower
+    # some call their head a decoder, some the whole model
+    whole = tower is model or not any(hasattr(m, "layer_idx") for m in tower.modules())
+    return getattr(model, "base_model", model) if whole else tower
+
+
+def layer_list(model: Any) -> tuple[Any, str]:
+    """(module, name): where the decoder's layers are. Raises UnsupportedModelError if there is no list of them."""
+    tower, count = text_tower(model), text_config(model).num_hidden_layers
+    for module in tower.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise UnsupportedModelError(f"{text_config(model).model_type} has no list of {count} layers. It cannot be fitted.")
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder's layers, in order."""
+    holder, name = layer_list(model)
+    return getattr(holder, name)
 
 
 @contextmanager
@@ -58,193 +95,91 @@ def understood(model: Any) -> Iterator[None]:
         raise UnsupportedModelError(f"{name}: its attention layers are of an unknown kind ({reason}).") from error
 
 
-def attention_modules(model: Any) -> list[Any]:
-    """The self-attention modules in layer order. Raises UnsupportedModelError if they are not one per layer."""
-    takes = [(m, inspect.signature(m.forward).parameters) for m in text_tower(model).modules() if _caches(m)]
-    found = [m for m, names in takes if "past_key_values" in names]
+def layer_kinds(model: Any) -> list[str]:
+    """The kind of each layer of the model's cache. Raises UnsupportedModelError on one that chooses what it reads."""
     config = text_config(model)
-    if hasattr(config, "kv_lora_rank"):
+    kinds = list(get_layer_types_and_kwargs(config)[0])
+    if other := sorted(set(kinds) - KEPT - PASSED):
         raise UnsupportedModelError(
-            f"{config.model_type} caches MLA latents, which are shrunken already. Use a GQA or MHA model."
+            f"{config.model_type} has layers of kind {other}, which choose what they attend to. They are not supported."
         )
-    if any(ENCODER & set(names) for _, names in takes):
+    return kinds
+
+
+def attention_modules(model: Any, kinds: list[str]) -> list[Any]:
+    """The self-attention module of each layer; None where it has none. Raises UnsupportedModelError."""
+    name = text_config(model).model_type
+    takes = [(m, _parameters(m)) for m in text_tower(model).modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    crosses = model.config.is_encoder_decoder or getattr(text_config(model), "add_cross_attention", False)
+    if crosses or any("cross_attention_states" in names for _, names in takes if _caches(names)):
         raise UnsupportedModelError(
-            f"{config.model_type} has cross-attention, whose cache is not one of tokens. Use a decoder-only model."
+            f"{name} has cross-attention, whose cache is not one of tokens. Use a decoder-only model."
         )
-    layers = config.num_hidden_layers
-    if sorted(str(m.layer_idx) for m in found) != sorted(map(str, range(layers))):
-        raise UnsupportedModelError(
-            f"{config.model_type}: {len(found)} attention modules for {layers} layers. Linear attention, "
-            "shared caches and encoder-decoder models are not supported."
-        )
+    found = [m for m, names in takes if _caches(names) and _decodes(m, names)]
+    # a layer that hands its cache on to what is inside it is no attention
+    found = [m for m in found if not any(x is not m and any(x is y for y in found) for x in m.modules())]
+    by_layer: dict[int, list[Any]] = {}
     for m in found:
-        if not hasattr(m, "qkv_proj") and None in (getattr(m, "k_proj", None), getattr(m, "v_proj", None)):
+        by_layer.setdefault(m.layer_idx, []).append(m)
+    for i, kind in enumerate(kinds):
+        count = len(by_layer.get(i, ()))
+        if count > 1 and any("key_value_states" in _parameters(m) for m in by_layer[i]):
+            raise UnsupportedModelError(f"{name} has cross-attention beside its own. Use a decoder-only model.")
+        if count > 1 or (kind in KEPT and count == 0):
             raise UnsupportedModelError(
-                f"{config.model_type}: layer {m.layer_idx} has no projection of its own for keys or values. "
-                "Layers whose values are their keys, or another layer's, are not supported."
+                f"{name}: layer {i} has {count} attention modules that cache tokens. One is supported."
             )
-    return sorted(found, key=lambda m: m.layer_idx)
+    told = getattr(text_config(model), "is_decoder", True)
+    if told is False and any(getattr(m, "is_causal", True) is False for m in found):
+        raise UnsupportedModelError(f"{name} is an encoder: its tokens see those after them. Use a decoder.")
+    return [by_layer.get(i, [None])[0] for i in range(len(kinds))]
 
 
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """'full_attention' or 'sliding_attention' per layer. Raises UnsupportedModelError on anything else."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kind = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
-        kinds = [kind] * config.num_hidden_layers
-    if other := sorted(set(kinds) - KINDS):
-        raise UnsupportedModelError(
-            f"{config.model_type} has layers of kind {other}. Only full and sliding attention are supported."
+def _parameters(module: Any) -> frozenset[str]:
+    return names_of(module.__class__)
+
+
+def _caches(names: frozenset[str]) -> bool:
+    return "hidden_states" in names and not set(CACHES).isdisjoint(names)
+
+
+def _decodes(module: Any, names: frozenset[str]) -> bool:
+    return "key_value_states" not in names or getattr(module, "is_decoder", False)
+
+
+def check_widths(info: LayerInfo, method: Method, index: int, joint: bool = False) -> None:
+    """Raise SettingError if a method cannot store a layer whose two rows differ in width. joint: stores them as one."""
+    if info.key_dim != info.value_dim and (joint or not method.two_widths):
+        raise SettingError(
+            f"{name_of(method)} cannot store layer {index}, which caches rows of {info.key_dim} and {info.value_dim} "
+            "channels (MLA). Use a quantiser that stores both by themselves, such as turboquant, rtn or kivi."
         )
-    return list(kinds)
 
 
-def layers_of(model: Any) -> list[LayerInfo]:
-    """What we need to know of every layer. Raises UnsupportedModelError, before anything runs."""
-    with understood(model):
-        config = text_config(model)
-        modules, kinds = attention_modules(model), layer_kinds(config)
-        rotary = rotary_module(model)
-        return [
-            LayerInfo(m, k == "full_attention", _rope(m, k, config, rotary))
-            for m, k in zip(modules, kinds, strict=True)
-        ]
-
-
-def rotary_module(model: Any) -> Any:
-    """The module that makes cos and sin, shared by all layers."""
-    return next((m for m in text_tower(model).modules() if hasattr(m, "rope_type") and hasattr(m, "config")), None)
-
-
-def key_value(module: Any, hidden: Float[Tensor, "b s hidden"]) -> tuple[Tensor, Tensor]:
-    """Keys before RoPE (bias, clipping and norm applied) and values, [b, h, s, d], as the module makes them."""
-    d, config = module.head_dim, module.config
-    if hasattr(module, "qkv_proj"):
-        n_q, n_kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        keys, values = module.qkv_proj(hidden)[..., n_q:].split(n_kv, -1)
-    else:
-        keys, values = module.k_proj(hidden), module.v_proj(hidden)
-    return _heads(module, keys, "k_norm"), _heads(module, values, None)
-
-
-def queries(module: Any, hidden: Float[Tensor, "b s hidden"]) -> Float[Tensor, "b q s d"]:
-    """Queries before RoPE, as the module makes them."""
-    if hasattr(module, "qkv_proj"):
-        rows = module.qkv_proj(hidden)[..., : module.config.num_attention_heads * module.head_dim]
-    else:
-        rows = module.q_proj(hidden)
-    return _heads(module, rows, "q_norm")
-
-
-def _heads(module: Any, rows: Tensor, norm_name: str | None) -> Tensor:
-    """A projection's rows clipped, normed and split into heads, [b, heads, s, d]."""
-    d = module.head_dim
-    if (clip := getattr(module.config, "clip_qkv", None)) is not None:
-        rows = rows.clamp(-clip, clip)
-    norm = getattr(module, norm_name, None) if norm_name else None
-    weight = getattr(norm, "weight", None)
-    over_width = weight is not None and weight.dim() == 1 and weight.numel() != d
-    if over_width:
-        rows = norm(rows)
-    rows = rows.unflatten(-1, (-1, d))
-    if norm is not None and not over_width:
-        rows = norm(rows)
-    return rows.transpose(1, 2)
-
-
-def key_value_parts(module: Any) -> tuple[tuple[Tensor, slice], tuple[Tensor, slice]]:
-    """(weight, rows of it that make keys), and the same of values."""
-    if hasattr(module, "qkv_proj"):
-        weight, n_kv = module.qkv_proj.weight, module.config.num_key_value_heads * module.head_dim
-        total = weight.shape[0]
-        return (weight, slice(total - 2 * n_kv, total - n_kv)), (weight, slice(total - n_kv, total))
-    return (module.k_proj.weight, slice(None)), (module.v_proj.weight, slice(None))
-
-
-def key_value_weights(module: Any) -> tuple[Tensor, Tensor]:
-    """Weights [n, hidden] of the key and value projections."""
-    (key, key_rows), (value, value_rows) = key_value_parts(module)
-    return key[key_rows], value[value_rows]
-
-
-def key_value_biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Biases [n] of the key and value projections; None: they have none."""
-    (_, key_rows), (_, value_rows) = key_value_parts(module)
-    joint = getattr(module, "qkv_proj", None)
-    key, value = ((joint or getattr(module, name)).bias for name in ("k_proj", "v_proj"))
-    return (None if key is None else key[key_rows].detach()), (None if value is None else value[value_rows].detach())
-
-
-def output_weight(module: Any) -> Float[Tensor, "hidden q d"]:
-    """Weight of the output projection by query head."""
-    return module.o_proj.weight.unflatten(-1, (-1, module.head_dim))
+def check_queries(info: LayerInfo, method: Method, index: int) -> None:
+    """Raise SettingError if a method asks for queries, or drops tokens, where keys are made of what is cached."""
+    drops = method.token_budget is not None or method.drops_tokens
+    if info.latent and (method.scorer is not None or method.samples or drops):
+        raise SettingError(
+            f"{name_of(method)} ranks, learns from or drops what queries meet, but layer {index} makes its keys "
+            "of what is cached. Use a quantiser that learns nothing, such as turboquant, rtn or kivi."
+        )
 
 
 def compute_dtype(module: Any) -> torch.dtype:
     """The dtype of the module's keys and values. Weights stored as integers (bitsandbytes) do not tell it."""
-    dtype = key_value_weights(module)[0].dtype
+    dtype = first_weight(module).dtype
     if dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     return getattr(module.config, "dtype", None) or torch.get_default_dtype()
 
 
-def shape_of(module: Any) -> LayerShape:
-    """Shape of an attention module's cache."""
-    return LayerShape(kv_heads(module), module.head_dim, compute_dtype(module), _swamped(module))
+def first_weight(module: Any) -> Tensor:
+    """A matrix of the module: where it is, and of which dtype. GPTQ and AWQ keep theirs as buffers."""
+    return next(t for t in (*module.parameters(), *module.buffers()) if t.dim() > 1)
 
 
-def key_constant(module: Any) -> tuple[Float[Tensor, "h d"], Float[Tensor, "h d"]] | None:
-    """(bias of the key projection, what varies beside it); None: there is no bias, or nothing to tell by."""
-    bias, weight = key_value_biases(module)[0], key_value_weights(module)[0]
-    if bias is None or bias.is_meta or not weight.is_floating_point():
-        return None
-    # of inputs with a variance of one, as norms leave them
-    spread = weight.detach().float().norm(dim=1).view(-1, module.head_dim)
-    return bias.detach().float().view_as(spread), spread
-
-
-def _swamped(module: Any) -> bool:
-    """By some rows of the weight, since it is asked for every cache; of weights stored as codes nothing is known."""
-    bias, weight = key_value_biases(module)[0], key_value_weights(module)[0]
-    if bias is None or bias.is_meta:
-        return False
-    known = weight.is_floating_point() and weight.dtype.itemsize > 1
-    spread = float(weight.detach()[:: max(1, len(weight) // 64)].float().norm(dim=1).mean()) if known else 1.0
-    return float(bias.detach().abs().max()) >= SWAMPS * spread
-
-
-def kv_heads(module: Any) -> int:
-    return key_value_weights(module)[0].shape[0] // module.head_dim
-
-
-def position_embeddings(model: Any, positions: Tensor, like: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) as the model makes them for a layer of this kind."""
-    rotary = rotary_module(model)
-    if rotary is None or not _turns(rotary, kind):
-        return None
-    per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(like, positions, kind) if per_kind else rotary(like, positions)
-
-
-def _rope(module: Any, kind: str, config: PreTrainedConfig, rotary: Any) -> Rope | None:
-    if rotary is None or not _turns(rotary, kind) or not getattr(module, "use_rope", True):
-        return None
-    rope_type = rotary.rope_type[kind] if isinstance(rotary.rope_type, dict) else rotary.rope_type
-    if rope_type in MOVING:
-        raise UnsupportedModelError(
-            f"{config.model_type} uses {rope_type} RoPE, whose frequencies move with the length. "
-            "Only fixed ones (default, linear, llama3, yarn) can be undone."
-        )
-    prefix = f"{kind}_" if isinstance(rotary.rope_type, dict) else ""
-    frequencies = getattr(rotary, f"{prefix}inv_freq").detach().float().clone()
-    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
-    return Rope(frequencies, scaling, config.model_type in INTERLEAVED)
-
-
-def _turns(rotary: Any, kind: str) -> bool:
-    """Whether layers of this kind have a RoPE: where each kind has its own, some have none."""
-    return not isinstance(rotary.rope_type, dict) or kind in rotary.rope_type
-
-
-def _caches(module: Any) -> bool:
-    return hasattr(module, "layer_idx") and hasattr(module, "o_proj")
+def shape_of(info: LayerInfo) -> LayerShape:
+    """Shape of a layer's cache."""
+    other = None if info.value_dim == info.key_dim else info.value_dim
+    return LayerShape(info.heads, info.key_dim, compute_dtype(info.module), swamped(info.module), other)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvshrink.attach.families import layers_of
 from kvshrink.attach.hook import Attachment
+from kvshrink.attach.inputs import by_name
+from kvshrink.attach.look import layers_of
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.passed import has_states, restore_states, states_of
 from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.store.modes import without_dropout
 
@@ -37,11 +39,13 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: Asked | 
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
     found: dict[int, Any] = {}
-    hooks = [
-        info.module.register_forward_pre_hook(partial(_listen, found, i, info.rope, asked), with_kwargs=True)
-        for i, info in enumerate(layers_of(model))
-        if asked is not None and info.compressed
-    ]
+    hooks = []
+    if asked is not None:
+        hooks = [
+            info.module.register_forward_pre_hook(partial(_listen, found, i, asked), with_kwargs=True)
+            for i, info in enumerate(layers_of(model))
+            if info.compressed
+        ]
     try:
         model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=1, **given)
     finally:
@@ -51,7 +55,8 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: Asked | 
     made.asked = found
     for layer in made.layers:
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
-        layer.keys, layer.values = _own(layer.keys), _own(layer.values)
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            layer.keys, layer.values = _own(layer.keys), _own(layer.values)
     return dense
 
 
@@ -63,11 +68,11 @@ def asked_by(methods: Iterable[Any]) -> Asked | None:
     return (lambda count: torch.cat([s.queries(count) for s in scorers]).unique()) if scorers else None
 
 
-def _listen(found: dict[int, Any], index: int, rope: Any, asked: Asked, module: Any, args: tuple, kwargs: dict) -> None:
+def _listen(found: dict[int, Any], index: int, asked: Asked, module: Any, args: tuple, kwargs: dict) -> None:
     """Pre-hook of an attention module: the queries of the tokens that are asked."""
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    positions = kwargs["position_ids"].to(torch.int32)
-    found[index] = probe_queries_of(module, hidden, positions, rope, asked(hidden.shape[1]).to(hidden.device))
+    given = by_name(module, args, kwargs)
+    hidden = given["hidden_states"]
+    found[index] = probe_queries_of(module, given, asked(hidden.shape[1]).to(hidden.device))
 
 
 def _own(tensor: Any) -> Any:
@@ -79,10 +84,15 @@ def _own(tensor: Any) -> Any:
 def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None = None) -> None:
     """Give an empty cache the keys and values of a prefill, layer by layer. mask as for `prefill`."""
     for i, info in enumerate(attachment.layers):
-        keys, values = dense.layers[i].keys, dense.layers[i].values
         if not info.compressed:
-            cache.layers[i] = copy.deepcopy(dense.layers[i])
+            before, own = getattr(cache.layers[i], "shape", None), copy.deepcopy(dense.layers[i])
+            if before is not None:
+                own.shape = before
+            cache.layers[i] = own
             continue
+        keys, values = dense.layers[i].keys, dense.layers[i].values
+        if has_states(cache.layers[i]):
+            restore_states(cache.layers[i], {k: t.clone() for k, t in states_of(dense.layers[i]).items()})
         b, _, t, _ = keys.shape
         if mask is None:
             positions = torch.arange(t, device=keys.device)[None].expand(b, -1)
@@ -92,7 +102,7 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         layer, asked = cache.layers[i], None
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(t)) is not None:
             asked = _part(getattr(dense, "asked", {}).get(i), rows)
-        cache.stage(i, positions.to(torch.int32), real, info.rope, True, cache.model, asked)
+        cache.stage(i, positions.to(torch.int32), real, info.rope, not info.latent, cache.model, asked)
         cache.update(keys, values, i)
 
 
@@ -100,7 +110,7 @@ def _part(given: ProbeQueries | None, rows: Tensor) -> ProbeQueries | None:
     """The queries of these rows; None unless all are there: bytes do not depend on how tokens are ranked."""
     if given is None or not bool(torch.isin(rows := rows.to(given.rows.device), given.rows).all()):
         return None
-    return ProbeQueries(rows, given.queries[:, :, torch.searchsorted(given.rows, rows)], given.softcap)
+    return given._replace(rows=rows, queries=given.queries[:, :, torch.searchsorted(given.rows, rows)])
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshrink.attach.identity import plain_tensors
+
 NUMBERS = 4  # of a tensor
 
 
@@ -28,8 +30,8 @@ class Glance:
                 self.modules.append(repr(getattr(module, "scaling", None)))
             for tensors in (module._parameters, module._buffers):
                 for tensor in tensors.values():
-                    if tensor is not None:
-                        parts.setdefault((tensor.device, tensor.dtype), []).append(_some(tensor))
+                    for inner in () if tensor is None else _inside(tensor):
+                        parts.setdefault((inner.device, inner.dtype), []).append(_some(inner))
             todo += [child for child in module._modules.values() if child is not None]
         self.numbers = [torch.cat(same) for same in parts.values()]
 
@@ -42,8 +44,13 @@ class Glance:
         )
 
 
+def _inside(tensor: Tensor) -> list[Tensor]:
+    """The tensor itself, or the plain ones that a quantised or sharded one is made of."""
+    return [tensor] if type(tensor) in (nn.Parameter, Tensor) else plain_tensors(tensor)
+
+
 def _some(tensor: Tensor) -> Tensor:
-    """Numbers from the middle. A quantised or sharded tensor gives its first ones, as it can."""
+    """Numbers from the middle."""
     count = tensor.numel()
     if count <= NUMBERS:
         return tensor.flatten()

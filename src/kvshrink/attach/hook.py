@@ -22,14 +22,14 @@ from kvshrink.attach.families import (
     LayerInfo,
     attention_modules,
     layer_kinds,
-    layers_of,
     text_config,
     text_tower,
     understood,
 )
 from kvshrink.attach.implementation import NAME, PREVIOUS, Ours, choose, distinct, named
 from kvshrink.attach.inputs import check_use
-from kvshrink.attach.stage import CheckInput, Stage
+from kvshrink.attach.look import layers_of, takes_axes
+from kvshrink.attach.stage import CheckInput, Stage, end_step
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.store.modes import outside_modes
@@ -44,8 +44,8 @@ class Attachment:
     """What was changed in one model, and what is known of it."""
 
     layers: list[LayerInfo]
-    kinds: list[str]
     configs: list[tuple[PreTrainedConfig, str | None]]  # with the implementation that each named before
+    axes: bool = False  # whether the decoder takes positions of several axes
     name: str = field(default_factory=lambda: uuid4().hex)  # by which a cache knows whom it may serve
     blocks: int = 0  # `with attached(model)` blocks that are open, if the first of them attached it
 
@@ -53,9 +53,14 @@ class Attachment:
         register()
         LIVE.add(self)
 
+    @property
+    def modules(self) -> list[Any]:
+        """The attention modules."""
+        return [info.module for info in self.layers if info.module is not None]
+
     def __reduce__(self) -> tuple:
         """A copied or unpickled model's attachment is one of its own."""
-        return Attachment, (self.layers, self.kinds, self.configs, self.name)
+        return Attachment, (self.layers, self.configs, self.axes, self.name)
 
 
 def attach(model: Any) -> Attachment:
@@ -73,7 +78,7 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
         tower = text_tower(model)
         known: Attachment | None = vars(tower).get(ATTRIBUTE)
         if known is not None:
-            if attention_modules(model) == [info.module for info in known.layers]:
+            if attention_modules(model, layer_kinds(model)) == [info.module for info in known.layers]:
                 return known, False
             _undo(tower, known)  # its layers were replaced
         check_loaded(model)
@@ -89,8 +94,9 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
 
 def _inspected(model: PreTrainedModel, tower: Any) -> Attachment:
     """An attachment that has changed nothing yet. Raises UnsupportedModelError."""
-    layers, kinds = layers_of(model), layer_kinds(text_config(model))
-    configs = distinct([model.config, text_config(model), tower.config, *(info.module.config for info in layers)])
+    layers = layers_of(model)
+    own = [info.module.config for info in layers if info.module is not None]
+    configs = distinct([model.config, text_config(model), tower.config, *own])
     default = "sdpa" if model._supports_sdpa else "eager"
     before = [(config, named(config, default)) for config in configs]
     for name in {name for _, name in before if name is not None}:
@@ -100,19 +106,20 @@ def _inspected(model: PreTrainedModel, tower: Any) -> Attachment:
                 f"attention implementation {name!r} is not supported. Load the model with 'sdpa'."
             )
     register()
-    check_layers(model, layers, kinds)
-    return Attachment(layers, kinds, before)
+    check_layers(model, layers)
+    return Attachment(layers, before, takes_axes(model, layers))
 
 
 def _apply(tower: nn.Module, attachment: Attachment) -> None:
     _strip(tower)  # a layer may be the copy of an attached one
     before = {id(config): name for config, name in attachment.configs}
-    for module in (tower, *(info.module for info in attachment.layers)):
+    for module in (tower, *attachment.modules):
         setattr(module, PREVIOUS, before[id(module.config)])
-    for info in attachment.layers:
+    for info in (x for x in attachment.layers if x.compressed):
         info.module.register_forward_pre_hook(Stage(info, attachment.name), with_kwargs=True)
-    for check in (check_use, CheckInput(attachment.name)):
+    for check in (check_use, CheckInput(attachment.name, attachment.axes)):
         tower.register_forward_pre_hook(check, with_kwargs=True)
+    tower.register_forward_hook(end_step, with_kwargs=True)
     setattr(tower, ATTRIBUTE, attachment)
     for config, name in attachment.configs:
         choose(config, Ours(name))
@@ -130,7 +137,7 @@ def detach(model: Any) -> None:
 
 def _undo(tower: nn.Module, attachment: Attachment) -> None:
     LIVE.discard(attachment)
-    for part in (tower, *(info.module for info in attachment.layers)):
+    for part in (tower, *attachment.modules):
         _strip(part)
     shared = {id(config) for other in LIVE for config, _ in other.configs}
     for config, name in attachment.configs:
@@ -147,6 +154,9 @@ def _strip(tower: nn.Module) -> None:
             if isinstance(hook, Stage | CheckInput) or hook is check_use:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [k for k, hook in module._forward_hooks.items() if hook is end_step]:
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager

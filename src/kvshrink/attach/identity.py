@@ -7,6 +7,7 @@ as it acts and is not all zero, and one that is merged has changed the weights t
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -121,8 +122,17 @@ def settings_of(decoder: Any) -> dict[str, Any]:
             if type(value) is float and "dropout" not in key and not isinstance(module, nn.modules.dropout._DropoutNd):
                 numbers.setdefault(f"modules' {key}", []).append(value)
     short = {k: v[0] if len(set(v)) == 1 else v for k, v in numbers.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(found | short, sort_keys=True, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(_finite(found | short), sort_keys=True, default=str))
     return plain
+
+
+def _finite(value: Any) -> Any:
+    """Infinite numbers as text, which JSON has no other form for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Sampled = list[tuple[str, tuple[str, tuple[int, ...], np.ndarray]]]  # name; dtype, shape, numbers
@@ -133,7 +143,7 @@ def _sampled(tensors: Iterator[tuple[str, Tensor]], stored: Stored | None) -> Sa
     """Numbers of each tensor, copied from every device at once; bytes of what is no float of two bytes or more."""
     names, shapes, parts = [], [], []
     for name, tensor in tensors:
-        for inner in _plain(tensor if stored is None else stored(name, tensor)):
+        for inner in plain_tensors(tensor if stored is None else stored(name, tensor)):
             if inner.is_meta:
                 raise UnsupportedModelError(
                     f"{name} is not in memory: it was offloaded or never loaded. Load the model whole, on one device."
@@ -144,10 +154,10 @@ def _sampled(tensors: Iterator[tuple[str, Tensor]], stored: Stored | None) -> Sa
     return [(n, (*s, p)) for n, s, p in zip(names, shapes, _copied(parts), strict=True)]
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """A tensor as ordinary ones: quantised and sharded ones are made of several."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return [x for name in tensor.__tensor_flatten__()[0] for x in _plain(getattr(tensor, name))]
+        return [x for name in tensor.__tensor_flatten__()[0] for x in plain_tensors(getattr(tensor, name))]
     if tensor.is_complex():
         return [torch.view_as_real(tensor)]
     return [tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor]

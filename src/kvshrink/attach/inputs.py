@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshrink.attach.asking import names_of
 from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError
 from kvshrink.store.modes import at_once
@@ -20,7 +21,7 @@ def by_name(module: Any, args: tuple, kwargs: dict) -> Mapping[str, Any]:
 
 def extra(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that a module does not name itself, but hands on."""
-    return {k: v for k, v in kwargs.items() if k not in _names(module.__class__)}
+    return {k: v for k, v in kwargs.items() if k not in names_of(module.__class__)}
 
 
 @cache

@@ -21,16 +21,20 @@ HARMLESS = {
 }
 
 
+HONOURED = {"s_aux"}  # sinks as logits, over a cache of ours
+
+
 def plain(keywords: Mapping[str, Any]) -> bool:
     """Whether they ask nothing of attention that ours does not do."""
     return not any(_matters(name, value) for name, value in keywords.items())
 
 
-def check_keywords(keywords: Mapping[str, Any], kind: str) -> None:
-    """Raise CacheError if attention over a cache of ours could not honour them."""
-    if plain(keywords):
+def check_keywords(keywords: Mapping[str, Any], kind: str, by_module: bool = True) -> None:
+    """Raise CacheError if attention over a cache of ours could not honour them. by_module: or a caller's own."""
+    known = HONOURED if by_module else set()
+    names = sorted(name for name, value in keywords.items() if _matters(name, value) and name not in known)
+    if not names:
         return
-    names = sorted(name for name, value in keywords.items() if _matters(name, value))
     if "output_attentions" in names:
         raise CacheError("attention weights are never formed over a shrunken cache. Use output_attentions=False.")
     raise CacheError(

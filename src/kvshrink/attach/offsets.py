@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvshrink.attach.families import LayerInfo, key_constant, key_value_weights, shape_of
+from kvshrink.attach.families import LayerInfo, first_weight, shape_of
 from kvshrink.attach.fitted import moved
 from kvshrink.attach.hook import Attachment
+from kvshrink.attach.projections import key_constant
 from kvshrink.cache.lossy import round_trip
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Codec
@@ -38,7 +39,7 @@ def with_constants_apart(
     of what varies in them.
     """
     tried = TRIED.setdefault(attachment, {})
-    places = {i: (shape_of(attachment.layers[i].module), _weight(attachment.layers[i]).device) for i in ladders}
+    places = {i: (shape_of(attachment.layers[i]), _weight(attachment.layers[i]).device) for i in ladders}
     key = (weights, *places.items())
     if name in tried and tried[name][0] == key:
         return tried[name][1]
@@ -69,8 +70,7 @@ def with_constants_apart(
 
 
 def _weight(info: LayerInfo) -> Tensor:
-    """Of the key projection."""
-    return key_value_weights(info.module)[0]
+    return first_weight(info.module)
 
 
 def _warn(name: str, lost: list[int]) -> None:
@@ -85,14 +85,14 @@ def _warn(name: str, lost: list[int]) -> None:
 @torch.no_grad()
 def _errors(info: LayerInfo, codec: Codec, page: int) -> tuple[float, float, Tensor | None]:
     """(error of keys with their bias, error without it, both to what varies; the bias [h, d], None if it is small)."""
-    known = None if codec.joint else key_constant(info.module)
+    known = None if codec.joint else key_constant(info.module, info.key_dim)
     if known is None:
         return 0.0, 0.0, None
     constant, spread = known
     if float(constant.abs().max()) < LARGE * float(spread.mean()):
         return 0.0, 0.0, None
     draw = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, len(spread), 2 * page, info.module.head_dim, generator=draw, device="cpu").to(spread.device)
+    noise = torch.randn(1, len(spread), 2 * page, info.key_dim, generator=draw, device="cpu").to(spread.device)
     varying = noise * spread[:, None]
     errors = [_error(keys, varying, info, codec, page) for keys in (varying + constant[:, None], varying)]
     return errors[0], errors[1], constant

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshrink.attach.asking import ask, cache_name, of_tokens
 from kvshrink.attach.columns import check_columns, new_tokens, positions_of
-from kvshrink.attach.families import LayerInfo, queries
+from kvshrink.attach.families import LayerInfo
 from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.inputs import by_name, extra
 from kvshrink.attach.keywords import check_keywords
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
+from kvshrink.cache.latents import hand_over, up_of
 from kvshrink.cache.layer import CompressedLayer
-from kvshrink.cache.rope import Rope
+from kvshrink.cache.passed import has_states, lasting
 from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.errors import CacheError
+from kvshrink.shapes import Int
 from kvshrink.store.modes import at_once, own_modes
 
 
@@ -26,43 +29,56 @@ class Stage:
 
     def __init__(self, info: LayerInfo, model: str) -> None:
         self.index, self.rope, self.model = info.module.layer_idx, info.rope, model
-        self.compressed = info.compressed
+        self.compressed, self.latent = info.compressed, info.latent
+        self.name = cache_name(info.module.__class__)
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        if self.compressed and isinstance(cache, KVCache):
-            self._stage(module, args, kwargs, cache)
+        if not self.compressed:
+            return
+        if self.latent:
+            hand_over(None)  # what an interrupted step left
+        cache = kwargs.get(self.name)
+        if cache is None and args:
+            cache = next((a for a in args if isinstance(a, KVCache)), None)
+        if isinstance(cache, KVCache):
+            self._stage(module, by_name(module, args, kwargs), cache)
 
     @at_once
     @own_modes
-    def _stage(self, module: Any, args: tuple, kwargs: dict, cache: KVCache) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    def _stage(self, module: Any, given: Mapping[str, Any], cache: KVCache) -> None:
+        hidden = given["hidden_states"]
         b, s = hidden.shape[:2]
-        seen = cache.layers[self.index].get_seq_length()
-        positions = positions_of(module, kwargs.get("position_ids"))
-        own = is_ours(module)
         layer, probe_queries = cache.layers[self.index], None
-        if own and isinstance(layer, CompressedLayer) and layer.shrunken:
+        assert isinstance(layer, CompressedLayer)
+        positions = cache.turned_by if cache.turned_by is not None else given.get("position_ids")
+        if positions is None:  # a module that takes none: as the model counted them
+            positions = cache.counted
+        positions = positions_of(module, positions)
+        latent_of = module if self.latent and is_ours(module) and up_of(module) is not None else None
+        own = is_ours(module) and (not self.latent or latent_of is not None)
+        if own and layer.shrunken:
             # refused here, where this layer does not hold the new tokens yet
-            check_keywords(extra(module, kwargs), type(module).__name__)
+            check_keywords(extra(module, given), type(module).__name__, by_module=False)
         # the token table is one for all layers; only the step's first compressed layer extends it
-        real = new_tokens(kwargs.get("attention_mask"), b, s) if cache.table.length == seen else None
+        real = new_tokens(given.get("attention_mask"), b, s) if cache.table.length == layer.seen else None
         rope = self.rope
         if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
-        if isinstance(layer, CompressedLayer) and (rows := layer.probes(s)) is not None:
-            probe_queries = probe_queries_of(module, hidden, positions, rope, rows.to(hidden.device))
-        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries)
+        if (rows := layer.probes(s)) is not None:
+            probe_queries = probe_queries_of(module, given, rows.to(hidden.device))
+        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, latent_of)
 
 
 @torch.no_grad()
-def probe_queries_of(module: Any, hidden: Tensor, positions: Tensor, rope: Rope | None, rows: Tensor) -> ProbeQueries:
-    """Queries of some of the new tokens, as the module's attention uses them; the others are not projected."""
-    found = queries(module, hidden[:, rows])
-    if rope is not None:
-        found = rope.apply(found, positions[:, rows].expand(len(found), -1))
-    scale = getattr(module, "scaling", module.head_dim**-0.5)
-    return ProbeQueries(rows, found * scale, getattr(module, "attn_logit_softcapping", None))
+def probe_queries_of(module: Any, given: Mapping[str, Any], rows: Int[Tensor, " x"]) -> ProbeQueries:
+    """Queries of some of the new tokens, as the module's attention uses them; the others are not projected.
+
+    given: the keywords that the module is called with. Raises CacheError if it hands its queries to nobody.
+    """
+    asked = ask(module, of_tokens(given, rows), turned=True)
+    if asked.query is None:
+        raise CacheError(f"{type(module).__name__} shows no queries, by which this method ranks tokens.")
+    return ProbeQueries(rows, asked.query * asked.scale, asked.softcap, asked.sinks)
 
 
 @dataclass(frozen=True)
@@ -70,17 +86,18 @@ class CheckInput:
     """Pre-hook of the decoder of the attachment `name`: what would silently give wrong tokens is refused."""
 
     name: str
+    axes: bool = False  # whether the decoder takes positions of several axes
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         given = by_name(module, args, kwargs)
         cache = given.get("past_key_values")
         if isinstance(cache, KVCache):
-            _check_input(self.name, cache, module, given)
+            _check_input(self, cache, module, given)
 
 
 @at_once
 @own_modes
-def _check_input(name: str, cache: KVCache, module: Any, arguments: Mapping[str, Any]) -> None:
+def _check_input(hook: CheckInput, cache: KVCache, module: Any, arguments: Mapping[str, Any]) -> None:
     given = arguments.get("input_ids")
     given = arguments.get("inputs_embeds") if given is None else given
     if given is None:
@@ -96,5 +113,20 @@ def _check_input(name: str, cache: KVCache, module: Any, arguments: Mapping[str,
         raise CacheError(
             f"the cache holds {rows} sequences, the input has {b}. Call batch_repeat_interleave or make another cache."
         )
-    check_owner(module, name, cache, s)
-    check_columns(cache, module, arguments.get("attention_mask"), arguments.get("position_ids"), b, s)
+    check_owner(module, hook.name, cache, s)
+    positions = arguments.get("position_ids")
+    check_columns(cache, module, arguments.get("attention_mask"), positions, b, s, hook.axes)
+    # keys are turned by all axes; of text they are one, and a row that counts may be before them
+    cache.turned_by = positions[-3] if isinstance(positions, Tensor) and positions.dim() == 3 else None
+    cache.counted = torch.arange(seen, seen + s, device=given.device)[None]
+    if states := [layer for layer in cache.layers if has_states(layer)]:
+        for layer in states:
+            lasting(layer)
+        cache.whole = False  # a state does not say how many tokens it has seen
+
+
+def end_step(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    """Hook behind the decoder: the step came to its end."""
+    cache = by_name(module, args, kwargs).get("past_key_values")
+    if isinstance(cache, KVCache):
+        cache.whole, cache.turned_by, cache.counted = True, None, None

@@ -5,6 +5,7 @@ cannot hide a difference. Weights that are stored in another way stay as they ar
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,21 +27,9 @@ class Twin:
         for part in info.module.modules():  # what others hooked to the module is theirs to run
             memo |= {id(value): type(value)() for name, value in vars(part).items() if name.endswith("_hooks")}
         self.module: Any = copy.deepcopy(info.module, memo).eval()
-        self.info = LayerInfo(self.module, info.compressed, info.rope)
+        self.info = replace(info, module=self.module)
         self.dtype = torch.float32 if plain else None  # None: as the module computes
         self.tolerance = 1e-4 + 20 * _noise(weights[0].device) if plain else 4e-2
-
-
-def kind_of(info: LayerInfo, kind: str) -> tuple:
-    """What makes a layer another kind of layer than its neighbour: class, shapes, settings, RoPE."""
-    module = info.module
-    shapes = tuple((name, tuple(weight.shape)) for name, weight in module.named_parameters())
-    simple = (bool, int, float, str, type(None))
-    settings = tuple(
-        sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, simple) and k != "layer_idx")
-    )
-    rope = None if info.rope is None else (tuple(info.rope.inv_freq.tolist()), info.rope.scaling)
-    return kind, type(module), shapes, settings, rope
 
 
 def _wide(tensor: Tensor) -> Tensor:

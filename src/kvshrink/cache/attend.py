@@ -25,14 +25,16 @@ SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
 def attend(
     query: Float[Tensor, "b q s d"],
     keys: Float[Tensor, "b h w d"],
-    values: Float[Tensor, "b h w d"],
+    values: Float[Tensor, "b h w e"],
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
     snapshot: Snapshot,
-) -> Float[Tensor, "b q s d"]:
+    logits: Float[Tensor, " q"] | None = None,
+) -> Float[Tensor, "b q s e"]:
     """Attention of s new tokens to everything cached. keys, values: the exact tokens, or the new ones
-    where the snapshot holds all of them. `mask` covers all columns, bool or additive; None is causal."""
+    where the snapshot holds all of them. `mask` covers all columns, bool or additive; None is causal. logits: of a sink
+    that has no token and no value, by query head (gpt-oss)."""
     b, heads, s, _ = query.shape
     h = keys.shape[1]
     # many new tokens come in chunks, so that scores stay small; a block of the body is rebuilt once for all chunks
@@ -43,6 +45,8 @@ def attend(
         view = Visibility(shown, s, at, part.shape[2], heads // h, snapshot)
         chunks.append(QueryChunk(part.reshape(b, h, -1, part.shape[-1]), view))
     segments = [_exact(chunks, keys, values, softcap), *_body(chunks, softcap)]
+    if logits is not None:
+        segments.append([_sink(part, logits.float().unflatten(0, (h, -1)), values.shape[3]) for part in chunks])
     merged = [merge(list(parts)).unflatten(2, (heads // h, -1)).flatten(1, 2) for parts in zip(*segments, strict=True)]
     return torch.cat(merged, 2).to(query.dtype)
 
@@ -141,6 +145,13 @@ def _held(part: QueryChunk, held: HeldRows, softcap: float | None) -> tuple[Tens
         return None
     first = None if sinks is None else (sinks.keys, sinks.values)
     return attend_held(query, held.keys, held.values, first, softcap, view.snapshot.shape.dtype)
+
+
+def _sink(part: QueryChunk, logits: Float[Tensor, "h m"], width: int) -> tuple[Tensor, Tensor]:
+    """What takes a share of the attention and gives nothing."""
+    query, view = part
+    found = logits[..., None].expand(-1, -1, view.count).flatten(1)[None, ..., None]
+    return query.new_zeros(*query.shape[:3], width), found.expand(len(query), -1, -1, -1)
 
 
 def _shown(view: Visibility, columns: slice, with_sinks: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -27,6 +27,7 @@ class ProbeQueries(NamedTuple):
     rows: Int[Tensor, " x"]
     queries: Float[Tensor, "b q x d"]
     softcap: float | None
+    sinks: Float[Tensor, " q"] | None = None  # logits that take a share and are no token
 
 
 def received(
@@ -52,6 +53,8 @@ def received(
         shown = (torch.arange(t, device=keys.device) <= columns[:, None]) & real[:, None] & real[:, columns, None]
         seen += shown.sum(1)
         lse = _norm(part, keys, shown, probe.softcap, blocks)
+        if probe.sinks is not None:
+            lse = torch.logaddexp(lse, probe.sinks.float().view(1, h, -1, 1))
         for head in range(h):  # so that no float32 copy of all keys is made
             scores = _scores(part[:, head], keys[:, head].float(), shown[:, None], probe.softcap)
             mass[:, head] += (scores - lse[:, head, ..., None]).exp_().sum((1, 2))
