@@ -100,16 +100,14 @@ def _there(codec, rows):
 
 def test_sums_are_those_of_the_tokens_in_the_body(model, artifact, rows):
     """Golden source: keys and values as the layer makes them, the basis by hand; pads and sinks do not count."""
-    from kvshrink.attach.families import key_value
+    from kvshrink.attach.asking import key_value
 
     cache, seen = kvshrink.make_cache(model, artifact, watch=True), []
     ids = rows[:2, :200]
     mask = torch.ones(2, 200, dtype=torch.long)
     mask[1, :37] = 0  # left pads
     attention = model.model.layers[0].self_attn
-    hook = attention.register_forward_pre_hook(
-        lambda m, a, k: seen.append(key_value(m, k["hidden_states"])), with_kwargs=True
-    )
+    hook = attention.register_forward_pre_hook(lambda m, a, k: seen.append(key_value(m, k)), with_kwargs=True)
     read(model, cache, ids[:, :150], attention_mask=mask[:, :150])
     for at in range(150, 200):  # token by token: whole pages leave the window one by one
         read(model, cache, ids[:, at : at + 1], attention_mask=mask[:, : at + 1])

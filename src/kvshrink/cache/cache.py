@@ -6,17 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvshrink.cache.joining import check_alike, joined_layers, layers_of_row
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.owner import Owner
+from kvshrink.cache.passed import (
+    check_crop,
+    clear_states,
+    has_states,
+    is_sliding,
+    kind_name,
+    passed_tensors,
+    select_rows,
+    tokens_seen,
+)
 from kvshrink.cache.report import Report, Row
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows import crop_count, repeats_of, row_indices
 from kvshrink.cache.saving import SavedCache
 from kvshrink.cache.scoring import ProbeQueries
-from kvshrink.cache.sliding import check_crop, sliding_tensors
 from kvshrink.cache.step import Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods import name_of
@@ -25,13 +33,15 @@ from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.tokens import TokenTable
 
+LATENT = "none (latents of all heads, read a block at a time)"
+
 
 class KVCache(SavedCache):
     """One sequence batch's cache. Make it with `kvshrink.make_cache(model, method)`, give it as `past_key_values`."""
 
     def __init__(
         self,
-        layers: list[CacheLayerMixin],
+        layers: list[Any],
         method: Method,
         table: TokenTable,
         model: str,
@@ -45,6 +55,8 @@ class KVCache(SavedCache):
         self.model = model  # the attachment that may use it
         self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
+        self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
+        self.counted: Tensor | None = None  # of a step, columns of the new tokens
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
     @outside_inference_mode
@@ -81,7 +93,7 @@ class KVCache(SavedCache):
         tables = [self.table.row(i) for i in range(self.table.rows)]
         return [self._with(layers_of_row(self.layers, i, table), table) for i, table in enumerate(tables)]
 
-    def _with(self, layers: list[CacheLayerMixin], table: TokenTable) -> "KVCache":
+    def _with(self, layers: list[Any], table: TokenTable) -> "KVCache":
         owner = copy.copy(self.owner)
         return self.__class__(layers, self.method, table, self.model, self.fitted, self.device, owner)
 
@@ -103,18 +115,19 @@ class KVCache(SavedCache):
         own_attention: bool,
         model: str,
         probe_queries: ProbeQueries | None = None,
+        latent_of: Any = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
 
         positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; probe_queries: for a
-        layer whose `probes` named some of the s tokens.
+        layer whose `probes` named some of the s tokens; latent_of: of latents, the module that makes keys of them.
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
         if model != self.model:
             raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
-        layer.staged = Staged(positions, real, rope, own_attention, probe_queries)
+        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, latent_of)
 
     # --- batch and length, over layers and the token table together ---
 
@@ -141,6 +154,9 @@ class KVCache(SavedCache):
     def reset(self) -> None:
         """Forget everything; the object can be used again."""
         with self._changing():
+            for layer in self.layers:
+                if has_states(layer):
+                    clear_states(layer)  # before transformers writes zeros into them
             super().reset()  # type: ignore[no-untyped-call] # transformers' own
             self.table.reset()
 
@@ -157,8 +173,7 @@ class KVCache(SavedCache):
         if self.rows:
             index = row_indices(given, self.rows, what)
             with self._changing():
-                super().reorder_cache(index)  # type: ignore[arg-type] # any tensor of indices
-                self.table.select(index)
+                self._take(index)
 
     def batch_repeat_interleave(self, repeats: Any) -> None:
         """Each row `repeats` times, one beside the other. Raises CacheError for less than once."""
@@ -166,15 +181,19 @@ class KVCache(SavedCache):
         count = repeats_of(repeats)
         if self.rows:
             with self._changing():
-                every = torch.arange(self.rows).repeat_interleave(count)
-                super().batch_repeat_interleave(count)
-                self.table.select(every)
+                self._take(torch.arange(self.rows).repeat_interleave(count))
+
+    def _take(self, index: Tensor) -> None:
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer.select(index) if isinstance(layer, CompressedLayer) else select_rows(layer, index)
+        self.table.select(index)
 
     @property
     def is_initialized(self) -> bool:
         """Whether every layer holds tokens, as DynamicCache says; transformers' own asks only layers of fixed size."""
         layers: list[Any] = list(self.layers)
-        return all(layer.is_initialized for layer in layers)
+        return all(x.is_initialized for x in layers if isinstance(x, CompressedLayer) or is_sliding(x))
 
     # --- bytes ---
 
@@ -186,16 +205,16 @@ class KVCache(SavedCache):
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 drift = layer.watch.drift() if layer.watch else None
-                full = b * layer.seen * layer.shape.token_bytes
-                numbers = layer.body.slots * 2 * layer.shape.width // layer.body.lanes
+                full = b * layer.seen * layer.shape.token_bytes + layer.fixed
+                numbers = layer.body.slots * layer.shape.numbers // layer.body.lanes
                 held = layer.held()
                 tiers = layer.body.view(None if layer.base is None else layer.base.pages)
-                fused = next((str(tier.kernel) for tier in tiers), None)
+                fused = next((str(tier.kernel) for tier in tiers), None) if layer.shape.one_width else LATENT
                 body = nbytes(layer.body.tensors())
                 rows.append(Row(i, name, layer.seen, held, full, drift, body, numbers, fused))
             else:
-                size = nbytes(sliding_tensors(layer).values())
-                rows.append(Row(i, "sliding", self.get_seq_length(i), Held(window=size), size))
+                size = nbytes(passed_tensors(layer).values())
+                rows.append(Row(i, kind_name(layer), tokens_seen(layer) or 0, Held(window=size), size))
         return Report(rows, nbytes(self.table.tensors()))
 
     @property

@@ -12,7 +12,7 @@ from kvshrink.shapes import Bool, Float
 def encode(
     codecs: tuple[Codec, Codec],
     keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
     valid: Bool[Tensor, "b t"] | None,
     importance: Float[Tensor, "b h t"] | None,
     base: Callable[[str], Stored] | None,

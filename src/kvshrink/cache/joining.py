@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from kvshrink.cache.body import Body
 from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.passed import has_states, joined_passed, passed_row, select_states
 from kvshrink.cache.sinks import Sinks
-from kvshrink.cache.sliding import joined_sliding, sliding_row
 from kvshrink.cache.window import Window
 from kvshrink.errors import CacheError
 from kvshrink.store.tokens import TokenTable
@@ -27,29 +26,29 @@ def check_alike(kinds: Sequence[tuple[Any, ...]], lengths: Sequence[int]) -> Non
             raise CacheError(f"cache {i} of {len(kinds)} is of another model or method than cache 0. Join those alike.")
 
 
-def joined_layers(parts: Sequence[Sequence[Any]], table: TokenTable) -> list[CacheLayerMixin]:
+def joined_layers(parts: Sequence[Sequence[Any]], table: TokenTable) -> list[Any]:
     """Layer by layer, the rows of all."""
-    found: list[CacheLayerMixin] = []
+    found: list[Any] = []
     for layers in zip(*parts, strict=True):
         if isinstance(layers[0], CompressedLayer):
             found.append(_joined(layers, table, _base(layers[0], parts[0], found)))
         else:
-            found.append(joined_sliding(layers, table.length))
+            found.append(joined_passed(layers, table.length))
     return found
 
 
-def layers_of_row(layers: Sequence[Any], number: int, table: TokenTable) -> list[CacheLayerMixin]:
+def layers_of_row(layers: Sequence[Any], number: int, table: TokenTable) -> list[Any]:
     """Layer by layer, one row alone."""
-    found: list[CacheLayerMixin] = []
+    found: list[Any] = []
     for layer in layers:
         if isinstance(layer, CompressedLayer):
             found.append(_row(layer, number, table, _base(layer, layers, found)))
         else:
-            found.append(sliding_row(layer, number, table.length))
+            found.append(passed_row(layer, number, table.length))
     return found
 
 
-def _base(layer: CompressedLayer, old: Sequence[Any], new: Sequence[CacheLayerMixin]) -> CompressedLayer | None:
+def _base(layer: CompressedLayer, old: Sequence[Any], new: Sequence[Any]) -> CompressedLayer | None:
     """The new layer in the place of the one that this layer follows."""
     place = next((i for i, other in enumerate(old) if other is layer.base), None)
     found = None if place is None else new[place]
@@ -60,12 +59,13 @@ def _base(layer: CompressedLayer, old: Sequence[Any], new: Sequence[CacheLayerMi
 def _joined(layers: Sequence[CompressedLayer], table: TokenTable, base: CompressedLayer | None) -> CompressedLayer:
     """The rows of these layers, which are alike, under one table."""
     some, rows = layers[0], [layer.table.rows for layer in layers]
-    other = CompressedLayer(some.method, some.shape, some.tiers, table, copy.deepcopy(some.watch), base)
+    other = some.like(table, copy.deepcopy(some.watch), base)
     other.seen = table.length
     other.window = Window.joined([layer.window for layer in layers], other.leaves)
     other.sinks = Sinks.joined([layer.sinks for layer in layers], rows)
     other.body = Body.joined([layer.body for layer in layers], rows)
     other.dtype, other.device, other.is_initialized = some.dtype, some.device, True
+    other.join_states(layers)
     for layer in layers[1:]:
         if other.watch is not None and layer.watch is not None:
             other.watch.sums = other.watch.sums + layer.watch.sums
@@ -79,4 +79,6 @@ def _row(layer: CompressedLayer, number: int, table: TokenTable, base: Compresse
     other.window = layer.window.row(number, other.leaves)
     other.sinks.select(torch.tensor([number]))
     other.body.select(torch.tensor([number]))
+    if has_states(other):
+        select_states(other, torch.tensor([number]))
     return other

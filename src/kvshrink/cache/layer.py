@@ -14,6 +14,7 @@ from torch import Tensor
 from kvshrink.cache.attend import rebuild
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
+from kvshrink.cache.latents import Pending, hand_over
 from kvshrink.cache.leaving import left, quiet
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows_layer import RowsLayer
@@ -53,6 +54,10 @@ class CompressedLayer(RowsLayer):
         self.exact, self.rounded = WindowForm(None, shape), method.window_form(shape)
         self._clear()
 
+    def like(self, table: TokenTable, watch: DriftWatch | None, base: "CompressedLayer | None") -> "CompressedLayer":
+        """An empty layer of the same kind under another table."""
+        return CompressedLayer(self.method, self.shape, self.tiers, table, watch, base)
+
     @property
     def codecs(self) -> tuple[Codec, Codec] | None:
         """Of what leaves the window; None: it is dropped."""
@@ -80,7 +85,7 @@ class CompressedLayer(RowsLayer):
 
     @appending
     def update(
-        self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s d"], *args: Any, **kwargs: Any
+        self, key_states: Float[Tensor, "b h s d"], value_states: Float[Tensor, "b h s e"], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append s tokens; return the exact ones with a snapshot of the rest, or all, while nothing is encoded. Of a
         window at 8 bits the new ones alone may come back: the snapshot has what is held."""
@@ -126,8 +131,11 @@ class CompressedLayer(RowsLayer):
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:
             return (key_states, value_states) if keys.shape[2] == new else (keys, values)
-        if not staged.own_attention:  # all tokens at full width: slower, equally right
-            return rebuild(snapshot, keys, values)
+        if not staged.own_attention or (staged.latent_of is not None and learns):
+            return rebuild(snapshot, keys, values)  # all tokens at full width: slower, equally right
+        if staged.latent_of is not None:
+            hand_over(Pending(staged.latent_of, keys, values, snapshot))
+            return keys, values
         keys = keys.view_as(keys)
         setattr(keys, SNAPSHOT, snapshot)
         return keys, values

@@ -25,7 +25,8 @@ def empty_pages(
 
     Pads are used because any codec stores them, whatever range its numbers were fitted to.
     """
-    rows = torch.zeros(1, shape.heads, page, shape.head_dim, dtype=shape.dtype, device=device)
+    sizes = (1, shape.heads, page, shape.head_dim), (1, shape.heads, page, shape.value_dim)
+    keys, values = (torch.zeros(size, dtype=shape.dtype, device=device) for size in sizes)
     pads = torch.zeros(1, page, dtype=torch.bool, device=device)
     found: list[dict[str, Tensor]] = []
     for tier in tiers:
@@ -34,8 +35,13 @@ def empty_pages(
         elif found:
             found.append(dict(truncated(found[-1], tier.codecs)))
         else:
-            found.append(encode(tier.codecs, rows, rows, pads, None, None if base is None else _side_of(base)))
+            found.append(encode(tier.codecs, keys, values, pads, None, None if base is None else _side_of(base)))
     return found
+
+
+def before_rope(codecs: tuple[Codec, Codec]) -> bool:
+    """Whether keys are stored before RoPE."""
+    return codecs[0].site == "k_pre"
 
 
 def kernel_for(codecs: tuple[Codec, Codec], shape: LayerShape, page: int, device: torch.device) -> Choice:
@@ -64,14 +70,15 @@ def _read(codec: Codec, stored: Stored, shape: LayerShape, page: int) -> None:
     """Ask a codec once for all that attention asks. Raises ValueError, or whatever else, if an answer does not fit."""
     latent = codec.unpack(stored)
     by_head = latent.repeat_interleave(shape.heads // latent.shape[1], 1)
-    query = latent.new_zeros(1, shape.heads, 1, shape.head_dim)
+    width = shape.value_dim if codec.site == "v" else shape.head_dim
+    query = latent.new_zeros(1, shape.heads, 1, width)
     rows = [(codec.expand(latent, shape.heads), page)]
     if codec.site == "v":
         rows.append((codec.expand(by_head[:, :, :1], shape.heads), 1))
     elif (absorbed := codec.absorb(query)) is not None:
         _ = absorbed @ by_head.mT
     for found, tokens in rows:
-        if found.dtype != torch.float32 or found.shape != (1, shape.heads, tokens, shape.head_dim):
+        if found.dtype != torch.float32 or found.shape != (1, shape.heads, tokens, width):
             raise ValueError(f"rows are {found.dtype} of shape {list(found.shape)}")
     if codec.site != "v" and codec.reads(page * page) is not None:
         codec.scores(query, stored)

@@ -33,7 +33,7 @@ class Paged(NamedTuple):
     """What leaves, as whole pages. valid: None: all are real tokens; first, used: as `Body.append` has them."""
 
     keys: Float[Tensor, "b h t d"]
-    values: Float[Tensor, "b h t d"]
+    values: Float[Tensor, "b h t e"]
     valid: Bool[Tensor, "b t"] | None
     first: np.ndarray
     used: np.ndarray

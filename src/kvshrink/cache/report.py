@@ -14,7 +14,7 @@ class Row:
     """One layer: bytes held by purpose, and the bytes of the same tokens in a full cache."""
 
     layer: int
-    kind: str  # the method's name, or "sliding" for a layer that stays as it is
+    kind: str  # the method's name, or "sliding", "state" or "no cache" for one that stays as it is
     tokens: int
     held: Held
     full: int

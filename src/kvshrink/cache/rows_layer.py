@@ -1,6 +1,7 @@
 """What transformers asks of a cache layer, for all that one holds: lengths, crops, batch operations, moves."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -38,6 +39,14 @@ class RowsLayer(CacheLayerMixin):
     @abstractmethod
     def _clear(self) -> None:
         """Hold nothing."""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that a full cache holds of the layer besides keys and values."""
+        return 0
+
+    def join_states(self, layers: Sequence["RowsLayer"]) -> None:
+        """Take what these hold besides keys and values, row after row."""
 
     def get_seq_length(self) -> int:
         return self.seen

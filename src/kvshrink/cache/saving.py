@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from kvshrink.cache.contents import check_contents
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.owner import Owner
-from kvshrink.cache.sliding import restore_sliding, sliding_state, sliding_tensors
+from kvshrink.cache.passed import passed_state, passed_tensors, restore_passed, tokens_seen
 from kvshrink.cache.state import PLAIN, Schema, check_kinds, description, require
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.identity import Identity, difference
@@ -25,7 +25,7 @@ from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
-VERSION = 3  # of a saved state
+VERSION = 4  # of a saved state
 
 
 class SavedCache(Cache):
@@ -42,14 +42,15 @@ class SavedCache(Cache):
         if not self.whole:
             raise CacheError("a change of the cache was interrupted, and its layers differ. Call reset().")
         layers: list[Any] = list(self.layers)
-        seen = [layer.get_seq_length() for layer in layers]
+        counts = [x.seen if isinstance(x, CompressedLayer) else tokens_seen(x) for x in layers]
+        seen = [n for n in counts if n is not None]
         same = len({*seen, *([self.table.length] if self.compressed else [])}) == 1
         if not same or not all(layer.whole for layer in self.compressed):
             raise CacheError(f"layers hold {min(seen)} to {max(seen)} tokens: a step was interrupted. Call reset().")
 
     @property
     def compressed(self) -> list[CompressedLayer]:
-        """The layers that a method shrinks; sliding-window layers stay as they are."""
+        """The layers that a method shrinks; the others stay as they are."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
@@ -57,7 +58,7 @@ class SavedCache(Cache):
         """Sequences held; 0 while there are no tokens."""
         if self.table.length:
             return self.table.rows
-        return next((len(t) for layer in self.layers for t in sliding_tensors(layer).values() if t.numel()), 0)
+        return next((len(t) for layer in self.layers for t in passed_tensors(layer).values() if t.numel()), 0)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -73,7 +74,7 @@ class SavedCache(Cache):
         out = {f"table.{k}": t for k, t in tensors.items()}
         layers: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
-            values, tensors = layer.state() if isinstance(layer, CompressedLayer) else sliding_state(layer)
+            values, tensors = layer.state() if isinstance(layer, CompressedLayer) else passed_state(layer)
             layers.append(values)
             out |= {f"layers.{i}.{k}": t for k, t in tensors.items()}
         plain = {
@@ -154,4 +155,4 @@ class SavedCache(Cache):
             if isinstance(layer, CompressedLayer):
                 layer.restore(values, under(copies, f"layers.{i}."), schema.empty[i])
             else:
-                restore_sliding(layer, values, under(copies, f"layers.{i}."))
+                restore_passed(layer, values, under(copies, f"layers.{i}."))

@@ -134,7 +134,7 @@ class ExactSinks(NamedTuple):
     """First tokens of each row, in columns of the batch; -1 where there is none."""
 
     keys: Float[Tensor, "b h n d"]
-    values: Float[Tensor, "b h n d"]
+    values: Float[Tensor, "b h n e"]
     columns: Int[Tensor, "b n"]
     size: int
     simple: bool  # whether they are the first columns in every row
@@ -147,7 +147,7 @@ class HeldRows(NamedTuple):
     values: Tensor
     form: WindowForm
 
-    def rows(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
+    def rows(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w e"]]:
         return self.form.rows(self.keys), self.form.rows(self.values)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.layout import empty_pages
+from kvshrink.cache.passed import STATES, has_states, is_sliding
 from kvshrink.errors import ArtifactError
 from kvshrink.kernels.records import Layout
 from kvshrink.methods._roles import Stored
@@ -20,6 +21,7 @@ from kvshrink.store.deflate import Kind
 from kvshrink.store.files import DESCRIPTION
 from kvshrink.store.parse import parsed
 
+FLOATS = ("float32", "bfloat16", "float16")
 MOST = 2**31  # tokens: a position has 32 bits
 PLAIN = "plain"  # the tensor that holds the description, as JSON
 
@@ -65,7 +67,8 @@ class Schema:
         self.batch = _number(plain, "batch", "the description", 0, MOST)
         self.length = _number(table, "length", "table", 0, MOST)
         require(isinstance(table["padded"], bool), "table: padded")
-        require((self.batch > 0) == any(self._seen(x) > 0 for x in plain["layers"]), "batch")
+        counted = [x for layer, x in zip(layers, plain["layers"], strict=True) if _counts(layer)]
+        require((self.batch > 0) == any(self._seen(x) > 0 for x in counted), "batch")
         self.padded: bool = table["padded"]
         self.shifts = self._per_row(table["shifts"], "table: shifts", self.length)
         self.kinds: dict[str, Kind] = {}
@@ -73,13 +76,16 @@ class Schema:
         self.windows: dict[int, tuple[int, list[int]]] = {}  # tokens in the window, and each row's first slot
         if self.length:
             self.kinds["table.positions"] = (torch.int32, (self.batch, self.length))
-        seen = {self._seen(x) for x in plain["layers"]}
+        seen = {self._seen(x) for x in counted}
         compressed = any(isinstance(layer, CompressedLayer) for layer in layers)
         require(len(seen) == 1 and self.length == (max(seen) if compressed else 0), "layers of different lengths")
         for i, (layer, values) in enumerate(zip(layers, plain["layers"], strict=True)):
             known = isinstance(layer, CompressedLayer)
-            found = self._compressed(i, layer, values) if known else self._sliding(i, layer, values)
-            self.kinds |= {f"layers.{i}.{name}": kind for name, kind in found.items()}
+            require(isinstance(values, dict), f"layer {i}")
+            values = dict(values)
+            states = self._states(i, values.pop("states", None)) if has_states(layer) else {}
+            found = self._compressed(i, layer, values) if known else self._passed(i, layer, values)
+            self.kinds |= {f"layers.{i}.{name}": kind for name, kind in {**found, **states}.items()}
 
     def _per_row(self, given: Any, what: str, most: int) -> list[int]:
         """A number for each row, from 0 on; none given: 0 for all."""
@@ -94,20 +100,36 @@ class Schema:
         require(isinstance(values, dict), "a layer without values")
         return _number(values, "seen", "a layer", 0, MOST)
 
-    def _sliding(self, i: int, layer: Any, values: dict[str, Any]) -> dict[str, Kind]:
-        _keys(values, {"seen", "shape", "dtype"} if values["seen"] else {"seen"}, f"layer {i}")
+    def _passed(self, i: int, layer: Any, values: dict[str, Any]) -> dict[str, Kind]:
+        if not is_sliding(layer):
+            _keys(values, set(), f"layer {i}")
+            return {}
+        _keys(values, {"seen", "shapes", "dtype"} if values["seen"] else {"seen"}, f"layer {i}")
         if not values["seen"]:
             return {}
         tokens = min(values["seen"], max(1, layer.sliding_window - 1))
         shape = getattr(layer, "shape", None)
-        wanted = None if shape is None else [shape.heads, tokens, shape.head_dim]
-        given = values["shape"]
-        alike = isinstance(given, list) and len(given) == 3 and all(type(n) is int and 0 < n < MOST for n in given)
-        require(alike and given[1] == tokens and wanted in (None, given), f"layer {i}: shape {given!s:.60}")
+        given = values["shapes"]
+        require(isinstance(given, list) and len(given) == 2, f"layer {i}: shapes")
+        wanted = None if shape is None else [[shape.heads, tokens, d] for d in (shape.head_dim, shape.value_dim)]
+        for own in given:
+            require(_sizes(own) and len(own) == 3 and own[1] == tokens, f"layer {i}: shape {own!s:.60}")
+        require(wanted in (None, given), f"layer {i}: shapes {given!s:.60}")
         dtype = str(shape.dtype).removeprefix("torch.") if shape else values["dtype"]
-        require(values["dtype"] == dtype and dtype in ("float32", "bfloat16", "float16"), f"layer {i}: dtype")
-        kind = (getattr(torch, dtype), (self.batch, *given))
-        return {"keys": kind, "values": kind}
+        require(values["dtype"] == dtype and dtype in FLOATS, f"layer {i}: dtype")
+        kinds = [(getattr(torch, dtype), (self.batch, *own)) for own in given]
+        return {"keys": kinds[0], "values": kinds[1]}
+
+    def _states(self, i: int, given: Any) -> dict[str, Kind]:
+        """Kinds of a layer's states, which say their shapes themselves."""
+        require(isinstance(given, dict) and bool(given) == (self.batch > 0), f"layer {i}: states")
+        found: dict[str, Kind] = {}
+        names = {f"{name}.{n}" for name in STATES for n in self.layers[i].conv_states}
+        for name, kind in given.items():
+            right = name in names and isinstance(kind, list) and len(kind) == 2 and kind[0] in FLOATS
+            require(right and _sizes(kind[1]), f"layer {i}: states {name!s:.20}")
+            found[f"states.{name}"] = (getattr(torch, kind[0]), (self.batch, *kind[1]))
+        return found
 
     def _compressed(self, i: int, layer: CompressedLayer, values: dict[str, Any]) -> dict[str, Kind]:
         """Kinds of the layer's tensors."""
@@ -121,9 +143,9 @@ class Schema:
         b, shape = self.batch, layer.shape
         found: dict[str, Kind] = {}
         if values["seen"]:
-            dtype, numbers = (layer.rounded if values["rounded"] else layer.exact).kind
-            rows = (dtype, (b, shape.heads, window, numbers))
-            found |= {"window.keys": rows, "window.values": rows}
+            forms = (layer.rounded if values["rounded"] else layer.exact).kinds
+            rows = [(dtype, (b, shape.heads, window, numbers)) for dtype, numbers in forms]
+            found |= {"window.keys": rows[0], "window.values": rows[1]}
         require(isinstance(values["scores"], bool), f"layer {i}: scores")
         running = layer.method.scorer is not None and layer.method.scorer.running
         require(not values["scores"] or (running and window > 0), f"layer {i}: scores")
@@ -131,8 +153,9 @@ class Schema:
             found["window.scores"] = (torch.float32, (b, shape.heads, window))
         require(isinstance(values["sinks"], bool), f"layer {i}: sinks")
         if values["sinks"]:
-            rows = (shape.dtype, (b, shape.heads, layer.sinks.size, shape.head_dim))
-            found |= {"sinks.keys": rows, "sinks.values": rows, "sinks.columns": (torch.int32, (b, layer.sinks.size))}
+            pair = [(shape.dtype, (b, shape.heads, layer.sinks.size, d)) for d in (shape.head_dim, shape.value_dim)]
+            found |= {"sinks.keys": pair[0], "sinks.values": pair[1]}
+            found["sinks.columns"] = (torch.int32, (b, layer.sinks.size))
         if values["watched"]:
             found["watch.sums"] = (torch.float64, (2, 2))
         first = next((n for n, x in enumerate(self.layers) if x is layer.base), None)
@@ -167,6 +190,14 @@ class Schema:
             found["columns"] = (torch.int32, (b, lanes, count * layer.method.page))
             found["importance"] = (torch.float32, (b, lanes, count * layer.method.page))
         return found
+
+
+def _counts(layer: Any) -> bool:
+    return isinstance(layer, CompressedLayer) or is_sliding(layer)
+
+
+def _sizes(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(n) is int and 0 < n < MOST for n in given)
 
 
 def _number(values: Mapping[str, Any], key: str, where: str, low: int, high: int) -> int:

@@ -56,7 +56,7 @@ class Window:
     def count(self) -> int:
         return self.own + (self.shared.tokens if self.shared is not None else 0)
 
-    def view(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
+    def view(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w e"]]:
         """The tokens' keys and values as attention reads them."""
         keys, values = self.stored()
         return self.form.rows(keys), self.form.rows(values)
@@ -83,7 +83,7 @@ class Window:
         return torch.cat([self.shared.keys[rows], keys], 2), torch.cat([self.shared.values[rows], values], 2)
 
     def put(
-        self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s d"], left: bool
+        self, keys: Float[Tensor, "b h s d"], values: Float[Tensor, "b h s e"], left: bool
     ) -> tuple[Tensor, Tensor] | None:
         """Add tokens: in place if they fit, then None; else all are joined for this step only, and `keep` must follow.
 
