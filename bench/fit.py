@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from kvshrink import CSKV, data, fit, reference_model
-from kvshrink.attach.families import key_value
+from kvshrink.attach.asking import key_value
+from kvshrink.attach.families import decoder_layers
 from kvshrink.eval.run import calibration
 from kvshrink.eval.run.stats import bootstrap
 from kvshrink.fit.data import token_rows
@@ -43,13 +44,14 @@ def held_out(model, rows: torch.Tensor) -> dict[int, list[tuple[Moments, Moments
 
         def watch(module, kwargs, pairs=pairs) -> None:
             moments = []
-            for x in key_value(module, kwargs["hidden_states"]):
+            for x in key_value(module, kwargs):
                 stream = MomentStream()
                 stream.add(x.transpose(1, 2).flatten(2))
                 moments.append(stream.moments())
             pairs.append(tuple(moments))
 
-        runner.run(i, runner.source.model.get_decoder().layers[i], watch)
+        layer = decoder_layers(model)[i]
+        runner.run(i, layer, watch, layer.self_attn)
         found[i] = pairs
     return found
 

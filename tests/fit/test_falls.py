@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.look import layers_of
 from kvshrink.errors import DataError
 from kvshrink.fit import falls
 from kvshrink.fit.falls import Falls

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Phi3ForCausalLM
 
-from kvshrink.attach.families import key_value, key_value_parts, layers_of
+from kvshrink.attach.asking import key_value
+from kvshrink.attach.look import keywords, layers_of
+from kvshrink.attach.projections import key_value_parts
 from kvshrink.errors import DataError
 from kvshrink.fit.fisher import squared_gradients
 from kvshrink.fit.probe import Recall
@@ -99,6 +101,6 @@ def test_weights_without_a_gradient_and_losses_without_one_are_refused(model):
 def test_the_rows_of_a_fused_weight_are_those_that_make_keys_and_values(model):
     hidden = torch.randn(1, 5, 8, dtype=torch.float64)
     for info in layers_of(model):
-        made = key_value(info.module, hidden)
+        made = key_value(info.module, keywords(model, info.module, info.kind, hidden, torch.arange(5)[None]))
         for (weight, channels), rows in zip(key_value_parts(info.module), made, strict=True):
             torch.testing.assert_close((hidden @ weight[channels].T)[:, None], rows)

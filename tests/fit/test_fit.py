@@ -16,7 +16,8 @@ from transformers import (
 
 import kvshrink
 from kvshrink import CSKV, RTN
-from kvshrink.attach.families import attention_modules, key_value
+from kvshrink.attach.asking import key_value
+from kvshrink.attach.families import attention_modules, layer_kinds
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit import fit_all
@@ -86,7 +87,7 @@ def test_the_layer_by_layer_run_gives_what_the_model_computes(cls, rows):
     seen = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, a, k: seen.__setitem__(m.layer_idx, k["hidden_states"]), with_kwargs=True)
-        for m in attention_modules(net)
+        for m in attention_modules(net, layer_kinds(net))
     ]
     with torch.no_grad():
         net(input_ids=rows)
@@ -96,7 +97,7 @@ def test_the_layer_by_layer_run_gives_what_the_model_computes(cls, rows):
     runner = LayerRunner(InMemory(net), rows, batch=4)  # 4 and a ragged 2
     for i, layer in enumerate(net.get_decoder().layers):
         got = []
-        runner.run(i, layer, lambda m, k, got=got: got.append(k["hidden_states"]))
+        runner.run(i, layer, lambda m, k, got=got: got.append(k["hidden_states"]), layer.self_attn)
         torch.testing.assert_close(torch.cat(got), wanted[i], rtol=1e-5, atol=1e-5)
 
 
@@ -124,7 +125,8 @@ def test_quantisation_aware_training_lowers_the_error_it_trains(model, rows):
     )
     runner = LayerRunner(InMemory(model), rows, batch=6)
     taken = []
-    runner.run(0, model.get_decoder().layers[0], lambda m, k: taken.extend(key_value(m, k["hidden_states"])))
+    layer = model.get_decoder().layers[0]
+    runner.run(0, layer, lambda m, k: taken.extend(key_value(m, k)), layer.self_attn)
     error = {}
     for artifact in (plain, aware):
         shape = kvshrink.make_cache(model, artifact).layers[0].shape
@@ -296,7 +298,8 @@ def test_what_is_watched_is_the_input_also_without_an_input_norm(rows):
     net = Olmo2ForCausalLM(Olmo2Config(**SHAPE)).eval()
     runner, seen = LayerRunner(InMemory(net), rows, 2), StatsCollector(len(rows), False)
     before = runner.hidden.clone()
-    runner.run(0, net.get_decoder().layers[0], seen)
+    layer = net.get_decoder().layers[0]
+    runner.run(0, layer, seen, layer.self_attn)
     assert torch.equal(torch.cat([x["hidden_states"] for x in seen.inputs]), before)
     assert not torch.equal(runner.hidden, before)
 

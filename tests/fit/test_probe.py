@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from kvshrink import CSKV, RTN, Artifact, Spectral, fit, make_cache
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.look import layers_of
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.probe import REPEATED, ROWS, Recall, recall_rows
 from kvshrink.fit.reader import Reader

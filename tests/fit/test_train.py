@@ -6,7 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import CSKV, RTN
-from kvshrink.attach.families import key_value, layers_of, shape_of
+from kvshrink.attach.asking import key_value
+from kvshrink.attach.families import shape_of
+from kvshrink.attach.look import layers_of
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import _output_error
 from kvshrink.fit.distil import PredictionLoss
@@ -48,7 +50,8 @@ def seen(model, rows):
     """(keys, values, arguments of the attention) of the first layer, in batches of 5."""
     found = []
     runner = LayerRunner(InMemory(model), rows, batch=5)
-    runner.run(0, model.get_decoder().layers[0], lambda m, k: found.append((*key_value(m, k["hidden_states"]), k)))
+    layer = model.get_decoder().layers[0]
+    runner.run(0, layer, lambda m, k: found.append((*key_value(m, k), k)), layer.self_attn)
     keys, values, kwargs = zip(*found, strict=True)
     return torch.cat(keys), torch.cat(values), list(kwargs)
 
@@ -84,7 +87,7 @@ def test_the_gradient_is_that_of_finite_differences(model, rows, seen, name):
             tensors[i][f"{kv}_down"] = 0.8 * tensors[i][f"{kv}_up"].transpose(1, 2).contiguous()
 
     def value(tensors) -> torch.Tensor:
-        shape = shape_of(layers_of(model)[0].module)
+        shape = shape_of(layers_of(model)[0])
         return loss({i: tuple(Soft(c, False) for c in method.codecs(shape, t)) for i, t in tensors.items()}, 0)
 
     for part in ("key_up", "key_down", "value_up", "value_down", "value_mean"):
@@ -154,7 +157,7 @@ def test_the_guard_reads_what_a_cache_would_hold(model, rows, seen):
     """Golden source: the codecs with their real packed codes, on the held-out row."""
     artifact = fit(model, rows, bits=2, loss="output", steps=1)
     info = layers_of(model)[0]
-    codecs = CSKV(keep=0.25, bits=2).codecs(shape_of(info.module), fit(model, rows, bits=2).layers[0])
+    codecs = CSKV(keep=0.25, bits=2).codecs(shape_of(info), fit(model, rows, bits=2).layers[0])
     last = {k: v[-1:] if k == "hidden_states" else v for k, v in seen[2][-1].items()}
     wanted = _output_error(info.module, info.rope, codecs, 32, last)
     assert records(artifact)[0]["held_out"]["closed form"] == pytest.approx(wanted, rel=1e-4)
@@ -176,7 +179,7 @@ def test_rows_held_out_are_never_trained_on(model, name, monkeypatch):
         elif name == "rows":
             other = torch.allclose(self.rows[0][row], known[0], atol=1e-5)
         else:
-            keys = key_value(self.module, self.rows[row]["hidden_states"])[0]
+            keys = key_value(self.module, self.rows[row])[0]
             other = keys.shape == known.shape and torch.allclose(keys, known, atol=1e-5)
         calls.append((torch.is_grad_enabled(), other))
         return original(self, codecs, row)
@@ -194,7 +197,8 @@ def test_rows_held_out_are_never_trained_on(model, name, monkeypatch):
 def _inputs(model, rows):
     found = []
     runner = LayerRunner(InMemory(model), rows, batch=1)
-    runner.run(0, model.get_decoder().layers[0], lambda m, k: found.append((m, k["hidden_states"])))
+    layer = model.get_decoder().layers[0]
+    runner.run(0, layer, lambda m, k: found.append((m, k)), layer.self_attn)
     return found
 
 
@@ -283,7 +287,7 @@ def test_ranks_drawn_in_training_make_leading_components_good(model, rows, seen)
     """From a random basis, whose components have no order: the first quarter is better where ranks were drawn."""
     settings = {"keep": 0.5, "init": "random", "steps": 100, "lr": 1e-2}
     drawn, fixed = fit(model, rows, matryoshka=True, **settings), fit(model, rows, **settings)
-    loss, shape = RowLoss(seen[0], seen[1], 32), shape_of(layers_of(model)[0].module)
+    loss, shape = RowLoss(seen[0], seen[1], 32), shape_of(layers_of(model)[0])
     error = {}
     for name, artifact in (("drawn", drawn), ("fixed", fixed)):
         assert records(artifact)[0]["kept"] == "trained"

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import CSKV, methods
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.look import layers_of
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.run.simulated import simulate
 from kvshrink.fit import probe as probes

@@ -165,7 +165,7 @@ def model():
 
 def of(model, change) -> Artifact:
     """An artifact of random bases with a change to each layer's tensors."""
-    layers = {i: bases(shape_of(kvshrink.attach(model).layers[i].module), 8, 8) for i in range(2)}
+    layers = {i: bases(shape_of(kvshrink.attach(model).layers[i]), 8, 8) for i in range(2)}
     for tensors in layers.values():
         change(tensors)
     return Artifact(CSKV(keep=0.5, bits=4), layers, {"name": "m", "identity": identity_of(model).to_dict()})

@@ -68,7 +68,7 @@ def test_scores_lose_less_than_with_the_same_bits_everywhere(stats_of):
         rows.new_zeros(len(rows), 2),
         stats.pairs,
     )
-    space = method._space(SHAPE)
+    space = method._space(SHAPE, "key")
     fitted = {f"key_{k}": t for k, t in method.learn("key", side, space).items()}
     fitted |= {f"value_{k}": t for k, t in method.learn("value", SideStats.of(stats, "value", "v"), space).items()}
     assert worst(method, fitted) < 0.5 * worst(TurboQuant(bits=2), {})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kvshrink
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.look import layers_of
 from kvshrink.cache import attend as attend_module
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.cache.rope import Rope

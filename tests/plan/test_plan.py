@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvshrink import CSKV, RTN, detach, fit, make_cache, reference_model
 from kvshrink.attach.budget import CacheBudget
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.look import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
 from kvshrink.eval.run import calibration

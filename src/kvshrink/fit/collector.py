@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import (
-    LayerInfo,
-    key_value,
-    key_value_biases,
-    key_value_weights,
-    output_weight,
-    queries,
-    shape_of,
-)
+from kvshrink.attach.asking import ask
+from kvshrink.attach.families import LayerInfo, shape_of
+from kvshrink.attach.projections import key_value_biases, key_value_weights, output_weight
 from kvshrink.cache.rope import Rope
 from kvshrink.fit.statistics import EnergyStream, MomentStream, ScaleStream, output_gram
 from kvshrink.methods._stats import CalibrationStats, Sample
@@ -23,9 +17,9 @@ SAMPLED = 2048  # tokens of a sample at most, half of it at least where there ar
 class StatsCollector:
     """What is gathered while a layer runs: moments always; inputs, rows and a sample where a setting needs them."""
 
-    def __init__(self, probes: int, rows: bool, sample: bool = False) -> None:
+    def __init__(self, probes: int, rows: bool, sample: bool = False, moves: bool = False) -> None:
         self.key, self.value, self.scale, self.query = MomentStream(), MomentStream(), ScaleStream(), EnergyStream()
-        self.probes, self.rows = probes, rows
+        self.probes, self.rows, self.moves = probes, rows, moves  # moves: keys cannot be had before RoPE
         self.inputs: list[dict] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -33,14 +27,15 @@ class StatsCollector:
 
     def __call__(self, module: nn.Module, kwargs: dict) -> None:
         hidden = kwargs["hidden_states"]
-        keys, values = key_value(module, hidden)
+        asked = ask(module, kwargs, turned=self.moves)
+        keys, values, query = asked.key, asked.value, asked.query
         self.key.add(keys.transpose(1, 2).flatten(2))
         self.value.add(values.transpose(1, 2).flatten(2))
         self.scale.add(hidden)
-        query = queries(module, hidden)
-        self.query.add(query, keys.shape[1])
-        if self.sample is not None:
-            self.sample.add(keys, values, query)
+        if query is not None:
+            self.query.add(query, keys.shape[1])
+            if self.sample is not None:
+                self.sample.add(keys, values, query)
         if len(self.inputs) < self.probes:
             # without an input norm (Olmo2) it is a view of what the layer's output is about to overwrite
             self.inputs.append(kwargs | {"hidden_states": hidden.clone()})
@@ -50,18 +45,19 @@ class StatsCollector:
 
     def stats(self, info: LayerInfo) -> CalibrationStats:
         module = info.module
-        key_weight, value_weight = key_value_weights(module)
+        key_weight, value_weight = key_value_weights(module) or (None, None)
         key_bias, value_bias = key_value_biases(module)
-        shape = shape_of(module)
+        shape = shape_of(info)
+        output = None if info.latent else output_weight(module, info.value_dim)
         return CalibrationStats(
             shape,
             self.key.moments(),
             self.value.moments(),
             self.scale.mean(),
-            key_weight.detach(),
-            value_weight.detach(),
+            None if key_weight is None else key_weight.detach(),
+            None if value_weight is None else value_weight.detach(),
             self.query.mean(info.rope),
-            output_gram(output_weight(module), shape.heads),
+            None if output is None else output_gram(output, shape.heads),
             info.rope.pairs() if info.rope else None,
             self.sample.done(info.rope) if self.sample is not None else None,
             key_bias,

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kvshrink.attach.families import LayerInfo, key_value_parts
-from kvshrink.errors import DataError
+from kvshrink.attach.families import LayerInfo
+from kvshrink.attach.projections import key_value_parts
+from kvshrink.errors import DataError, UnsupportedModelError
 from kvshrink.shapes import Int
 
 
@@ -23,7 +24,15 @@ def squared_gradients(
 
     Raises DataError if a gradient is not finite or the weights are no floats.
     """
-    parts = {i: key_value_parts(info.module) for i, info in infos.items()}
+    parts = {}
+    for i, info in infos.items():
+        known = key_value_parts(info.module)
+        if known is None:
+            raise UnsupportedModelError(
+                f"the key and value weights of {type(info.module).__name__} are not known, and this method asks for "
+                "their gradient. Use allocation by KL, such as spectral or CSKV(budget=)."
+            )
+        parts[i] = known
     weights = list({id(w): w for pair in parts.values() for w, _ in pair}.values())  # a fused one makes both
     if other := [w.dtype for w in weights if not w.is_floating_point()]:
         raise DataError(f"weights stored as {other[0]} have no gradient. Load the model in a float dtype.")

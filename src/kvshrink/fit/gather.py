@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from kvshrink.attach.families import layers_of
+from kvshrink.attach.families import decoder_layers
+from kvshrink.attach.look import layers_of
 from kvshrink.fit.collector import StatsCollector
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.source import InMemory
@@ -26,8 +27,8 @@ def gather(
     infos, found = layers_of(model), {}
     runner = LayerRunner(InMemory(model), rows, batch)
     for i in tqdm(range(runner.layers), desc="statistics", unit="layer", disable=not progress):
-        seen = StatsCollector(0, False, sample) if infos[i].compressed else None
-        runner.run(i, model.get_decoder().layers[i], seen)
+        seen = StatsCollector(0, False, sample, infos[i].moves) if infos[i].compressed else None
+        runner.run(i, decoder_layers(model)[i], seen, infos[i].module)
         if seen is not None:
             found[i] = seen.stats(infos[i])
     return found

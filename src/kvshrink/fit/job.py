@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, layers_of, shape_of, text_config
+from kvshrink.attach.families import LayerInfo, check_queries, check_widths, shape_of, text_config
+from kvshrink.attach.look import layers_of
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError
 from kvshrink.fit.allocate import choose_split
@@ -85,9 +86,13 @@ def fit_all(
         check_loaded(inner)
         source = InMemory(inner)
     infos = layers_of(source.model)
-    shapes = [shape_of(info.module) for info in infos if info.compressed]
+    shapes = [shape_of(info) for info in infos if info.compressed]
     methods = [method.resolve_auto(shapes, source.device) for method in methods]
     for method in methods:
+        for i, info in enumerate(infos):
+            if info.compressed:
+                check_widths(info, method, i)
+                check_queries(info, method, i)
         for shape in dict.fromkeys(shapes):
             method.bits_per_token(shape, {})  # what these shapes make impossible is refused now, not after the pass
     page = max(method.page for method in methods)
@@ -154,7 +159,7 @@ class _Job:
         return [self._artifact(n, method, done, model, started) for n, method in enumerate(self.methods)]
 
     def _artifact(self, n: int, method: Method, done: dict, model: dict, started: float) -> Artifact:
-        shapes = {i: shape_of(self.infos[i].module) for i in done}
+        shapes = {i: shape_of(self.infos[i]) for i in done}
         records = {i: dict(results[n][1]) for i, results in done.items()}
         # a probe reads the model's own keys through codecs made of these
         device = next(self.source.model.parameters()).device if method.probes else torch.device("cpu")
@@ -212,8 +217,8 @@ class _Job:
         whole = any(trains(m, "output") for m in self.methods)
         probes = len(self.rows) if whole else PROBES if any(m.splits() for m in self.methods) else 0
         rows = any(trains(m, "rows") for m in self.methods)
-        seen = StatsCollector(probes, rows, any(m.samples for m in self.methods))
-        runner.run(index, layer, seen)
+        seen = StatsCollector(probes, rows, any(m.samples for m in self.methods), self.infos[index].moves)
+        runner.run(index, layer, seen, self.infos[index].module)
         stats = seen.stats(self.infos[index])
         return [self._fit_one(method, index, stats, seen) for method in self.methods]
 

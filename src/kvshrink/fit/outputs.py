@@ -43,9 +43,10 @@ class OutputLoss(Loss):
 
 
 def float32(module):
-    """The module itself if it computes in float32, else a copy of it that does."""
+    """The module itself if it computes in float32 or in codes of its own, else a copy of it that does."""
     parameters = list(module.parameters())
-    if all(p.dtype == torch.float32 for p in parameters):
+    coded = any(type(p) not in (torch.nn.Parameter, Tensor) or not p.is_floating_point() for p in parameters)
+    if coded or all(p.dtype == torch.float32 for p in parameters):
         return module
     return copy.deepcopy(module).float()
 

@@ -1,5 +1,6 @@
 """A model that prefills exactly and then reads what it prefilled through codecs, without a cache of ours."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -10,6 +11,7 @@ from transformers import DynamicCache
 from kvshrink.attach.families import LayerInfo, shape_of
 from kvshrink.attach.fill import held_by
 from kvshrink.cache.lossy import round_trip
+from kvshrink.cache.passed import has_states, learning, restore_states, states_of
 from kvshrink.cache.rope import Rope
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.shapes import Float, Int
@@ -25,7 +27,7 @@ class Reader:
 
     def __init__(self, model: Any, infos: Sequence[LayerInfo], method: Method, chunk: int | None = None) -> None:
         self.model, self.infos, self.method, self.chunk = model, infos, method, chunk
-        self.forms = {i: method.window_form(shape_of(x.module)) for i, x in enumerate(infos) if x.compressed}
+        self.forms = {i: method.window_form(shape_of(x)) for i, x in enumerate(infos) if x.compressed}
 
     def prefill(self, ids: Int[Tensor, "b s"]) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -55,10 +57,15 @@ class Reader:
         """A cache of what the codecs give for what this one holds."""
         cache: Any = DynamicCache(config=self.model.config)
         for i, layer in enumerate(exact.layers):
+            if not self.infos[i].compressed:
+                cache.layers[i] = copy.deepcopy(layer)
+            if has_states(layer):
+                learning(cache.layers[i])
+                restore_states(cache.layers[i], {k: t.clone() for k, t in states_of(layer).items()})
+            if not self.infos[i].compressed:
+                continue
             keys, values = self._lossy(i, *held_by(layer), *codecs.get(i, (None, None)))
             cache.update(keys, values, i)
-            if hasattr(layer, "cumulative_length"):  # a sliding layer holds its last tokens alone
-                cache.layers[i].cumulative_length = layer.cumulative_length
         found: DynamicCache = cache
         return found
 

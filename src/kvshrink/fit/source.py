@@ -1,7 +1,7 @@
 """Where a layer's weights come from while it is fitted: a model in memory, or a folder read one layer at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kvshrink.attach.families import decoder_layers, text_tower
 from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.errors import ArtifactError, KVShrinkError
 from kvshrink.identity import Identity
@@ -38,7 +39,7 @@ class InMemory:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield self.model.get_decoder().layers[index]
+        yield decoder_layers(self.model)[index]
 
 
 class OnDisk:
@@ -63,7 +64,7 @@ class OnDisk:
             )
         self.files = _weight_files(self.folder)
         self.prefix = {id(m): f"{n}." for n, m in self.model.named_modules()}
-        for layer in getattr(self.model.get_decoder(), "layers", ()):
+        for layer in decoder_layers(self.model):
             self._names(layer)  # what is missing is refused before the first layer is fitted
 
     @property
@@ -93,12 +94,18 @@ class OnDisk:
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
-        with self._loaded(self.model.get_input_embeddings()):
+        """All that may run before the first layer: what the decoder holds beside its layers."""
+        layers, tower = decoder_layers(self.model), text_tower(self.model)
+        parts = {id(m): m for m in (self.model.get_input_embeddings(), *tower.children()) if m is not layers}
+        with ExitStack() as stack:
+            for part in parts.values():
+                if part.state_dict() and not any(m is layers for m in part.modules()):
+                    stack.enter_context(self._loaded(part))
             yield
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        layer = self.model.get_decoder().layers[index]
+        layer = decoder_layers(self.model)[index]
         with self._loaded(layer):
             yield layer
 

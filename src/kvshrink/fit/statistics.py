@@ -69,9 +69,11 @@ class EnergyStream:
         self.total = self.total + energy.unflatten(0, (heads, -1)).sum(1, dtype=torch.float64)
         self.count += queries.shape[0] * queries.shape[2]
 
-    def mean(self, rope: Rope | None) -> Float[Tensor, "h d"]:
-        """Both channels of a RoPE pair get their mean: over all rotations of a query it is the same."""
-        energy = torch.as_tensor(self.total) / max(1, self.count)
+    def mean(self, rope: Rope | None) -> Float[Tensor, "h d"] | None:
+        """Both channels of a RoPE pair get their mean: over all rotations of a query it is the same. None: no query."""
+        if not self.count:
+            return None
+        energy = torch.as_tensor(self.total) / self.count
         if rope is None:
             return energy
         first, second = rope.pairs()

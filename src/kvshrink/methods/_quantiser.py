@@ -144,9 +144,9 @@ class SideStats:
         moment = torch.einsum("mhqc,mhqd->hcd", queries, queries) / len(queries)
         energy = torch.einsum("mhc,hcd,mhd->mh", sample.keys_post_rope, moment, sample.keys_post_rope)
         if kv == "value":
-            return cls(sample.values, stats.output_gram.float(), energy, None)
+            return cls(sample.values, stats.known("output_gram").float(), energy, None)
         if site == "k_pre":  # over all distances the two channels of a pair are alike, and pairs do not mix
-            return cls(sample.keys_pre_rope, torch.diag_embed(stats.query_energy.float()), energy, None)
+            return cls(sample.keys_pre_rope, torch.diag_embed(stats.known("query_energy").float()), energy, None)
         return cls(sample.keys_post_rope, moment, energy, stats.pairs, queries.abs().amax((0, 2)))
 
     def projected(
@@ -191,6 +191,7 @@ class Quantiser(Method):
     site: ClassVar[Literal["k_pre", "k_post"]] = "k_post"  # where keys are stored: before or after RoPE
     offered: ClassVar[tuple[Any, ...]] = ()  # what `bits` may be, where there is such a setting
     of_latents: ClassVar[bool] = True  # whether it stores a low-rank method's latents too
+    two_widths: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()
@@ -245,12 +246,12 @@ class Quantiser(Method):
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         if not self.needs_fit:
             return {}
-        space, constant = self._space(stats.shape), stats.large_constant()
+        constant = stats.large_constant()
         if constant is None:
             sides = {kv: SideStats.of(stats, kv, self.site) for kv in KVS}
         else:
             sides = {kv: SideStats.of(stats.less(constant), kv, "k_pre") for kv in KVS}
-        found = {kv: self.learn(kv, sides[kv], space) for kv in KVS}
+        found = {kv: self.learn(kv, sides[kv], self._space(stats.shape, kv)) for kv in KVS}
         learnt = {f"{kv}_{k}": t.contiguous() for kv in KVS for k, t in found[kv].items()}
         return learnt if constant is None else learnt | {CONSTANT: constant.float().contiguous()}
 
@@ -262,30 +263,30 @@ class Quantiser(Method):
         return self._codec("key", shape, fitted), self._codec("value", shape, fitted)
 
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
-        space = self._space(shape)
-        ladders = [self.ladder(kv, space, prefixed(fitted, kv)) for kv in KVS]
+        ladders = [self.ladder(kv, self._space(shape, kv), prefixed(fitted, kv)) for kv in KVS]
         return aged(self.codecs(shape, fitted), *ladders)
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
-        ladders = [self.ladder(kv, self._space(shape), {}) for kv in KVS]
+        ladders = [self.ladder(kv, self._space(shape, kv), {}) for kv in KVS]
         if len(ladders[0]) == 1:
             return super().body_bytes(shape, fitted, pages)
         return held(ladders, pages, self.page)
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The same before a fit and after it."""
-        return sum(self.packing(kv, self._space(shape), {}).page_bytes() for kv in KVS) * 8 / self.page
+        return sum(self.packing(kv, self._space(shape, kv), {}).page_bytes() for kv in KVS) * 8 / self.page
 
     def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> Codec:
-        space, learnt = self._space(shape), prefixed(fitted, kv)
+        space, learnt = self._space(shape, kv), prefixed(fitted, kv)
         stored, transform = self.packing(kv, space, learnt), self.transform(kv, space, learnt)
         if kv == "key" and CONSTANT in fitted:
             return beside_constant(stored, transform, fitted[CONSTANT])
         site = self.site if kv == "key" else "v"
         return HeadwiseCodec(site, stored) if transform is None else BasisCodec(site, *transform, stored)
 
-    def _space(self, shape: LayerShape) -> Space:
-        return Space(shape.heads, shape.head_dim, self.page, shape.dtype, True)
+    def _space(self, shape: LayerShape, kv: KV) -> Space:
+        width = shape.head_dim if kv == "key" else shape.value_dim
+        return Space(shape.heads, width, self.page, shape.dtype, True)
 
 
 def axes(space: Space, bits: int | None, axis: str, group: int) -> Packing:

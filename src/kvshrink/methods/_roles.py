@@ -42,6 +42,7 @@ class Method(metaclass=Settings):
     page: ClassVar[int] = 32
     needs_fit: ClassVar[bool] = False
     drops_tokens: ClassVar[bool] = False
+    two_widths: ClassVar[bool] = False  # whether rows of keys and of values may differ in width (MLA)
     budget_setting: ClassVar[str | None] = None  # the setting that a byte budget moves
     byte_neutral: ClassVar[frozenset[str]] = frozenset()  # settings on which no byte depends
 
@@ -170,7 +171,7 @@ class Method(metaclass=Settings):
         return batch * (room * exact + sinks + self.body_bytes(shape, fitted, pages) + index)
 
     def window_form(self, shape: LayerShape) -> WindowForm:
-        auto = 8 if self.rounds_window and not shape.swamped else None
+        auto = 8 if self.rounds_window and not shape.swamped and shape.one_width else None
         return WindowForm(auto if self.window_bits == "auto" else self.window_bits, shape)
 
     @property

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from kvshrink.errors import UnsupportedModelError
 from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float
 
@@ -28,15 +29,29 @@ class LayerShape:
     head_dim: int
     dtype: torch.dtype
     swamped: bool = False
+    value_channels: int | None = None  # of a value's row, where they are not head_dim (MLA)
 
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.value_channels is None else self.value_channels
+
+    @property
+    def numbers(self) -> int:
+        """Of a token's key and value."""
+        return self.heads * (self.head_dim + self.value_dim)
+
+    @property
+    def one_width(self) -> bool:
+        return self.value_dim == self.head_dim
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in a full cache."""
-        return 2 * self.width * self.dtype.itemsize
+        return self.numbers * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ class Sample:
 @dataclass(frozen=True)
 class CalibrationStats:
     """What a method may learn a layer's settings from. Weights are [n, hidden]; input_scale is mean |x| per channel.
+    What a model does not show is None: see `known`.
 
     query_energy: mean q^2 over the calibration tokens, summed over the query heads that read a KV head and averaged
                   over the two channels of a RoPE pair (a rotation to any position then leaves it as it is).
@@ -78,14 +94,24 @@ class CalibrationStats:
     key: Moments
     value: Moments
     input_scale: Tensor
-    key_weight: Tensor
-    value_weight: Tensor
-    query_energy: Float[Tensor, "h d"]
-    output_gram: Float[Tensor, "h d d"]
+    key_weight: Tensor | None
+    value_weight: Tensor | None
+    query_energy: Float[Tensor, "h d"] | None
+    output_gram: Float[Tensor, "h d d"] | None
     pairs: tuple[Tensor, Tensor] | None = None
     sample: Sample | None = None
     key_bias: Tensor | None = None
     value_bias: Tensor | None = None
+
+    def known(self, name: str) -> Tensor:
+        """One of these. Raises UnsupportedModelError if the model does not show it."""
+        found: Tensor | None = getattr(self, name)
+        if found is None:
+            raise UnsupportedModelError(
+                f"this model does not show its {name.replace('_', ' ')}, which the method learns from. Use one that "
+                "learns from keys and values alone, such as spectral or cskv."
+            )
+        return found
 
     def large_constant(self) -> Float[Tensor, "h d"] | None:
         """The mean of keys before RoPE, where some channel's is LARGE times what varies in an average one."""

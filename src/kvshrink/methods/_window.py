@@ -36,13 +36,13 @@ class WindowForm:
         return unrounded(stored, self.shape.dtype)
 
     @property
-    def kind(self) -> tuple[torch.dtype, int]:
-        """(dtype, numbers) of a stored row."""
-        width = self.shape.head_dim
-        return (self.shape.dtype, width) if self.bits is None else (torch.uint8, width + SCALE.itemsize)
+    def kinds(self) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int]]:
+        """(dtype, numbers) of a stored key, and of a stored value."""
+        widths = self.shape.head_dim, self.shape.value_dim
+        dtype, more = (self.shape.dtype, 0) if self.bits is None else (torch.uint8, SCALE.itemsize)
+        return (dtype, widths[0] + more), (dtype, widths[1] + more)
 
     @property
     def token_bytes(self) -> int:
         """Of a token's key and value, all heads."""
-        dtype, numbers = self.kind
-        return 2 * self.shape.heads * numbers * dtype.itemsize
+        return sum(self.shape.heads * numbers * dtype.itemsize for dtype, numbers in self.kinds)

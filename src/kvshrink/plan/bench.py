@@ -75,7 +75,7 @@ class Bench:
     ) -> None:
         self.model, self.sizes, self.log, self.progress = model, sizes, log, progress
         self.infos, self.identity = attach(model).layers, identity_of(model)
-        self.shapes = {i: shape_of(x.module) for i, x in enumerate(self.infos) if x.compressed}
+        self.shapes = {i: shape_of(x) for i, x in enumerate(self.infos) if x.compressed}
         self.widest = widest(sizes.tokens)
         self.fitted_rows, self.held_rows = split(rows, self.widest)
         self.key = (model_key(model), rows_hash(rows))

@@ -41,10 +41,10 @@ def noise(model: Any, tokens: int, batch: int) -> tuple[DynamicCache, int, int]:
     length = min(tokens, MOST // (token * rows))
     dense, draw = DynamicCache(config=model.config), torch.Generator().manual_seed(0)
     for i, info in enumerate(attach(model).layers):
-        shape = shape_of(info.module)
-        size = (rows, shape.heads, length, shape.head_dim)
+        shape = shape_of(info)
+        sizes = [(rows, shape.heads, length, d) for d in (shape.head_dim, shape.value_dim)]
         device = next(info.module.parameters()).device
-        keys, values = (torch.randn(size, generator=draw).to(device, shape.dtype) for _ in range(2))
+        keys, values = (torch.randn(size, generator=draw).to(device, shape.dtype) for size in sizes)
         dense.update(keys, values, i)
     return dense, rows, length
 

@@ -133,12 +133,12 @@ def second_moment(moments: Moments) -> Float[Tensor, "n n"]:
 
 def key_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a key costs: the squared error of the scores, averaged over queries at all distances."""
-    return torch.diag(stats.query_energy.double().flatten())
+    return torch.diag(stats.known("query_energy").double().flatten())
 
 
 def value_metric(stats: CalibrationStats) -> Float[Tensor, "n n"]:
     """What an error in a value costs: the squared error of the layer's output, each head by itself."""
-    found: Tensor = torch.block_diag(*stats.output_gram.double())
+    found: Tensor = torch.block_diag(*stats.known("output_gram").double())
     return found
 
 

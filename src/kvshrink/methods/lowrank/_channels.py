@@ -100,7 +100,7 @@ def importance(stats: CalibrationStats, fill: Fill, queries: bool = True) -> Flo
     if fill == "zero":
         lost = lost + stats.key.mean.double().square()
     lost = (lost + lost[partners(stats)]) / 2
-    return lost * stats.query_energy.double().flatten() if queries else lost
+    return lost * stats.known("query_energy").double().flatten() if queries else lost
 
 
 def partners(stats: CalibrationStats) -> Int[Tensor, " n"]:

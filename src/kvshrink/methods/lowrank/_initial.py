@@ -16,7 +16,7 @@ def initial(
 
     init: "pca", "asvd", "svd" or "random"; metric: of "pca".
     """
-    moments, weight, input_scale = getattr(stats, kv), getattr(stats, f"{kv}_weight"), stats.input_scale
+    moments, input_scale = getattr(stats, kv), stats.input_scale
     mean = moments.mean.double().unflatten(0, (groups, -1))
     down = None
     if init == "pca":
@@ -26,7 +26,7 @@ def initial(
         up = orthonormal(groups, mean.shape[1], rank, KVS.index(kv)).to(mean.device)
     else:
         scale = input_scale.double().add(1e-6).pow(ALPHA) if init == "asvd" else torch.ones_like(input_scale)
-        down, up = weighted_svd(weight, scale, groups, rank)
+        down, up = weighted_svd(stats.known(f"{kv}_weight"), scale, groups, rank)
         mean = torch.zeros_like(mean)  # the paper's factors have no bias
     tensors = {"up": up, "mean": mean} | ({} if down is None else {"down": down})
     return {k: t.float().contiguous() for k, t in tensors.items()}

@@ -70,7 +70,7 @@ def recovery(stats: CalibrationStats) -> dict[str, Tensor]:
 
     Rows of keys or values are x @ weight + mean, and x is (rows of both - mean) @ down.
     """
-    weight = torch.cat([stats.key_weight, stats.value_weight]).double()
+    weight = torch.cat([stats.known("key_weight"), stats.known("value_weight")]).double()
     none = weight.new_zeros(stats.shape.width)
     biases = [none if b is None else b.double() for b in (stats.key_bias, stats.value_bias)]
     weights = dict(zip(("key_weight", "value_weight"), weight.T.chunk(2, 1), strict=True))

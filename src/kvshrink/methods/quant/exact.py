@@ -5,7 +5,7 @@ it is, shared by forks, and the fused kernels read it in place. In the model's o
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._packing import Raw
@@ -20,9 +20,11 @@ class Full(Method):
 
     sinks: int = 0  # all tokens are exact
 
+    two_widths: ClassVar[bool] = True
+
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
-        packing = Raw(shape.heads, shape.head_dim, self.page, shape.dtype)
-        return HeadwiseCodec("k_post", packing), HeadwiseCodec("v", packing)
+        keys, values = (Raw(shape.heads, d, self.page, shape.dtype) for d in (shape.head_dim, shape.value_dim))
+        return HeadwiseCodec("k_post", keys), HeadwiseCodec("v", values)
 
 
 METHOD = Full

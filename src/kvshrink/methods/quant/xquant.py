@@ -65,16 +65,21 @@ class XQuant(Quantiser):
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:
         if self.mode != "latent":
-            fits = stats.key_weight.shape[0] == stats.key_weight.shape[1]
+            fits = stats.known("key_weight").shape[0] == stats.known("key_weight").shape[1]
             found = recovery(stats) if fits else {}
             if fits and residual(stats, found) <= CLOSE:
                 return found
             if self.mode == "input":
                 raise SettingError(
-                    f"mode='input' is not possible for keys of {stats.key_weight.shape[0]} channels made of "
-                    f"{stats.key_weight.shape[1]}, or with a norm on keys. Use mode='latent'."
+                    f"mode='input' is not possible for keys of {stats.known('key_weight').shape[0]} channels made of "
+                    f"{stats.known('key_weight').shape[1]}, or with a norm on keys. Use mode='latent'."
                 )
-        parts = zip(KVS, (stats.key_weight, stats.value_weight), (stats.key_bias, stats.value_bias), strict=True)
+        parts = zip(
+            KVS,
+            (stats.known("key_weight"), stats.known("value_weight")),
+            (stats.key_bias, stats.value_bias),
+            strict=True,
+        )
         return {f"{kv}_{k}": t for kv, w, bias in parts for k, t in _basis(w, bias).items()}
 
     def transform(self, kv: KV, space: Space, learnt: Fitted) -> Transform:
@@ -88,7 +93,7 @@ class XQuant(Quantiser):
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec]:
         if "down" not in fitted:
             return super().codecs(shape, fitted)
-        stored, n = self.packing("key", self._space(shape), {}), shape.width
+        stored, n = self.packing("key", self._space(shape, "key"), {}), shape.width
         bases = []
         sites: tuple[Literal["k_pre", "v"], ...] = ("k_pre", "v")
         for site, kv, mean in zip(sites, KVS, fitted["mean"].split(n), strict=True):
