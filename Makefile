@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check package plain sanitize bench bench-gpu clean
+.PHONY: demo test quick check package plain sanitize bench bench-gpu models clean
 
 demo: $(STAMP)
 	$(BIN)/kvshrink demo --out demo
@@ -51,6 +51,10 @@ bench: $(STAMP)
 	$(BIN)/python bench/decode.py --sweep context
 	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/prefill.py
+
+# Every model type that transformers knows, tiny and random: which run, into src/kvshrink/data/models.json and docs/models.md.
+models: $(STAMP)
+	$(BIN)/python bench/sweep.py
 
 # With the Python at hand, since it needs a torch built for the GPU; triton comes with that.
 bench-gpu:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import typer
 import typer.main
 
-from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, plan, report
+from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, models, plan, report
 from kvshrink.cli._guard import exit_code
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit.fit,
     "generate": generate.generate,
     "inspect": inspect.inspect,
+    "models": models.models,
     "report": report.report,
     "lm-eval": lm_eval.lm_eval,
 }

@@ -6,7 +6,9 @@ from typing import Annotated
 import torch
 import typer
 
-from kvshrink.attach.families import key_value_weights, layers_of, shape_of
+from kvshrink.attach.families import shape_of
+from kvshrink.attach.look import layers_of
+from kvshrink.attach.projections import key_value_weights
 from kvshrink.cache.layout import kernel_for
 from kvshrink.cli._common import (
     BitsOption,
@@ -75,10 +77,12 @@ def inspect(
         console.print(f"fused kernel on this machine: {', '.join(fused)}")
     spectra = _fitted_spectra(fitted) if fitted else weights
     what = "keys and values on the calibration text, centred" if fitted else "key and value projection weights"
-    plots.spectra(spectra, out, f"Singular values of {what}: {Path(model).name}")
+    if spectra:
+        plots.spectra(spectra, out, f"Singular values of {what}: {Path(model).name}")
     if fitted:
         console.print(f"fitted tensors: {human(fitted.nbytes)}, once per model, not per sequence")
-    console.print(f"wrote {out}")
+    shown = f"wrote {out}" if spectra else "no picture: the key and value weights of this model are not known by name"
+    console.print(shown)
     if json:
         print_json(
             {"model": model, "method": name_of(chosen), "settings": chosen.settings(), "fused": fused, "layers": rows}
@@ -104,9 +108,8 @@ def _layers(source: OnDisk, spectra: bool):
         if not info.compressed:
             continue
         with source.layer(i):
-            shapes[i] = shape_of(info.module)
-            if spectra:
-                pair = key_value_weights(info.module)
+            shapes[i] = shape_of(info)
+            if spectra and (pair := key_value_weights(info.module)) is not None:
                 values[i] = tuple(torch.linalg.svdvals(w.detach().float()).numpy() for w in pair)
     return shapes, values
 

@@ -2,6 +2,7 @@
 
 calibration.txt        book text to fit methods on
 heldout.txt            book text to measure on: perplexity, and the haystack of the retrieval tasks
+models.json             which model types run (bench/sweep.py)
 longeval/              official LongEval line cases, and the conversations that its topic cases are made of
 
 Where each file comes from is in SOURCES.md beside it.
@@ -9,6 +10,8 @@ Where each file comes from is in SOURCES.md beside it.
 
 from importlib.resources import files
 from pathlib import Path
+
+SUFFIXES = (".txt", ".jsonl", ".json")
 
 
 def path(name: str) -> Path:
@@ -19,6 +22,8 @@ def path(name: str) -> Path:
     root = Path(str(files(__name__)))
     found = root / name
     if not found.is_file():
-        known = sorted(str(p.relative_to(root).as_posix()) for p in root.rglob("*") if p.suffix in (".txt", ".jsonl"))
+        known = sorted(
+            str(p.relative_to(root).as_posix()) for p in root.rglob("*") if p.suffix in (".txt", ".jsonl", ".json")
+        )
         raise FileNotFoundError(f"No data file {name!r} in kvshrink. Known: {', '.join(known)}.")
     return found
