@@ -129,4 +129,9 @@ def end_step(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
     """Hook behind the decoder: the step came to its end."""
     cache = by_name(module, args, kwargs).get("past_key_values")
     if isinstance(cache, KVCache):
-        cache.whole, cache.turned_by, cache.counted = True, None, None
+        _ended(cache)
+
+
+@at_once
+def _ended(cache: KVCache) -> None:
+    cache.whole, cache.turned_by, cache.counted = True, None, None

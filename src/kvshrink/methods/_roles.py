@@ -52,8 +52,7 @@ class Method(metaclass=Settings):
 
     @classmethod
     def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
-        """Values that a plan tries, {setting: values}, of all settings but the budget's; window and sinks are the
-        plan's unless they are named. shapes: of the layers that are compressed."""
+        """{setting: values that a plan tries}. Window and sinks are the plan's unless named. shapes: of shrunken layers."""
         return {}
 
     def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
