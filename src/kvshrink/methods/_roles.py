@@ -52,7 +52,7 @@ class Method(metaclass=Settings):
 
     @classmethod
     def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
-        """{setting: values that a plan tries}. Window and sinks are the plan's unless named. shapes: of shrunken layers."""
+        """{setting: values that a plan tries}; window and sinks are the plan's unless named. shapes: of all layers."""
         return {}
 
     def resolve_auto(self, shapes: Sequence[LayerShape], device: torch.device) -> "Method":
