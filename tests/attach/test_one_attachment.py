@@ -80,7 +80,7 @@ def test_a_merged_model_is_its_base(model, attached_first):
     kvshrink.make_cache(wrapper, METHOD)
     merged = wrapper.merge_and_unload()
     assert right(merged)
-    assert hooks(merged) == len(merged.model.layers) + 2
+    assert hooks(merged) == len(merged.model.layers) + 3
     kvshrink.detach(wrapper)
     assert untouched(merged)
     assert right(merged)
@@ -324,7 +324,7 @@ def test_threads_attach_one_model_once(model):
     for _ in range(3):
         found = in_threads(6, lambda i: kvshrink.attach(held[i % 3]))
         assert len({id(x) for x in found}) == 1
-        assert hooks(model) == len(model.model.layers) + 2
+        assert hooks(model) == len(model.model.layers) + 3
         kvshrink.detach(wrapper)
         assert untouched(model)
 
