@@ -1,8 +1,6 @@
 """MLA: latents are stored, and read as they are; no head's key or value of what left the window is made."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +8,13 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 import kvshrink
 from kvshrink import RTN, methods
-from kvshrink.attach import attention, check, stage
+from kvshrink.attach import check, stage
 from kvshrink.cache import latents
-from kvshrink.cache.latents import Pending, Up, hand_over, taken, up_of
+from kvshrink.cache.latents import Maker, Pending, hand_over, maker_of, taken
 from kvshrink.errors import CacheError, SettingError
 from kvshrink.methods.quant.turboquant import TurboQuant
+from tests.tiny import build, randomise
 
-BENCH = str(Path(__file__).parents[2] / "bench")
-sys.path.insert(0, BENCH)
-from tiny_models import build, randomise  # noqa: E402
-
-sys.path.remove(BENCH)
 LOSSLESS = RTN(bits=None, window=8)
 
 
@@ -49,8 +43,8 @@ def test_only_exact_tokens_are_expanded(monkeypatch):
 
 def test_without_matrices_at_hand_all_is_given_back(monkeypatch):
     """As of weights that are stored as codes."""
-    for room in (attention, check, stage):
-        monkeypatch.setattr(room, "up_of", lambda module: None)
+    for room in (check, stage):
+        monkeypatch.setattr(room, "maker_of", lambda module: None)
     model = build("text", "deepseek_v3")
     cache, full = kvshrink.make_cache(model, LOSSLESS), DynamicCache(config=model.config)
     for ids in (ids_of(200), ids_of(5, 1), ids_of(1, 2)):
@@ -59,20 +53,19 @@ def test_without_matrices_at_hand_all_is_given_back(monkeypatch):
 
 def test_matrices_are_those_that_expand():
     module = build("text", "deepseek_v3").model.layers[0].self_attn
-    up = up_of(module)
+    up = maker_of(module).up
     c, k = torch.randn(1, 1, 5, 32), torch.randn(1, 1, 5, 16)
     keys, values = module.expand_kv(c, k)
     torch.testing.assert_close(torch.einsum("bxtr,qnr->bqtn", c, up.keys), keys[..., :16])
     torch.testing.assert_close(torch.einsum("bxtr,qvr->bqtv", c, up.values), values)
     module.kv_b_proj.weight = torch.nn.Parameter(module.kv_b_proj.weight.mul(9).to(torch.int8), requires_grad=False)
-    assert up_of(module) is None
-    assert up_of(torch.nn.Linear(2, 2)) is None
+    assert maker_of(module) is None
+    assert maker_of(torch.nn.Linear(2, 2)) is None
 
 
 def test_by_hand():
-    """Attention over four latents, two of them stored by a codec that halves them."""
+    """Each head's keys and values made of the latents, and a softmax over all of them."""
     draw = torch.Generator().manual_seed(0)
-    up = Up(torch.randn(2, 3, 4, generator=draw), torch.randn(2, 5, 4, generator=draw))
     model = build("text", "deepseek_v3")
     cache = kvshrink.make_cache(model, RTN(bits=None, window=1, sinks=0))
     read(model, cache, ids_of(64))
@@ -81,9 +74,10 @@ def test_by_hand():
     from kvshrink.cache.attend import rebuild
 
     latent, key = (x[0, 0] for x in rebuild(snapshot, c, k))
-    up = up_of(model.model.layers[0].self_attn)
+    maker = maker_of(model.model.layers[0].self_attn)
+    up = maker.up
     query = torch.randn(1, 4, 1, up.keys.shape[1] + 16, generator=draw)
-    got = latents.attend_latents(query, Pending(None, c, k, snapshot), up, None, 0.3, None)
+    got = latents.attend_latents(query, Pending(maker, c, k, snapshot), None, 0.3, None)
     for head in range(4):
         keys = torch.cat([latent @ up.keys[head].T, key], 1)
         weights = (keys @ query[0, head, 0] * 0.3).softmax(0)
@@ -92,7 +86,7 @@ def test_by_hand():
 
 def test_what_is_left_is_for_one_module_and_once():
     a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    pending = Pending(a, *[torch.zeros(1)] * 2, None)
+    pending = Pending(Maker(a, None), *[torch.zeros(1)] * 2, None)
     hand_over(pending)
     assert taken(b) is None
     assert taken(a) is None, "another module asked in between: the step was interrupted"

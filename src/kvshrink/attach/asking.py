@@ -7,7 +7,7 @@ turns nothing, what arrives there is the key before RoPE.
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -54,7 +54,6 @@ class Catch:
 
     stop: bool
     found: Asked | None = None
-    is_updated: dict = field(default_factory=dict)
 
     def get_seq_length(self, *args: Any) -> int:
         return 0

@@ -17,7 +17,7 @@ from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import NAME, previous
 from kvshrink.attach.keywords import check_keywords, plain
 from kvshrink.cache.attend import attend
-from kvshrink.cache.latents import Pending, attend_latents, taken, up_of
+from kvshrink.cache.latents import Pending, attend_latents, taken
 from kvshrink.cache.snapshot import Snapshot
 from kvshrink.cache.step import SNAPSHOT
 from kvshrink.store.modes import at_once, autocast_on, own_modes
@@ -77,9 +77,8 @@ def _over_latents(
 ) -> Tensor:
     """Attention over our cache of latents."""
     check_keywords(kwargs, type(module).__name__, by_module=False)
-    scale, up = query.shape[-1] ** -0.5 if scaling is None else scaling, up_of(module)
-    assert up is not None
-    return attend_latents(query, pending, up, mask, scale, softcap).transpose(1, 2).contiguous()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_latents(query, pending, mask, scale, softcap).transpose(1, 2).contiguous()
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ from kvshrink.attach.implementation import NAME, Ours, choose, previous
 from kvshrink.attach.look import keywords, kind_of
 from kvshrink.attach.twin import Twin
 from kvshrink.cache.cache import KVCache
-from kvshrink.cache.latents import up_of
+from kvshrink.cache.latents import maker_of
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.errors import KVShrinkError, UnsupportedModelError
 from kvshrink.methods.quant.rtn import RTN
@@ -75,10 +75,9 @@ class _Check:
         index = self.module.layer_idx
         cache = KVCache(layers * (index + 1), method, table, "check", "check")
         for part in (slice(0, TOKENS - 1), slice(TOKENS - 1, TOKENS)):
-            latent_of = self.module if self.info.latent and up_of(self.module) is not None else None
-            own = not self.info.latent or latent_of is not None
-            rope = self.info.rope
-            cache.stage(index, positions[:, part].int(), None, rope, own, "check", latent_of=latent_of)
+            maker, rope = maker_of(self.module) if self.info.latent else None, self.info.rope
+            own = not self.info.latent or maker is not None
+            cache.stage(index, positions[:, part].int(), None, rope, own, "check", maker=maker)
             ours = self._run(NAME, self.hidden[:, part], positions[:, part], cache)[:, -1]
         reason = "It does something in attention that a cache cannot know of."
         self._compare(ours, wanted[:, -1], "attention output", reason)

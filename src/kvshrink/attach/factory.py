@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvshrink.attach.families import check_queries, check_widths, first_weight, shape_of
-from kvshrink.attach.fitted import fitting
+from kvshrink.attach.families import first_weight, shape_of
+from kvshrink.attach.fitted import check_queries, check_widths, fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
 from kvshrink.attach.offsets import with_constants_apart

@@ -17,9 +17,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from kvshrink.attach.asking import CACHES, names_of
 from kvshrink.attach.projections import swamped
 from kvshrink.cache.rope import Rope
-from kvshrink.errors import KVShrinkError, SettingError, UnsupportedModelError
-from kvshrink.methods import name_of
-from kvshrink.methods._roles import Method
+from kvshrink.errors import KVShrinkError, UnsupportedModelError
 from kvshrink.methods._stats import LayerShape
 
 KEPT = {"full_attention", "hybrid"}  # kinds of layers whose keys and values are shrunken
@@ -145,25 +143,6 @@ def _caches(names: frozenset[str]) -> bool:
 
 def _decodes(module: Any, names: frozenset[str]) -> bool:
     return "key_value_states" not in names or getattr(module, "is_decoder", False)
-
-
-def check_widths(info: LayerInfo, method: Method, index: int, joint: bool = False) -> None:
-    """Raise SettingError if a method cannot store a layer whose two rows differ in width. joint: stores them as one."""
-    if info.key_dim != info.value_dim and (joint or not method.two_widths):
-        raise SettingError(
-            f"{name_of(method)} cannot store layer {index}, which caches rows of {info.key_dim} and {info.value_dim} "
-            "channels (MLA). Use a quantiser that stores both by themselves, such as turboquant, rtn or kivi."
-        )
-
-
-def check_queries(info: LayerInfo, method: Method, index: int) -> None:
-    """Raise SettingError if a method asks for queries, or drops tokens, where keys are made of what is cached."""
-    drops = method.token_budget is not None or method.drops_tokens
-    if info.latent and (method.scorer is not None or method.samples or drops):
-        raise SettingError(
-            f"{name_of(method)} ranks, learns from or drops what queries meet, but layer {index} makes its keys "
-            "of what is cached. Use a quantiser that learns nothing, such as turboquant, rtn or kivi."
-        )
 
 
 def compute_dtype(module: Any) -> torch.dtype:

@@ -7,8 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvshrink.attach.families import LayerInfo
 from kvshrink.cache.layout import try_out
-from kvshrink.errors import ArtifactError, KVShrinkError
+from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
+from kvshrink.methods import name_of
 from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
@@ -92,3 +94,22 @@ def moved(tier: Tier, device: torch.device) -> Tier:
         return tier
     key, value = (codec.to(device) for codec in tier.codecs)
     return tier._replace(codecs=(key, value))
+
+
+def check_widths(info: LayerInfo, method: Method, index: int, joint: bool = False) -> None:
+    """Raise SettingError if a method cannot store a layer whose two rows differ in width. joint: stores them as one."""
+    if info.key_dim != info.value_dim and (joint or not method.two_widths):
+        raise SettingError(
+            f"{name_of(method)} cannot store layer {index}, which caches rows of {info.key_dim} and {info.value_dim} "
+            "channels (MLA). Use a quantiser that stores both by themselves, such as turboquant, rtn or kivi."
+        )
+
+
+def check_queries(info: LayerInfo, method: Method, index: int) -> None:
+    """Raise SettingError if a method asks for queries, or drops tokens, where keys are made of what is cached."""
+    drops = method.token_budget is not None or method.drops_tokens
+    if info.latent and (method.scorer is not None or method.samples or drops):
+        raise SettingError(
+            f"{name_of(method)} ranks, learns from or drops what queries meet, but layer {index} makes its keys "
+            "of what is cached. Use a quantiser that learns nothing, such as turboquant, rtn or kivi."
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshrink.attach.identity import plain_tensors
+from kvshrink.store.plain import is_plain
 
 NUMBERS = 4  # of a tensor
 
@@ -46,7 +47,7 @@ class Glance:
 
 def _inside(tensor: Tensor) -> list[Tensor]:
     """The tensor itself, or the plain ones that a quantised or sharded one is made of."""
-    return [tensor] if type(tensor) in (nn.Parameter, Tensor) else plain_tensors(tensor)
+    return [tensor] if is_plain(tensor) else plain_tensors(tensor)
 
 
 def _some(tensor: Tensor) -> Tensor:
@@ -54,6 +55,6 @@ def _some(tensor: Tensor) -> Tensor:
     count = tensor.numel()
     if count <= NUMBERS:
         return tensor.flatten()
-    if not tensor.is_contiguous() or type(tensor) not in (nn.Parameter, Tensor):
+    if not tensor.is_contiguous() or not is_plain(tensor):
         return tensor[(0,) * (tensor.dim() - 1)][:NUMBERS]
     return tensor.as_strided((NUMBERS,), (1,), tensor.storage_offset() + (count - NUMBERS) // 2)

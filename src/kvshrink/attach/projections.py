@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvshrink.shapes import Float
+from kvshrink.store.plain import is_plain
 
 SWAMPS = 30  # a key bias to what varies, from which on 8 bits of a token would be for the bias
 Part = tuple[Any, slice]  # a linear module, and which rows of its weight
@@ -29,15 +30,10 @@ def key_value_linears(module: Any) -> tuple[Part, Part] | None:
 def key_value_parts(module: Any) -> tuple[tuple[Tensor, slice], tuple[Tensor, slice]] | None:
     """(weight, rows of it that make keys), and the same of values; None: they are not known."""
     found = key_value_linears(module)
-    if found is None or not all(map(_plain, (part.weight for part, _ in found))):
+    if found is None or not all(map(is_plain, (part.weight for part, _ in found))):
         return None
     (key, key_rows), (value, value_rows) = found
     return (key.weight, key_rows), (value.weight, value_rows)
-
-
-def _plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor of numbers, and not of a library's own codes."""
-    return type(weight) in (nn.Parameter, Tensor)
 
 
 def key_value_weights(module: Any) -> tuple[Tensor, Tensor] | None:
@@ -60,7 +56,7 @@ def output_weight(module: Any, dim: int) -> Float[Tensor, "hidden q d"] | None:
     names = ("o_proj", "out_proj", "dense")
     part = next((p for n in names if (p := getattr(module, n, None)) is not None), None)
     weight = getattr(part, "weight", None)
-    if weight is None or not _plain(weight) or weight.dim() != 2 or weight.shape[1] % dim:
+    if weight is None or not is_plain(weight) or weight.dim() != 2 or weight.shape[1] % dim:
         return None
     found: Tensor = weight.unflatten(-1, (-1, dim))
     return found
@@ -94,4 +90,4 @@ def _bias_and_weight(module: Any) -> tuple[Tensor, Tensor] | None:
     if bias is None or bias.is_meta or found is None:
         return None
     part, rows = found[0]
-    return bias, part.weight[rows] if _plain(part.weight) else part.weight
+    return bias, part.weight[rows] if is_plain(part.weight) else part.weight

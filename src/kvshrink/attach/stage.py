@@ -15,7 +15,7 @@ from kvshrink.attach.inputs import by_name, extra
 from kvshrink.attach.keywords import check_keywords
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
-from kvshrink.cache.latents import hand_over, up_of
+from kvshrink.cache.latents import hand_over, maker_of
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.passed import has_states, lasting
 from kvshrink.cache.scoring import ProbeQueries
@@ -25,16 +25,14 @@ from kvshrink.store.modes import at_once, own_modes
 
 
 class Stage:
-    """Pre-hook of one attention module: stages positions and pads on the cache layer that `update` will reach."""
+    """Pre-hook of a shrunken layer's attention: stages positions and pads on the layer that `update` will reach."""
 
     def __init__(self, info: LayerInfo, model: str) -> None:
         self.index, self.rope, self.model = info.module.layer_idx, info.rope, model
-        self.compressed, self.latent = info.compressed, info.latent
+        self.latent = info.latent
         self.name = cache_name(info.module.__class__)
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
-        if not self.compressed:
-            return
         if self.latent:
             hand_over(None)  # what an interrupted step left
         cache = kwargs.get(self.name)
@@ -51,11 +49,11 @@ class Stage:
         layer, probe_queries = cache.layers[self.index], None
         assert isinstance(layer, CompressedLayer)
         positions = cache.turned_by if cache.turned_by is not None else given.get("position_ids")
-        if positions is None:  # a module that takes none: as the model counted them
-            positions = cache.counted
+        if positions is None and cache.stepping:  # a module that takes none: as the model counts them
+            positions = torch.arange(layer.seen, layer.seen + s, device=hidden.device)[None]
         positions = positions_of(module, positions)
-        latent_of = module if self.latent and is_ours(module) and up_of(module) is not None else None
-        own = is_ours(module) and (not self.latent or latent_of is not None)
+        maker = maker_of(module) if self.latent else None
+        own = is_ours(module) and (not self.latent or maker is not None)
         if own and layer.shrunken:
             # refused here, where this layer does not hold the new tokens yet
             check_keywords(extra(module, given), type(module).__name__, by_module=False)
@@ -66,7 +64,7 @@ class Stage:
             rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
         if (rows := layer.probes(s)) is not None:
             probe_queries = probe_queries_of(module, given, rows.to(hidden.device))
-        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, latent_of)
+        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, maker if own else None)
 
 
 @torch.no_grad()
@@ -118,7 +116,7 @@ def _check_input(hook: CheckInput, cache: KVCache, module: Any, arguments: Mappi
     check_columns(cache, module, arguments.get("attention_mask"), positions, b, s, hook.axes)
     # keys are turned by all axes; of text they are one, and a row that counts may be before them
     cache.turned_by = positions[-3] if isinstance(positions, Tensor) and positions.dim() == 3 else None
-    cache.counted = torch.arange(seen, seen + s, device=given.device)[None]
+    cache.stepping = True
     if states := [layer for layer in cache.layers if has_states(layer)]:
         for layer in states:
             lasting(layer)
@@ -134,4 +132,4 @@ def end_step(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
 
 @at_once
 def _ended(cache: KVCache) -> None:
-    cache.whole, cache.turned_by, cache.counted = True, None, None
+    cache.whole, cache.turned_by, cache.stepping = True, None, False

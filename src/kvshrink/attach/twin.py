@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshrink.attach.families import LayerInfo
+from kvshrink.store.plain import is_plain
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,7 +22,7 @@ class Twin:
 
     def __init__(self, info: LayerInfo) -> None:
         weights = [*info.module.parameters(), *info.module.buffers()]
-        plain = all(type(t) in (nn.Parameter, Tensor) and t.dtype in FLOATS for t in weights if t.is_floating_point())
+        plain = all(is_plain(t) and t.dtype in FLOATS for t in weights if t.is_floating_point())
         plain = plain and all(w.is_floating_point() for w in info.module.parameters())
         memo: dict[int, Any] = {id(t): _wide(t) if plain else t for t in weights}
         for part in info.module.modules():  # what others hooked to the module is theirs to run

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.joining import check_alike, joined_layers, layers_of_row
+from kvshrink.cache.latents import Maker
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.owner import Owner
 from kvshrink.cache.passed import (
@@ -56,7 +57,7 @@ class KVCache(SavedCache):
         self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
         self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
-        self.counted: Tensor | None = None  # of a step, columns of the new tokens
+        self.stepping = False  # whether the attached decoder is within a step
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
     @outside_inference_mode
@@ -115,19 +116,19 @@ class KVCache(SavedCache):
         own_attention: bool,
         model: str,
         probe_queries: ProbeQueries | None = None,
-        latent_of: Any = None,
+        maker: Maker | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
 
         positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; probe_queries: for a
-        layer whose `probes` named some of the s tokens; latent_of: of latents, the module that makes keys of them.
+        layer whose `probes` named some of the s tokens; maker: of latents, what makes keys of them.
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
         if model != self.model:
             raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
-        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, latent_of)
+        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, maker)
 
     # --- batch and length, over layers and the token table together ---
 

@@ -9,7 +9,6 @@ beside them, through this thread.
 """
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -22,12 +21,28 @@ from kvshrink.cache.snapshot import Block, Snapshot, TierView
 from kvshrink.kernels.decode import Choice
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.shapes import Float
+from kvshrink.store.names import under
+from kvshrink.store.plain import is_plain
+
+
+class Up(NamedTuple):
+    """U and W of all heads."""
+
+    keys: Float[Tensor, "q n r"]
+    values: Float[Tensor, "q v r"]
+
+
+class Maker(NamedTuple):
+    """A module whose keys and values are made of what is cached, and by which matrices."""
+
+    module: Any
+    up: Up
 
 
 class Pending(NamedTuple):
     """What a module's attention reads in this step: exact latents [b, 1, w, r] and keys [b, 1, w, e], and the rest."""
 
-    module: Any
+    maker: Maker
     latents: Tensor
     keys: Tensor
     snapshot: Snapshot
@@ -48,18 +63,11 @@ def hand_over(pending: Pending | None) -> None:
 def taken(module: Any) -> Pending | None:
     """What was left for this module, once."""
     pending, STEP.pending = STEP.pending, None
-    return pending if pending is not None and pending.module is module else None
+    return pending if pending is not None and pending.maker.module is module else None
 
 
-class Up(NamedTuple):
-    """U and W of all heads."""
-
-    keys: Float[Tensor, "q n r"]
-    values: Float[Tensor, "q v r"]
-
-
-def up_of(module: Any) -> Up | None:
-    """The matrices of an MLA module; None where its projection does more than a product with floats (an adapter, a
+def maker_of(module: Any) -> Maker | None:
+    """An MLA module with its matrices; None where its projection does more than a product with floats (an adapter, a
     bias, a hook, codes), or where they learn."""
     names, linear = ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), getattr(module, "kv_b_proj", None)
     if type(linear) is not nn.Linear or not all(isinstance(getattr(module, n, None), int) for n in names):
@@ -68,22 +76,22 @@ def up_of(module: Any) -> Up | None:
     if linear.bias is not None or any(hooks) or (torch.is_grad_enabled() and weight.requires_grad):
         return None
     n, v, r = (getattr(module, name) for name in names)
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    plain = is_plain(weight) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not plain or weight.shape[1] != r or weight.shape[0] % (n + v):
         return None
     keys, values = weight.detach().view(-1, n + v, r).split([n, v], 1)
-    return Up(keys, values)
+    return Maker(module, Up(keys, values))
 
 
 def attend_latents(
     query: Float[Tensor, "b q s c"],
     pending: Pending,
-    up: Up,
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> Float[Tensor, "b q s v"]:
     """Attention of s new tokens to everything that is cached. The query is [q, q'] of each head."""
+    up = pending.maker.up
     own, shared = query.float().split([up.keys.shape[1], query.shape[3] - up.keys.shape[1]], 3)
     taken_over = torch.cat([torch.einsum("bqsn,qnr->bqsr", own, up.keys.float()), shared], 3)
     snapshot, sinks = pending.snapshot, pending.snapshot.sinks
@@ -139,7 +147,7 @@ class _Keys:
         return None
 
     def decode(self, stored: Stored, heads: int) -> Float[Tensor, "b 1 t c"]:
-        latents, keys = (_under(stored, name) for name in ("k.", "v."))
+        latents, keys = (under(stored, name) for name in ("k.", "v."))
         return torch.cat([self.pair[0].decode(latents, heads), self.pair[1].decode(keys, heads)], 3)
 
 
@@ -156,11 +164,7 @@ class _Values:
         return self.pair[0].width
 
     def unpack(self, stored: Stored) -> Float[Tensor, "b 1 t r"]:
-        return self.pair[0].decode(_under(stored, "k."), 1)
+        return self.pair[0].decode(under(stored, "k."), 1)
 
     def expand(self, latent: Tensor, heads: int) -> Tensor:
         return latent
-
-
-def _under(stored: Stored, prefix: str) -> Mapping[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}

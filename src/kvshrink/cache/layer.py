@@ -131,10 +131,10 @@ class CompressedLayer(RowsLayer):
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:
             return (key_states, value_states) if keys.shape[2] == new else (keys, values)
-        if not staged.own_attention or (staged.latent_of is not None and learns):
+        if not staged.own_attention or (staged.maker is not None and learns):
             return rebuild(snapshot, keys, values)  # all tokens at full width: slower, equally right
-        if staged.latent_of is not None:
-            hand_over(Pending(staged.latent_of, keys, values, snapshot))
+        if staged.maker is not None:
+            hand_over(Pending(staged.maker, keys, values, snapshot))
             return keys, values
         keys = keys.view_as(keys)
         setattr(keys, SNAPSHOT, snapshot)

@@ -26,7 +26,7 @@ class Staged:
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
     probe_queries: ProbeQueries | None = None  # by which tokens are ranked, where codecs need their importance
-    latent_of: Any = None  # the module whose keys and values are made of what is cached, where our attention reads that
+    maker: Any = None  # what makes keys and values of what is cached (cache/latents.py), where our attention reads that
 
 
 def appending(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

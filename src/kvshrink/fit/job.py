@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvshrink.attach.families import LayerInfo, check_queries, check_widths, shape_of, text_config
+from kvshrink.attach.families import LayerInfo, shape_of, text_config
+from kvshrink.attach.fitted import check_queries, check_widths
 from kvshrink.attach.look import layers_of
 from kvshrink.attach.target import check_loaded, transformers_model
 from kvshrink.errors import DataError, SettingError

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvshrink.attach.families import LayerInfo
 from kvshrink.fit.allocate import Lossy
 from kvshrink.fit.train import Codecs, Loss, frozen, split
+from kvshrink.store.plain import is_plain
 
 
 @final
@@ -45,7 +46,7 @@ class OutputLoss(Loss):
 def float32(module):
     """The module itself if it computes in float32 or in codes of its own, else a copy of it that does."""
     parameters = list(module.parameters())
-    coded = any(type(p) not in (torch.nn.Parameter, Tensor) or not p.is_floating_point() for p in parameters)
+    coded = any(not is_plain(p) or not p.is_floating_point() for p in parameters)
     if coded or all(p.dtype == torch.float32 for p in parameters):
         return module
     return copy.deepcopy(module).float()

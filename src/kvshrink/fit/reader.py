@@ -62,10 +62,9 @@ class Reader:
             if has_states(layer):
                 learning(cache.layers[i])
                 restore_states(cache.layers[i], {k: t.clone() for k, t in states_of(layer).items()})
-            if not self.infos[i].compressed:
-                continue
-            keys, values = self._lossy(i, *held_by(layer), *codecs.get(i, (None, None)))
-            cache.update(keys, values, i)
+            if self.infos[i].compressed:
+                keys, values = self._lossy(i, *held_by(layer), *codecs.get(i, (None, None)))
+                cache.update(keys, values, i)
         found: DynamicCache = cache
         return found
 
