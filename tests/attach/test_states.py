@@ -1,8 +1,6 @@
 """Layers with a state: interrupted steps, rows after a reset, inference mode, forks, convolutions that go back."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +11,8 @@ from kvshrink import RTN
 from kvshrink.cache.state import PLAIN
 from kvshrink.errors import ArtifactError, CacheError
 from kvshrink.store.digest import digest
+from tests.tiny import build
 
-BENCH = str(Path(__file__).parents[2] / "bench")
-sys.path.insert(0, BENCH)
-from tiny_models import build  # noqa: E402
-
-sys.path.remove(BENCH)
 LOSSLESS = RTN(bits=None, window=8)
 STATES = ["qwen3_5_text", "lfm2", "falcon_h1", "nemotron_h"]
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 import kvshrink
 from kvshrink import RTN, Spectral, fit
 from kvshrink.methods.quant.turboquant import TurboQuant
-from tests.bench.test_sweep import randomise
+from tests.tiny import randomise
 
 TEXT = {
     "vocab_size": 128,
