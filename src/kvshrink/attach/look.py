@@ -119,10 +119,6 @@ def keywords(model: Any, module: Any, kind: str, hidden: Tensor, positions: Tens
         "attention_mask": None,
         "layer_idx": module.layer_idx,
         "shared_kv_states": {},
-        "attention_scaling": None,
-        "position_bias": None,
-        "alibi": None,
-        "conv_mask": None,
     }
     every = hands_on(module.__class__)
     return {k: v for k, v in given.items() if k in names or (every and k == "position_ids")}
