@@ -9,11 +9,12 @@ for peer in "$@"; do
   case "$peer" in
     quanto) packages+=(optimum-quanto==0.2.7 ninja) ;;
     hqq) packages+=(hqq==0.2.8.post1 setuptools) ;;
+    torchao) packages+=(torchao==0.18.0) ;;
     *) packages=(); break ;;
   esac
 done
 if [ ${#packages[@]} -eq 0 ]; then
-  echo "usage: $0 quanto|hqq ..." >&2
+  echo "usage: $0 quanto|hqq|torchao ..." >&2
   exit 2
 fi
 venv="$here/$(IFS=-; echo "$*")/venv"
