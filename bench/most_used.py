@@ -89,7 +89,7 @@ def fitted(model: Any, folder: Path, rows: torch.Tensor) -> dict[str, Any]:
             artifact = fit(source, energies, rows, progress=False)
             out[f"spectral, energies, {name}"] = kl_of(model, kvshrink.make_cache(model, artifact))
     except KVShrinkError as error:
-        out["spectral refused"] = str(error)
+        out["spectral refused"] = str(error).replace(str(folder), "FOLDER")
     return out
 
 
