@@ -10,11 +10,13 @@ for peer in "$@"; do
     quanto) packages+=(optimum-quanto==0.2.7 ninja) ;;
     hqq) packages+=(hqq==0.2.8.post1 setuptools) ;;
     torchao) packages+=(torchao==0.18.0) ;;
+    bitsandbytes) packages+=(bitsandbytes==0.50.2) ;;
+    compressed-tensors) packages+=(compressed-tensors==0.20.1) ;;
     *) packages=(); break ;;
   esac
 done
 if [ ${#packages[@]} -eq 0 ]; then
-  echo "usage: $0 quanto|hqq|torchao ..." >&2
+  echo "usage: $0 quanto|hqq|torchao|bitsandbytes|compressed-tensors ..." >&2
   exit 2
 fi
 venv="$here/$(IFS=-; echo "$*")/venv"

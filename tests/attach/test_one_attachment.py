@@ -359,3 +359,17 @@ def test_blocks_of_threads_end_with_the_last(model):
         thread.join()
         assert right(model)
     assert untouched(model)
+
+
+def test_a_model_that_unpacks_its_weights_when_it_first_runs(model):
+    """As compressed-tensors does it."""
+    packed = {m: m._parameters.pop("weight") for m in model.model.modules() if isinstance(m, nn.Linear)}
+
+    def unpack(module, args, kwargs):
+        for linear, weight in packed.items():
+            linear._parameters["weight"] = weight
+        first.remove()
+
+    first = model.model.register_forward_pre_hook(unpack, with_kwargs=True)
+    kvshrink.attach(model)
+    assert right(model)

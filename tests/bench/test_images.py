@@ -55,8 +55,8 @@ def qwen3_5():
 MODELS = {f.__name__: f for f in (qwen2_5_vl, qwen3_vl, qwen3_5)}
 
 
-def built(name):
-    """(model, what `generate` is given of a prompt with an image of 24 tokens)."""
+def built(name, rows=8, columns=12):
+    """(model, what `generate` is given of a prompt with an image of rows * columns / 4 tokens)."""
     cls, config = MODELS[name]()
     torch.manual_seed(0)
     model = cls._from_config(config)
@@ -64,12 +64,13 @@ def built(name):
     model = model.eval().float().requires_grad_(False)
     model.generation_config.eos_token_id = None
     vision, draw = config.vision_config, torch.Generator().manual_seed(1)
-    pixels = torch.randn(96, 3 * vision.temporal_patch_size * vision.patch_size**2, generator=draw)
+    count = rows * columns // 4
+    pixels = torch.randn(4 * count, 3 * vision.temporal_patch_size * vision.patch_size**2, generator=draw)
     text = torch.randint(3, 110, (1, 130), generator=torch.Generator().manual_seed(5))
-    image = torch.cat([torch.tensor([[122]]), torch.full((1, 24), 120), torch.tensor([[123]])], 1)
+    image = torch.cat([torch.tensor([[122]]), torch.full((1, count), 120), torch.tensor([[123]])], 1)
     ids = torch.cat([text[:, :20], image, text[:, 20:]], 1)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    given |= {"image_grid_thw": torch.tensor([[1, 8, 12]]), "mm_token_type_ids": (ids == 120).int()}
+    given |= {"image_grid_thw": torch.tensor([[1, rows, columns]]), "mm_token_type_ids": (ids == 120).int()}
     return model, given
 
 

@@ -117,8 +117,8 @@ def test_a_crop_of_more_than_there_is():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 1, r"another version \(1, not 4\)"),
-        ("version", True, r"another version \(True, not 4\)"),
+        ("version", 1, r"another version \(1, not 5\)"),
+        ("version", True, r"another version \(True, not 5\)"),
         ("fitted", "otherfit", r"another method or artifact \(otherfit, not fitted\)"),
         ("layers", [{}], r"another number of layers \(1, not 2\)"),
     ],

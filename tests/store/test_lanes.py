@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvshrink.kernels.records import Layout
 from kvshrink.store.bytes import nbytes
-from kvshrink.store.choosing import kept, most_important
+from kvshrink.store.choosing import kept, most_important, slots_of
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages, Span
 from kvshrink.store.oldest import oldest
@@ -353,7 +353,7 @@ def test_the_most_important_are_those_of_a_loop(seed):
     importance[torch.rand(3, 2, 24, generator=g) < 0.2] = -torch.inf
     importance[2, 1] = -torch.inf
     counts = torch.randint(0, 25, (3, 2), generator=g)
-    index = most_important(importance, counts, PAGE)
+    index = slots_of(most_important(importance, counts), PAGE)
     longest = 0
     for b in range(3):
         for lane in range(2):

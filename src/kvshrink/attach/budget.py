@@ -22,6 +22,7 @@ from kvshrink.errors import SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import LayerShape
+from kvshrink.methods.visual import visual_bytes
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.tokens import BYTES_PER_TOKEN
 
@@ -64,9 +65,10 @@ def at_byte_ratio(method: Method, target: float, model: Any, tokens: int) -> Rea
     return Reached(setting(best), near[best], abs(near[best] / target - 1) <= TOLERANCE)
 
 
-def promised(method: Method, model: Any, tokens: int) -> float:
-    """Share of the full cache's bytes that the method promises to hold for this many tokens; 0 if it does not fit."""
-    return CacheBudget.of(model, tokens).byte_ratio(method)
+def promised(method: Method, model: Any, tokens: int, visual: int = 0) -> float:
+    """Share of the full cache's bytes that the method promises to hold for this many tokens, of which `visual` fill
+    pages that are all of images; 0 if it does not fit."""
+    return CacheBudget.of(model, tokens, visual).byte_ratio(method)
 
 
 @torch.no_grad()
@@ -89,22 +91,23 @@ def fixed_bytes(model: Any, layers: Sequence[LayerInfo], tokens: int) -> int:
 class CacheBudget:
     """What a full cache of `tokens` tokens takes; `fixed` are the bytes of layers that stay as they are.
 
-    device: where the model is, for which methods resolve "auto".
+    device: where the model is, for which methods resolve "auto". visual: tokens in pages that are all of images.
     """
 
     layers: list[LayerShape]
     tokens: int
     fixed: int
     device: torch.device
+    visual: int = 0
 
     @classmethod
-    def of(cls, model: Any, tokens: int) -> "CacheBudget":
+    def of(cls, model: Any, tokens: int, visual: int = 0) -> "CacheBudget":
         attachment = attach(model)
         layers = [shape for shape in shapes(attachment) if shape is not None]
         if not layers:
             raise SettingError("this model has no full-attention layer: there is nothing to shrink.")
         device = next(model.parameters()).device
-        return cls(layers, tokens, fixed_bytes(model, attachment.layers, tokens), device)
+        return cls(layers, tokens, fixed_bytes(model, attachment.layers, tokens), device, visual)
 
     @property
     def full(self) -> int:
@@ -119,10 +122,14 @@ class CacheBudget:
         """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
         try:
             method = self.resolved(method)
-            parts = [n * method.layer_bytes(shape, {}, self.tokens) for shape, n in Counter(self.layers).items()]
+            parts = [
+                n * (method.layer_bytes(s, {}, self.tokens) + visual_bytes(method, s, {}, self.tokens, self.visual))
+                for s, n in Counter(self.layers).items()
+            ]
         except SettingError:
             return 0
-        return sum(parts) + BYTES_PER_TOKEN * self.tokens + self.fixed
+        by_token = BYTES_PER_TOKEN + (method.visual is not None and self.visual > 0)  # and which came from images
+        return sum(parts) + by_token * self.tokens + self.fixed
 
     def byte_ratio(self, method: Method) -> float:
         """Share of bytes that the method promises to hold; 0 for a setting that is too small for the model."""

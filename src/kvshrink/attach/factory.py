@@ -12,6 +12,7 @@ from kvshrink.attach.families import first_weight, shape_of
 from kvshrink.attach.fitted import check_queries, check_widths, fitting
 from kvshrink.attach.hook import Attachment, attach
 from kvshrink.attach.identity import decoder_of, identity_of
+from kvshrink.attach.images import check_asks
 from kvshrink.attach.offsets import with_constants_apart
 from kvshrink.attach.owner import owner_of
 from kvshrink.attach.target import transformers_model
@@ -58,6 +59,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     identity = identity_of(model)
     _check(artifact, attachment, identity)
+    check_asks(artifact.method, bool(attachment.holders), model)
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
     fitted_by = digest_of(artifact)

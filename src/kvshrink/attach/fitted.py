@@ -15,6 +15,7 @@ from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
+from kvshrink.methods.visual import visual_tier
 from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.reason import line
 
@@ -49,7 +50,7 @@ def _tiers(
 ) -> tuple[tuple[Tier, ...], bool]:
     """(tiers, whether the layer follows the one before)."""
     learnt = _Read({k: t.to(device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)})
-    tiers = tuple(moved(tier, device) for tier in artifact.method.tiers(shape, learnt))
+    tiers = with_images(artifact.method, artifact.method.tiers(shape, learnt), shape, device)
     delta = artifact.method.stores_delta(learnt)
     if unread := sorted(set(learnt) - learnt.read):
         raise ArtifactError(f"the artifact has a tensor {unread[0]:.60} that its method does not know. Fit again.")
@@ -86,6 +87,14 @@ def _refusing(artifact: Artifact, layer: int) -> Iterator[None]:
         raise ArtifactError(
             f"layer {layer} of the artifact does not fit this model ({line(error)}). Fit one for this model."
         ) from error
+
+
+def with_images(
+    method: Method, tiers: tuple[Tier, ...], shape: LayerShape, device: torch.device, fitted: Fitted | None = None
+) -> tuple[Tier, ...]:
+    """The tiers on a device, with that of images behind them where the method has one. fitted: of the latter."""
+    images = visual_tier(method, shape, fitted or {}, tiers[0].codecs)
+    return tuple(moved(tier, device) for tier in (*tiers, *([] if images is None else [images])))
 
 
 def moved(tier: Tier, device: torch.device) -> Tier:

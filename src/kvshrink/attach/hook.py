@@ -26,11 +26,12 @@ from kvshrink.attach.families import (
     text_tower,
     understood,
 )
+from kvshrink.attach.images import holders, mark_images
 from kvshrink.attach.implementation import NAME, PREVIOUS, Ours, choose, distinct, named
 from kvshrink.attach.inputs import check_use
 from kvshrink.attach.look import layers_of, takes_axes
 from kvshrink.attach.stage import CheckInput, Stage, end_step
-from kvshrink.attach.target import check_loaded, transformers_model
+from kvshrink.attach.target import check_loaded, transformers_model, unpack
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.store.modes import outside_modes
 
@@ -46,6 +47,7 @@ class Attachment:
     layers: list[LayerInfo]
     configs: list[tuple[PreTrainedConfig, str | None]]  # with the implementation that each named before
     axes: bool = False  # whether the decoder takes positions of several axes
+    holders: list[Any] = field(default_factory=list)  # modules that see ids of images before the decoder
     name: str = field(default_factory=lambda: uuid4().hex)  # by which a cache knows whom it may serve
     blocks: int = 0  # `with attached(model)` blocks that are open, if the first of them attached it
 
@@ -60,7 +62,7 @@ class Attachment:
 
     def __reduce__(self) -> tuple:
         """A copied or unpickled model's attachment is one of its own."""
-        return Attachment, (self.layers, self.configs, self.axes, self.name)
+        return Attachment, (self.layers, self.configs, self.axes, self.holders, self.name)
 
 
 def attach(model: Any) -> Attachment:
@@ -79,13 +81,16 @@ def _attach(model: PreTrainedModel) -> tuple[Attachment, bool]:
         known: Attachment | None = vars(tower).get(ATTRIBUTE)
         if known is not None:
             if attention_modules(model, layer_kinds(model)) == [info.module for info in known.layers]:
+                _see_images(model, tower, known)
                 return known, False
             _undo(tower, known)  # its layers were replaced
         check_loaded(model)
         with outside_modes(), torch.inference_mode(False):
+            unpack(model)
             attachment = _inspected(model, tower)
         try:
             _apply(tower, attachment)
+            _see_images(model, tower, attachment)
         except BaseException:
             _undo(tower, attachment)
             raise
@@ -125,6 +130,15 @@ def _apply(tower: nn.Module, attachment: Attachment) -> None:
         choose(config, Ours(name))
 
 
+def _see_images(model: nn.Module, tower: nn.Module, attachment: Attachment) -> None:
+    """Hooks before the modules around the decoder that see ids of images, which may be more than there were."""
+    for module in holders(model, tower):
+        if not any(module is known for known in attachment.holders):
+            _strip_one(module)
+            module.register_forward_pre_hook(mark_images, with_kwargs=True)
+            attachment.holders.append(module)
+
+
 def detach(model: Any) -> None:
     """Undo `attach`, through any object that it accepts. Caches of the model can no longer be used with it."""
     model = transformers_model(model)
@@ -139,6 +153,8 @@ def _undo(tower: nn.Module, attachment: Attachment) -> None:
     LIVE.discard(attachment)
     for part in (tower, *attachment.modules):
         _strip(part)
+    for part in attachment.holders:
+        _strip_one(part)
     shared = {id(config) for other in LIVE for config, _ in other.configs}
     for config, name in attachment.configs:
         if config._attn_implementation == NAME and id(config) not in shared:
@@ -148,15 +164,19 @@ def _undo(tower: nn.Module, attachment: Attachment) -> None:
 def _strip(tower: nn.Module) -> None:
     """Take away all that is ours from a module and those inside it."""
     for module in tower.modules():
-        vars(module).pop(ATTRIBUTE, None)
-        vars(module).pop(PREVIOUS, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Stage | CheckInput) or hook is check_use:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [k for k, hook in module._forward_hooks.items() if hook is end_step]:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
+        _strip_one(module)
+
+
+def _strip_one(module: nn.Module) -> None:
+    vars(module).pop(ATTRIBUTE, None)
+    vars(module).pop(PREVIOUS, None)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, Stage | CheckInput) or hook in (check_use, mark_images):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [k for k, hook in module._forward_hooks.items() if hook is end_step]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager

@@ -6,20 +6,22 @@ that scales each channel by itself, or that takes a fitted mean away, has not. W
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvshrink.attach.families import LayerInfo, first_weight, shape_of
-from kvshrink.attach.fitted import moved
+from kvshrink.attach.fitted import with_images
 from kvshrink.attach.hook import Attachment
 from kvshrink.attach.projections import key_constant
 from kvshrink.cache.lossy import round_trip
 from kvshrink.methods import name_of
-from kvshrink.methods._roles import Codec
+from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.visual import visual_method
 
 LARGE = 1  # a bias to what varies, below which nothing is tried
 MORE = 1.05  # error with the constant to the error without it, above which the constant is kept apart
@@ -48,14 +50,15 @@ def with_constants_apart(
         fitted = artifact.layers.get(i, {})
         if tiers[0].codecs is None or artifact.method.stores_delta(fitted):
             continue
-        error, without, constant = _errors(attachment.layers[i], tiers[0].codecs[0], artifact.method.page)
-        if constant is None or error <= MORE * without:
-            continue
-        apart = artifact.method.without_constant(fitted, constant)
-        if apart is not None:
-            found[i] = tuple(moved(tier, constant.device) for tier in artifact.method.tiers(places[i][0], apart))
-        elif error > max(LOST, 2 * without):
+        method, info, (shape, device) = artifact.method, attachment.layers[i], places[i]
+        shown = visual_method(method)
+        text = _apart(method, tiers[0], fitted, info)
+        images = None if shown is None else _apart(shown, tiers[-1], {}, info)
+        if "lost" in (text, images):
             lost.append(i)
+        if isinstance(text, dict) or isinstance(images, dict):
+            ladder = method.tiers(shape, text) if isinstance(text, dict) else tuple(t for t in tiers if not t.visual)
+            found[i] = with_images(method, ladder, shape, device, images if isinstance(images, dict) else None)
     tried[name] = key, found
     if lost and not told:
         _warn(name_of(artifact.method), lost)  # may be an error, and is not told again
@@ -67,6 +70,18 @@ def with_constants_apart(
             stacklevel=4,
         )
     return found
+
+
+def _apart(method: Method, tier: Tier, fitted: Fitted, info: LayerInfo) -> dict[str, Tensor] | Literal["lost"] | None:
+    """What codecs are made of with the constant apart; "lost" where they cannot be, and should; None: it may stay."""
+    assert tier.codecs is not None
+    error, without, constant = _errors(info, tier.codecs[0], method.page)
+    if constant is None or error <= MORE * without:
+        return None
+    apart = method.without_constant(fitted, constant)
+    if apart is not None:
+        return dict(apart)
+    return "lost" if error > max(LOST, 2 * without) else None
 
 
 def _weight(info: LayerInfo) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvshrink.attach.asking import ask, cache_name, of_tokens
 from kvshrink.attach.columns import check_columns, new_tokens, positions_of
 from kvshrink.attach.families import LayerInfo
+from kvshrink.attach.images import check_marks
 from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.inputs import by_name, extra
 from kvshrink.attach.keywords import check_keywords
@@ -116,6 +117,7 @@ def _check_input(hook: CheckInput, cache: KVCache, module: Any, arguments: Mappi
     check_columns(cache, module, arguments.get("attention_mask"), positions, b, s, hook.axes)
     # keys are turned by all axes; of text they are one, and a row that counts may be before them
     cache.turned_by = positions[-3] if isinstance(positions, Tensor) and positions.dim() == 3 else None
+    check_marks(cache, b, s)
     cache.stepping = True
     if states := [layer for layer in cache.layers if has_states(layer)]:
         for layer in states:
@@ -132,4 +134,4 @@ def end_step(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
 
 @at_once
 def _ended(cache: KVCache) -> None:
-    cache.whole, cache.turned_by, cache.stepping = True, None, False
+    cache.whole, cache.turned_by, cache.stepping, cache.visual = True, None, False, None

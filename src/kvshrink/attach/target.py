@@ -6,6 +6,7 @@ All wrappers of one model share its modules, so they must share its attachment t
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,6 +41,13 @@ def check_loaded(model: PreTrainedModel) -> None:
             f"{away} of {len(weights)} weights of {type(model).__name__} are not in memory (offloaded by accelerate, "
             "or never loaded). Load the whole model on one or more devices, without offload to CPU or disk."
         )
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Let a model that unpacks its weights when it first runs (compressed-tensors) do so: no layer can run before."""
+    if any(isinstance(m, nn.Linear) and "weight" not in m._parameters for m in model.modules()):
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:

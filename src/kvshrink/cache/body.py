@@ -1,8 +1,9 @@
 """The body of a layer: encoded pages by age. A method with one tier has pages of one age, and none ever moves.
 
-Pages enter the youngest tier. What a tier cannot hold any more moves on, the oldest pages first, by a conversion of
-stored tensors (`Codec.truncate`): nothing is decoded, and nothing is rounded a second time. A tier without codecs ends
-the ladder: its pages are dropped. Columns ascend from the oldest tier to the youngest.
+Pages enter the youngest tier, those of images and videos a tier of their own where there is one. What a tier cannot
+hold any more moves on, the oldest pages first, by a conversion of stored tensors (`Codec.truncate`): nothing is
+decoded, and nothing is rounded a second time. A tier without codecs ends the ladder: its pages are dropped. Columns
+ascend from the oldest tier of the ladder to the youngest.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,19 +67,24 @@ class Body:
                 run.holders.add(self)
 
     @property
+    def ladder(self) -> list[TierPages]:
+        """The ages of what came from no image, the youngest first."""
+        return [age for age in self.ages if not age.tier.visual]
+
+    @property
     def youngest(self) -> Pages:
         return self.ages[0].pages
 
     @property
     def drops(self) -> bool:
         """Whether pages may be dropped."""
-        return self.chooses or self.ages[-1].tier.codecs is None
+        return self.chooses or self.ladder[-1].tier.codecs is None
 
     @property
     def room(self) -> int | None:
         """Pages of a row that are held at most; None: no limit."""
-        dropped = self.ages[-1].tier.codecs is None
-        return sum(age.limit or 0 for age in self.ages[:-1]) if dropped else None
+        *others, oldest = self.ladder
+        return sum(age.limit or 0 for age in others) if oldest.tier.codecs is None else None
 
     @property
     def tokens(self) -> int:
@@ -116,14 +122,22 @@ class Body:
         age.pages = pages.trimmed(self) if trim else pages
 
     def append(
-        self, parts: Iterable[Stored], first: np.ndarray, used: np.ndarray, rows: np.ndarray | None, batch: int
+        self,
+        parts: Iterable[Stored],
+        first: np.ndarray,
+        used: np.ndarray,
+        rows: np.ndarray | None,
+        batch: int,
+        visual: bool = False,
     ) -> None:
         """Add whole pages of some rows (None: all) from parts as they come. first [rows, p], used [rows, L, p]: the
-        column of each page's first slot and how many of its slots are filled. batch: rows in all."""
+        column of each page's first slot and how many of its slots are filled. batch: rows in all. visual: to the tier
+        of images."""
         for age in self.ages:
             age.pages = age.pages.for_rows(batch)
-        if len(self.ages) == 1:
-            self.hold(self.ages[0], self.youngest.appended(parts, first.shape[1], first, used, rows), trim=False)
+        if visual or len(self.ladder) == 1:
+            age = self.ages[-1 if visual else 0]
+            self.hold(age, age.pages.appended(parts, first.shape[1], first, used, rows), trim=False)
             return
         at = 0
         for part in parts:
@@ -134,7 +148,7 @@ class Body:
             self._grow_old()
 
     def _grow_old(self) -> None:
-        for young, old in pairwise(self.ages):
+        for young, old in pairwise(self.ladder):
             if young.limit is None:
                 continue
             beyond = np.maximum(0, young.pages.counts[:, 0] - young.limit)

@@ -57,6 +57,7 @@ class KVCache(SavedCache):
         self.owner = owner  # None: nothing is known of the model
         self.fitted = fitted  # digest of the method's settings and tensors
         self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
+        self.visual: Tensor | None = None  # of a step, bool [b, s]: which new tokens came from images, where one asks
         self.stepping = False  # whether the attached decoder is within a step
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
@@ -128,7 +129,7 @@ class KVCache(SavedCache):
             return
         if model != self.model:
             raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
-        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, maker)
+        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, self.visual, maker)
 
     # --- batch and length, over layers and the token table together ---
 

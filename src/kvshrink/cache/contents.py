@@ -47,8 +47,9 @@ class Contents:
         for n in reversed(range(len(layer.tiers))):
             name = f"older.{n - 1}" if n else "pages"
             stored = under(own, f"{name}.")
-            if stored:
-                self._check_pages(f"{self.name}.{name}", n, stored, covered, ends)
+            if stored:  # pages of images have an order of their own
+                own_ends = np.zeros_like(ends) if layer.tiers[n].visual else ends
+                self._check_pages(f"{self.name}.{name}", n, stored, covered, own_ends)
         for row, (seen, needed) in enumerate(zip(covered, shown, strict=True)):
             first = int(seen.argmax()) if seen.any() else len(seen)
             if layer.body.chooses:
@@ -75,6 +76,7 @@ class Contents:
                 for k in range(int(there[row, lane].sum())):
                     start, stop = first[row, k], first[row, k] + used[row, lane, k]
                     require(bool(ends[row] <= start and stop <= self.left[row]), f"{name}.first")
+                    require(not covered[row][start:stop].any(), f"{name}.first")
                     covered[row][start:stop] = True
                     ends[row] = stop
         empty = self.empty[tier]

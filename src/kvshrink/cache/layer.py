@@ -116,6 +116,7 @@ class CompressedLayer(RowsLayer):
         leave = Leave(
             self.method,
             self.codecs,
+            self.tiers[-1].codecs if self.tiers[-1].visual else None,
             self.table,
             self.window,
             self.sinks,
@@ -215,7 +216,7 @@ class CompressedLayer(RowsLayer):
     def _count(self, staged: Staged, b: int, s: int) -> None:
         """Enter the new columns into the token table, which the step's first compressed layer does for all."""
         if self.table.length == self.seen:
-            self.table.append(staged.positions.expand(b, s), staged.real)
+            self.table.append(staged.positions.expand(b, s), staged.real, staged.visual)
         elif self.seen + s != self.table.length:
             raise CacheError(
                 f"this layer holds {self.seen} tokens and the cache {self.table.length}: a step was interrupted. "

@@ -96,6 +96,27 @@ def spread(x: Tensor, leaving: Leaving, page: int) -> Tensor:
     return torch.cat([x[..., :head], fill, x[..., head:]], -1)
 
 
+def kinds(whole: Paged, visual: Bool[Tensor, "b t"], page: int) -> np.ndarray:
+    """Which pages hold tokens of images alone, bool [b, p]; visual: of the leaving tokens, where `paged` puts them."""
+    used = torch.from_numpy(whole.used[:, 0].astype(np.int64)).to(visual.device)
+    empty = torch.arange(page, device=visual.device) >= used[..., None]
+    return np.asarray((visual.unflatten(1, (-1, page)) | empty).all(2).cpu())
+
+
+def by_kind(found: np.ndarray) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+    """(whether of images, rows, pages) of kinds [b, p]: rows whose pages are alike go together."""
+    for pattern in np.unique(found, axis=0):
+        rows = np.nonzero((found == pattern).all(1))[0]
+        for visual in np.unique(pattern):
+            yield bool(visual), rows, np.nonzero(pattern == visual)[0]
+
+
+def picked(x: Tensor, rows: np.ndarray, pages: np.ndarray, page: int, axis: int) -> Tensor:
+    """These pages of these rows of a tensor whose axis is slots."""
+    slots = torch.from_numpy((pages[:, None] * page + np.arange(page)).reshape(-1)).to(x.device)
+    return x[torch.from_numpy(rows).to(x.device)].index_select(axis, slots)
+
+
 def cut(whole: Paged, start: int, stop: int, page: int) -> Paged:
     """The pages from `start` to `stop`."""
     part = slice(start * page, stop * page)

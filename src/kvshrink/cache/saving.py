@@ -25,7 +25,7 @@ from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
-VERSION = 4  # of a saved state
+VERSION = 5  # of a saved state
 
 
 class SavedCache(Cache):

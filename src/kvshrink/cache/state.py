@@ -63,10 +63,11 @@ class Schema:
 
     def __init__(self, layers: Sequence[Any], device: torch.device, plain: Mapping[str, Any]) -> None:
         self.layers, self.device = layers, device
-        table = _object(plain, "table", {"length", "padded", "shifts"})
+        table = _object(plain, "table", {"length", "padded", "shifts", "visual"})
         self.batch = _number(plain, "batch", "the description", 0, MOST)
         self.length = _number(table, "length", "table", 0, MOST)
         require(isinstance(table["padded"], bool), "table: padded")
+        require(isinstance(table["visual"], bool) and table["visual"] <= (self.length > 0), "table: visual")
         counted = [x for layer, x in zip(layers, plain["layers"], strict=True) if _counts(layer)]
         require((self.batch > 0) == any(self._seen(x) > 0 for x in counted), "batch")
         self.padded: bool = table["padded"]
@@ -76,6 +77,8 @@ class Schema:
         self.windows: dict[int, tuple[int, list[int]]] = {}  # tokens in the window, and each row's first slot
         if self.length:
             self.kinds["table.positions"] = (torch.int32, (self.batch, self.length))
+        if table["visual"]:
+            self.kinds["table.visual"] = (torch.bool, (self.batch, self.length))
         seen = {self._seen(x) for x in counted}
         compressed = any(isinstance(layer, CompressedLayer) for layer in layers)
         require(len(seen) == 1 and self.length == (max(seen) if compressed else 0), "layers of different lengths")

@@ -26,6 +26,7 @@ class Staged:
     rope: Rope | None  # None: a layer without position encoding
     own_attention: bool  # whether the model runs kvshrink's attention
     probe_queries: ProbeQueries | None = None  # by which tokens are ranked, where codecs need their importance
+    visual: Tensor | None = None  # bool [b, s], True where a token came from an image; None: nobody asks, or none did
     maker: Any = None  # what makes keys and values of what is cached (cache/latents.py), where our attention reads that
 
 

@@ -12,7 +12,7 @@ from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
-from kvshrink.cache.leaving import Leaving, Paged, cut, leavings, left, paged, quiet, spread
+from kvshrink.cache.leaving import Leaving, Paged, by_kind, cut, kinds, leavings, left, paged, picked, quiet, spread
 from kvshrink.cache.scoring import ProbeQueries, received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
@@ -21,7 +21,7 @@ from kvshrink.errors import SettingError
 from kvshrink.methods._abilities import MovesSlots, find
 from kvshrink.methods._roles import Codec, Method, Stored
 from kvshrink.shapes import Bool, Float, Int
-from kvshrink.store.choosing import kept, most_important
+from kvshrink.store.choosing import kept, most_important, slots_of
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
 from kvshrink.store.rows import joined
@@ -36,6 +36,7 @@ class Leave:
 
     method: Method
     codecs: tuple[Codec, Codec] | None
+    visual: tuple[Codec, Codec] | None  # of pages of images; None: as all others
     table: TokenTable
     window: Window
     sinks: Sinks
@@ -113,16 +114,57 @@ class Leave:
             importance = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         whole = paged(leaving, keys, values, positions, self.table.padded, page, self.body.lanes)
         own = None if importance is None else spread(leaving.of(importance), leaving, page)
-        parts = list(self._parts(whole, spread(leaving.of(positions, 1), leaving, page), own))
-        if not parts:
-            return
-        skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
-        encoded = (self._encode(*part, leaving.rows) for part in parts)
-        if self.method.token_budget is None:
-            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], leaving.rows, len(keys))
+        columns = spread(leaving.of(positions, 1), leaving, page)
+        if self.method.token_budget is not None:
+            stored = [self._encode(*part, leaving.rows) for part in self._parts(whole, columns, own)]
+            if stored:
+                joint = {k: torch.cat([s[k] for s in stored], 1) for k in stored[0]}
+                self._choose(leaving, whole, joint, own, len(keys))
+        elif self.visual is None or self.table.visual is None:
+            self._append(whole, columns, own, leaving.rows, len(keys))
         else:
-            stored = list(encoded)
-            self._choose(leaving, whole, {k: torch.cat([s[k] for s in stored], 1) for k in stored[0]}, own, len(keys))
+            self._append_by_kind(leaving, whole, columns, own, len(keys))
+
+    def _append(
+        self,
+        whole: Paged,
+        positions: Tensor,
+        importance: Tensor | None,
+        rows: np.ndarray | None,
+        batch: int,
+        visual: bool = False,
+    ) -> None:
+        """Encode pages of some rows (None: all), some at a time, into the body."""
+        parts = list(self._parts(whole, positions, importance))
+        if parts:
+            skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
+            encoded = (self._encode(*part, rows, visual) for part in parts)
+            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], rows, batch, visual)
+
+    def _append_by_kind(
+        self, leaving: Leaving, whole: Paged, positions: Tensor, importance: Tensor | None, batch: int
+    ) -> None:
+        """The same, pages of images by themselves."""
+        page, every = self.method.page, np.arange(len(whole.first)) if leaving.rows is None else leaving.rows
+        marks = self._of_images(self._own_columns(whole), every)
+        for visual, rows, pages in by_kind(kinds(whole, marks, page)):
+            keys, values = (picked(x, rows, pages, page, 2) for x in (whole.keys, whole.values))
+            valid = None if whole.valid is None else picked(whole.valid, rows, pages, page, 1)
+            of_pages = np.ix_(rows, pages)
+            part = Paged(keys, values, valid, whole.first[of_pages], whole.used.swapaxes(1, 2)[of_pages].swapaxes(1, 2))
+            own = None if importance is None else picked(importance, rows, pages, page, importance.dim() - 1)
+            at = picked(positions, rows, pages, page, 1)
+            chosen = None if len(rows) == batch and leaving.rows is None else every[rows]
+            self._append(part, at, own, chosen, batch, visual)
+
+    def _of_images(self, columns: Int[Tensor, "b t"], rows: np.ndarray) -> Bool[Tensor, "b t"]:
+        """Which of these rows' own columns are tokens of images."""
+        visual = self.table.visual
+        assert visual is not None
+        shifts = np.zeros(len(rows), np.int64) if self.table.shifts is None else self.table.shifts[rows]
+        at = columns.to(visual.device).long() + torch.from_numpy(shifts[:, None]).to(visual.device)
+        found = visual[torch.from_numpy(rows).to(visual.device)].gather(1, at.clamp(0, visual.shape[1] - 1))
+        return found & (columns >= 0)
 
     def _parts(
         self, whole: Paged, positions: Int[Tensor, "b t"], importance: Tensor | None
@@ -138,14 +180,15 @@ class Leave:
             yield cut(whole, at, stop, page), positions[:, slots], own
 
     def _encode(
-        self, part: Paged, positions: Tensor, importance: Tensor | None, rows: np.ndarray | None
+        self, part: Paged, positions: Tensor, importance: Tensor | None, rows: np.ndarray | None, visual: bool = False
     ) -> dict[str, Tensor]:
-        assert self.codecs is not None
+        codecs = self.visual if visual else self.codecs
+        assert codecs is not None
         keys = part.keys
-        if self.codecs[0].site == "k_pre" and self.before.rope is not None:
+        if codecs[0].site == "k_pre" and self.before.rope is not None:
             keys = self.before.rope.undo(keys, positions)
-        stored = encode(self.codecs, keys, part.values, part.valid, importance, self._base_of(part))
-        if self.watch is not None:
+        stored = encode(codecs, keys, part.values, part.valid, importance, self._base_of(part))
+        if self.watch is not None and not visual:
             self.watch.add(keys, part.values, self.sinks.others(part.valid, self._own_columns(part), rows))
         return stored
 
@@ -158,8 +201,7 @@ class Leave:
 
     def _choose(self, leaving: Leaving, whole: Paged, stored: Stored, importance: Tensor | None, batch: int) -> None:
         """Keep the most important of what these rows hold and of what leaves now."""
-        budget, page = self.method.token_budget, self.method.page
-        assert budget is not None
+        page = self.method.page
         assert importance is not None
         pages = self.body.youngest.for_rows(batch)
         old = pages if leaving.rows is None else pages.selected(leaving.rows)
@@ -173,11 +215,27 @@ class Leave:
             stored = {k: torch.cat([before[k], t], 1) for k, t in stored.items()}
             fresh = torch.cat([old.importance.masked_fill(old.columns < 0, -torch.inf), fresh], 2)
             columns = torch.cat([old.columns, columns], 2)
-        rows = slice(None) if leaving.rows is None else leaving.rows
-        gone = torch.from_numpy(left(self.table.lengths[rows], self.method.window, page) // page)
-        index = most_important(fresh, budget.counts(fresh, gone, page), page)
-        chosen = kept(old, stored, columns, fresh, index, self._move)
+        rows = np.arange(batch) if leaving.rows is None else leaving.rows
+        chosen = kept(old, stored, columns, fresh, slots_of(self._staying(fresh, columns, rows), page), self._move)
         self.body.hold(self.body.ages[0], chosen if leaving.rows is None else _placed(pages, chosen, leaving.rows))
+
+    def _staying(
+        self, importance: Float[Tensor, "b L t"], columns: Int[Tensor, "b L t"], rows: np.ndarray
+    ) -> Bool[Tensor, "b L t"]:
+        """Which candidates of these rows stay, those of images under a budget of their own where there is one."""
+        budget, other, page = self.method.token_budget, self.method.visual_budget, self.method.page
+        assert budget is not None
+        gone = left(self.table.lengths[rows], self.method.window, page)
+        if other is None or self.table.visual is None:
+            return most_important(importance, budget.counts(importance, torch.from_numpy(gone // page), page))
+        marks = self._of_images(columns.flatten(1), rows).view(columns.shape)
+        own = [self._of_images(torch.arange(n)[None], rows[i : i + 1]).sum() for i, n in enumerate(gone.tolist())]
+        images = torch.stack(own).cpu() // page
+        found = torch.zeros_like(marks)
+        for part, of, pages in ((budget, ~marks, torch.from_numpy(gone // page) - images), (other, marks, images)):
+            candidates = importance.masked_fill(~of, -torch.inf)
+            found |= most_important(candidates, part.counts(candidates, pages, page))
+        return found
 
     def _move(self, stored: Stored, index: Int[Tensor, "b L k"]) -> Stored:
         found: dict[str, Tensor] = {}

@@ -32,13 +32,14 @@ from kvshrink.eval.report import plots
 from kvshrink.eval.report.summary import HEAD, cells, summarise
 from kvshrink.eval.run import calibration, entries
 from kvshrink.eval.run.catalogue import arguments, check_context, context_of, has_own_length, make_samples
-from kvshrink.eval.run.entries import FULL, Entry, parse_all, parse_settings
+from kvshrink.eval.run.entries import FULL, Entry, parse_all
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.prompt import encode
 from kvshrink.eval.run.rounds import AWARE, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.text import parse_settings
 from kvshrink.store import files
 from kvshrink.store.log import Log
 

@@ -35,6 +35,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Moments
 from kvshrink.methods._training import Training
 from kvshrink.methods.artifact import Artifact
+from kvshrink.methods.visual import visual_method
 from kvshrink.store.modes import evaluating, outside_modes
 from kvshrink.store.reason import line
 
@@ -90,6 +91,7 @@ def fit_all(
     shapes = [shape_of(info) for info in infos if info.compressed]
     methods = [method.resolve_auto(shapes, source.device) for method in methods]
     for method in methods:
+        visual_method(method)
         for i, info in enumerate(infos):
             if info.compressed:
                 check_widths(info, method, i)

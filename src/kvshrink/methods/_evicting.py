@@ -1,7 +1,7 @@
 """What every method is that keeps the important tokens of each KV head and drops the others."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,11 +23,13 @@ class Evicting(Method):
     """Of the tokens that leave the window, each KV head keeps the most important ones, as keys after RoPE and values.
 
     ratio: share of these tokens that is kept, in whole pages of 32. bits: of what is kept, with a scale and a minimum
-    for each token and 64 channels; None: the model's dtype.
+    for each token and 64 channels; None: the model's dtype. visual_ratio: share that is kept of the tokens that came
+    from images or videos, which then compete among themselves; None: all tokens compete.
     """
 
     ratio: float = 0.25
     bits: int | None = None
+    visual_ratio: float | None = field(default=None, kw_only=True)
 
     drops_tokens: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "ratio"
@@ -40,8 +42,25 @@ class Evicting(Method):
     def token_budget(self) -> Budget:
         return Uniform(self.ratio)
 
+    @property
+    def visual_budget(self) -> Budget | None:
+        return None if self.visual_ratio is None else self.of_images(self.visual_ratio).token_budget
+
+    def of_images(self, ratio: float) -> "Evicting":
+        """The same method as it treats tokens of images."""
+        return replace(self, ratio=ratio, visual_ratio=None)
+
+    def images_beside(self, shape: LayerShape, fitted: Fitted, pages: int, visual: int) -> int:
+        """Bytes of what is kept of so many pages of images, and of what index bytes change by."""
+        other = self.of_images(self.visual_ratio or 1.0)
+        index = self.index_bytes(shape, pages - visual) - self.index_bytes(shape, pages)
+        once = shape.heads * PAGE_COUNT * (pages > visual)
+        return other.body_bytes(shape, fitted, visual) + index + other.index_bytes(shape, visual) - once
+
     def check(self) -> None:
         super().check()
+        own = self.visual_ratio
+        require(own is None or 0 < own <= 1, f"visual_ratio={own}", "Use a share of tokens above 0, up to 1.")
         require(0 < self.ratio <= 1, f"ratio={self.ratio}", "Use a share of tokens above 0, up to 1.")
         one_of("bits", self.bits, (None, 8, 4, 2))
 

@@ -33,11 +33,13 @@ class Method(metaclass=Settings):
     the window in pages of `page`; `codecs` says what becomes of them, None that they are dropped, and `tiers` what
     becomes of pages that grow old: what a tier cannot hold any more moves on to the next one.
     window_bits: 8 holds the window at 8 bits, a scale per token and head; None: exactly; "auto": at 8 where a method
-                 shares out a byte budget, of which an exact window would be much."""
+                 shares out a byte budget, of which an exact window would be much.
+    visual: how pages of nothing but tokens of images or videos are stored, as "turboquant:bits=2"; None: as all."""
 
     window: int = 32
     sinks: int = 4
     window_bits: int | Literal["auto"] | None = field(default="auto", kw_only=True)
+    visual: str | None = field(default=None, kw_only=True)
 
     page: ClassVar[int] = 32
     needs_fit: ClassVar[bool] = False
@@ -77,6 +79,10 @@ class Method(metaclass=Settings):
     def token_budget(self) -> Budget | None:
         """How many of the tokens that left the window may stay; None: all that the tiers hold."""
         return None
+
+    @property
+    def visual_budget(self) -> Budget | None:
+        """The same of tokens that came from images or videos; None: they are counted with all."""
 
     def lanes(self, shape: LayerShape) -> int:
         """Groups of neighbouring KV heads whose tokens come and go by themselves."""
@@ -143,6 +149,9 @@ class Method(metaclass=Settings):
         require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
         require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
         require(self.window_bits in (None, 8, "auto"), f"window_bits={self.window_bits!r}", "Use 8, None or 'auto'.")
+        require(
+            self.visual is None or not self.drops_tokens, f"visual={self.visual!r:.60}", "This method drops tokens."
+        )
         for name in ("window", "sinks"):
             require(getattr(self, name) <= EXACT, f"{name}={getattr(self, name)}", f"Use at most {EXACT} tokens.")
 
@@ -189,12 +198,3 @@ class Method(metaclass=Settings):
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         """Bytes of the body of one sequence, after so many pages left the window."""
         return pages * record_bytes(int(self.bits_per_token(shape, fitted) * self.page / 8))
-
-
-class Bounded(Method):
-    """A method that holds no more tokens however long a text is, and so can be given another one's bytes."""
-
-    @classmethod
-    @abstractmethod
-    def within(cls, held_bytes: float, shape: LayerShape) -> "Bounded":
-        """The method that holds the most within so many bytes of a layer. Raises SettingError if none does."""

@@ -9,7 +9,9 @@ class Tier(NamedTuple):
     """Pages of one age: key and value codec, None if they are dropped, and how many tokens may have this age.
 
     tokens: in whole pages, rounded down; None: no limit.
+    visual: beside the ladder, for pages of tokens that came from images or videos; the last of a layer's tiers.
     """
 
     codecs: tuple[Codec, Codec] | None
     tokens: int | None = None
+    visual: bool = False

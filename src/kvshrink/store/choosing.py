@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.records import Layout
-from kvshrink.shapes import Float, Int
+from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.lanes import Pages, Stored
 from kvshrink.store.pool import Run
 
 Move = Callable[[Stored, Int[Tensor, "b L k"]], Stored]  # pages made of the slots that an index names
 
 
-def most_important(importance: Float[Tensor, "b L t"], counts: Int[Tensor, "b L"], page: int) -> Int[Tensor, "b L k"]:
-    """Slots of the tokens that stay, in order, k in whole pages; -1 behind them. -inf: no token, which never stays."""
+def most_important(importance: Float[Tensor, "b L t"], counts: Int[Tensor, "b L"]) -> Bool[Tensor, "b L t"]:
+    """Which tokens stay, so many of each lane. -inf: no token, which never stays."""
     order = importance.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
-    stays = (rank < counts[..., None]) & (importance > -torch.inf)
+    return (rank < counts[..., None]) & (importance > -torch.inf)
+
+
+def slots_of(stays: Bool[Tensor, "b L t"], page: int) -> Int[Tensor, "b L k"]:
+    """Slots of the tokens that stay, in order, k in whole pages; -1 behind them."""
     count = stays.sum(-1)
     width = -(-int(count.max()) // page) * page
     index = (~stays).byte().argsort(dim=-1, stable=True)[..., :width]

@@ -12,9 +12,9 @@ from kvshrink.attach.families import text_config
 from kvshrink.errors import EvalError
 from kvshrink.eval import tasks
 from kvshrink.eval.run import prompt
-from kvshrink.eval.run.entries import parse_settings
 from kvshrink.eval.tasks import Sample
 from kvshrink.methods._types import check_type
+from kvshrink.methods.text import parse_settings
 
 NEAR = 0.15  # a task whose samples are this much shorter than asked has a length of its own
 

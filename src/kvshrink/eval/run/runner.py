@@ -34,7 +34,7 @@ from kvshrink.eval.run.entries import ZEROS, Entry
 from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, Group, groups, left_pad
 from kvshrink.eval.tasks import Sample
-from kvshrink.methods._roles import Bounded
+from kvshrink.methods._bounded import Bounded
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.log import Log, key_of
 from kvshrink.store.modes import without_dropout

@@ -26,13 +26,14 @@ from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.report.results import FORMAT
 from kvshrink.eval.report.summary import Line, summarise
 from kvshrink.eval.run.catalogue import Choice, Samples, Skipped, check_context, choices, context_of, gather
-from kvshrink.eval.run.entries import FULL, ZEROS, Entry, parse, parse_settings
+from kvshrink.eval.run.entries import FULL, ZEROS, Entry, parse
 from kvshrink.eval.run.fitting import fitted
 from kvshrink.eval.run.measure import Measured, Meter, held_out
 from kvshrink.eval.run.outcomes import Failure, Outcome
 from kvshrink.eval.run.rounds import AGNOSTIC, MODES, MULTI_TURN, groups, shares_contexts
 from kvshrink.eval.run.runner import Job, Runner
 from kvshrink.methods._roles import Method
+from kvshrink.methods.text import parse_settings
 from kvshrink.store import files
 from kvshrink.store.log import Log
 

@@ -8,7 +8,8 @@ padding and several turns mean what they mean for a full cache.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from kvshrink.methods._roles import Bounded, Codec, Fitted
+from kvshrink.methods._bounded import Bounded
+from kvshrink.methods._roles import Codec, Fitted
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import LayerShape
 
