@@ -90,6 +90,9 @@ def test_the_fused_kernel_reads_such_keys():
     cache = kvshrink.make_cache(model, made(model, "turboquant", bits=4))
     model(torch.randint(3, 97, (1, 200)), past_key_values=cache)
     assert str(cache.layers[0].body.view(None)[0].kernel) == "yes"
+    codec = cache.layers[0].codecs[0]
+    assert codec.site == "k_post", "codes are read as they are: no key is rebuilt"
+    assert codec.constant is not None
 
 
 def test_a_method_without_such_a_form_says_so_once(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kvshrink.kernels.decode import ALL, Live
+from kvshrink.kernels.decode import ALL, Constant, Live
 from kvshrink.kernels.decode import triton as launcher
 from tests.kernels.samples import basis_of, packed, strewn, turn_of
 
@@ -56,7 +56,8 @@ def main():
         keys, values = packed(key, 1, width, 9, 1, dtype), packed(value, 1, 60, 9, 1, dtype)
         query = torch.randn(1, 2, 4, 128 if basis else width)
         up = basis_of(1, width, 2, 128) if basis else None
-        launcher.decode(query, keys, up, turn, values, visible, softcap, dtype, slots)
+        common = None if basis else Constant(torch.randn(1, 2, 4, 128), torch.randn(2, 128), turn_of(288, 128))
+        launcher.decode(query, keys, up, turn, values, visible, softcap, dtype, slots, common)
         attend, join = made[-2:]
         assert attend.metadata.shared <= MOST_SHARED
         # products of bfloat16 must run on tensor cores

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvshrink.kernels import inputs
-from kvshrink.kernels.decode import Basis, Live, cpu
+from kvshrink.kernels.decode import Basis, Constant, Live, cpu
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.records import Field, Holder, Layout, Records
 from tests.kernels.samples import FORMS, basis_of, packed, turn_of
@@ -86,7 +86,10 @@ def run(form, width: int, dtype: torch.dtype) -> int:
                 *map(guarded, (torch.randn(2, 4, 3, 20), k, basis, turn, v, visible)), None, dtype, guarded(live)
             )
             cpu.decode(*map(guarded, (torch.randn(2, 4, 3, width), k, None, None, v, visible)), 5.0, dtype)
-            runs += 2
+            common = Constant(guarded(torch.randn(2, 4, 3, 20)), guarded(torch.randn(4, 20)), guarded(turn))
+            given = map(guarded, (torch.randn(2, 4, 3, width), k, None, None, v, visible))
+            cpu.decode(*given, None, dtype, guarded(live), common)
+            runs += 3
     return runs
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvshrink.kernels import native
-from kvshrink.kernels.decode import ALL, Basis, Live, cpu, fused, reference
+from kvshrink.kernels.decode import ALL, Basis, Constant, Live, cpu, fused, reference
 from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, ragged, strewn, turn_of
 from tests.kernels.tolerances import assert_close
 
@@ -52,6 +52,31 @@ def test_head_dims_and_ropes(d, heads, dtype):
     ]
     for turn in (*turns, None):
         compare(query, keys, basis, turn, values, None, 5.0, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"part": 0.5, "interleaved": True, "scaling": 1.3}, {"base": 1e4, "first": 120_000}, {"part": 0.0}, None],
+    ids=str,
+)
+def test_what_all_keys_have_in_common(settings, dtype):
+    """Of pages that follow each other, and of one whose tokens do not; beside angles in float64, as the kernel's."""
+    for (b, h, x, d), groups, form in [((1, 8, 4, 128), 8, "trellis"), ((2, 4, 3, 64), 1, ("token", 4))]:
+        keys, values = packed(form, groups, 48, 5, b, dtype), packed("trellis", h, 32, 5, b, dtype)
+        turn = None if settings is None else turn_of(5 * PAGE, d, **settings)
+        if turn is not None:
+            positions = turn.positions.clone()
+            positions[:, 3 * PAGE + 7 :] += 3
+            turn = turn._replace(positions=positions)
+        common = Constant(torch.randn(b, h, x, d) * d**-0.5, torch.randn(h, d) * 5, turn)
+        visible = torch.rand(b, 1, 1, 5 * PAGE) > 0.3
+        query = torch.randn(b, h, x, 48) / 7
+        near = common if turn is None else common._replace(turn=turn._replace(inv_freq=turn.inv_freq.double()))
+        for softcap in (None, 5.0):
+            job = (query, keys, None, None, values, visible, softcap, dtype, ALL)
+            assert_close(cpu.decode(*job, common), reference.decode(*job, near), dtype)
 
 
 @needs_library

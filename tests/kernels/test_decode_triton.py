@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvshrink.kernels.decode import ALL, Basis, Live, fused, reference
+from kvshrink.kernels.decode import ALL, Basis, Constant, Live, fused, reference
 from kvshrink.kernels.decode.gpu.side import fits
 from kvshrink.kernels.records import Records, Single
 from tests.kernels.samples import FORMS, basis_of, far, masked, packed, placed, ragged, strewn, turn_of
@@ -27,12 +27,22 @@ DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(query, keys, basis, turn, values, visible, softcap, dtype, live=ALL):
+def compare(query, keys, basis, turn, values, visible, softcap, dtype, live=ALL, constant=None):
     from kvshrink.kernels.decode import triton
 
     job = [_moved(x) for x in (query, keys, basis, turn, values, visible)]
-    want = reference.decode(*job, softcap, torch.float32, _moved(live))
-    assert_close(triton.decode(*job, softcap, dtype, _moved(live)), want, dtype)
+    more = _moved(live), _moved(constant)
+    want = reference.decode(*job, softcap, torch.float32, *more)
+    assert_close(triton.decode(*job, softcap, dtype, *more), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_all_keys_have_in_common(dtype):
+    keys, values = packed("trellis", 4, 25, 5, 2, dtype), packed(("token", 4), 1, 37, 5, 2, dtype)
+    live, visible = Live(skips=torch.tensor([9, 0]).int()), torch.rand(2, 1, 1, 160) > 0.3
+    for turn in (turn_of(160, 64), turn_of(160, 64, part=0.5, interleaved=True, scaling=1.3), None):
+        common = Constant(torch.randn(2, 4, 3, 64) / 8, torch.randn(4, 64) * 5, turn)
+        compare(torch.randn(2, 4, 3, 25) / 5, keys, None, None, values, visible, 5.0, dtype, live, common)
 
 
 def _moved(x):

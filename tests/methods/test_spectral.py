@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvshrink
 from kvshrink import methods
-from kvshrink.cache.rope import Rope
+from kvshrink.cache.rope import Rope, as_stored, as_used
 from kvshrink.errors import DataError, SettingError
 from kvshrink.kernels import native
 from kvshrink.kernels.latents import code_of
@@ -325,7 +325,7 @@ def test_promise_before_the_fit_is_the_budget():
 
 @pytest.mark.parametrize(
     ("settings", "bases"),
-    [({"group_heads": 1}, 4), ({"group_heads": 2}, 2), ({"speed": "balanced"}, 4), ({"speed": "fast"}, 1)],
+    [({"group_heads": 1}, 4), ({"group_heads": 2}, 2), ({"speed": "balanced"}, 1), ({"speed": "fast"}, 4)],
 )
 def test_every_speed_has_the_bytes_it_promises_and_is_read_by_the_kernel(settings, bases):
     torch.manual_seed(0)
@@ -345,31 +345,38 @@ def test_every_speed_has_the_bytes_it_promises_and_is_read_by_the_kernel(setting
     assert held.payload + held.metadata <= 0.4 * 2 * tokens * layers * cache.layers[0].shape.token_bytes
     assert native.library() is None or str(cache.layers[0].body.view(None)[0].kernel) == "yes"
     step = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    other = copy.deepcopy(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVSHRINK_REFERENCE", "1")
         assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits, step, atol=1e-4)
+    model.set_attn_implementation("eager")  # which is given keys at full width
+    assert torch.allclose(model(ids[:, :1], past_key_values=other).logits, step, atol=1e-4)
     assert first.isfinite().all()
 
 
 @pytest.mark.parametrize("code", ["trellis", "scalar"])
 def test_fast_keys_are_never_rebuilt_and_lose_what_the_widths_promise(stats_of, code):
+    """Scores are products with the latents, and what all keys have in common times the query."""
     method, shape = (
         Spectral(budget=0.2, allocation="energy", speed="fast", code=code),
-        LayerShape(4, 16, torch.bfloat16),
+        LayerShape(4, 32, torch.bfloat16),
     )
     g = torch.Generator().manual_seed(3)
-    keys = torch.randn(32 * 100, 64, generator=g) @ torch.randn(64, 64, generator=g) + 1
+    keys = torch.randn(32 * 100, 128, generator=g) @ torch.randn(128, 128, generator=g) + 20
     fitted = method.fit_layer(stats_of(shape, keys, keys))
     codec = method.codecs(shape, fitted)[0]
     assert codec.site == "k_post"
     assert codec.expansion is None
-    rope = Rope(1e4 ** (-torch.arange(0, 15, 2) / 16), 1.0, False)
-    rows = rope.apply(keys.unflatten(1, (4, 16)).transpose(0, 1)[None], torch.arange(len(keys))[None])
-    query, stored = torch.randn(1, 4, 3, 16, generator=g), codec.encode(rows, None)
+    rope, positions = Rope(1e4 ** (-torch.arange(0, 31, 2) / 32), 1.0, False), torch.arange(len(keys))[None]
+    used = rope.apply(keys.unflatten(1, (4, 32)).transpose(0, 1)[None], positions)
+    rows = as_stored(codec, used, positions, rope)
+    query, stored = torch.randn(1, 4, 3, 32, generator=g), codec.encode(rows, None)
     back = codec.decode(stored, 4)
-    direct = query @ back.transpose(2, 3)
-    torch.testing.assert_close(codec.absorb(query) @ codec.unpack(stored).transpose(2, 3), direct, rtol=1e-3, atol=1e-2)
-    parts = fitted["key_variance"].double().split(16)
+    common = query @ as_used(codec, torch.zeros_like(used), positions, rope).mT
+    direct = query @ as_used(codec, back, positions, rope).mT
+    torch.testing.assert_close(codec.absorb(query) @ codec.unpack(stored).mT + common, direct, rtol=1e-3, atol=5e-2)
+    assert rows.square().sum() < 0.5 * used.square().sum()
+    parts = fitted["key_variance"].double().view(4, 32).split(16, 1)
     wanted = sum(float(p.sum()) * method.error(w) for p, w in zip(parts, fitted["key_widths"].tolist(), strict=True))
     assert float((back - rows).square().sum()) / len(keys) == pytest.approx(wanted, rel=0.1)
 

@@ -14,7 +14,7 @@ from kvshrink.cache.chosen import read_chosen
 from kvshrink.cache.snapshot import Block, HeldRows, Snapshot, TierView
 from kvshrink.cache.view import Mask, QueryChunk, Visibility, both, visible
 from kvshrink.kernels.attention import Running, finish, fold, merge, start
-from kvshrink.kernels.decode import MOST_ROWS, Turn, left_out
+from kvshrink.kernels.decode import MOST_ROWS, Constant, Turn, left_out
 from kvshrink.kernels.held import attend as attend_held
 from kvshrink.shapes import Bool, Float
 
@@ -210,7 +210,7 @@ def _tier(chunks: list[QueryChunk], tier: TierView, softcap: float | None) -> Se
         out, lse = part
         return [(value_codec.expand(out, heads), lse)]
     states: list[Running] = [start(q, value_codec.width) for q, _ in chunks]
-    absorbed = [key_codec.absorb(q) for q, _ in chunks]
+    absorbed = [None if key_codec.constant is not None else key_codec.absorb(q) for q, _ in chunks]
     queries = [q if a is None else a for a, (q, _) in zip(absorbed, chunks, strict=True)]
     for block in tier.blocks(_block_tokens(snapshot)):
         keys = _keys(block, tier, snapshot) if absorbed[0] is None else key_codec.unpack(block.part("k."))
@@ -241,20 +241,31 @@ def _fused(part: QueryChunk, tier: TierView, softcap: float | None) -> tuple[Ten
     whole = tier.block(0, len(tier.pages))
     live, there = snapshot.live(tier)
     seen = both(None if view.rows is None else view.columns(snapshot.columns(whole)), there, view)
-    turn = None
-    if turns and rope is not None:
-        positions = snapshot.positions_of(snapshot.columns(whole))
-        turn = Turn(positions, rope.inv_freq, rope.scaling, rope.interleaved)
+    turn = _turn(snapshot, whole) if turns else None
+    constant = None
+    if key_codec.constant is not None:
+        constant = Constant(query, key_codec.constant, _turn(snapshot, whole))
     asked = key_codec.absorb(query)
-    query = query if asked is None else asked
-    out: tuple[Tensor, Tensor] = kernel(query, keys, basis, turn, values, seen, softcap, snapshot.shape.dtype, live)
+    query, dtype = query if asked is None else asked, snapshot.shape.dtype
+    out: tuple[Tensor, Tensor] = kernel(query, keys, basis, turn, values, seen, softcap, dtype, live, constant)
     return out
+
+
+def _turn(snapshot: Snapshot, block: Block) -> Turn | None:
+    """RoPE of a block's slots."""
+    rope = snapshot.rope
+    if rope is None:
+        return None
+    positions = snapshot.positions_of(snapshot.columns(block))
+    return Turn(positions, rope.inv_freq, rope.scaling, rope.interleaved)
 
 
 def _keys(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b h t d"]:
     """Keys of a block as attention uses them, float32."""
     codec = tier.codecs[0]
     keys = codec.decode(block.part("k."), snapshot.shape.heads)
+    if codec.constant is not None:
+        return keys + snapshot.turned(codec.constant[:, None].expand_as(keys), snapshot.columns(block))
     if codec.site != "k_pre" or snapshot.rope is None:
         return keys
     return snapshot.turned(keys, snapshot.columns(block))

@@ -6,7 +6,7 @@ There are no queries here, so all tokens count as equally important.
 import torch
 from torch import Tensor
 
-from kvshrink.cache.rope import Rope
+from kvshrink.cache.rope import Rope, as_stored, as_used
 from kvshrink.errors import SettingError
 from kvshrink.methods._roles import Codec
 from kvshrink.shapes import Float
@@ -22,13 +22,12 @@ def round_trip(
     if codec.joint:
         raise SettingError("keys and values are stored as one, and neither by itself. Measure with a cache instead.")
     b, h, t, _ = rows.shape
-    rope = rope if codec.site == "k_pre" else None
     positions = torch.arange(first, first + t, device=rows.device)[None].expand(b, -1)
-    out = rows if rope is None else rope.undo(rows, positions)
+    out = as_stored(codec, rows, positions, rope)
     spare = -t % page
     valid = None
     if spare:
         out = torch.nn.functional.pad(out, (0, 0, 0, spare))
         valid = (torch.arange(t + spare, device=rows.device) < t)[None].expand(b, -1)
     out = codec.decode(codec.encode(out, valid), h)[:, :, :t]
-    return (out if rope is None else rope.apply(out, positions)).to(rows.dtype)
+    return as_used(codec, out, positions, rope).to(rows.dtype)

@@ -1,5 +1,6 @@
 """The rotation of one layer's keys: frequencies and layout, enough to apply RoPE at any position and undo it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.rope import rotate
+from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float, Int
 
 
@@ -40,3 +42,29 @@ class Rope:
     def undo(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
         """Keys before RoPE, from keys as attention uses them."""
         return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=True)
+
+
+def as_stored(
+    codec: Codec, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"], rope: Rope | None
+) -> Float[Tensor, "b h t d"]:
+    """Keys as a codec stores them, from keys as attention uses them."""
+    if rope is not None and codec.site == "k_pre":
+        return rope.undo(keys, positions)
+    return keys if codec.constant is None else keys - turned(codec.constant, keys.shape, positions, rope)
+
+
+def as_used(
+    codec: Codec, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"], rope: Rope | None
+) -> Float[Tensor, "b h t d"]:
+    """The other way."""
+    if rope is not None and codec.site == "k_pre":
+        return rope.apply(keys, positions)
+    return keys if codec.constant is None else keys + turned(codec.constant, keys.shape, positions, rope)
+
+
+def turned(
+    constant: Float[Tensor, "h d"], shape: Sequence[int], positions: Int[Tensor, "b t"], rope: Rope | None
+) -> Float[Tensor, "b h t d"]:
+    """A part that all keys have before RoPE, as it is at these positions."""
+    every = constant[:, None].expand(*shape)
+    return every if rope is None else rope.apply(every, positions)

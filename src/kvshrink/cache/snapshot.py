@@ -199,7 +199,8 @@ class Snapshot:
 
     def turned(self, keys: Float[Tensor, "b h t d"], columns: slice | Int[Tensor, "b L t"]) -> Float[Tensor, "b h t d"]:
         """Keys before RoPE as attention uses them, where these columns are."""
-        assert self.rope is not None
+        if self.rope is None:
+            return keys
         if isinstance(columns, slice) or columns.shape[1] == 1:
             return self.rope.apply(keys, self.positions_of(columns))
         lanes = columns.shape[1]  # whose tokens are not the same

@@ -13,6 +13,7 @@ from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import encode
 from kvshrink.cache.leaving import Leaving, Paged, by_kind, cut, kinds, leavings, left, paged, picked, quiet, spread
+from kvshrink.cache.rope import as_stored
 from kvshrink.cache.scoring import ProbeQueries, received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
@@ -184,9 +185,7 @@ class Leave:
     ) -> dict[str, Tensor]:
         codecs = self.visual if visual else self.codecs
         assert codecs is not None
-        keys = part.keys
-        if codecs[0].site == "k_pre" and self.before.rope is not None:
-            keys = self.before.rope.undo(keys, positions)
+        keys = as_stored(codecs[0], part.keys, positions, self.before.rope)
         stored = encode(codecs, keys, part.values, part.valid, importance, self._base_of(part))
         if self.watch is not None and not visual:
             self.watch.add(keys, part.values, self.sinks.others(part.valid, self._own_columns(part), rows))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.errors import CacheError
-from kvshrink.kernels.decode.reference import Basis, Live, Turn
+from kvshrink.kernels.decode.reference import Basis, Constant, Live, Turn
 from kvshrink.kernels.latents import MIXED, Packed
 from kvshrink.kernels.pack import packed_bytes
 from kvshrink.kernels.records import Records, recorded
@@ -35,6 +35,7 @@ def check(
     visible: Tensor | None,
     softcap: float | None,
     live: Live,
+    constant: Constant | None = None,
 ) -> int:
     """How many pages there are. Raises CacheError on what a kernel would read beyond its end, or as what it is not."""
     b, h, x, wide = query.shape
@@ -48,15 +49,14 @@ def check(
         _check("mean", basis.mean, (groups, h // groups * wide), device)
     elif wide != keys.width or turn is not None:
         raise _refusal("queries", f"{wide} channels{' and positions' * (turn is not None)}", f"{keys.width} as of keys")
-    if turn is not None:
-        _check(
-            "positions",
-            turn.positions,
-            (1 if len(turn.positions) == 1 else b, tokens),
-            device,
-            (torch.int32, torch.int64),
-        )
-        _check("frequencies", turn.inv_freq, (min(turn.inv_freq.numel(), wide // 2),), device)
+    _check_turn(turn, b, tokens, wide, device)
+    if constant is not None:
+        d = constant.query.shape[-1]
+        _check("queries before their basis", constant.query, (b, h, x, d), device)
+        _check("constant of keys", constant.part, (h, d), device)
+        _check_turn(constant.turn, b, tokens, d, device)
+        if basis is not None:
+            raise _refusal("constant of keys", "beside a basis that rebuilds them", "one of both")
     lanes = keys.stored.lanes if isinstance(keys.stored, Records) else 1
     if live.counts is not None:
         _check("slots filled", live.counts, (b, lanes, pages), device, (torch.uint8,))
@@ -70,6 +70,13 @@ def check(
     if softcap is not None and not 0 < softcap < inf:
         raise _refusal("soft-cap", str(softcap), "a positive number")
     return pages
+
+
+def _check_turn(turn: Turn | None, b: int, tokens: int, wide: int, device: torch.device) -> None:
+    if turn is not None:
+        rows = 1 if len(turn.positions) == 1 else b
+        _check("positions", turn.positions, (rows, tokens), device, (torch.int32, torch.int64))
+        _check("frequencies", turn.inv_freq, (min(turn.inv_freq.numel(), wide // 2),), device)
 
 
 def records(packed: Packed) -> Records:

@@ -98,6 +98,12 @@ class Codec(ABC):
         """How a fused kernel rebuilds keys from latents; None: latents are keys, or `absorb` makes queries fit them."""
         return None
 
+    @property
+    def constant(self) -> Float[Tensor, "h d"] | None:
+        """A part of all keys before RoPE that is not in "k_post" rows as they are stored, and that RoPE turns by the
+        position: what it adds to a score follows from the position alone. None: rows are whole."""
+        return None
+
     def pick(self, stored: Stored, tokens: Int[Tensor, "b k"]) -> Float[Tensor, "b G k r"]:
         """What `unpack` gives, for some tokens of each row."""
         return self.unpack(stored).take_along_dim(tokens[:, None, :, None], 2)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kvshrink import methods
 from kvshrink.errors import SettingError
+from kvshrink.methods._ladder import Ladder
 from kvshrink.methods._packing import Packing
-from kvshrink.methods._quantiser import Ladder, Quantiser, SideStats, Space, prefixed
+from kvshrink.methods._quantiser import Quantiser, SideStats, Space, prefixed
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._stats import KV, CalibrationStats
 

@@ -6,16 +6,16 @@ its basis, so that it costs nothing there.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvshrink.kernels.records import record_bytes
 from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
+from kvshrink.methods._ladder import Ladder, aged, held
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import NormalisedAttention, Scorer
 from kvshrink.methods._roles import Codec, Fitted, Method
@@ -161,27 +161,6 @@ class SideStats:
 
 
 CONSTANT = "key_constant"  # [h, d] in what is fitted: a part of all keys before RoPE that is not stored with them
-Ladder = tuple[tuple[Packing | None, int | None], ...]  # (packing or None: dropped, tokens at most or None) by age
-
-
-def aged(pair: tuple[Any, Any], key: Ladder, value: Ladder) -> tuple[Tier, ...]:
-    """Tiers of the youngest pages' codecs, with the packings of each age. Tensors of a basis are shared."""
-    found = [Tier(pair, key[0][1])]
-    for (of_keys, tokens), (of_values, _) in zip(key[1:], value[1:], strict=True):
-        dropped = of_keys is None or of_values is None
-        older = None if dropped else (replace(pair[0], packing=of_keys), replace(pair[1], packing=of_values))
-        found.append(Tier(older, tokens))
-    return tuple(found)
-
-
-def held(ladders: Sequence[Ladder], pages: int, page: int) -> int:
-    """Bytes of so many pages, the youngest tier filled first."""
-    total = 0
-    for (of_keys, tokens), (of_values, _) in zip(*ladders, strict=True):
-        count = pages if tokens is None else min(pages, tokens // page)
-        pages -= count
-        total += count * record_bytes(sum(x.page_bytes() for x in (of_keys, of_values) if x is not None))
-    return total
 
 
 @dataclass(frozen=True)
@@ -279,10 +258,14 @@ class Quantiser(Method):
     def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> Codec:
         space, learnt = self._space(shape, kv), prefixed(fitted, kv)
         stored, transform = self.packing(kv, space, learnt), self.transform(kv, space, learnt)
-        if kv == "key" and CONSTANT in fitted:
-            return beside_constant(stored, transform, fitted[CONSTANT])
+        constant = fitted.get(CONSTANT) if kv == "key" else None
+        turns = self.site == "k_post" and not self.needs_fit and (transform is None or not transform.mean.any())
+        if constant is not None and not turns:
+            return beside_constant(stored, transform, constant)
         site = self.site if kv == "key" else "v"
-        return HeadwiseCodec(site, stored) if transform is None else BasisCodec(site, *transform, stored)
+        if transform is None:
+            return HeadwiseCodec(site, stored, constant)
+        return BasisCodec(site, *transform, stored, constant)
 
     def _space(self, shape: LayerShape, kv: KV) -> Space:
         width = shape.head_dim if kv == "key" else shape.value_dim

@@ -11,7 +11,7 @@ import torch
 from kvshrink.kernels import native
 from kvshrink.kernels.decode import cpu
 from kvshrink.kernels.decode.gpu.side import fits
-from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn, decode
+from kvshrink.kernels.decode.reference import ALL, Basis, Constant, Live, Turn, decode
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.native import left_out
 from kvshrink.kernels.records import Records
@@ -19,7 +19,7 @@ from kvshrink.kernels.records import Records
 MOST_ROWS = 64  # of a KV head: query heads times new tokens; with more of them large products win
 log = logging.getLogger("kvshrink")
 
-__all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Live", "Turn", "decode", "fused", "left_out"]
+__all__ = ["ALL", "MOST_ROWS", "Basis", "Choice", "Constant", "Live", "Turn", "decode", "fused", "left_out"]
 
 
 class Choice(NamedTuple):

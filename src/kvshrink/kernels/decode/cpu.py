@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import inputs, native
-from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn
+from kvshrink.kernels.decode.reference import ALL, Basis, Constant, Live, Turn
 from kvshrink.kernels.latents import MIXED, Packed, level_table
 from kvshrink.shapes import Bool, Float
 
@@ -42,6 +42,8 @@ class _Job(Structure):
         *((name, _Side) for name in ("keys", "values")),
         *((name, c_void_p) for name in ("query", "rebuild", "up", "mean", "inv_freq")),
         *((name, c_float) for name in ("scaling", "softcap")),
+        *((name, c_int32) for name in ("constant_wide", "unused")),
+        *((name, c_void_p) for name in ("constant_query", "constant")),
         ("positions", c_void_p),
         ("positions_row", c_int64),
         *((name, c_void_p) for name in ("counts", "skips", "visible")),
@@ -60,13 +62,14 @@ def decode(
     softcap: float | None,
     precision: torch.dtype,
     live: Live = ALL,
+    constant: Constant | None = None,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """As the reference, for pages of PAGE tokens on a CPU; needs native.library()."""
     library = native.library()
     assert library is not None
     assert query.is_cpu
     assert keys.page == PAGE
-    pages = inputs.check(query, keys, basis, turn, values, visible, softcap, live)
+    pages = inputs.check(query, keys, basis, turn, values, visible, softcap, live, constant)
     b, h, x, wide = query.shape
     held: list[Any] = []  # what the pointers of the job point to
     out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (values.width, 1))
@@ -77,14 +80,14 @@ def decode(
     job.query = _pointer(query.float().contiguous(), held)
     pairs = precision == torch.bfloat16
     if basis is not None:
-        if turn is not None:
-            positions = turn.positions.to(torch.int32).expand(b, -1)
-            positions = positions if positions.stride(1) == 1 else positions.contiguous()
-            job.pairs, job.interleaved, job.scaling = len(turn.inv_freq), turn.interleaved, turn.scaling
-            job.inv_freq = _pointer(turn.inv_freq.float().contiguous(), held)
-            job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
+        _turning(job, turn, b, held)
         held.append(_prepared(job, basis, turn, pairs))
         job.rebuild = held[-1].address
+    if constant is not None:
+        _turning(job, constant.turn, b, held)
+        job.constant_wide = constant.query.shape[3]
+        job.constant_query = _pointer(constant.query.float().contiguous(), held)
+        job.constant = _pointer(constant.part.float().contiguous(), held)
     if live.counts is not None:
         job.counts = _pointer(live.counts.contiguous(), held)
     if live.skips is not None:
@@ -98,6 +101,16 @@ def decode(
     if library.kvshrink_decode(byref(job), c_int32(pairs)):
         raise MemoryError("decode attention: not enough memory")
     return out, lse
+
+
+def _turning(job: _Job, turn: Turn | None, b: int, held: list[Any]) -> None:
+    if turn is None:
+        return
+    positions = turn.positions.to(torch.int32).expand(b, -1)
+    positions = positions if positions.stride(1) == 1 else positions.contiguous()
+    job.pairs, job.interleaved, job.scaling = len(turn.inv_freq), turn.interleaved, turn.scaling
+    job.inv_freq = _pointer(turn.inv_freq.float().contiguous(), held)
+    job.positions, job.positions_row = _pointer(positions, held), positions.stride(0)
 
 
 class _Prepared:

@@ -42,6 +42,17 @@ class Turn(NamedTuple):
     interleaved: bool
 
 
+class Constant(NamedTuple):
+    """A part of all keys before RoPE that is not stored with them. What it adds to a score follows from the position.
+
+    query: as attention uses it, scaled, where `decode`'s was taken to the latents. turn: None: keys are not turned.
+    """
+
+    query: Float[Tensor, "b h x d"]
+    part: Float[Tensor, "h d"]
+    turn: Turn | None
+
+
 class Live(NamedTuple):
     """Which slots of the pages hold tokens to be read. A page that a lane does not have holds none.
 
@@ -80,6 +91,7 @@ def decode(
     softcap: float | None,
     precision: torch.dtype,
     live: Live = ALL,
+    constant: Constant | None = None,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
     """(weighted sum of value latents, log-sum-exp) of these pages. A row that sees nothing gives 0 and -inf.
 
@@ -88,6 +100,7 @@ def decode(
     precision: the model's dtype. A kernel may round factors of its products to it; sums are float32. Here all is
                float32.
     live:      which slots hold tokens, of which the rows may see those that are `visible`.
+    constant:  of keys whose scores are products with the latents: what those lack.
     """
     latent = load(keys)
     if basis is None:
@@ -96,12 +109,24 @@ def decode(
         members = query.shape[1] // basis.up.shape[0]
         flat = latent @ basis.up + basis.mean[:, None]
         rows = flat.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
-    if turn is not None:
-        angles = turn.positions[..., None].to(turn.inv_freq.dtype) * turn.inv_freq
-        cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
-        rows = rotate(rows, cos, sin, turn.interleaved, inverse=False)
+    rows = _turned(rows, turn)
+    if constant is not None:
+        heads, tokens = query.shape[1], latent.shape[2]
+        lacking = constant.part[None, :, None].expand(len(query), -1, tokens, -1)
+        every = rows.repeat_interleave(heads // rows.shape[1], 1)
+        rows = torch.cat([every, _turned(lacking, constant.turn)], 3)
+        query = torch.cat([query, constant.query], 3)
     there = live.seen(keys)
     if there is not None:
         there = there.repeat_interleave(query.shape[1] // there.shape[1], 1)
         visible = there if visible is None else visible & there
     return finish(fold(start(query, values.width), query, rows, load(values), visible, softcap))
+
+
+def _turned(rows: Float[Tensor, "b h t d"], turn: Turn | None) -> Float[Tensor, "b h t d"]:
+    """Keys before RoPE as attention uses them."""
+    if turn is None:
+        return rows
+    angles = turn.positions[..., None].to(turn.inv_freq.dtype) * turn.inv_freq
+    cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
+    return rotate(rows, cos, sin, turn.interleaved, inverse=False)

@@ -17,7 +17,7 @@ from kvshrink.kernels import inputs
 from kvshrink.kernels.decode.gpu.attend import attend
 from kvshrink.kernels.decode.gpu.join import join
 from kvshrink.kernels.decode.gpu.side import constants, side
-from kvshrink.kernels.decode.reference import ALL, Basis, Live, Turn
+from kvshrink.kernels.decode.reference import ALL, Basis, Constant, Live, Turn
 from kvshrink.kernels.latents import Packed
 from kvshrink.shapes import Bool, Float
 
@@ -34,7 +34,7 @@ CONFIGS = [
 ]
 KEY = [
     *(f"{name}_{what}" for name in "KV" for what in ("FORM", "BITS", "DATA", "WIDTH", "GROUPS", "SHARE")),
-    *("REBUILT", "WIDE", "PAIRS", "MASKED", "DTYPE", "T", "ROWS"),
+    *("REBUILT", "WIDE", "PAIRS", "MASKED", "ADDED", "DTYPE", "T", "ROWS"),
 ]
 _tuned = triton.autotune(CONFIGS[2:3] if INTERPRETED else CONFIGS, key=KEY)(attend)
 
@@ -49,13 +49,15 @@ def decode(
     softcap: float | None,
     precision: torch.dtype,
     live: Live = ALL,
+    constant: Constant | None = None,
 ) -> tuple[Float[Tensor, "b h x r"], Float[Tensor, "b h x 1"]]:
-    """As the reference, for pages that gpu/side.py: fits."""
+    """As the reference, for pages that gpu/side.py: fits. What a constant of the keys adds is made beforehand."""
     b, h, x, _ = query.shape
-    if inputs.check(query, keys, basis, turn, values, visible, softcap, live) == 0 or b * h * x == 0:
+    if inputs.check(query, keys, basis, turn, values, visible, softcap, live, constant) == 0 or b * h * x == 0:
         return query.new_zeros(b, h, x, values.width), query.new_full((b, h, x, 1), -torch.inf)
     with torch.cuda.device_of(query):  # triton launches on the current device, whatever its tensors are on
-        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision, live)
+        added = None if constant is None else _added(constant, keys.page * inputs.records(keys).pages)
+        parts, sums = _ranges(query, keys, basis, turn, values, visible, softcap, precision, live, added)
         if parts.shape[2] == 1:
             return parts[:, :, 0], sums[:, :, 0, :, None]
         ranges, width = parts.shape[2], parts.shape[4]
@@ -75,6 +77,7 @@ def _ranges(
     softcap: float | None,
     precision: torch.dtype,
     live: Live,
+    added: Float[Tensor, "b h x t"] | None,
 ) -> tuple[Float[Tensor, "b h ranges x r"], Float[Tensor, "b h ranges x"]]:
     """(weighted sum of value latents, log-sum-exp) of each range of pages."""
     b, h, x, wide = query.shape
@@ -101,6 +104,7 @@ def _ranges(
         counts,
         None if live.skips is None else live.skips.contiguous(),
         flags,
+        added,
         out,
         lse,
         h,
@@ -110,6 +114,7 @@ def _ranges(
         0 if positions is None else positions.stride(0),
         *((0, 0) if counts is None else counts.stride()[:2]),
         *((0, 0, 0) if flags is None else flags.stride()[:3]),
+        0 if added is None else added.shape[3],
         1.0 if turn is None else turn.scaling,
         softcap or 1.0,
         **constants(keys, of_keys, "K"),
@@ -122,6 +127,7 @@ def _ranges(
         COUNTED=counts is not None,
         SKIPPING=live.skips is not None,
         MASKED=visible is not None,
+        ADDED=added is not None,
         DTYPE=getattr(tl, str(precision).removeprefix("torch.")),
         T=keys.page,
         ROWS=rows,
@@ -129,6 +135,21 @@ def _ranges(
         V_ALL=_power(values.width),
     )
     return out, lse
+
+
+def _added(constant: Constant, tokens: int) -> Float[Tensor, "b h x t"]:
+    """What a constant of the keys adds to each score: of a pair of channels (q . m) cos a + (q x m) sin a."""
+    query, part, turn = constant.query.float(), constant.part.float()[:, None], constant.turn
+    if turn is None:
+        return (query * part).sum(-1, keepdim=True).expand(-1, -1, -1, tokens).contiguous()
+    f = len(turn.inv_freq)
+    first, second = (slice(0, 2 * f, 2), slice(1, 2 * f, 2)) if turn.interleaved else (slice(f), slice(f, 2 * f))
+    q, m = ((x[..., first], x[..., second]) for x in (query, part))
+    waves = torch.cat([q[0] * m[0] + q[1] * m[1], q[1] * m[0] - q[0] * m[1]], 3) * turn.scaling
+    angles = turn.positions[..., None].float() * turn.inv_freq
+    table = torch.cat([angles.cos(), angles.sin()], -1).transpose(1, 2)[:, None]  # [#b, 1, 2f, t]
+    still = (query[..., 2 * f :] * part[..., 2 * f :]).sum(-1, keepdim=True)
+    return (waves @ table + still).contiguous()
 
 
 def _power(count: int) -> int:

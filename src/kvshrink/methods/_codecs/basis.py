@@ -31,12 +31,15 @@ class BasisCodec(PackedCodec):
     up: Float[Tensor, "G r a"]
     mean: Float[Tensor, "G a"]
     packing: Packing
+    constant: Float[Tensor, "h d"] | None = None
 
     def to(self, device: torch.device) -> "BasisCodec":
         """The same with its tensors there: a rotation that no fit has made comes from the CPU."""
         if self.up.device == device:
             return self
-        return replace(self, down=self.down.to(device), up=self.up.to(device), mean=self.mean.to(device))
+        constant = None if self.constant is None else self.constant.to(device)
+        down, up, mean = (t.to(device) for t in (self.down, self.up, self.mean))
+        return replace(self, down=down, up=up, mean=mean, constant=constant)
 
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         groups = self.mean.shape[0]
@@ -111,11 +114,11 @@ def spectrum(
     covariance: Float[Tensor, "n n"], groups: int, rank: int, metric: Float[Tensor, "n n"] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `principal`, after the latents' variances [G, r], which are what each costs if it is left out."""
-    blocks = torch.stack(_blocks(covariance, groups)).double()
+    blocks = torch.stack(blocks_of(covariance, groups)).double()
     if metric is None:
         up = _top(blocks, rank)
         return _variances(up, blocks), up.transpose(1, 2), up
-    metrics = torch.stack(_blocks(metric, groups)).double()
+    metrics = torch.stack(blocks_of(metric, groups)).double()
     size = metrics.shape[-1]
     ridge = metrics.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * RIDGE
     values, vectors = torch.linalg.eigh(metrics + ridge * torch.eye(size, dtype=metrics.dtype, device=metrics.device))
@@ -163,7 +166,7 @@ def weighted_svd(
     """
     scaled = weight.double() * scale.double()
     gram = scaled @ scaled.T
-    blocks = torch.stack(_blocks(gram, groups))
+    blocks = torch.stack(blocks_of(gram, groups))
     right = _top(blocks, rank)
     # squared singular values along the kept directions; a direction of no energy keeps scale 1
     power = _variances(right, blocks)
@@ -178,7 +181,7 @@ def orthonormal(groups: int, width: int, rank: int, seed: int) -> Float[Tensor, 
     return found
 
 
-def _blocks(matrix: Tensor, groups: int) -> list[Tensor]:
+def blocks_of(matrix: Tensor, groups: int) -> list[Tensor]:
     """Diagonal blocks of a [n, n] matrix, one per group of heads."""
     size = matrix.shape[0] // groups
     return [matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]

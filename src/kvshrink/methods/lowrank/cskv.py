@@ -28,9 +28,10 @@ from kvshrink.methods._codecs.basis import (
     leading,
     metrics_of,
 )
+from kvshrink.methods._ladder import Ladder, aged, held
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import Scorer
-from kvshrink.methods._quantiser import Ladder, Quantiser, Space, aged, held
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape, Probe
@@ -205,9 +206,8 @@ class CSKV(Method):
 
     def _quantiser(self, kv: KV = "key", fitted: Fitted | None = None) -> Quantiser:
         """What stores the latents. kv, fitted: of that side, where it has bits of its own."""
-        codec, bits = self.own
+        (codec, bits), own = self.own, (fitted or {}).get(f"{kv}_bits")
         assert codec is not None
-        own = (fitted or {}).get(f"{kv}_bits")
         return latents.quantiser(codec, bits if own is None else int(own))
 
     def finish(

@@ -22,7 +22,7 @@ from kvshrink.methods._codecs.basis import BasisCodec, principal, second_moment
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import keep_and_bits
-from kvshrink.methods._stats import CalibrationStats, LayerShape, Moments
+from kvshrink.methods._stats import CalibrationStats, LayerShape
 from kvshrink.shapes import Float
 
 
@@ -62,7 +62,7 @@ class RopeCommuting(Method):
         rank_k, rank_v = self.ranks(stats.shape)
         value = principal(stats.value.covariance, 1, rank_v)[1]
         tensors = {
-            "key_up": commuting(stats.key, stats.shape.heads, stats.pairs, rank_k)[None],
+            "key_up": commuting(second_moment(stats.key), stats.shape.heads, stats.pairs, rank_k)[None],
             # a mean before RoPE rotates with the position, so that no constant could be taken off and put back
             "key_mean": torch.zeros_like(stats.key.mean)[None],
             "value_up": value,
@@ -91,25 +91,25 @@ class RopeCommuting(Method):
 
 
 def commuting_spectrum(
-    key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None
+    second: Float[Tensor, "n n"], heads: int, pairs: tuple[Tensor, Tensor] | None
 ) -> tuple[Float[Tensor, "1 r"], Float[Tensor, "1 r n"]]:
-    """(mean square of each latent after RoPE, basis), of all components, the largest first."""
-    up = commuting(key, heads, pairs, len(key.mean) // 2 * 2)
-    square = torch.einsum("rn,nm,rm->r", up, second_moment(key).double(), up)
+    """(mean square of each latent after RoPE, basis), of all components, the largest first. second: of the rows."""
+    up = commuting(second, heads, pairs, len(second) // 2 * 2)
+    square = torch.einsum("rn,nm,rm->r", up, second.double(), up)
     # RoPE turns the two of a component into each other
     both = square.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2)
     return both[None], up[None]
 
 
-def commuting(key: Moments, heads: int, pairs: tuple[Tensor, Tensor] | None, rank: int) -> Float[Tensor, "r n"]:
+def commuting(second: Tensor, heads: int, pairs: tuple[Tensor, Tensor] | None, rank: int) -> Float[Tensor, "r n"]:
     """Orthonormal rows that commute with RoPE and keep most of the second moment, two rows to a component.
 
     With z_g = a_g + i b_g of head g and C = E[z z^H], C u = w u: the latent u^H z keeps w. As real rows it is
     (Re u, Im u) and (-Im u, Re u) on (a, b). Channels that RoPE does not rotate have a real PCA, and keep two
     components of it at a time.
     """
-    n = len(key.mean)
-    second = second_moment(key).double().view(heads, n // heads, heads, -1)
+    n = len(second)
+    second = second.double().view(heads, n // heads, heads, -1)
     still = torch.ones(n // heads, dtype=torch.bool, device=second.device)
     gains, rows = [], []
     if pairs is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvshrink.errors import SettingError
 from kvshrink.kernels.latents import code_of
-from kvshrink.methods._codecs.basis import METRICS, BasisCodec, metrics_of, spectrum
+from kvshrink.methods._codecs.basis import METRICS, BasisCodec, blocks_of, metrics_of, spectrum
 from kvshrink.methods._packing.mixed import Mixed, group_bytes, group_sizes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._rotate import rotation
@@ -32,6 +32,7 @@ from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
 from kvshrink.methods.lowrank._groups import bases_of
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
+CONSTANT = "key_constant"  # [h, d] in what is fitted, of keys after RoPE: their mean before it
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # bits a channel
 NOISE = 1e-7  # of all variance: what float32 sums leave of a direction that has none
 FLOOR = 1e-20  # a direction without variance has no scale of its own
@@ -46,11 +47,11 @@ class Spectral(Method):
     widths:     widths that a group of 16 channels may have, beside 0.
     allocation: how bytes are shared between layers, keys and values: "kl" (measured on the whole model, which must
                 be in memory), "energy" (relative squared error, needs no model), "uniform" (the same for each).
-    speed:      what a step does to keys. "accurate": rebuilds them from one basis for all heads. "balanced": from a
-                basis for each head, with as much less work as there are heads. "fast": nothing; their basis commutes
-                with RoPE (as `rope_commuting`'s), so that queries are taken to it instead. docs/accuracy.md has the KL
-                of each.
-    group_heads: KV heads that share one key basis, between "accurate" (None: all) and "balanced" (1).
+    speed:      what a step does to keys. "accurate": rebuilds them from one basis for all heads. "balanced": nothing;
+                they are stored after RoPE, less what all have in common, in a basis of all heads that commutes with
+                RoPE (as `rope_commuting`'s), and queries are taken to it. "fast": the same for each head by itself.
+                docs/accuracy.md has the KL of each, docs/speed.md the time.
+    group_heads: KV heads that share one key basis that is rebuilt; None: all.
     code:       what the bits of a channel are: of trellis-coded quantisation, 17 to 35 % less squared error at the same
                 bits, or of a Lloyd-Max quantiser, quicker to store.
     rotate:     Hadamard-rotate the channels of one width (folded into the basis): outliers are spread.
@@ -80,8 +81,9 @@ class Spectral(Method):
         require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, or None for all.")
         slow, given = self.speed == "accurate", f"speed={self.speed!r} with"
         require(slow or heads is None, f"{given} group_heads={heads}", "Give one of them.")
-        commutes = self.speed == "fast"
-        require(not commutes or self.key_metric == "plain", f"{given} key_metric={self.key_metric!r}", "Use 'plain'.")
+        require(
+            not self.commutes or self.key_metric == "plain", f"{given} key_metric={self.key_metric!r}", "Use 'plain'."
+        )
 
     @property
     def rounds_window(self) -> bool:
@@ -116,9 +118,14 @@ class Spectral(Method):
         for kv, moments, metric in zip(KVS, (stats.key, stats.value), metrics, strict=True):
             bases = self.bases(kv, stats.shape)
             mean = moments.mean.unflatten(0, (bases, -1))
-            if kv == "key" and self.speed == "fast":
-                variance, up = commuting_spectrum(moments, stats.shape.heads, stats.pairs)
-                mean = torch.zeros_like(mean)  # one before RoPE turns with the position
+            if kv == "key" and self.commutes:
+                parts = [
+                    commuting_spectrum(block, stats.shape.heads // bases, stats.pairs)
+                    for block in blocks_of(moments.covariance, bases)
+                ]
+                variance, up = (torch.cat(own) for own in zip(*parts, strict=True))
+                out[CONSTANT] = moments.mean.view(stats.shape.heads, -1)  # it turns with the position
+                mean = torch.zeros_like(mean)
             else:
                 variance, down, up = spectrum(moments.covariance, bases, stats.shape.width // bases, metric)
             out |= {f"{kv}_up": up, f"{kv}_variance": variance.flatten(), f"{kv}_mean": mean}
@@ -183,8 +190,13 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
-        members = 1 if self.speed == "balanced" else self.group_heads
+        members = 1 if self.speed == "fast" else self.group_heads
         return bases_of(members, shape.heads) if kv == "key" else 1
+
+    @property
+    def commutes(self) -> bool:
+        """Whether keys are stored after RoPE, and never rebuilt."""
+        return self.speed != "accurate"
 
     @property
     def form(self) -> Literal["normal", "trellis"]:
@@ -246,8 +258,9 @@ class Spectral(Method):
             down, up = down @ matrix, matrix.T @ up
         site: Literal["k_pre", "k_post", "v"] = "v"
         if kv == "key":
-            site = "k_post" if self.speed == "fast" else "k_pre"
-        return BasisCodec(site, down.contiguous(), up.contiguous(), mean, packing)
+            site = "k_post" if self.commutes else "k_pre"
+        constant = fitted[CONSTANT] if kv == "key" and self.commutes else None
+        return BasisCodec(site, down.contiguous(), up.contiguous(), mean, packing, constant)
 
 
 def layout_of(fitted: Fitted, kv: str) -> tuple[int, tuple[int, ...]]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.kernels.pack.reference import WIDTHS
+from kvshrink.methods._ladder import Ladder
 from kvshrink.methods._packing import Packing
-from kvshrink.methods._quantiser import Ladder, Quantiser, Space, axes
+from kvshrink.methods._quantiser import Quantiser, Space, axes
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
 from kvshrink.methods._stats import KV, LayerShape

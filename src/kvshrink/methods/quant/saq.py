@@ -14,8 +14,9 @@ minimum and maximum, as codes quantised anew would. Sinks are exact.
 from dataclasses import dataclass
 from typing import Literal, final
 
+from kvshrink.methods._ladder import Ladder
 from kvshrink.methods._packing import Packing, Planes
-from kvshrink.methods._quantiser import Ladder, Quantiser, Space
+from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KV

@@ -17,23 +17,24 @@ from kvshrink.kernels.decode.gpu.tiles import addresses, lane, latents, multiply
 # numbers and alignments that change while a sequence grows: a program must not be compiled again for each
 MOVING = (
     *("x", "pages", "range_pages", "positions_row", "counts_row", "counts_lane"),
-    *("visible_row", "visible_head", "visible_x"),
+    *("visible_row", "visible_head", "visible_x", "added_row"),
 )
-SLIDING = ("key_table", "value_table", "positions", "counts", "skips", "visible")
+SLIDING = ("key_table", "value_table", "positions", "counts", "skips", "visible", "added")
 
 
 @triton.jit(do_not_specialize=MOVING, do_not_specialize_on_alignment=SLIDING)
 @no_type_check
 def attend(
-    query, keys, key_table, up, mean, positions, inv_freq, values, value_table, counts, skips, visible, out, lse,
+    query, keys, key_table, up, mean, positions, inv_freq, values, value_table, counts, skips, visible, added, out, lse,
     heads, x, pages, range_pages, positions_row, counts_row, counts_lane, visible_row, visible_head, visible_x,
-    scaling, softcap,
+    added_row, scaling, softcap,
     K_FORM: tl.constexpr, K_BITS: tl.constexpr, K_DATA: tl.constexpr, K_ALIGN: tl.constexpr,
     K_WIDTH: tl.constexpr, K_GROUPS: tl.constexpr, K_LANES: tl.constexpr, K_SHARE: tl.constexpr,
     V_FORM: tl.constexpr, V_BITS: tl.constexpr, V_DATA: tl.constexpr, V_ALIGN: tl.constexpr,
     V_WIDTH: tl.constexpr, V_GROUPS: tl.constexpr, V_LANES: tl.constexpr, V_SHARE: tl.constexpr,
     REBUILT: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    CAPPED: tl.constexpr, COUNTED: tl.constexpr, SKIPPING: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    CAPPED: tl.constexpr, COUNTED: tl.constexpr, SKIPPING: tl.constexpr, MASKED: tl.constexpr, ADDED: tl.constexpr,
+    DTYPE: tl.constexpr,
     T: tl.constexpr, ROWS: tl.constexpr, K_CHUNK: tl.constexpr, V_ALL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out [b, h, ranges, x, V_WIDTH] and lse [b, h, ranges, x] of each range of `range_pages` pages, float32."""
@@ -45,6 +46,8 @@ def attend(
     if MASKED:
         flags = visible + row * visible_row + head.to(tl.int64) * visible_head
         flags += rows.to(tl.int64)[None, :] * visible_x
+    if ADDED:
+        more = added + ((row * heads + head) * x + rows.to(tl.int64)[None, :]) * added_row
     if PAIRS > 0:
         positions += row * positions_row
     key_group = head * K_GROUPS // heads
@@ -78,6 +81,9 @@ def attend(
                 asked, rows < x, keys, key_at, key_member,
                 K_FORM, K_BITS, K_DATA, K_ALIGN, K_WIDTH, K_SHARE, DTYPE, T, ROWS, K_CHUNK, P,
             )  # fmt: skip
+        if ADDED:
+            inside = (token < end * T)[:, None] & (rows < x)[None, :]
+            scores += tl.load(more + token[:, None], mask=inside, other=0.0)
         if CAPPED:
             # tanh, of which triton's language has none that every backend knows
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))

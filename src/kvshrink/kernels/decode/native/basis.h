@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "job.h"
+#include "constant.h"
 #include "multiply.h"
 
 constexpr float MIDDLE = (PAGE - 1) / 2.0f;
@@ -121,13 +121,14 @@ template <class T> struct Rebuild {
 template <class T> struct Shared {
     typedef typename T::Lane Lane;
     const Job &job;
+    const Constant constant;
     const Rebuild<T> &how;  // empty where scores are products with the latents
     const int depth, rows, value_wide;
     std::vector<Lane> query;   // as products read it, [b][rows][depth]; or
     std::vector<float> asked;  // in the order of the blocks, [b][rows][wide]
 
     Shared(const Job &j, const Rebuild<T> &how)
-        : job(j), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
+        : job(j), constant(j), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
         const int64_t count = int64_t(j.batch) * rows;
         if (!j.rebuild) {
             query.resize(count * depth);

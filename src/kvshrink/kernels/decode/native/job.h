@@ -11,6 +11,9 @@ struct Job {
     const float *up, *mean;         // [G][r][a], [G][a], read by kvshrink_prepare alone
     const float *inv_freq;          // [pairs]; null: keys are not turned
     float scaling, softcap;         // softcap 0: none
+    int32_t constant_wide, unused;  // channels of a query before it was taken to the latents
+    const float *constant_query;    // [b][h][x][constant_wide]
+    const float *constant;          // [h][constant_wide]: a part of all keys before RoPE that is not stored; null: none
     const int32_t *positions;       // [b][t]
     int64_t positions_row;
     const uint8_t *counts;          // [b][lanes of keys][pages]: slots of each page that are filled; null: all

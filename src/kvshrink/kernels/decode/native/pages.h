@@ -1,5 +1,6 @@
 // Stored pages, as kernels/latents/reference.py defines them, and one page's numbers as a tile of floats.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -92,6 +93,34 @@ inline uint64_t eight_of(uint32_t word) {
 #endif
 }
 
+// Codes of 1, 2 or 4 bits of some sixteens of channels: 64 bytes at a time, which may be of several rows. Shifts are of 16
+// bits, which processors have; what comes over from the next byte is masked.
+inline void unpack_sixteens(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
+    typedef uint16_t V __attribute__((vector_size(64)));
+    const int planes = 8 / bits, rows = PAGE / planes, units = channels / 16;
+    const V mask = V{} + uint16_t(((1 << bits) - 1) * 0x0101);
+    const bool wide = units % 4 == 0;  // then they are of one row
+    int row = 0, unit = 0;
+    for (int at = 0; at < rows * units; at += 4, in += 64) {
+        V x;
+        std::memcpy(&x, in, 64);
+        uint8_t *to[4];
+        for (auto &p : to) {
+            p = out + row * stride + unit * 16;
+            if (++unit == units) unit = 0, row++;
+        }
+        for (int plane = 0; plane < planes; plane++, x >>= bits) {
+            const V y = x & mask;
+            const int64_t further = int64_t(plane) * rows * stride;
+            if (wide) {
+                std::memcpy(to[0] + further, &y, 64);
+            } else {
+                for (int i = 0; i < 4; i++) std::memcpy(to[i] + further, reinterpret_cast<const char *>(&y) + 16 * i, 16);
+            }
+        }
+    }
+}
+
 // Codes of one run, one byte each, to out[token * stride + channel].
 inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
     if (bits == 3) {  // three bytes are a little-endian word of eight codes
@@ -110,6 +139,7 @@ inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, 
         }
         return;
     }
+    if (channels % 16 == 0 && bits < 8) return unpack_sixteens(in, bits, channels, out, stride);
     const int planes = 8 / bits, rows = PAGE / planes;
     const uint8_t mask = (1 << bits) - 1;
     for (int plane = 0; plane < planes; plane++)
@@ -126,24 +156,29 @@ inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, 
 // From codes of a trellis to the numbers of their levels, in place: see kernels/trellis_levels.py.
 inline void follow_trellis(uint8_t *codes, int channels, int stride) {
     by_bytes(channels, [&](int c, auto count) {
-        typename Bytes<count>::V last[PAGE];  // coded bits, which the numbers overwrite
-        for (int t = 0; t < PAGE; t++) last[t] = Bytes<count>::load(codes + t * stride + c) & 1;
+        typedef typename Bytes<count>::V V;
+        V last[4];  // coded bits of the tokens before, one token in four places further
+        for (int i = 0; i < 4; i++) last[i] = Bytes<count>::load(codes + (PAGE - 4 + i) * stride + c) & 1;
+#pragma GCC unroll 32
         for (int t = 0; t < PAGE; t++) {
-            const auto own = Bytes<count>::load(codes + t * stride + c) & 254;
-            const auto first = last[t] ^ last[(t + PAGE - 1) % PAGE] ^ last[(t + PAGE - 4) % PAGE];
-            const auto x = (own + own) | (first + first) | last[(t + PAGE - 2) % PAGE];
+            const V own = Bytes<count>::load(codes + t * stride + c), coded = own & 1;
+            const V first = coded ^ last[(t + 3) % 4] ^ last[t % 4], next = own ^ coded;
+            const V x = (next + next) | (first + first) | last[(t + 2) % 4];
+            last[t % 4] = coded;
             std::memcpy(codes + t * stride + c, &x, count);
         }
     });
 }
 
-// All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels.
+// All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels. stride is a multiple of 64.
 inline void unpack_page(const Side &s, const Spot &at, uint8_t *out, int stride) {
     const uint8_t *in = reinterpret_cast<const uint8_t *>(at.data);
+    int channel = 0, first = s.width;  // of a trellis' runs, which come behind those of 8 bits
     for (int run = 0; run < s.runs; run++) {
-        unpack_run(in, s.bits[run], s.channels[run], out, stride);
-        if (s.trellis && s.bits[run] <= 4) follow_trellis(out, s.channels[run], stride);
+        unpack_run(in, s.bits[run], s.channels[run], out + channel, stride);
+        if (s.bits[run] <= 4) first = std::min(first, channel);
         in += run_bytes(s.bits[run], s.channels[run]);
-        out += s.channels[run];
+        channel += s.channels[run];
     }
+    if (s.trellis && first < channel) follow_trellis(out + first, first % 64 ? channel - first : (channel - first + 63) / 64 * 64, stride);
 }

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "transpose.h"
+
 struct PairTiles {
     typedef uint32_t Lane;
     static constexpr float still = 0.0625f;  // its square over 2 is what bfloat16 rounds by
@@ -57,17 +59,9 @@ struct PairTiles {
         if (s.form == RAW_BF16) return raw_keys(s.width, at.data, z);
         if (s.form <= RAW_F16) return through_floats_keys(s, at, room, z);
         sides(s, at, room, true);
-        const bool gains = s.form == NORMAL && s.group % 4 == 0;  // one for all four channels: it goes into the levels
-        int group = -1;
-        __m512i table = _mm512_setzero_si512();
+        if (s.form == NORMAL && s.group == 16) return mixed_keys(s, at, room, z);
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
             uint32_t *to = z + c / 2 * PAGE + half * HALF;
-            if (const int bits = bits_at(s, c); gains && bits <= 4) {
-                if (c / s.group != group) group = c / s.group, table = scaled(s, bits, room.numbers[c]);
-                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, table));
-                _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 8), table));
-                return;
-            }
             const __m512 none = _mm512_setzero_ps();
             __m512 x[4];
             for (int i = 0; i < 4; i++)
@@ -75,6 +69,38 @@ struct PairTiles {
             _mm512_storeu_si512(to, pair(x[0], x[2]));
             _mm512_storeu_si512(to + PAGE, pair(x[1], x[3]));
         });
+    }
+
+    // Runs of several widths, of which sixteen channels have one gain: it goes into their levels.
+    static void mixed_keys(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
+        unpack_page(s, at, room.codes, room.stride);
+        const char *codes = reinterpret_cast<const char *>(room.codes);
+        int run = 0, end = s.channels[0];
+        for (int c0 = 0; c0 < s.width; c0 += 64) {
+            __m512i v[2][16];
+            for (int half = 0; half < 2; half++)
+                rows_of(codes + half * HALF * room.stride + c0, room.stride, s.width - c0, v[half]);
+            for (int c = c0; c < std::min(c0 + 64, s.width); c += 16) {
+                while (c >= end) end += s.channels[++run];
+                const int bits = s.bits[run], quads = std::min(4, (s.width - c + 3) / 4);
+                const __m512i table = scaled(s, bits, room.numbers[c]);
+                for (int i = 0; i < quads; i++)
+                    for (int half = 0; half < 2; half++) {
+                        const __m512i own = v[half][(c - c0) / 4 + i];
+                        uint32_t *to = z + (c / 2 + 2 * i) * PAGE + half * HALF;
+                        if (bits <= 4) {
+                            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(own, table));
+                            _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(own, 8), table));
+                            continue;
+                        }
+                        __m512 x[4];
+                        for (int k = 0; k < 4; k++)
+                            x[k] = number(s, room, bits, _mm512_srli_epi32(own, 8 * k), c + 4 * i + k, half);
+                        _mm512_storeu_si512(to, pair(x[0], x[2]));
+                        _mm512_storeu_si512(to + PAGE, pair(x[1], x[3]));
+                    }
+            }
+        }
     }
 
     // Queries times each channel's scale, and what the minima add to each row's scores. z becomes codes as they are.
@@ -263,7 +289,8 @@ struct PairTiles {
         if (s.form == CHANNEL) {
             halves(at.scale, s.width, scale), halves(at.low, s.width, low);
         } else if (s.form == NORMAL) {
-            for (int c = 0; c < s.width; c++) scale[c] = half_of(at.scale, c / s.group), low[c] = 0.0f;
+            spread(s, at, scale);
+            std::fill(low, low + padded(s.width, 16), 0.0f);
         } else if (!channels_are_rows) {
             halves(at.scale, PAGE * groups, scale), halves(at.low, PAGE * groups, low);
         } else {
@@ -274,40 +301,21 @@ struct PairTiles {
                 }
         }
     }
+    // A page's gains, channel by channel.
+    static void spread(const Side &s, const Spot &at, float *scale) {
+        for (int c = 0, g = 0; c < s.width; c += s.group, g++) {
+            const float gain = half_of(at.scale, g);
+            if (s.group % 16 == 0)
+                for (int i = c; i < std::min(c + s.group, padded(s.width, 16)); i += 16) store16(scale + i, all16(gain));
+            else
+                for (int i = c; i < std::min(c + s.group, s.width); i++) scale[i] = gain;
+        }
+    }
     static void halves(const char *from, int n, float *to) {
         int i = 0;
         for (; i + 16 <= n; i += 16)
             _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + 2 * i))));
         for (; i < n; i++) to[i] = half_of(from, i);
-    }
-
-    // 16 rows of up to 64 bytes, as 16 vectors: lane = row, vector = 4 bytes.
-    static void rows_of(const char *from, int64_t stride, int bytes, __m512i *v) {
-        const __mmask64 there = bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
-        __m512i a[16];
-        for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(there, from + i * stride);
-        transpose(a, v);
-    }
-
-    static void transpose(const __m512i *a, __m512i *v) {
-        __m512i b[16], c[16];
-        for (int i = 0; i < 8; i++) {
-            b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-            b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-        }
-        for (int i = 0; i < 4; i++) {  // c[4i + j]: rows 4i..4i+3 of column j in each 128-bit lane
-            c[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-            c[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-            c[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-            c[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-        }
-        for (int j = 0; j < 4; j++) {
-            const __m512i p = _mm512_shuffle_i32x4(c[j], c[4 + j], 0x88), q = _mm512_shuffle_i32x4(c[j], c[4 + j], 0xdd);
-            const __m512i r = _mm512_shuffle_i32x4(c[8 + j], c[12 + j], 0x88);
-            const __m512i s = _mm512_shuffle_i32x4(c[8 + j], c[12 + j], 0xdd);
-            v[j] = _mm512_shuffle_i32x4(p, r, 0x88), v[8 + j] = _mm512_shuffle_i32x4(p, r, 0xdd);
-            v[4 + j] = _mm512_shuffle_i32x4(q, s, 0x88), v[12 + j] = _mm512_shuffle_i32x4(q, s, 0xdd);
-        }
     }
 
     static void raw_keys(int width, const char *data, uint32_t *z) {

@@ -21,6 +21,7 @@ template <class T> struct Task {
     Scratch room;
     std::vector<double> far_cos, far_sin;
     int64_t far = -1;
+    ConstantPages constant;
     bool follow = false;  // whether this page's tokens follow each other
     Buffer<float> back_cos, back_sin;                      // [wide]
     Buffer<float> slopes, slow_latent, slow_scores;        // [rows][wide], [2x][rank_wide], [2x][PAGE]
@@ -35,6 +36,7 @@ template <class T> struct Task {
           codes(size_t(PAGE) * stride_of(s.job)), numbers(size_t(2) * PAGE * stride_of(s.job)),
           floats(size_t(PAGE) * stride_of(s.job)),
           room{codes.data, stride_of(s.job), numbers.data, floats.data}, far_cos(s.how.step_cos.size()), far_sin(s.how.step_cos.size()),
+          constant(s.constant, s.job, row),
           back_cos(s.how.wide), back_sin(s.how.wide), slopes(size_t(s.rows) * s.how.wide),
           slow_latent(size_t(2) * s.job.x * s.how.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
           slow_packed(size_t(2) * s.job.x * s.how.slow_depth), slow_asked(size_t(2) * s.job.x * s.depth) {
@@ -63,7 +65,10 @@ template <class T> struct Task {
             if (!any(page)) continue;
             const float *near_cos = all.how.near_cos.data(), *near_sin = all.how.near_sin.data();
             if (job.rebuild) place(page, near_cos, near_sin);
-            std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
+            if (job.constant)
+                constant.begin(page, scores.data);
+            else
+                std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
             for (int g = 0; g < job.keys.groups; g++) {
                 const Spot at(job.keys, row, job.pages, page, g);
                 if (!at.there) continue;
