@@ -109,7 +109,7 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
             row |= {"text": summary(text[e.label]), "retrieval": summary(retrieval[e.label])}
             row["byte_ratio"] = row["text"]["byte_ratio"]
             base = e.label.replace(e.series, e.series.partition(",")[0])  # "spectral, uniform @0.2": "spectral @0.2"
-            if base != e.label:
+            if base != e.label and base in text:
                 row["beside"] = {"base": base, "text": beside(text[e.label], text[base])}
                 row["beside"]["retrieval"] = beside(retrieval[e.label], retrieval[base])
         if e.label in scores:

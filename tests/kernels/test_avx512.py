@@ -12,9 +12,16 @@ from tests.kernels.samples import PAGE, basis_of, packed, turn_of
 from tests.kernels.test_decode_cpu import compare, needs_library
 
 LOOPS = Path(__file__).parent / "sanitize"
-MACROS = ("__AVX512F__", "__AVX512BF16__")
+MACROS = ("__AVX512F__", "__AVX512BF16__", "__AVX512VBMI__")
 BF16 = torch.bfloat16
-FORMS = ["raw", "normal", "trellis", "trellis up to 4", *itertools.product(("channel", "token"), (4, 3, 8))]
+FORMS = [
+    "raw",
+    "normal",
+    "trellis",
+    "trellis up to 4",
+    *itertools.product(("channel", "token"), (4, 3, 8)),
+    ("table", 3),
+]
 
 pytestmark = needs_library
 

@@ -39,6 +39,16 @@ def test_every_form_rebuilt_and_not(form, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["normal", "trellis", "trellis up to 4"])
+@pytest.mark.parametrize("width", [160, 240, 320, 400, 640])
+def test_runs_of_many_channels(width, form, dtype):
+    """Two, three, four, five sixteens of each width, and eight, which are unpacked 64 codes at a time."""
+    keys, values = packed(form, 2, width, 3, 2, dtype), packed(form, 1, width, 3, 2, dtype)
+    compare(torch.randn(2, 4, 3, width) * width**-0.5, keys, None, None, values, None, None, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(1, 8), (2, 4), (4, 1)], ids=["MQA", "GQA", "MHA"])
 def test_head_dims_and_ropes(d, heads, dtype):
@@ -63,7 +73,8 @@ def test_head_dims_and_ropes(d, heads, dtype):
 )
 def test_what_all_keys_have_in_common(settings, dtype):
     """Of pages that follow each other, and of one whose tokens do not; beside angles in float64, as the kernel's."""
-    for (b, h, x, d), groups, form in [((1, 8, 4, 128), 8, "trellis"), ((2, 4, 3, 64), 1, ("token", 4))]:
+    forms = ("trellis", ("token", 4), ("channel", 4), ("table", 3))
+    for ((b, h, x, d), groups), form in zip([((1, 8, 4, 128), 8), ((2, 4, 3, 64), 1)] * 2, forms, strict=True):
         keys, values = packed(form, groups, 48, 5, b, dtype), packed("trellis", h, 32, 5, b, dtype)
         turn = None if settings is None else turn_of(5 * PAGE, d, **settings)
         if turn is not None:

@@ -87,6 +87,7 @@ inline void _mm512_storeu_ps(void *p, __m512 v) { plain::store(p, v); }
 inline void _mm512_storeu_si512(void *p, __m512i v) { plain::store(p, v); }
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void *p) { return plain::load_masked<float, 16, __m512>(m, p); }
 inline __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void *p) { return plain::load_masked<uint16_t, 32, __m512i>(m, p); }
+inline __m128i _mm_loadu_si128(const __m128i *p) { return plain::load<__m128i>(p); }
 inline __m128 _mm_loadu_ps(const void *p) { return plain::load<__m128>(p); }
 inline void _mm_storeu_ps(void *p, __m128 v) { plain::store(p, v); }
 inline __m128 _mm_add_ps(__m128 a, __m128 b) { return a + b; }
@@ -106,6 +107,11 @@ inline __m512 _mm512_i32gather_ps(__m512i index, const void *from, int scale) {
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float x) { return plain::floats([&](int) { return x; }); }
+inline __m512i _mm512_set1_epi64(long long x) {
+    plain::Lanes<uint64_t, 8> out;
+    for (auto &own : out.at) own = x;
+    return out.as<__m512i>();
+}
 inline __m512i _mm512_set1_epi32(int x) { return plain::words([&](int) { return x; }); }
 inline __m256i _mm256_set_epi16(short e15, short e14, short e13, short e12, short e11, short e10, short e9, short e8, short e7,
                                 short e6, short e5, short e4, short e3, short e2, short e1, short e0) {
@@ -202,6 +208,32 @@ inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
     const plain::Lanes<uint16_t, 32> at(index), from(a);
     plain::Lanes<uint16_t, 32> out;
     for (int i = 0; i < 32; i++) out.at[i] = from.at[at.at[i] & 31];
+    return out.as<__m512i>();
+}
+inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+    const plain::Lanes<uint16_t, 32> at(index), one(a), two(b);
+    plain::Lanes<uint16_t, 32> out;
+    for (int i = 0; i < 32; i++) out.at[i] = (at.at[i] & 32 ? two : one).at[at.at[i] & 31];
+    return out.as<__m512i>();
+}
+inline __m256i _mm512_extracti64x4_epi64(__m512i a, int half) {
+    return plain::load<__m256i>(reinterpret_cast<const char *>(&a) + 32 * half);
+}
+inline __m512i _mm512_permutexvar_epi8(__m512i index, __m512i a) {
+    const plain::Lanes<uint8_t, 64> at(index), from(a);
+    plain::Lanes<uint8_t, 64> out;
+    for (int i = 0; i < 64; i++) out.at[i] = from.at[at.at[i] & 63];
+    return out.as<__m512i>();
+}
+// In each 64 bits: eight bytes of them, each from a bit of its own on.
+inline __m512i _mm512_multishift_epi64_epi8(__m512i shifts, __m512i a) {
+    const plain::Lanes<uint8_t, 64> by(shifts);
+    const plain::Lanes<uint64_t, 8> from(a);
+    plain::Lanes<uint8_t, 64> out;
+    for (int i = 0; i < 64; i++) {
+        const int n = by.at[i] & 63;
+        out.at[i] = from.at[i / 8] >> n | (n ? from.at[i / 8] << (64 - n) : 0);
+    }
     return out.as<__m512i>();
 }
 inline __m256i _mm256_permutexvar_epi16(__m256i index, __m256i a) {

@@ -124,6 +124,8 @@ template <class T> struct Shared {
     const Constant constant;
     const Rebuild<T> &how;  // empty where scores are products with the latents
     const int depth, rows, value_wide;
+    int key_shares = 1;             // groups of channels that have a scale, of keys
+    std::vector<float> query_sums;  // of each group's channels, [b][rows][key_shares]
     std::vector<Lane> query;   // as products read it, [b][rows][depth]; or
     std::vector<float> asked;  // in the order of the blocks, [b][rows][wide]
 
@@ -133,11 +135,20 @@ template <class T> struct Shared {
         if (!j.rebuild) {
             query.resize(count * depth);
             for (int64_t i = 0; i < count; i++) T::pack_asked(j.keys, j.query + i * j.wide, j.keys.width, query.data() + i * depth);
+            if (T::scales_tokens(j.keys)) sum_up(count);
             return;
         }
         asked.resize(count * how.wide);
         for (int64_t row = 0; row < count; row++)
             for (int i = 0; i < how.wide; i++)
                 asked[row * how.wide + i] = how.column[i] < 0 ? 0.0f : j.query[row * j.wide + how.column[i]];
+    }
+
+    void sum_up(int64_t count) {
+        const int width = job.keys.width, group = job.keys.group;
+        key_shares = (width + group - 1) / group;
+        query_sums.resize(count * key_shares);
+        for (int64_t i = 0; i < count; i++)
+            for (int c = 0; c < width; c++) query_sums[i * key_shares + c / group] += job.query[i * job.wide + c];
     }
 };

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512VBMI__)
+#include <immintrin.h>
+#endif
+
 #if defined(__BMI2__) && defined(__x86_64__) && !defined(__znver1__) && !defined(__znver2__)  // where it is slow
 #define SPREADS_BITS
 #include <immintrin.h>
@@ -93,36 +97,71 @@ inline uint64_t eight_of(uint32_t word) {
 #endif
 }
 
-// Codes of 1, 2 or 4 bits of some sixteens of channels: 64 bytes at a time, which may be of several rows. Shifts are of 16
-// bits, which processors have; what comes over from the next byte is masked.
-inline void unpack_sixteens(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
-    typedef uint16_t V __attribute__((vector_size(64)));
-    const int planes = 8 / bits, rows = PAGE / planes, units = channels / 16;
-    const V mask = V{} + uint16_t(((1 << bits) - 1) * 0x0101);
-    const bool wide = units % 4 == 0;  // then they are of one row
+// Where the next four sixteens of a run's channels go, row after row of tokens.
+struct Sixteens {
+    const int units, stride;  // sixteens of a row
+    uint8_t *const out;
     int row = 0, unit = 0;
-    for (int at = 0; at < rows * units; at += 4, in += 64) {
-        V x;
-        std::memcpy(&x, in, 64);
-        uint8_t *to[4];
+    uint8_t *to[4];
+
+    Sixteens(int channels, int stride, uint8_t *out) : units(channels / 16), stride(stride), out(out) {}
+    void next() {
         for (auto &p : to) {
             p = out + row * stride + unit * 16;
             if (++unit == units) unit = 0, row++;
         }
+    }
+    // 64 bytes, so many further on; at once where they are of one row.
+    void store(const void *from, int64_t further) const {
+        if (units % 4 == 0) {
+            std::memcpy(to[0] + further, from, 64);
+        } else {
+            for (int i = 0; i < 4; i++) std::memcpy(to[i] + further, static_cast<const char *>(from) + 16 * i, 16);
+        }
+    }
+};
+
+// Codes of 1, 2 or 4 bits of some sixteens of channels: 64 bytes at a time, which may be of several rows. Shifts are of 16
+// bits, which processors have; what comes over from the next byte is masked.
+inline void unpack_sixteens(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
+    typedef uint16_t V __attribute__((vector_size(64)));
+    const int planes = 8 / bits, rows = PAGE / planes;
+    const V mask = V{} + uint16_t(((1 << bits) - 1) * 0x0101);
+    Sixteens place(channels, stride, out);
+    for (int at = 0; at < rows * place.units; at += 4, in += 64) {
+        V x;
+        std::memcpy(&x, in, 64);
+        place.next();
         for (int plane = 0; plane < planes; plane++, x >>= bits) {
             const V y = x & mask;
-            const int64_t further = int64_t(plane) * rows * stride;
-            if (wide) {
-                std::memcpy(to[0] + further, &y, 64);
-            } else {
-                for (int i = 0; i < 4; i++) std::memcpy(to[i] + further, reinterpret_cast<const char *>(&y) + 16 * i, 16);
-            }
+            place.store(&y, int64_t(plane) * rows * stride);
         }
     }
 }
 
+#if defined(__AVX512VBMI__)
+// The same of 3 bits: 64 codes are 24 bytes, of which each eight codes' three go to a lane of 64 bits and are spread there.
+inline void unpack_threes(const uint8_t *in, int channels, uint8_t *out, int stride) {
+    static constexpr uint8_t LANES[64] = {
+        0,  1,  2,  0, 0, 0, 0, 0, 3,  4,  5,  0, 0, 0, 0, 0, 6,  7,  8,  0, 0, 0, 0, 0, 9,  10, 11, 0, 0, 0, 0, 0,
+        12, 13, 14, 0, 0, 0, 0, 0, 15, 16, 17, 0, 0, 0, 0, 0, 18, 19, 20, 0, 0, 0, 0, 0, 21, 22, 23, 0, 0, 0, 0, 0};
+    const __m512i lanes = _mm512_loadu_si512(LANES), shifts = _mm512_set1_epi64(0x15120f0c09060300);
+    Sixteens place(channels, stride, out);
+    for (int at = 0; at < PAGE * place.units; at += 4, in += 24) {
+        const __m512i all = _mm512_maskz_loadu_epi8(0xffffff, in);
+        const __m512i spread = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(lanes, all));
+        const __m512i codes = _mm512_and_si512(spread, _mm512_set1_epi32(0x07070707));
+        place.next();
+        place.store(&codes, 0);
+    }
+}
+#endif
+
 // Codes of one run, one byte each, to out[token * stride + channel].
 inline void unpack_run(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
+#if defined(__AVX512VBMI__)
+    if (bits == 3 && channels % 16 == 0) return unpack_threes(in, channels, out, stride);
+#endif
     if (bits == 3) {  // three bytes are a little-endian word of eight codes
         int token = 0, channel = 0;
         for (int word = 0; word < PAGE * channels / 8; word++, in += 3) {

@@ -123,8 +123,22 @@ struct PairTiles {
             }
             added[r] = _mm512_reduce_add_ps(sum);
         }
+        as_levels(s, at, room, z);
+    }
+
+    // Keys whose scales are of tokens: products are with the levels of their codes, and scales come to those.
+    static bool scales_tokens(const Side &s) { return s.form == TOKEN && s.runs == 1 && s.bits[0] <= 4 && s.group % 4 == 0; }
+    static void load_levels(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
+        sides(s, at, room, true);
+        as_levels(s, at, room, z);
+    }
+
+    // z [key_depth][PAGE]: what codes of one width of at most 4 bits, or of several, stand for.
+    static void as_levels(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
+        int bits = bits_at(s, 0);
+        __m512i table = scaled(s, bits, 1.0f);
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
-            const __m512i table = scaled(s, bits_at(s, c), 1.0f);
+            if (s.runs > 1 && bits_at(s, c) != bits) bits = bits_at(s, c), table = scaled(s, bits, 1.0f);
             uint32_t *to = z + c / 2 * PAGE + half * HALF;
             _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, table));
             _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 8), table));
@@ -149,9 +163,9 @@ struct PairTiles {
             if (s.form == NORMAL && bits <= 4) {  // 16 channels have one gain, which goes into the levels
                 const __m512i table = scaled(s, bits, scale[c]);
                 for (int t = 0; t < HALF; t++) {
-                    const __m512i one = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + t * stride + c));
+                    const __m512i one = _mm512_cvtepu8_epi32(bytes16(there, codes + t * stride + c));
                     const __m512i two = nibbles ? _mm512_srli_epi32(one, 4)
-                                                : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + (t + HALF) * stride + c));
+                                                : _mm512_cvtepu8_epi32(bytes16(there, codes + (t + HALF) * stride + c));
                     const __m512i index = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
                     _mm512_storeu_si512(z + t * width + c, _mm512_permutexvar_epi16(index, table));
                 }
@@ -160,9 +174,9 @@ struct PairTiles {
             const __m512 table = _mm512_loadu_ps(s.levels + 256 * bits);
             __m512 by = _mm512_loadu_ps(scale + (groups ? 0 : c)), to = _mm512_loadu_ps(low + (groups ? 0 : c));
             for (int t = 0; t < HALF; t++) {
-                const __m512i one = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + t * stride + c));
+                const __m512i one = _mm512_cvtepu8_epi32(bytes16(there, codes + t * stride + c));
                 const __m512i two = nibbles ? _mm512_srli_epi32(one, 4)
-                                            : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + (t + HALF) * stride + c));
+                                            : _mm512_cvtepu8_epi32(bytes16(there, codes + (t + HALF) * stride + c));
                 __m512 x = level(s, bits, table, one), y = level(s, bits, table, two);
                 if (groups) {
                     const int i = t * groups + g, j = (t + HALF) * groups + g;
@@ -178,7 +192,7 @@ struct PairTiles {
 
     // Weights times each token's scale, for one group of channels at a time, and z as codes. Pays for few rows.
     static bool folds_values(const Side &s, int rows) {
-        return s.form == TOKEN && s.runs == 1 && s.bits[0] == 4 && s.group % 32 == 0 && rows <= 8;
+        return s.form == TOKEN && s.runs == 1 && s.bits[0] <= 4 && s.group % 32 == 0 && rows <= 8;
     }
     // weights [rows][PAGE] -> pairs [group][rows][HALF]; what the minima add goes to sums [rows][width] at once.
     static void fold_values(const Side &s, const Spot &at, Scratch &room, const float *weights, int rows, uint32_t *scaled,
@@ -198,14 +212,20 @@ struct PairTiles {
                     _mm512_storeu_ps(row + c, _mm512_add_ps(_mm512_loadu_ps(row + c), more));
             }
     }
-    static void load_codes(const Side &s, const Spot &at, uint32_t *z, int width) {
-        const __m512i table = scaled(s, 4, 1.0f);
+    static void load_codes(const Side &s, const Spot &at, Scratch &room, uint32_t *z, int width) {
+        const __m512i table = scaled(s, s.bits[0], 1.0f);
+        const bool nibbles = s.bits[0] == 4;  // a byte has a token of each half
+        if (!nibbles) unpack_page(s, at, room.codes, room.stride);
         for (int t = 0; t < HALF; t++)
             for (int c = 0; c < s.width; c += 16) {
-                const __m128i bytes = _mm_maskz_loadu_epi8(mask16(s.width - c), at.data + int64_t(t) * s.width + c);
-                const __m512i wide = _mm512_cvtepu8_epi32(bytes);
-                const __m512i index = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12));
-                _mm512_storeu_si512(z + t * width + c, _mm512_permutexvar_epi16(index, table));
+                const __mmask16 there = mask16(s.width - c);
+                const uint8_t *codes = room.codes + t * room.stride + c;
+                const __m128i bytes = nibbles ? bytes16(there, at.data + int64_t(t) * s.width + c)
+                                              : bytes16(there, codes);
+                const __m512i one = _mm512_cvtepu8_epi32(bytes);
+                const __m512i two = nibbles ? _mm512_slli_epi32(one, 12)
+                                            : _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes16(there, codes + HALF * room.stride)), 16);
+                _mm512_storeu_si512(z + t * width + c, _mm512_permutexvar_epi16(_mm512_or_si512(one, two), table));
             }
     }
 
@@ -217,6 +237,9 @@ struct PairTiles {
         _mm256_mask_storeu_epi32(to, (1 << std::min(8, key_depth(left))) - 1, lanes);
     }
 
+    static __m128i bytes16(__mmask16 there, const void *p) {  // masks cost time, and nearly all bytes are there
+        return there == 0xffff ? _mm_loadu_si128(static_cast<const __m128i *>(p)) : _mm_maskz_loadu_epi8(there, p);
+    }
     static __mmask16 mask16(int left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
 
     // The levels of codes of up to 4 bits, times a gain, as bfloat16: 16 twice, or 32 of a trellis.
@@ -294,13 +317,37 @@ struct PairTiles {
         } else if (!channels_are_rows) {
             halves(at.scale, PAGE * groups, scale), halves(at.low, PAGE * groups, low);
         } else {
-            for (int t = 0; t < PAGE; t++)
-                for (int g = 0; g < groups; g++) {
-                    scale[g * PAGE + t] = half_of(at.scale, t * groups + g);
-                    low[g * PAGE + t] = half_of(at.low, t * groups + g);
-                }
+            by_group(at.scale, groups, scale), by_group(at.low, groups, low);
         }
     }
+    // float16 numbers [PAGE][groups] -> [groups][PAGE].
+    static void by_group(const char *from, int groups, float *to) {
+        if (groups == 1) return halves(from, PAGE, to);
+        if (groups != 2 && groups != 4) {
+            for (int t = 0; t < PAGE; t++)
+                for (int g = 0; g < groups; g++) to[g * PAGE + t] = half_of(from, t * groups + g);
+            return;
+        }
+        for (int g = 0; g < groups; g += 2) {  // sixteen tokens of two groups at a time
+            const Interleaved index(groups, g);
+            for (int t = 0; t < PAGE; t += 16) {
+                const char *own = from + 2 * int64_t(t) * groups;
+                const __m512i a = _mm512_loadu_si512(own), b = groups == 2 ? a : _mm512_loadu_si512(own + 64);
+                const __m512i both = _mm512_permutex2var_epi16(a, index.lanes, b);
+                _mm512_storeu_ps(to + g * PAGE + t, _mm512_cvtph_ps(_mm512_castsi512_si256(both)));
+                _mm512_storeu_ps(to + (g + 1) * PAGE + t, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1)));
+            }
+        }
+    }
+    // Where sixteen tokens' numbers of group g, then of g + 1, are among those of all groups.
+    struct Interleaved {
+        __m512i lanes;
+        Interleaved(int groups, int g) {
+            uint16_t at[32];
+            for (int i = 0; i < 32; i++) at[i] = i % 16 * groups + g + i / 16;
+            lanes = _mm512_loadu_si512(at);
+        }
+    };
     // A page's gains, channel by channel.
     static void spread(const Side &s, const Spot &at, float *scale) {
         for (int c = 0, g = 0; c < s.width; c += s.group, g++) {

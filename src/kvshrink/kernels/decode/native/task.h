@@ -15,7 +15,7 @@ template <class T> struct Task {
     Buffer<float> sums;  // [rows][value_wide]
     // tiles of the page at hand
     Buffer<Lane> keys, values, weights, folded;
-    Buffer<float> scores, turned, cos, sin, block;
+    Buffer<float> scores, products, turned, cos, sin, block;
     Buffer<uint8_t> codes;
     Buffer<float> numbers, floats;
     Scratch room;
@@ -31,7 +31,7 @@ template <class T> struct Task {
         : all(s), job(s.job), row(row), first(first), last(last),
           group_heads(s.job.heads / s.job.keys.groups), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
           sums(size_t(s.rows) * s.value_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
-          weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.how.wide),
+          weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), products(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.how.wide),
           cos(size_t(s.how.turning) * 4 * PAGE), sin(size_t(s.how.turning) * 4 * PAGE), block(BLOCK * PAGE),
           codes(size_t(PAGE) * stride_of(s.job)), numbers(size_t(2) * PAGE * stride_of(s.job)),
           floats(size_t(PAGE) * stride_of(s.job)),
@@ -54,7 +54,7 @@ template <class T> struct Task {
     // Only sums, tops and masses are wanted after a run; whichever task comes next takes tiles of its own.
     void release() {
         for (auto *lanes : {&keys, &values, &weights, &folded, &slow_packed, &slow_asked}) lanes->release();
-        for (auto *floats : {&scores, &turned, &cos, &sin, &block, &numbers, &this->floats, &back_cos, &back_sin, &slopes,
+        for (auto *floats : {&scores, &products, &turned, &cos, &sin, &block, &numbers, &this->floats, &back_cos, &back_sin, &slopes,
                              &slow_latent, &slow_scores})
             floats->release();
         codes.release();
@@ -71,6 +71,7 @@ template <class T> struct Task {
                 std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
             for (int g = 0; g < job.keys.groups; g++) {
                 const Spot at(job.keys, row, job.pages, page, g);
+                fetch(job.keys, page + 1, g);
                 if (!at.there) continue;
                 if (job.rebuild) {
                     T::load_keys(job.keys, at, room, keys.data);
@@ -82,10 +83,18 @@ template <class T> struct Task {
             soften(page);
             for (int g = 0; g < job.values.groups; g++) {
                 const Spot at(job.values, row, job.pages, page, g);
+                fetch(job.values, page + 1, g);
                 if (at.there) add(at, g);
             }
         }
         T::done(job.values, sums.data, all.rows);
+    }
+
+    // Bring a group of the next page nearer: a record is too short for the processor to guess that it goes on elsewhere.
+    void fetch(const Side &side, int page, int g) const {
+        if (page >= last) return;
+        const Spot next(side, row, job.pages, page, g);
+        for (int64_t i = 0; next.there && i < side.data_group; i += 64) __builtin_prefetch(next.data + i, 0, 2);
     }
 
     // Slots of a page that a lane's rows may read, as [begin, end): what is filled, but for the row's first ones.
@@ -112,12 +121,32 @@ template <class T> struct Task {
             const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
             T::fold_keys(job.keys, at, room, query, count, folded.data, added.data(), keys.data);
             for (int r = 0; r < count; r++)
-                for (int v = 0; v < PAGE; v += 16) store16(to + r * PAGE + v, all16(added[r]));
+                for (int v = 0; v < PAGE; v += 16) store16(to + r * PAGE + v, load16(to + r * PAGE + v) + added[r]);
             rows = folded.data;
+        } else if (T::scales_tokens(job.keys)) {
+            return by_token(at, rows, count, first_row, to);
         } else {
             T::load_keys(job.keys, at, room, keys.data);
         }
         multiply_rows<T>(count, rows, all.depth, keys.data, PAGE, all.depth, PAGE, to, PAGE);
+    }
+
+    // The same of keys whose tokens have a scale and a minimum for each group of channels, which come to the products.
+    void by_token(const Spot &at, const Lane *rows, int count, int first_row, float *to) {
+        T::load_levels(job.keys, at, room, keys.data);
+        const float *scale = room.numbers, *low = scale + PAGE * room.stride;
+        const float *sum = all.query_sums.data() + (int64_t(row) * all.rows + first_row) * all.key_shares;
+        for (int c = 0, g = 0; c < job.keys.width; c += job.keys.group, g++) {
+            const int lane = T::key_depth(c), depth = T::key_depth(std::min(job.keys.group, job.keys.width - c));
+            std::memset(products.data, 0, size_t(count) * PAGE * 4);
+            multiply_rows<T>(count, rows + lane, all.depth, keys.data + lane * PAGE, PAGE, depth, PAGE, products.data, PAGE);
+            for (int r = 0; r < count; r++)
+                for (int v = 0; v < PAGE; v += 16) {
+                    const v16 own = load16(products.data + r * PAGE + v) * load16(scale + g * PAGE + v);
+                    store16(to + r * PAGE + v,
+                            load16(to + r * PAGE + v) + own + load16(low + g * PAGE + v) * sum[r * all.key_shares + g]);
+                }
+        }
     }
 
     // The weighted sum of a group's values.
@@ -128,7 +157,7 @@ template <class T> struct Task {
             return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, wide);
         if (T::folds_values(job.values, count)) {
             T::fold_values(job.values, at, room, scores.data + g * count * PAGE, count, folded.data, to, wide);
-            T::load_codes(job.values, at, values.data, wide);
+            T::load_codes(job.values, at, room, values.data, wide);
             for (int c = 0; c < job.values.width; c += group)
                 multiply_rows<T>(count, folded.data + c / group * count * T::value_depth, T::value_depth, values.data + c,
                                  wide, T::value_depth, std::min(group, wide - c), to + c, wide);

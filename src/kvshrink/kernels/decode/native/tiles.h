@@ -48,11 +48,13 @@ struct FloatTiles {
         });
     }
     static void done(const Side &, float *, int) {}
+    static bool scales_tokens(const Side &) { return false; }
+    static void load_levels(const Side &, const Spot &, Scratch &, float *) {}
     static bool folds_keys(const Side &) { return false; }
     static bool folds_values(const Side &, int) { return false; }
     static void fold_keys(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, float *) {}
     static void fold_values(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, int) {}
-    static void load_codes(const Side &, const Spot &, float *, int) {}
+    static void load_codes(const Side &, const Spot &, Scratch &, float *, int) {}
     static void load_keys(const Side &s, const Spot &at, Scratch &room, float *z) { load(s, at, room, z, 1, PAGE); }
     static void load_values(const Side &s, const Spot &at, Scratch &room, float *z, int width) {
         load(s, at, room, z, width, 1);

@@ -27,8 +27,12 @@ inline void transpose(const __m512i *a, __m512i *v) {
 
 // 16 rows of up to 64 bytes, as 16 vectors: lane = row, vector = 4 bytes.
 inline void rows_of(const char *from, int64_t stride, int bytes, __m512i *v) {
-    const __mmask64 there = bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
     __m512i a[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(there, from + i * stride);
+    if (bytes >= 64) {
+        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    } else {
+        const __mmask64 there = (__mmask64(1) << bytes) - 1;
+        for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(there, from + i * stride);
+    }
     transpose(a, v);
 }
