@@ -71,11 +71,18 @@ def weights(module: nn.Module, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from weights(_trained(module), name)
         return
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
+        if tensor is not None and not (key.endswith("inv_freq") and _rewritten(module, key)):
             yield f"{name}{key}", tensor
     for key, child in module._modules.items():
         if child is not None:
             yield from weights(child, f"{name}{key}.")
+
+
+def _rewritten(module: Any, key: str) -> bool:
+    """Whether a step writes these frequencies, by how far it reaches; what they are made of is in the settings."""
+    types: Any = getattr(module, "rope_type", None)
+    own = types.get(key.removesuffix("_inv_freq")) if isinstance(types, dict) else types
+    return own in ("dynamic", "longrope") and "original" not in key
 
 
 def _unwrapped(module: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvshrink.attach.asking import Asked, ask, hands_on, names_of
 from kvshrink.attach.families import (
@@ -30,7 +31,7 @@ from kvshrink.attach.families import (
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import KVShrinkError, UnsupportedModelError
 
-MOVING = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length reached
+MOVING = {"dynamic"}  # RoPE whose frequencies depend on the length reached
 POSITIONS = (0, 5, 11)
 WINDOWS = {"sliding_attention", "chunked_attention", "hybrid_sliding"}  # of which only the widths are needed
 
@@ -94,7 +95,13 @@ def _seen(model: Any, info: LayerInfo, stand_ins: dict[tuple, Any]) -> LayerInfo
     errors = [_error(rope.apply(plain.key.float(), positions), turned.key) for rope in fit]
     if not errors or min(errors) > _tolerance(turned.key):
         return replace(info, latent=latent, moves=True)
-    return replace(info, latent=latent, rope=fit[errors.index(min(errors))])
+    rope = fit[errors.index(min(errors))]
+    if rope.long is not None:
+        beyond = positions + rope.most
+        far = _ask(model, module, keywords(model, module, info.kind, hidden, beyond), turned=True, queries=False).key
+        if _error(rope.apply(plain.key.float(), rope.marked(beyond)), far) > _tolerance(far):
+            return replace(info, latent=latent, moves=True)
+    return replace(info, latent=latent, rope=rope)
 
 
 def _ask(model: Any, module: Any, given: Mapping[str, Any], **how: Any) -> Asked:
@@ -174,15 +181,30 @@ def _candidates(model: Any, kind: str) -> list[Rope]:
         return []
     types: Any = getattr(rotary, "rope_type", "default")
     by_kind = isinstance(types, dict)
-    if (types[kind] if by_kind else types) in MOVING:
+    named = types[kind] if by_kind else types
+    if named in MOVING:
         return []
     prefix = f"{kind}_" if by_kind else ""
-    found = getattr(rotary, f"{prefix}inv_freq", None)
+    # a longrope's are those of its last step
+    found = getattr(rotary, f"{prefix}{'original_' * (named == 'longrope')}inv_freq", None)
     if not isinstance(found, Tensor):
         return []
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
     frequencies = found.detach().float().clone()
-    return [Rope(sign * frequencies, scaling, pairs) for sign in (1, -1) for pairs in (False, True)]
+    most, long = _beyond(rotary, kind if by_kind else None) if named == "longrope" else (0, None)
+    signs = [(sign, pairs) for sign in (1, -1) for pairs in (False, True)]
+    return [
+        Rope(s * frequencies, scaling, pairs, None if long is None else s * long.to(found), most) for s, pairs in signs
+    ]
+
+
+def _beyond(rotary: Any, kind: str | None) -> tuple[int, Tensor]:
+    """(tokens beyond which a longrope has other frequencies, those)."""
+    settings = rotary.config.rope_parameters if kind is None else rotary.config.rope_parameters[kind]
+    most = int(settings["original_max_position_embeddings"])
+    more = {} if kind is None else {"layer_type": kind}
+    found, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, "cpu", seq_len=most + 1, **more)
+    return most, found.detach().float().clone()
 
 
 # --- modules that are not in memory ---
@@ -195,7 +217,8 @@ def kind_of(info: LayerInfo) -> tuple:
     simple = (bool, int, float, str, type(None))
     own = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, simple) and k != "layer_idx"))
     rope = info.rope
-    turns = None if rope is None else (tuple(rope.inv_freq.tolist()), rope.scaling, rope.interleaved)
+    long = () if rope is None or rope.long is None else tuple(rope.long.tolist())
+    turns = None if rope is None else (tuple(rope.inv_freq.tolist()), rope.scaling, rope.interleaved, long, rope.most)
     return info.kind, type(module), shapes, own, turns, info.moves, info.latent
 
 

@@ -61,8 +61,9 @@ class Stage:
         # the token table is one for all layers; only the step's first compressed layer extends it
         real = new_tokens(given.get("attention_mask"), b, s) if cache.table.length == layer.seen else None
         rope = self.rope
-        if rope is not None and rope.inv_freq.device != hidden.device:  # the model was moved after attach
-            rope = self.rope = type(rope)(rope.inv_freq.to(hidden.device), rope.scaling, rope.interleaved)
+        if rope is not None:
+            rope = self.rope = rope.to(hidden.device)  # the model may have been moved after attach
+            positions = rope.marked(positions)
         if (rows := layer.probes(s)) is not None:
             probe_queries = probe_queries_of(module, given, rows.to(hidden.device))
         cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, maker if own else None)

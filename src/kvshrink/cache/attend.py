@@ -6,6 +6,7 @@ after the weighted sum. No full-length K or V of a layer is ever alive.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -241,23 +242,25 @@ def _fused(part: QueryChunk, tier: TierView, softcap: float | None) -> tuple[Ten
     whole = tier.block(0, len(tier.pages))
     live, there = snapshot.live(tier)
     seen = both(None if view.rows is None else view.columns(snapshot.columns(whole)), there, view)
-    turn = _turn(snapshot, whole) if turns else None
+    turn = _turn(snapshot, whole) if turns or key_codec.constant is not None else None
+    if turn == "mixed":
+        return None
     constant = None
     if key_codec.constant is not None:
-        constant = Constant(query, key_codec.constant, _turn(snapshot, whole))
+        constant, turn = Constant(query, key_codec.constant, turn), None
     asked = key_codec.absorb(query)
     query, dtype = query if asked is None else asked, snapshot.shape.dtype
     out: tuple[Tensor, Tensor] = kernel(query, keys, basis, turn, values, seen, softcap, dtype, live, constant)
     return out
 
 
-def _turn(snapshot: Snapshot, block: Block) -> Turn | None:
-    """RoPE of a block's slots."""
+def _turn(snapshot: Snapshot, block: Block) -> Turn | Literal["mixed"] | None:
+    """RoPE of a block's slots; "mixed" where they were turned by different frequencies."""
     rope = snapshot.rope
     if rope is None:
         return None
-    positions = snapshot.positions_of(snapshot.columns(block))
-    return Turn(positions, rope.inv_freq, rope.scaling, rope.interleaved)
+    alike = rope.alike(snapshot.positions_of(snapshot.columns(block)))
+    return "mixed" if alike is None else Turn(*alike, rope.scaling, rope.interleaved)
 
 
 def _keys(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b h t d"]:

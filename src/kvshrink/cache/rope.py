@@ -1,7 +1,7 @@
 """The rotation of one layer's keys: frequencies and layout, enough to apply RoPE at any position and undo it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,44 @@ from kvshrink.kernels.rope import rotate
 from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float, Int
 
+FAR = 2**30  # added to a position that was turned by a longrope's other frequencies; contexts end long before
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """inv_freq: angle per position of each channel pair, [f]. scaling: YaRN's factor on cos and sin."""
+    """inv_freq: angle per position of each channel pair, [f]. scaling: YaRN's factor on cos and sin.
+
+    long: frequencies of steps that reach beyond `most` tokens (longrope: Phi-3, Phi-4); None: they are always the same.
+    Keys stay as their step turned them, so such a step's positions are marked, by FAR, wherever they are kept.
+    """
 
     inv_freq: Tensor
     scaling: float
     interleaved: bool
+    long: Tensor | None = None
+    most: int = 0
+
+    def to(self, device: torch.device) -> "Rope":
+        if self.inv_freq.device == device:
+            return self
+        return replace(
+            self, inv_freq=self.inv_freq.to(device), long=None if self.long is None else self.long.to(device)
+        )
+
+    def marked(self, positions: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+        """Positions of one step, as they are kept."""
+        if self.long is None or not positions.numel() or int(positions.max()) < self.most:
+            return positions
+        return positions + FAR
+
+    def alike(self, positions: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Float[Tensor, " f"]] | None:
+        """Plain positions and the frequencies of all of them; None if they have both."""
+        if self.long is None:
+            return positions, self.inv_freq
+        far = positions >= FAR
+        if not bool(far.any()):
+            return positions, self.inv_freq
+        return (positions - FAR, self.long) if bool((far | (positions < 0)).all()) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rope":
         return self
@@ -30,7 +60,12 @@ class Rope:
 
     def cos_sin(self, positions: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t f"], Float[Tensor, "b t f"]]:
         """Cosine and sine at positions, float32. A pad's position -1 is as good as any."""
-        angles = positions[..., None].float() * self.inv_freq
+        if self.long is None:
+            angles = positions[..., None].float() * self.inv_freq
+        else:
+            far = positions >= FAR
+            frequencies = torch.where(far[..., None], self.long, self.inv_freq)
+            angles = torch.where(far, positions - FAR, positions)[..., None].float() * frequencies
         if self.scaling == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos() * self.scaling, angles.sin() * self.scaling

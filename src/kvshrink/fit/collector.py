@@ -96,6 +96,6 @@ class Sampler:
         if rope is None:
             return Sample(keys, keys, values, queries, queries)
         positions = torch.tensor(self.position, device=keys.device)[None]
-        rope = Rope(rope.inv_freq.to(keys.device), rope.scaling, rope.interleaved)
+        rope = rope.to(keys.device)
         rotated = [rope.apply(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, queries)]
         return Sample(keys, rotated[0].contiguous(), values, rotated[1].contiguous(), queries)

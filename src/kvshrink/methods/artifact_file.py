@@ -22,7 +22,7 @@ from kvshrink.store.digest import digest
 from kvshrink.store.lock import locked
 from kvshrink.store.reason import line
 
-VERSION = 3
+VERSION = 4
 CONFIG, WEIGHTS = "kvshrink.json", "kvshrink.safetensors"
 KEYS = {"version", "method", "settings", "layers", "model", "provenance", "sha256"}
 SPARE = re.compile(r"kvshrink-[0-9a-f]{16}\.safetensors")
