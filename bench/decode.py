@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import contenders
@@ -60,13 +61,19 @@ QUANTISERS: dict[str, Method] = {
     "TurboQuant 4": build("turboquant", {"bits": 4}),
     "TurboQuant 3": build("turboquant", {"bits": 3}),
     "TurboQuant 2": build("turboquant", {"bits": 2}),
+    "tcq 3": build("tcq", {"bits": 3}),
+    "tcq 2": build("tcq", {"bits": 2}),
+    "full, in our pages": Full(),
     "CSKV 0.29 TurboQuant 2": CSKV(keep=0.29, bits=2, codec="turboquant"),
     "FP8, in torch": build("fp8", {}),
     "NVFP4, in torch": build("nvfp4", {}),
     "Kitty, in torch": build("kitty", {}),
     "GEAR, in torch": build("gear", {}),
 }
-SOME = ("CSKV 0.2 int4 auto", "CSKV 0.2 auto", "RoPE-commuting 0.2 int4", "RoPE-commuting 0.2", "KIVI int4")
+SOME = (
+    *("CSKV 0.2 int4 auto", "CSKV 0.2 auto", "RoPE-commuting 0.2 int4", "RoPE-commuting 0.2", "KIVI int4"),
+    *("full, in our pages", "spectral 0.0625", "spectral 0.0625 balanced", "spectral 0.0625 fast"),
+)
 KEEPS = {
     f"{name} {keep} int4": method(keep=keep, bits=4, **more)
     for keep in (0.1, 0.3, 0.5)
@@ -77,14 +84,14 @@ BATCHES = (4, 8, 16, 32)
 BATCHED = 4096  # tokens of each row of a batch
 
 
-def points(sweep: str, tokens: int, batch: int) -> list[tuple[int, int, dict[str, Method]]]:
+def points(sweep: str, tokens: int, batch: int, contexts: Sequence[int]) -> list[tuple[int, int, dict[str, Method]]]:
     """(tokens, batch, methods): the main point, and what --sweep adds."""
     if sweep == "quantisers":
         return [(tokens, batch, QUANTISERS)]
     some = {name: METHODS[name] for name in SOME}
     found = [(tokens, batch, METHODS | (KEEPS if sweep in ("keep", "all") else {}))]
     if sweep in ("context", "all"):
-        found += [(t, batch, some) for t in CONTEXTS if t != tokens]
+        found += [(t, batch, some) for t in contexts if t != tokens]
     if sweep in ("batch", "all"):
         found += [(BATCHED, b, some) for b in BATCHES]
     return found
@@ -173,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)), help="of --sweep context")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -186,7 +194,7 @@ def main() -> None:
         parser.error("a quantised cache of transformers has no attention of its own: leave out --peers")
     if args.tokens < 256 or args.batch < 1 or args.rounds < 1:
         parser.error("use --tokens of at least 256, --batch and --rounds of at least 1")
-    device = torch.device(args.device)
+    device, contexts = torch.device(args.device), [int(n) for n in args.contexts.split(",")]
     asked = {k: v for k, v in vars(args).items() if k in ("model", "dtype", "device", "rounds", "attention_only")}
     record = {
         "what": f"time of one layer's decode step over that of {BASE}, and over the fastest full cache",
@@ -202,7 +210,7 @@ def main() -> None:
             record |= {name: before[name] for name in ("bytes_per_second", "points")}
     done = {(p["tokens"], p["batch"]): {r["contender"] for r in p["rows"]} for p in record["points"]}
     with torch.inference_mode():
-        for tokens, batch, methods in points(args.sweep, args.tokens, args.batch):
+        for tokens, batch, methods in points(args.sweep, args.tokens, args.batch, contexts):
             peers = args.peers if (tokens, batch) == (args.tokens, args.batch) else []
             wanted = {*methods, *(f"QuantizedCache {p} int4" for p in peers)}
             if wanted <= done.get((tokens, batch), set()):

@@ -9,7 +9,10 @@ from transformers import DynamicCache
 
 import kvshrink
 from kvshrink import CSKV, RTN, Spectral, fit
+from kvshrink.cache.attend import stored_keys
+from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import FAR
+from kvshrink.errors import CacheError
 from tests.tiny import randomise
 
 MOST = 150
@@ -87,6 +90,36 @@ def test_a_saved_cache_goes_on(model, tmp_path):
     cache.save(tmp_path / "cache")
     other = kvshrink.make_cache(model, artifact).load(tmp_path / "cache")
     assert torch.equal(fed(model, other, parts[3])[0], fed(model, cache, parts[3])[0])
+
+
+@pytest.mark.parametrize(("held", "prompt"), [(100, 60), (200, 120), (400, 300)])
+def test_a_used_cache_and_a_shorter_prompt_are_refused(model, held, prompt):
+    cache = kvshrink.make_cache(model, RTN(bits=None, window=8))
+    fed(model, cache, ids_of(held))
+    with pytest.raises(CacheError, match=f"the cache holds {held} tokens, the prompt has {prompt}"):
+        model.generate(ids_of(prompt, seed=4), past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+
+def test_positions_that_would_look_marked_are_refused(model):
+    cache, ids = kvshrink.make_cache(model, RTN(bits=4)), ids_of(5)
+    with torch.no_grad(), pytest.raises(CacheError, match=r"position_ids reach 1073741828\. With longrope"):
+        model(ids, position_ids=torch.arange(FAR, FAR + 5)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize("length", [140, 300])
+@pytest.mark.parametrize("speed", ["accurate", "fast"])
+def test_a_simulated_loss_is_a_real_caches(model, length, speed):
+    """Rows that one step turned, within the original length and beyond it: the same error as in a cache's pages."""
+    method = Spectral(budget=0.4, window=8, sinks=0, speed=speed, allocation="energy", window_bits=None)
+    artifact = fit(model, method, ids_of(128, 8, seed=9), progress=False)
+    full, cache = DynamicCache(config=model.config), kvshrink.make_cache(model, artifact)
+    fed(model, full, ids_of(length))
+    fed(model, cache, ids_of(length))
+    layer, rope = cache.layers[0], kvshrink.attach(model).layers[0].rope
+    stored = torch.cat([keys for keys, _ in stored_keys(layer.snapshot(rope))], 2)
+    exact = full.layers[0].keys
+    simulated = round_trip(layer.codecs[0], exact, rope, layer.method.page)[:, :, : stored.shape[2]]
+    torch.testing.assert_close(simulated, stored, atol=1e-4, rtol=0)
 
 
 def test_generate_is_as_with_the_full_cache(model):

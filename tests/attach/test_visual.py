@@ -217,15 +217,17 @@ def test_key_biases_beside_images(qwen):
 def test_a_model_without_images_and_methods_that_cannot(qwen):
     model, given = qwen
     text, _ = kvshrink.reference_model()
-    with pytest.raises(SettingError, match="none that can be seen"):
-        kvshrink.make_cache(text, RTN(bits=4, visual="rtn:bits=2"))
+    for blind in (text, model.model.language_model):
+        with pytest.raises(SettingError, match="none that can be seen"):
+            kvshrink.make_cache(blind, RTN(bits=4, visual="rtn:bits=2"))
     for visual, reason in {
         "nothing": "no method 'nothing'",
         "rtn:bits=5": "bits=5",
         "cskv": "must be fitted",
         "snapkv": "drops tokens",
         "rtn:bits": "is no setting",
-        "kivi:group=64": "pages of 64",
+        "kivi:group=64": "pages of 64.*Use a method with pages as long",
+        "rtn:bits=2,window=99": "window is one for all tokens",
         "rtn:visual=rtn": "image method itself",
     }.items():
         with pytest.raises(SettingError, match=reason):

@@ -59,7 +59,7 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
     artifact = method if isinstance(method, Artifact) else Artifact(method, {})
     identity = identity_of(model)
     _check(artifact, attachment, identity)
-    check_asks(artifact.method, bool(attachment.holders), model)
+    check_asks(artifact.method, any(m is holder for m in model.modules() for holder in attachment.holders), model)
     table = TokenTable()
     layers: list[CacheLayerMixin] = []
     fitted_by = digest_of(artifact)

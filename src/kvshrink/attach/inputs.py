@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvshrink.attach.asking import names_of
 from kvshrink.cache.cache import KVCache
+from kvshrink.cache.rope import plain
 from kvshrink.errors import CacheError
 from kvshrink.store.modes import at_once
 
@@ -84,6 +85,6 @@ def _cut(arguments: Mapping[str, Any], cache: KVCache, seen: int) -> int | None:
     prompt = seen - first
     if not 0 < first < seen or prompt - first != given.shape[1]:
         return None
-    if cache.table.length == seen and int(cache.table.positions[:, seen - 1].max()) != seen - 1:
+    if cache.table.length == seen and int(plain(cache.table.positions[:, seen - 1]).max()) != seen - 1:
         return None  # positions of the caller's own: the tokens before were not counted one by one either
     return prompt if bool((rows == torch.arange(first, prompt, device=rows.device)).all()) else None

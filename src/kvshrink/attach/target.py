@@ -45,7 +45,7 @@ def check_loaded(model: PreTrainedModel) -> None:
 
 def unpack(model: PreTrainedModel) -> None:
     """Let a model that unpacks its weights when it first runs (compressed-tensors) do so: no layer can run before."""
-    if any(isinstance(m, nn.Linear) and "weight" not in m._parameters for m in model.modules()):
+    if any(isinstance(m, nn.Linear) and not hasattr(m, "weight") for m in model.modules()):
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 

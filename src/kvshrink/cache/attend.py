@@ -17,6 +17,8 @@ from kvshrink.cache.view import Mask, QueryChunk, Visibility, both, visible
 from kvshrink.kernels.attention import Running, finish, fold, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, Constant, Turn, left_out
 from kvshrink.kernels.held import attend as attend_held
+from kvshrink.kernels.rope import wave_table, waves
+from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Bool, Float
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
@@ -211,10 +213,17 @@ def _tier(chunks: list[QueryChunk], tier: TierView, softcap: float | None) -> Se
         out, lse = part
         return [(value_codec.expand(out, heads), lse)]
     states: list[Running] = [start(q, value_codec.width) for q, _ in chunks]
-    absorbed = [None if key_codec.constant is not None else key_codec.absorb(q) for q, _ in chunks]
+    absorbed = [key_codec.absorb(q) for q, _ in chunks]
     queries = [q if a is None else a for a, (q, _) in zip(absorbed, chunks, strict=True)]
+    if (constant := key_codec.constant) is not None:
+        form = (0, False) if (rope := snapshot.rope) is None else (len(rope.inv_freq), rope.interleaved)
+        more = [waves(q, constant, *form) for q, _ in chunks]
+        queries = [torch.cat(both, 3) for both in zip(queries, more, strict=True)]
     for block in tier.blocks(_block_tokens(snapshot)):
-        keys = _keys(block, tier, snapshot) if absorbed[0] is None else key_codec.unpack(block.part("k."))
+        if constant is not None:
+            keys = _beside_waves(block, key_codec, absorbed[0] is not None, snapshot)
+        else:
+            keys = _keys(block, tier, snapshot) if absorbed[0] is None else key_codec.unpack(block.part("k."))
         latent = value_codec.unpack(tier.stored(block)[1])
         columns = snapshot.columns(block)
         states = [
@@ -272,6 +281,15 @@ def _keys(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b 
     if codec.site != "k_pre" or snapshot.rope is None:
         return keys
     return snapshot.turned(keys, snapshot.columns(block))
+
+
+def _beside_waves(block: Block, codec: Codec, latent: bool, snapshot: Snapshot) -> Float[Tensor, "b G t r"]:
+    """Keys of a block less their constant, as latents or rows, and beside them what its part of a score is made of."""
+    stored, rope = block.part("k."), snapshot.rope
+    keys = codec.unpack(stored) if latent else codec.decode(stored, snapshot.shape.heads)
+    none = keys.new_zeros(len(keys), keys.shape[2], 0)
+    turns = (none, none) if rope is None else rope.cos_sin(snapshot.positions_of(snapshot.columns(block)))
+    return torch.cat([keys, wave_table(*turns).expand(len(keys), keys.shape[1], -1, -1)], 3)
 
 
 def _block_tokens(snapshot: Snapshot) -> int:

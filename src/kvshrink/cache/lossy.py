@@ -13,9 +13,15 @@ from kvshrink.shapes import Float
 
 
 def round_trip(
-    codec: Codec, rows: Float[Tensor, "b h t d"], rope: Rope | None, page: int, first: int = 0
+    codec: Codec,
+    rows: Float[Tensor, "b h t d"],
+    rope: Rope | None,
+    page: int,
+    first: int = 0,
+    reach: int | None = None,
 ) -> Float[Tensor, "b h t d"]:
     """Rows of the positions from `first` on, encoded in whole pages and decoded. Keys are as attention uses them.
+    reach: tokens of the step that turned them, which may be more; None: it ends with these rows.
 
     Raises SettingError for a codec that needs keys and values at once.
     """
@@ -23,6 +29,7 @@ def round_trip(
         raise SettingError("keys and values are stored as one, and neither by itself. Measure with a cache instead.")
     b, h, t, _ = rows.shape
     positions = torch.arange(first, first + t, device=rows.device)[None].expand(b, -1)
+    positions = positions if rope is None else rope.of_prompt(positions, first + t if reach is None else reach)
     out = as_stored(codec, rows, positions, rope)
     spare = -t % page
     valid = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshrink.errors import CacheError
 from kvshrink.kernels.rope import rotate
 from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float, Int
@@ -37,9 +38,14 @@ class Rope:
 
     def marked(self, positions: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
         """Positions of one step, as they are kept."""
-        if self.long is None or not positions.numel() or int(positions.max()) < self.most:
-            return positions
-        return positions + FAR
+        reach = 0 if self.long is None or not positions.numel() else int(positions.max()) + 1
+        if reach > FAR:
+            raise CacheError(f"position_ids reach {reach - 1}. With longrope only 0 to {FAR - 1} can be stored.")
+        return self.of_prompt(positions, reach)
+
+    def of_prompt(self, positions: Int[Tensor, "b t"], reach: int) -> Int[Tensor, "b t"]:
+        """The same of a prompt of so many tokens, which is one step."""
+        return positions if self.long is None or reach <= self.most else positions + FAR
 
     def alike(self, positions: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Float[Tensor, " f"]] | None:
         """Plain positions and the frequencies of all of them; None if they have both."""
@@ -77,6 +83,11 @@ class Rope:
     def undo(self, keys: Float[Tensor, "b h t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b h t d"]:
         """Keys before RoPE, from keys as attention uses them."""
         return rotate(keys, *self.cos_sin(positions), self.interleaved, inverse=True)
+
+
+def plain(positions: Int[Tensor, "*all"]) -> Int[Tensor, "*all"]:
+    """Positions without marks."""
+    return torch.where(positions >= FAR, positions - FAR, positions)
 
 
 def as_stored(

@@ -163,9 +163,10 @@ class Leave:
         visual = self.table.visual
         assert visual is not None
         shifts = np.zeros(len(rows), np.int64) if self.table.shifts is None else self.table.shifts[rows]
-        at = columns.to(visual.device).long() + torch.from_numpy(shifts[:, None]).to(visual.device)
+        own = columns.to(visual.device).long()
+        at = own + torch.from_numpy(shifts[:, None]).to(visual.device)
         found = visual[torch.from_numpy(rows).to(visual.device)].gather(1, at.clamp(0, visual.shape[1] - 1))
-        return found & (columns >= 0)
+        return (found & (own >= 0)).to(columns.device)
 
     def _parts(
         self, whole: Paged, positions: Int[Tensor, "b t"], importance: Tensor | None
@@ -228,8 +229,9 @@ class Leave:
         if other is None or self.table.visual is None:
             return most_important(importance, budget.counts(importance, torch.from_numpy(gone // page), page))
         marks = self._of_images(columns.flatten(1), rows).view(columns.shape)
-        own = [self._of_images(torch.arange(n)[None], rows[i : i + 1]).sum() for i, n in enumerate(gone.tolist())]
-        images = torch.stack(own).cpu() // page
+        every = torch.arange(int(gone.max()), device=columns.device)
+        inside = every < torch.from_numpy(gone).to(every.device)[:, None]
+        images = (self._of_images(every.expand(len(rows), -1), rows) & inside).sum(1).cpu() // page
         found = torch.zeros_like(marks)
         for part, of, pages in ((budget, ~marks, torch.from_numpy(gone // page) - images), (other, marks, images)):
             candidates = importance.masked_fill(~of, -torch.inf)

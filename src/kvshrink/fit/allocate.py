@@ -40,7 +40,7 @@ class Lossy:
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         half = key.shape[2] // 2 // self.page * self.page
-        k = round_trip(self.codecs[0], key[:, :, :half], self.rope, self.page)
+        k = round_trip(self.codecs[0], key[:, :, :half], self.rope, self.page, reach=key.shape[2])
         v = round_trip(self.codecs[1], value[:, :, :half], None, self.page)
         return torch.cat([k, key[:, :, half:]], 2), torch.cat([v, value[:, :, half:]], 2)
 

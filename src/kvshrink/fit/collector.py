@@ -69,13 +69,14 @@ class Sampler:
     """Every n-th token of all rows; n doubles whenever there are too many."""
 
     def __init__(self) -> None:
-        self.step, self.seen = 1, 0
+        self.step, self.seen, self.length = 1, 0, 0  # length: of a row
         self.at: list[int] = []  # which token of all
         self.position: list[int] = []  # which of its row
         self.parts: list[tuple[Tensor, ...]] = []  # keys, values, queries of each, [heads, d]
 
     def add(self, *rows: Float[Tensor, "b _ s d"]) -> None:
         b, _, s, _ = rows[0].shape
+        self.length = max(self.length, s)
         first = -self.seen % self.step
         taken = torch.arange(first, b * s, self.step)
         flat = [x.transpose(1, 2).flatten(0, 1)[taken.to(x.device)].float() for x in rows]
@@ -95,7 +96,7 @@ class Sampler:
         keys, values, queries = (torch.stack(part) for part in zip(*self.parts, strict=True))
         if rope is None:
             return Sample(keys, keys, values, queries, queries)
-        positions = torch.tensor(self.position, device=keys.device)[None]
         rope = rope.to(keys.device)
+        positions = rope.of_prompt(torch.tensor(self.position, device=keys.device)[None], self.length)
         rotated = [rope.apply(x.transpose(0, 1)[None], positions)[0].transpose(0, 1) for x in (keys, queries)]
         return Sample(keys, rotated[0].contiguous(), values, rotated[1].contiguous(), queries)

@@ -75,7 +75,7 @@ class Reader:
         end = self._left(keys.shape[2])
         for rows, codec, rope in ((keys, key_codec, self.infos[index].rope), (values, value_codec, None)):
             if codec is not None:
-                left = [self._read(codec, rows[:, :, :end], rope, 0)] if end else []
+                left = [self._read(codec, rows[:, :, :end], rope, 0, rows.shape[2])] if end else []
                 rows = torch.cat([*left, self._held(index, rows[:, :, end:])], 2)
             out.append(rows)
         return out[0], out[1]
@@ -89,7 +89,8 @@ class Reader:
                 if codec is not None and rows.shape[2] > before:
                     rows[:, :, before:] = self._held(i, rows[:, :, before:])
                 if codec is not None and end > first:
-                    rows[:, :, first:end] = self._read(codec, rows[:, :, first:end], rope, first)
+                    reach = before if end <= before else rows.shape[2]
+                    rows[:, :, first:end] = self._read(codec, rows[:, :, first:end], rope, first, reach)
 
     def _held(self, index: int, rows: Tensor) -> Tensor:
         """Rows as a window gives them back."""
@@ -100,8 +101,9 @@ class Reader:
         """How many tokens have left the window of a cache of `tokens` tokens."""
         return max(0, tokens - self.method.window) // self.method.page * self.method.page
 
-    def _read(self, codec: Codec, rows: Tensor, rope: Rope | None, first: int) -> Tensor:
-        """Rows of the positions from `first` on as they come back from their pages, sinks as they are."""
+    def _read(self, codec: Codec, rows: Tensor, rope: Rope | None, first: int, reach: int) -> Tensor:
+        """Rows of the positions from `first` on as they come back from their pages, sinks as they are. reach: of the
+        step that turned them."""
         exact = max(0, self.method.sinks - first)
-        back = round_trip(codec, rows, rope, self.method.page, first)
+        back = round_trip(codec, rows, rope, self.method.page, first, reach)
         return torch.cat([rows[:, :, :exact], back[:, :, exact:]], 2)

@@ -149,9 +149,8 @@ class Method(metaclass=Settings):
         require(self.window >= 1, f"window={self.window}", "Use at least 1 token.")
         require(self.sinks >= 0, f"sinks={self.sinks}", "Use 0 or more tokens.")
         require(self.window_bits in (None, 8, "auto"), f"window_bits={self.window_bits!r}", "Use 8, None or 'auto'.")
-        require(
-            self.visual is None or not self.drops_tokens, f"visual={self.visual!r:.60}", "This method drops tokens."
-        )
+        what = f"visual={self.visual!r:.60} of a method that drops tokens"
+        require(self.visual is None or not self.drops_tokens, what, "Leave it out, or use visual_ratio.")
         for name in ("window", "sinks"):
             require(getattr(self, name) <= EXACT, f"{name}={getattr(self, name)}", f"Use at most {EXACT} tokens.")
 

@@ -23,7 +23,10 @@ def visual_method(method: Method) -> Method | None:
         return None
     found = _built(method.visual)
     if found.page != method.page:
-        raise SettingError(f"visual={method.visual!r} has pages of {found.page} tokens, not of {method.page}.")
+        raise SettingError(
+            f"visual={method.visual!r} has pages of {found.page} tokens, {methods.name_of(method)} of {method.page}. "
+            "Use a method with pages as long, such as turboquant, or rtn."
+        )
     return found
 
 
@@ -56,6 +59,8 @@ def visual_bytes(method: Method, shape: LayerShape, fitted: Fitted, tokens: int,
 def _built(text: str) -> Method:
     name, _, settings = text.partition(":")
     found = methods.build(name.strip(), parse_settings(settings))
+    if given := {"window", "sinks", "window_bits"} & set(parse_settings(settings)):
+        raise SettingError(f"visual={text!r}: {sorted(given)[0]} is one for all tokens. Set it for the method itself.")
     reason = "must be fitted" if found.needs_fit else found.apart({})
     reason = reason or ("has an image method itself" if found.visual is not None else None)
     if reason is not None:

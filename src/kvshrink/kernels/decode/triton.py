@@ -19,6 +19,7 @@ from kvshrink.kernels.decode.gpu.join import join
 from kvshrink.kernels.decode.gpu.side import constants, side
 from kvshrink.kernels.decode.reference import ALL, Basis, Constant, Live, Turn
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.rope import wave_table, waves
 from kvshrink.shapes import Bool, Float
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the programs run in numpy, on CPU tensors
@@ -26,6 +27,7 @@ RANGE = 4  # pages of a range are a multiple of this, so of any config's tile
 PER_PROCESSOR = 4  # programs that a multiprocessor has to work on in turn or at a time
 MOST_RANGES = 128
 ROW_ELEMENTS = 2**14  # rows times value channels of a program's sum, 64 KiB of registers
+AT_ONCE = 4096  # tokens whose angles are alive at a time
 BASIS_BYTES = 2**16  # of a head's basis that a program keeps; a larger one is read again for each tile, in parts
 
 CONFIGS = [
@@ -138,18 +140,18 @@ def _ranges(
 
 
 def _added(constant: Constant, tokens: int) -> Float[Tensor, "b h x t"]:
-    """What a constant of the keys adds to each score: of a pair of channels (q . m) cos a + (q x m) sin a."""
-    query, part, turn = constant.query.float(), constant.part.float()[:, None], constant.turn
-    if turn is None:
-        return (query * part).sum(-1, keepdim=True).expand(-1, -1, -1, tokens).contiguous()
-    f = len(turn.inv_freq)
-    first, second = (slice(0, 2 * f, 2), slice(1, 2 * f, 2)) if turn.interleaved else (slice(f), slice(f, 2 * f))
-    q, m = ((x[..., first], x[..., second]) for x in (query, part))
-    waves = torch.cat([q[0] * m[0] + q[1] * m[1], q[1] * m[0] - q[0] * m[1]], 3) * turn.scaling
-    angles = turn.positions[..., None].float() * turn.inv_freq
-    table = torch.cat([angles.cos(), angles.sin()], -1).transpose(1, 2)[:, None]  # [#b, 1, 2f, t]
-    still = (query[..., 2 * f :] * part[..., 2 * f :]).sum(-1, keepdim=True)
-    return (waves @ table + still).contiguous()
+    """What a constant of the keys adds to each score. In float64, some tokens at a time: it may be hundreds of times
+    what varies, and a caller may allow products of float32 to be rounded."""
+    query, turn = constant.query.double(), constant.turn
+    inv_freq = query.new_zeros(0) if turn is None else turn.inv_freq.double()
+    positions = torch.zeros(1, tokens, device=query.device) if turn is None else turn.positions
+    rows = waves(query, constant.part.double(), len(inv_freq), turn is not None and turn.interleaved)
+    found = torch.empty(*query.shape[:3], tokens, device=query.device)
+    for at in range(0, tokens, AT_ONCE):
+        angles = positions[:, at : at + AT_ONCE, None].double() * inv_freq
+        scaling = 1.0 if turn is None else turn.scaling
+        found[..., at : at + AT_ONCE] = rows @ wave_table(angles.cos() * scaling, angles.sin() * scaling).mT
+    return found
 
 
 def _power(count: int) -> int:

@@ -40,6 +40,26 @@ def rotate(
     return out
 
 
+def waves(
+    query: Float[Tensor, "b h x d"], part: Float[Tensor, "h d"], pairs: int, interleaved: bool
+) -> Float[Tensor, "b h x w"]:
+    """What a part that all keys have before RoPE adds to scores, q . R(a) m = (q . m) cos a + (q x m) sin a: factors of
+    each pair's cosine, of each one's sine, and of what does not turn, w = 2 * pairs + 1."""
+    if interleaved:
+        a, b = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        a, b = slice(0, pairs), slice(pairs, 2 * pairs)
+    m, rest = part[:, None], slice(2 * pairs, None)
+    even = query[..., a] * m[..., a] + query[..., b] * m[..., b]
+    odd = query[..., b] * m[..., a] - query[..., a] * m[..., b]
+    return torch.cat([even, odd, (query[..., rest] * m[..., rest]).sum(-1, keepdim=True)], -1)
+
+
+def wave_table(cos: Float[Tensor, "b t f"], sin: Float[Tensor, "b t f"]) -> Float[Tensor, "b 1 t w"]:
+    """What the factors of `waves` are multiplied with at each token."""
+    return torch.cat([cos, sin, cos.new_ones(*cos.shape[:2], 1)], -1)[:, None]
+
+
 def _with_gradient(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """The same for training: autograd takes nothing that is written in place."""
     pairs = cos.shape[-1]

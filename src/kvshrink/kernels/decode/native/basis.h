@@ -130,7 +130,7 @@ template <class T> struct Shared {
     std::vector<float> asked;  // in the order of the blocks, [b][rows][wide]
 
     Shared(const Job &j, const Rebuild<T> &how)
-        : job(j), constant(j), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
+        : job(j), constant(j, T::still > 0), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
         const int64_t count = int64_t(j.batch) * rows;
         if (!j.rebuild) {
             query.resize(count * depth);

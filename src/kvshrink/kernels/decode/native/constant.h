@@ -17,9 +17,9 @@
 // What does not change from step to step: of these frequencies, how their waves go on within a page.
 struct Waves {
     static constexpr int POWERS = 4;
-    static constexpr double SLOW = 0.15;  // radians within half a page, of which a cubic leaves 2e-5
     static constexpr double CENTRE = (PAGE - 1) / 2.0;
     const std::vector<float> given;           // frequencies of the pairs
+    const double slow;                        // radians within half a page, up to which a wave is a cubic
     int count = 0, quick = 0, depth = 0;      // waves; those that are not slow, which come first; of the product
     std::vector<int> pair;                    // of each wave; -1 for those that fill the slow ones up to whole vectors
     std::vector<float> freq;                  // of each wave
@@ -27,12 +27,12 @@ struct Waves {
     std::vector<float> powers;                // [POWERS][count]: what a slow wave gives to each, its cosine or its sine
     std::vector<double> step_cos, step_sin;   // a turn by a page
 
-    explicit Waves(std::vector<float> frequencies) : given(std::move(frequencies)) {
+    Waves(std::vector<float> frequencies, double slow) : given(std::move(frequencies)), slow(slow) {
         const int pairs = given.size();
-        for (bool slow : {false, true}) {
+        for (bool slowly : {false, true}) {
             for (int p = 0; p < pairs; p++)
-                if ((std::fabs(given[p]) * CENTRE <= SLOW) == slow) pair.push_back(p);
-            if (!slow) quick = pair.size();
+                if ((std::fabs(given[p]) * CENTRE <= slow) == slowly) pair.push_back(p);
+            if (!slowly) quick = pair.size();
         }
         pair.resize(quick + padded(pairs - quick, 16), -1);
         count = pair.size();
@@ -60,13 +60,14 @@ struct Waves {
     }
 
     // Of a job: those of the last one nearly always, since the layers of a model turn alike.
-    static std::shared_ptr<const Waves> of(const Job &job) {
+    static std::shared_ptr<const Waves> of(const Job &job, bool rounded) {
+        const double slow = rounded ? 0.15 : 0.02;  // of which a cubic leaves 2e-5 and 7e-9
         static std::mutex guard;
         static std::shared_ptr<const Waves> last;
         std::vector<float> asked;
         if (job.inv_freq) asked.assign(job.inv_freq, job.inv_freq + job.pairs);
         const std::lock_guard<std::mutex> own(guard);
-        if (!last || last->given != asked) last = std::make_shared<const Waves>(std::move(asked));
+        if (!last || last->slow != slow || last->given != asked) last = std::make_shared<const Waves>(std::move(asked), slow);
         return last;
     }
 };
@@ -75,9 +76,10 @@ struct Constant {
     std::shared_ptr<const Waves> waves;  // none where keys are whole
     std::vector<float> rows, level;      // [b][rows][2][waves]: of cosines and sines; [b][rows]: of what does not turn
 
-    explicit Constant(const Job &job) {
+    // rounded: whether other products are of bfloat16.
+    Constant(const Job &job, bool rounded) {
         if (!job.constant) return;
-        waves = Waves::of(job);
+        waves = Waves::of(job, rounded);
         const int count = job.heads * job.x, d = job.constant_wide, pairs = waves->given.size(), all = waves->count;
         rows.resize(size_t(job.batch) * count * 2 * all), level.resize(size_t(job.batch) * count);
         for (int64_t i = 0; i < int64_t(job.batch) * count; i++) {
