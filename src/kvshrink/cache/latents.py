@@ -139,6 +139,7 @@ class _Keys:
     site: Literal["k_post"] = "k_post"
     joint: bool = False
     expansion: None = None  # no kernel rebuilds them
+    constant: None = None  # MLA has no biases
 
     def absorb(self, query: Tensor) -> None:
         return None
