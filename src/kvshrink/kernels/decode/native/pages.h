@@ -126,13 +126,14 @@ struct Sixteens {
 inline void unpack_sixteens(const uint8_t *in, int bits, int channels, uint8_t *out, int stride) {
     typedef uint16_t V __attribute__((vector_size(64)));
     const int planes = 8 / bits, rows = PAGE / planes;
-    const V mask = V{} + uint16_t(((1 << bits) - 1) * 0x0101);
+    const uint16_t ones = ((1 << bits) - 1) * 0x0101, width = bits;
+    const V mask = V{} + ones, step = V{} + width;
     Sixteens place(channels, stride, out);
     for (int at = 0; at < rows * place.units; at += 4, in += 64) {
         V x;
         std::memcpy(&x, in, 64);
         place.next();
-        for (int plane = 0; plane < planes; plane++, x >>= bits) {
+        for (int plane = 0; plane < planes; plane++, x >>= step) {
             const V y = x & mask;
             place.store(&y, int64_t(plane) * rows * stride);
         }
