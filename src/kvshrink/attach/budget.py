@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
 from kvshrink.attach.families import LayerInfo, shape_of
+from kvshrink.attach.images import asks
 from kvshrink.cache.passed import has_states, is_sliding, states_of
 from kvshrink.errors import SettingError
 from kvshrink.methods import name_of
@@ -128,7 +129,7 @@ class CacheBudget:
             ]
         except SettingError:
             return 0
-        by_token = BYTES_PER_TOKEN + (method.visual is not None and self.visual > 0)  # and which came from images
+        by_token = BYTES_PER_TOKEN + (asks(method) and self.visual > 0)  # and which came from images
         return sum(parts) + by_token * self.tokens + self.fixed
 
     def byte_ratio(self, method: Method) -> float:

@@ -1,5 +1,6 @@
 """Which tokens of a step came from images or videos: as the model itself finds them, by the ids in its input."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.shapes import Bool
 from kvshrink.store.modes import at_once
 
+log = logging.getLogger("kvshrink")
 # as configs name the ids that a processor puts where an image's or a video's tokens go
 IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 # how names of what they are made of begin; `generate` may have run the vision tower before
@@ -47,11 +49,14 @@ def mark_images(module: Any, args: tuple, kwargs: dict) -> None:
 @at_once
 def _mark(module: Any, given: Mapping[str, Any], cache: KVCache) -> None:
     found, types, cache.visual = given.get("input_ids"), given.get("mm_token_type_ids"), None
-    if not any(name.startswith(GIVEN) and _there(value) for name, value in given.items()):
-        return  # an id that the model wrote itself is no image
+    shown = any(name.startswith(GIVEN) and _there(value) for name, value in given.items())
     if isinstance(found, Tensor):
-        cache.visual = torch.isin(found, torch.tensor(ids_of(module), device=found.device))
-    elif isinstance(types, Tensor):
+        marks = torch.isin(found, torch.tensor(ids_of(module), device=found.device))
+        if shown:
+            cache.visual = marks
+        elif found.shape[-1] > 1 and bool(marks.any()):  # a single one the model may have written itself
+            log.warning("%d ids of images, but no image that is known as one: stored as text.", int(marks.sum()))
+    elif shown and isinstance(types, Tensor):
         cache.visual = types > 0
 
 

@@ -69,9 +69,8 @@ class Rope:
         if self.long is None:
             angles = positions[..., None].float() * self.inv_freq
         else:
-            far = positions >= FAR
-            frequencies = torch.where(far[..., None], self.long, self.inv_freq)
-            angles = torch.where(far, positions - FAR, positions)[..., None].float() * frequencies
+            frequencies = torch.where((positions >= FAR)[..., None], self.long, self.inv_freq)
+            angles = plain(positions)[..., None].float() * frequencies
         if self.scaling == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos() * self.scaling, angles.sin() * self.scaling

@@ -37,7 +37,9 @@ def visual_tier(method: Method, shape: LayerShape, fitted: Fitted, codecs: tuple
         return None
     if codecs is None or method.stores_delta({}) or codecs[0].reads(2**20) is not None:
         name = methods.name_of(method)
-        raise SettingError(f"{name} drops tokens, skips some or stores what layers add, so visual= has no meaning.")
+        raise SettingError(
+            f"{name} drops tokens, skips some or stores what layers add, so visual= has no meaning. Leave it out."
+        )
     return Tier(own.codecs(shape, fitted), visual=True)
 
 
@@ -58,8 +60,9 @@ def visual_bytes(method: Method, shape: LayerShape, fitted: Fitted, tokens: int,
 @lru_cache
 def _built(text: str) -> Method:
     name, _, settings = text.partition(":")
-    found = methods.build(name.strip(), parse_settings(settings))
-    if given := {"window", "sinks", "window_bits"} & set(parse_settings(settings)):
+    own = parse_settings(settings)
+    found = methods.build(name.strip(), own)
+    if given := {"window", "sinks", "window_bits"} & set(own):
         raise SettingError(f"visual={text!r}: {sorted(given)[0]} is one for all tokens. Set it for the method itself.")
     reason = "must be fitted" if found.needs_fit else found.apart({})
     reason = reason or ("has an image method itself" if found.visual is not None else None)
