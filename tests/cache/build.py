@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvshrink.attach.judging import shared_out
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.scoring import ProbeQueries
@@ -71,10 +72,14 @@ def feed(
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + s, dtype=torch.int32).expand(b, s)
     out = []
+    scorer = cache.compressed[0].policy.scorer if cache.compressed else None
+    if scorer is not None and scorer.judged and s > 1:
+        cache.judged = shared_out(cache, {i: torch.rand(b, k.shape[1], s) for i, k in enumerate(keys)}, real)
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
         probe, layer = None, cache.layers[i]
         if asked and (rows := layer.probes(s)) is not None:
             probe = ProbeQueries(rows, torch.randn(b, 2 * k.shape[1], len(rows), k.shape[3]).to(k.dtype), None)
         cache.stage(i, positions, real, rope, own, "model", probe)
         out.append(cache.update(k, v, i))
+    cache.judged = None
     return out

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from kvshrink.methods._evicting import Evicting
-from kvshrink.methods._policy import Budget, Received, Scorer
+from kvshrink.methods._budgets import Budget
+from kvshrink.methods._evidence import Evidence
+from kvshrink.methods._policy import Scorer
 
 SHARES = (0.6, 0.25)  # of the pages that left, which each head holds
 
@@ -17,8 +19,8 @@ class LastQuery(Scorer):
     def queries(self, count: int) -> torch.Tensor:
         return torch.tensor([count - 1])
 
-    def importance(self, received: Received) -> torch.Tensor:
-        return torch.zeros_like(received.mass)
+    def importance(self, seen: Evidence) -> torch.Tensor:
+        return torch.zeros_like(seen.got)
 
 
 @dataclass(frozen=True)
@@ -36,5 +38,8 @@ class ByHead(Budget):
 class FirstOfEachHead(Evicting):
     """Heads that hold different numbers of tokens, the first ones."""
 
-    scorer = LastQuery()
-    token_budget = ByHead()
+    def scorer(self, fitted) -> Scorer:
+        return LastQuery()
+
+    def budget(self, ratio, fitted) -> Budget:
+        return ByHead()

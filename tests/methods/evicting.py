@@ -69,11 +69,11 @@ class Steps:
             real = self.real(row)
             sinks = list(np.nonzero(real)[0][: self.method.sinks])
             known = [self._mass(queries[row], row, n, first, asked, real, sinks) for n in range(2)]
-            scorer = self.method.scorer
+            scorer = self.method.scorer({})
             for head, (mass, count) in zip(heads, known, strict=True):
                 window = np.arange(first, length)
                 new = self._importance(scorer, mass[window], count[window])
-                if scorer.running:
+                if scorer.remembers:
                     for c in head.kept:
                         head.kept[c] += mass[c]
                     new = new + np.array([head.scores.get(c, 0.0) for c in window])
@@ -89,7 +89,7 @@ class Steps:
 
     def counts(self, row: int, pages: int) -> list[int]:
         """Tokens of each head."""
-        budget = self.method.token_budget
+        budget = self.method.budget(self.method.ratio, {})
         if not hasattr(budget, "floor"):
             return [budget.of(pages) * 32] * 2
         table = np.full((2, pages * 32), -np.inf)
@@ -98,7 +98,7 @@ class Steps:
         return [int(n) * 32 for n in wanted(table, budget.ratio, budget.floor, 32)]
 
     def _importance(self, scorer, mass: np.ndarray, count: np.ndarray) -> np.ndarray:
-        if scorer.running:
+        if scorer.remembers:
             return mass
         plain, side = mass / np.maximum(count, 1), scorer.pool // 2
         return np.array([plain[max(0, i - side) : i + side + 1].mean() for i in range(len(plain))])

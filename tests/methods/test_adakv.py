@@ -9,7 +9,7 @@ from tests.methods.evicting import SHAPE, Steps, wanted
 @pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
 def test_heads_share_a_layers_budget(floor):
     importance = torch.randn(3, 4, 320).exp() * torch.tensor([1.0, 3.0, 0.1, 1.0])[:, None]
-    got = Shared(0.25, floor).counts(importance, torch.tensor([10, 10, 10]), 32)
+    got = Shared(0.25, None, floor).counts(importance, torch.tensor([10, 10, 10]), 32)
     for row in range(3):
         want = wanted(importance[row].double().numpy(), 0.25, floor, 32)
         assert (got[row].numpy() == want * 32).all()

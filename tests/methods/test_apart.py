@@ -85,7 +85,7 @@ def test_a_method_is_its_codecs_or_says_that_it_is_more(model, ready, recall, ju
     more = any(len(tier) > 1 or tier[0].codecs is None for tier in tiers) or any(
         codec.needs_importance or codec.joint or (codec.reads(1000) or 1000) < 1000 for codec in codecs
     )
-    more = more or method.token_budget is not None
+    more = more or method.policy(shape, {}).budget is not None
     assert bool(artifact.apart) == (more or any(map(method.stores_delta, artifact.layers.values())))
     assert artifact.apart is None or method.apart({}), "what may be is said before a fit"
     ids = recall.made[:1, :100]

@@ -19,7 +19,7 @@ from kvshrink.errors import DataError
 from kvshrink.kernels import native
 from kvshrink.kernels.pack.reference import WIDTHS
 from kvshrink.methods._packing import Codebook
-from kvshrink.methods._stats import LayerShape
+from kvshrink.methods._stats import SOME, LayerShape
 from kvshrink.store.bytes import nbytes
 from kvshrink.store.growth import slots_for
 from tests.cache.build import feed, make
@@ -258,7 +258,7 @@ def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, stats_of):
     shape = LayerShape(2, 8, torch.float32)
     cache = make(method, shape, [method.fit_layer(stats_of(shape)) if method.needs_fit else {}])
     layer = cache.layers[0]
-    chooses = method.token_budget is not None
+    chooses = method.policy(shape, {}).budget is not None
 
     def append(tokens: int) -> None:
         k, v = torch.randn(2, 1, 2, tokens, 8)
@@ -275,7 +275,7 @@ def test_nothing_drifts_while_a_thousand_tokens_are_appended(method, stats_of):
 
     def tokens() -> dict[tuple[int, int], dict[str, torch.Tensor]]:
         """What each token comes back as, by its head and column."""
-        records, slots = layer.pages.records(), layer.pages.slots[0]
+        records, slots = layer.pages.records(), layer.pages.slots[0].expand(2, -1)  # of one lane for both heads
         rows = [codec.decode(records.under(f"{kv}."), 2)[0] for kv, codec in zip("kv", layer.codecs, strict=True)]
         heads, at = (slots >= 0).nonzero(as_tuple=True)
         assert len(slots) == 2
@@ -378,7 +378,7 @@ def test_attention_by_the_fused_kernel_and_block_by_block_agree(method, shape, f
     for count in (600, 33, 32):
         seen = cache.get_seq_length()
         feed(cache, rows(count), rows(count), rope, real[:, seen : seen + count])
-    cache.crop(-(cache.layers[0].window.count if method.token_budget is not None else 67))
+    cache.crop(-(cache.layers[0].window.count if method.policy(SOME, {}).budget is not None else 67))
 
     def fused(*args):
         found = real_fused(*args)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvshrink.attach.grouped import grouped
 from kvshrink.attach.implementation import NAME, previous
 from kvshrink.attach.keywords import check_keywords, plain
+from kvshrink.attach.listening import tell
 from kvshrink.cache.attend import attend
 from kvshrink.cache.latents import Pending, attend_latents, taken
 from kvshrink.cache.snapshot import Snapshot
@@ -40,6 +41,7 @@ def kvshrink_attention(
         pending = taken(module)
         if pending is not None:
             return _over_latents(pending, module, query, attention_mask, scaling, softcap, kwargs), None
+        tell(query, key, scaling, softcap)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
     return _over(snapshot, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
 

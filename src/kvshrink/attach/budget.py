@@ -123,9 +123,10 @@ class CacheBudget:
         """Bytes that the method promises to hold of one sequence; 0 for a setting that is too small for the model."""
         try:
             method = self.resolved(method)
+            every = [(method.at_layer(i, len(self.layers)), s) for i, s in enumerate(self.layers)]
             parts = [
-                n * (method.layer_bytes(s, {}, self.tokens) + visual_bytes(method, s, {}, self.tokens, self.visual))
-                for s, n in Counter(self.layers).items()
+                n * (m.layer_bytes(s, {}, self.tokens) + visual_bytes(m, s, {}, self.tokens, self.visual))
+                for (m, s), n in Counter(every).items()
             ]
         except SettingError:
             return 0

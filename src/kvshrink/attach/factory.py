@@ -78,7 +78,10 @@ def make_cache(model: Any, method: Any, watch: bool = False) -> KVCache:
             watched = _watch(artifact, i, ladders[i][0].codecs, _like(attachment, i)) if watch else None
             delta = artifact.method.stores_delta(artifact.layers.get(i, {}))
             base = [x for x in layers if isinstance(x, CompressedLayer)][-1] if delta else None
-            given = (artifact.method, shape, ladders[i], table, watched, base)
+            place = (sum(isinstance(x, CompressedLayer) for x in layers), len(ladders))
+            own = artifact.method.at_layer(*place)
+            policy = own.policy(shape, _on(artifact.layers.get(i, {}), _like(attachment, i)))
+            given = (own, shape, ladders[i], table, watched, base, policy)
             states = getattr(theirs[i], "number_of_states", None)
             layers.append(CompressedLayer(*given) if states is None else StateAndCompressedLayer(states, *given))
     device = next(model.parameters()).device
@@ -124,6 +127,10 @@ def _check_codecs(attachment: Attachment, artifact: Artifact, ladders: Mapping[i
                 stacklevel=4,
             )
             return
+
+
+def _on(fitted: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {k: t.to(device) for k, t in fitted.items()}
 
 
 def _like(attachment: Attachment, layer: int) -> torch.device:

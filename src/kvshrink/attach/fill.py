@@ -8,7 +8,7 @@ tokens by importance.
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,34 @@ from transformers import DynamicCache
 
 from kvshrink.attach.hook import Attachment
 from kvshrink.attach.inputs import by_name
+from kvshrink.attach.judging import judged_by_reading_again, shared_out
 from kvshrink.attach.look import layers_of
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.passed import has_states, restore_states, states_of
 from kvshrink.cache.scoring import ProbeQueries
+from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import SOME
 from kvshrink.store.modes import without_dropout
 
-Asked = Callable[[int], Tensor]  # of so many tokens, those that are asked, in order
+class Wanted(NamedTuple):
+    """What methods want of a prompt beside keys and values, to rank tokens as they do.
+
+    asked: of so many tokens, those that must give their queries, in order; None: none. hidden: whether layers' inputs
+    are wanted. judged: whether the model is to read the prompt again (attach/judging.py).
+    """
+
+    asked: Callable[[int], Tensor] | None = None
+    hidden: bool = False
+    judged: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return self == Wanted()
+
+
+NOTHING = Wanted()
 
 
 def held_by(layer: Any) -> tuple[Tensor, Tensor]:
@@ -34,15 +53,16 @@ def held_by(layer: Any) -> tuple[Tensor, Tensor]:
 
 @without_dropout
 @torch.inference_mode()
-def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: Asked | None = None) -> DynamicCache:
-    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. asked: as `asked_by` says."""
+def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, wanted: Wanted = NOTHING) -> DynamicCache:
+    """The full cache after these tokens [b, t]; mask [b, t] is 0 at left pads. wanted: as `wanted_by` says."""
     dense = DynamicCache(config=model.config)
     given: dict = {} if mask is None else {"attention_mask": mask, "position_ids": positions_of(mask)}
-    found: dict[int, Any] = {}
+    asked: dict[int, ProbeQueries] = {}
+    hidden: dict[int, Tensor] = {}
     hooks = []
-    if asked is not None:
+    if wanted.asked is not None or wanted.hidden:
         hooks = [
-            info.module.register_forward_pre_hook(partial(_listen, found, i, asked), with_kwargs=True)
+            info.module.register_forward_pre_hook(partial(_listen, asked, hidden, i, wanted), with_kwargs=True)
             for i, info in enumerate(layers_of(model))
             if info.compressed
         ]
@@ -52,27 +72,40 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, asked: Asked | 
         for hook in hooks:
             hook.remove()
     made: Any = dense
-    made.asked = found
+    made.asked, made.hidden = asked, hidden
     for layer in made.layers:
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
         if isinstance(getattr(layer, "keys", None), Tensor):
             layer.keys, layer.values = _own(layer.keys), _own(layer.values)
+    made.judged = judged_by_reading_again(model, dense, ids, mask) if wanted.judged else None
     return dense
 
 
-def asked_by(methods: Iterable[Any]) -> Asked | None:
-    """Which of a prompt's tokens must give their queries, in order, so that each of these methods or artifacts can rank
-    tokens as it does; None: no method ranks them."""
-    found = [getattr(getattr(m, "method", m), "scorer", None) for m in methods]
-    scorers = [s for s in found if s is not None]
-    return (lambda count: torch.cat([s.queries(count) for s in scorers]).unique()) if scorers else None
+def wanted_by(methods: Iterable[Any]) -> Wanted:
+    """What each of these methods or artifacts wants, together. None among them is no method."""
+    own = [getattr(m, "method", m) for m in methods if m is not None]
+    scorers = [s for m in own if isinstance(m, Method) and (s := m.policy(SOME, {}).scorer) is not None]
+    asking = [s for s in scorers if s.asks]
+    asked = (lambda count: torch.cat([s.queries(count) for s in asking]).unique()) if asking else None
+    return Wanted(asked, any(s.hidden for s in scorers), any(s.judged for s in scorers))
 
 
-def _listen(found: dict[int, Any], index: int, asked: Asked, module: Any, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of an attention module: the queries of the tokens that are asked."""
+def _listen(
+    asked: dict[int, ProbeQueries],
+    hidden: dict[int, Tensor],
+    index: int,
+    wanted: Wanted,
+    module: Any,
+    args: tuple,
+    kwargs: dict,
+) -> None:
+    """Pre-hook of an attention module: its input, and the queries of the tokens that are asked."""
     given = by_name(module, args, kwargs)
-    hidden = given["hidden_states"]
-    found[index] = probe_queries_of(module, given, asked(hidden.shape[1]).to(hidden.device))
+    states = given["hidden_states"]
+    if wanted.hidden:
+        hidden[index] = states
+    if wanted.asked is not None:
+        asked[index] = probe_queries_of(module, given, wanted.asked(states.shape[1]).to(states.device))
 
 
 def _own(tensor: Any) -> Any:
@@ -83,6 +116,8 @@ def _own(tensor: Any) -> Any:
 @torch.inference_mode()
 def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None = None) -> None:
     """Give an empty cache the keys and values of a prefill, layer by layer. mask as for `prefill`."""
+    raw = getattr(dense, "judged", None)
+    cache.judged = None if raw is None else shared_out(cache, raw, mask)
     for i, info in enumerate(attachment.layers):
         if not info.compressed:
             before, own = getattr(cache.layers[i], "shape", None), copy.deepcopy(dense.layers[i])
@@ -102,8 +137,11 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         layer, asked = cache.layers[i], None
         if isinstance(layer, CompressedLayer) and (rows := layer.probes(t)) is not None:
             asked = _part(getattr(dense, "asked", {}).get(i), rows)
-        cache.stage(i, positions.to(torch.int32), real, info.rope, not info.latent, cache.model, asked)
+        hidden = getattr(dense, "hidden", {}).get(i)
+        own = not info.latent
+        cache.stage(i, positions.to(torch.int32), real, info.rope, own, cache.model, asked, hidden=hidden)
         cache.update(keys, values, i)
+    cache.judged = None
 
 
 def _part(given: ProbeQueries | None, rows: Tensor) -> ProbeQueries | None:

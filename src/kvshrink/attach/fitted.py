@@ -12,7 +12,7 @@ from kvshrink.cache.layout import try_out
 from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Fitted, Method, Stored
-from kvshrink.methods._stats import LayerShape
+from kvshrink.methods._stats import SOME, LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.methods.artifact import LOOKED_AT, Artifact
 from kvshrink.methods.visual import visual_tier
@@ -116,8 +116,9 @@ def check_widths(info: LayerInfo, method: Method, index: int, joint: bool = Fals
 
 def check_queries(info: LayerInfo, method: Method, index: int) -> None:
     """Raise SettingError if a method asks for queries, or drops tokens, where keys are made of what is cached."""
-    drops = method.token_budget is not None or method.drops_tokens
-    if info.latent and (method.scorer is not None or method.samples or drops):
+    policy = method.policy(SOME, {})
+    drops = policy.budget is not None or method.drops_tokens
+    if info.latent and (policy.scorer is not None or method.samples or drops):
         raise SettingError(
             f"{name_of(method)} ranks, learns from or drops what queries meet, but layer {index} makes its keys "
             "of what is cached. Use a quantiser that learns nothing, such as turboquant, rtn or kivi."

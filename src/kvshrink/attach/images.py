@@ -12,6 +12,7 @@ from kvshrink.cache.cache import KVCache
 from kvshrink.errors import CacheError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Method
+from kvshrink.methods._stats import SOME
 from kvshrink.shapes import Bool
 from kvshrink.store.modes import at_once
 
@@ -24,7 +25,7 @@ GIVEN = ("pixel_values", "mm_encoder_outputs", "image_embeds", "video_embeds", "
 
 def asks(method: Method) -> bool:
     """Whether a method treats tokens of images in another way."""
-    return method.visual is not None or method.visual_budget is not None
+    return method.visual is not None or method.policy(SOME, {}).visual is not None
 
 
 def ids_of(module: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from kvshrink.attach.families import LayerInfo
 from kvshrink.attach.images import check_marks
 from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.inputs import by_name, extra
+from kvshrink.attach.judging import judged_prompt
 from kvshrink.attach.keywords import check_keywords
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
@@ -66,7 +67,9 @@ class Stage:
             positions = rope.marked(positions)
         if (rows := layer.probes(s)) is not None:
             probe_queries = probe_queries_of(module, given, rows.to(hidden.device))
-        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, maker if own else None)
+        scorer = layer.policy.scorer
+        hidden = hidden if scorer is not None and scorer.hidden else None
+        cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, maker if own else None, hidden)
 
 
 @torch.no_grad()
@@ -93,6 +96,7 @@ class CheckInput:
         cache = given.get("past_key_values")
         if isinstance(cache, KVCache):
             _check_input(self, cache, module, given)
+            cache.judged = judged_prompt(cache, module, given)  # a step of its own, which may be interrupted
 
 
 @at_once
@@ -135,4 +139,4 @@ def end_step(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
 
 @at_once
 def _ended(cache: KVCache) -> None:
-    cache.whole, cache.turned_by, cache.stepping, cache.visual = True, None, False, None
+    cache.whole, cache.turned_by, cache.stepping, cache.visual, cache.judged = True, None, False, None, None

@@ -165,11 +165,12 @@ class Body:
                     self.hold(old, pages, trim=False)
             self.hold(young, staying)
 
-    def add_importance(self, more: Float[Tensor, "b h slots"]) -> None:
-        """To that of the stored tokens, of one KV head a lane."""
+    def add_importance(self, more: Float[Tensor, "b h slots"], fade: float = 1.0) -> None:
+        """To that of the stored tokens times `fade`, by KV head: a lane has the mean of its heads."""
         kept = self.ages[0].kept
         assert isinstance(kept, Ragged)
-        self.ages[0].kept, self.ages[0].view = kept.more_important(more), None
+        own = more.unflatten(1, (self.lanes, -1)).mean(2)
+        self.ages[0].kept, self.ages[0].view = kept.more_important(own, fade), None
 
     def crop(self, lengths: np.ndarray) -> None:
         """Forget a row's columns from its length on. What has grown old stays so."""

@@ -58,6 +58,7 @@ class KVCache(SavedCache):
         self.fitted = fitted  # digest of the method's settings and tensors
         self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
         self.visual: Tensor | None = None  # of a step, bool [b, s]: which new tokens came from images, where one asks
+        self.judged: dict[int, Tensor] | None = None  # of a step, what the model said of its tokens when it read them again
         self.stepping = False  # whether the attached decoder is within a step
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 
@@ -118,18 +119,24 @@ class KVCache(SavedCache):
         model: str,
         probe_queries: ProbeQueries | None = None,
         maker: Maker | None = None,
+        hidden: Tensor | None = None,
     ) -> None:
         """Called by the attention hook before each layer: what `update` needs and transformers does not pass.
 
         positions int [b or 1, s]; real bool [b, s], False at pads, None if there are none; probe_queries: for a
-        layer whose `probes` named some of the s tokens; maker: of latents, what makes keys of them.
+        layer whose `probes` named some of the s tokens; maker: of latents, what makes keys of them; hidden: the layer's
+        input, where its tokens are ranked by it.
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             return
         if model != self.model:
             raise CacheError("this cache was made for another model. Make one with make_cache(model, ...).")
-        layer.staged = Staged(positions, real, rope, own_attention, probe_queries, self.visual, maker)
+        judged = None if self.judged is None else self.judged.get(layer_idx)
+        visual = self.visual
+        layer.staged = Staged(
+            positions, real, rope, own_attention, probe_queries, hidden, judged, visual=visual, maker=maker
+        )
 
     # --- batch and length, over layers and the token table together ---
 

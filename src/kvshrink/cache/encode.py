@@ -8,6 +8,8 @@ from torch import Tensor
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.shapes import Bool, Float
 
+ENCODE_TOKENS = 2048  # encoded at a time in a prefill, so that float32 copies stay small
+
 
 def encode(
     codecs: tuple[Codec, Codec],

@@ -24,6 +24,7 @@ from kvshrink.cache.step import SNAPSHOT, Staged, appending
 from kvshrink.cache.window import Window
 from kvshrink.cache.writing import Leave
 from kvshrink.errors import CacheError
+from kvshrink.methods._policy import Policy
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
@@ -46,17 +47,19 @@ class CompressedLayer(RowsLayer):
         table: TokenTable,
         watch: DriftWatch | None = None,
         base: "CompressedLayer | None" = None,
+        policy: Policy | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # transformers' own
         self.method, self.shape, self.tiers, self.table = method, shape, tiers, table
         self.watch, self.base = watch, base  # base: the layer that this one follows
+        self.policy = method.policy(shape, {}) if policy is None else policy
         self.staged: Staged | None = None
         self.exact, self.rounded = WindowForm(None, shape), method.window_form(shape)
         self._clear()
 
     def like(self, table: TokenTable, watch: DriftWatch | None, base: "CompressedLayer | None") -> "CompressedLayer":
         """An empty layer of the same kind under another table."""
-        return CompressedLayer(self.method, self.shape, self.tiers, table, watch, base)
+        return CompressedLayer(self.method, self.shape, self.tiers, table, watch, base, self.policy)
 
     @property
     def codecs(self) -> tuple[Codec, Codec] | None:
@@ -73,9 +76,8 @@ class CompressedLayer(RowsLayer):
         self.whole = True
         self.sinks = Sinks(self.method.sinks)
         self.window = Window(self.method.window + self.method.page, self._form)
-        self.body = Body(
-            self.tiers, self.method.page, self.method.lanes(self.shape), self.method.token_budget is not None
-        )
+        lanes = self.method.lanes(self.shape, self.tiers)
+        self.body = Body(self.tiers, self.method.page, lanes, self.policy.budget is not None)
         if self.watch is not None:
             self.watch.clear()
 
@@ -115,6 +117,7 @@ class CompressedLayer(RowsLayer):
         snapshot = self._snapshot(before, count, keys.device, staged.rope, held)
         leave = Leave(
             self.method,
+            self.policy,
             self.codecs,
             self.tiers[-1].codecs if self.tiers[-1].visual else None,
             self.table,
@@ -125,9 +128,9 @@ class CompressedLayer(RowsLayer):
             self._base_pages,
             snapshot,
         )
-        ranked = leave.rank(staged.probe_queries, keys, new)
+        ranked = leave.rank(staged, keys, values, new)
         if self.leaves and held is None:
-            leave.run(keys, values, ranked)
+            leave.run(keys, values, ranked, new)
             self.window.hold(self._form)
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:
@@ -158,7 +161,7 @@ class CompressedLayer(RowsLayer):
         first, method = self.seen - self.window.count, self.method
         alike = self.window.starts is None and self.table.shifts is None
         more = first > 0 or bool(before) or self.sinks.keys is not None
-        return more and alike and method.scorer is None and quiet(first, self.seen, method.window, method.page)
+        return more and alike and self.policy.scorer is None and quiet(first, self.seen, method.window, method.page)
 
     def _snapshot(
         self, before: tuple[Any, ...], count: int, device: torch.device, rope: Rope | None, held: HeldRows | None
@@ -232,15 +235,15 @@ class CompressedLayer(RowsLayer):
 
     def probes(self, count: int) -> Tensor | None:
         """Which of `count` new tokens must give their queries to `stage`; None: none is asked in this step."""
-        scorer = self.method.scorer
-        if scorer is None:
+        scorer = self.policy.scorer
+        if scorer is None or not scorer.asks:
             return None
         known = self.table.length == self.seen  # else the table has the new columns already
         lengths = (self.table.lengths + (count if known else 0)) if self.table.rows else np.full(1, count)
         starts = 0 if self.window.starts is None else self.window.starts
         exact = np.minimum(lengths, self.window.count - starts + count)
         leaves = left(lengths, self.method.window, self.method.page) > lengths - exact
-        return scorer.queries(count) if scorer.running or bool(np.any(leaves)) else None
+        return scorer.queries(count) if scorer.remembers or bool(np.any(leaves)) else None
 
     # --- bytes and state ---
 

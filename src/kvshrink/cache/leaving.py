@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
+from kvshrink.store.tokens import TokenTable
 
 
 class Leaving(NamedTuple):
@@ -128,3 +129,20 @@ def cut(whole: Paged, start: int, stop: int, page: int) -> Paged:
         whole.first[:, start:stop],
         whole.used[:, :, start:stop],
     )
+
+
+def own_columns(part: Paged, page: int) -> Int[Tensor, "b t"]:
+    """A row's own column of every slot."""
+    slots = part.first[:, :, None] + np.arange(page)
+    return torch.from_numpy(slots.reshape(len(slots), -1)).to(part.keys.device)
+
+
+def of_images(table: TokenTable, columns: Int[Tensor, "b t"], rows: np.ndarray) -> Bool[Tensor, "b t"]:
+    """Which of these rows' own columns are tokens of images."""
+    visual = table.visual
+    assert visual is not None
+    shifts = np.zeros(len(rows), np.int64) if table.shifts is None else table.shifts[rows]
+    own = columns.to(visual.device).long()
+    at = own + torch.from_numpy(shifts[:, None]).to(visual.device)
+    found = visual[torch.from_numpy(rows).to(visual.device)].gather(1, at.clamp(0, visual.shape[1] - 1))
+    return (found & (own >= 0)).to(columns.device)

@@ -221,10 +221,10 @@ class Window:
         own |= {} if self.scores is None else {"scores": self.scores}
         return own if self.shared is None else own | {f"shared.{k}": t for k, t in self.shared._asdict().items()}
 
-    def add_scores(self, more: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-        """Importance of the tokens so far and of the step's, the newest ones behind."""
+    def add_scores(self, more: Float[Tensor, "b h w"], fade: float = 1.0) -> Float[Tensor, "b h w"]:
+        """Importance of the tokens so far, times `fade`, and of the step's, the newest ones behind."""
         old = more.new_zeros(*more.shape[:2], 0) if self.scores is None else self.scores
-        self.scores = more + pad(old, (0, more.shape[2] - old.shape[2]))
+        self.scores = more + pad(old if fade == 1.0 else old * fade, (0, more.shape[2] - old.shape[2]))
         return self.scores
 
     def state(self) -> dict[str, Tensor]:

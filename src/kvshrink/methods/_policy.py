@@ -1,79 +1,107 @@
-"""Which tokens to keep, and how many: Scorer and Budget. What becomes of a token is for the ladder of tiers to say.
+"""Which tokens stay, and how many: Scorer, Budget, and the Policy that holds both. What becomes of a token's bytes is for
+the ladder of tiers to say.
 
-A Scorer turns the attention that tokens got into importance; pads, sinks and the window are the framework's. A Budget
-says how many tokens each lane may hold of those that left the window; the framework keeps the most important ones.
+A Scorer makes importance of what is known of tokens (methods/_evidence.py); pads, sinks and the window are the
+framework's. A Budget (methods/_budgets.py) says how many tokens each lane may hold of those that left the window; the
+framework keeps the most important ones.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, final
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from kvshrink.shapes import Float, Int
+from kvshrink.methods._budgets import Budget
+from kvshrink.methods._evidence import Evidence, Reduce
+from kvshrink.shapes import Bool, Float, Int
 
 SHARE = 0.05  # of a step's queries: the last ones, and as many random ones
 SEED = 0
 
-
-class Received(NamedTuple):
-    """Attention that tokens got from some queries of a step.
-
-    mass: summed over these queries and the query heads of a KV head; seen: how many of the queries see a token.
-    """
-
-    mass: Float[Tensor, "b h t"]
-    seen: Float[Tensor, "b t"]
+Keeps = Literal["step", "sum", "latest", "own"]
+Schedule = int | Literal["page", "prompt"]
 
 
 class Scorer(ABC):
-    """Importance of tokens; of two alike the earlier one wins.
+    """Importance of tokens; of two alike the earlier one wins, inf always stays.
 
-    running:    importance adds up over steps, of stored tokens too; else it is what one step said, once.
+    keeps:  what importance is from step to step. "step": what one step said, once, when a token leaves the window;
+            "sum": it adds up over steps, of stored tokens too, what was there before times `decay` for each new token;
+            "latest": as "step", but stored tokens get what the step says too, in place of what they had;
+            "own": it is known when a token comes, from the token itself, and stays. `importance` is asked of the
+            step's new tokens alone. Safe to share a prefix by: what comes later changes nothing.
+    asks:   whether it wants queries.
+    reduce: what is made of the probabilities of the queries asked; None: the queries alone are wanted.
     everything: attention is over all that a step sees; else over the exact tokens at hand alone.
+    hidden: whether the layer's input is needed, of new tokens.
+    judged: whether the model reads a prompt again to say what of it it needs (attach/judging.py).
     """
 
-    running: ClassVar[bool] = False
+    keeps: ClassVar[Keeps] = "step"
+    asks: ClassVar[bool] = True
+    reduce: ClassVar[Reduce | None] = "sum"
     everything: ClassVar[bool] = True
+    hidden: ClassVar[bool] = False
+    judged: ClassVar[bool] = False
 
-    @abstractmethod
+    @property
+    def decay(self) -> float:
+        return 1.0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether tokens of the window have an importance already."""
+        return self.keeps in ("sum", "own")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's importance depends on nothing that comes after it."""
+        return self.keeps == "own" and not self.judged
+
     def queries(self, count: int) -> Int[Tensor, " x"]:
-        """Which of a step's `count` new tokens are asked, in order."""
+        """Which of a step's `count` new tokens are asked, in order. Not called where `asks` is False."""
+        return torch.arange(count)
+
+    def shared(
+        self, judged: Mapping[int, Float[Tensor, "b h s"]], candidates: Bool[Tensor, "b s"], pages: int, page: int
+    ) -> dict[int, Float[Tensor, "b h s"]]:
+        """What layers are told of a judged prompt, all of them together. candidates: which tokens leave the window and
+        are no sinks; pages: how many leave."""
+        return dict(judged)
+
+    def weights(self, count: int) -> Float[Tensor, " x"] | None:
+        """What each query's attention counts, of those asked of so many new tokens; None: 1."""
+        return None
 
     @abstractmethod
-    def importance(self, received: Received) -> Float[Tensor, "b h t"]:
-        """Of neighbouring tokens in the order of their columns."""
+    def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
+        """Of neighbouring tokens in the order of their columns; with `keeps` "own" of the new ones."""
 
 
-class Budget(ABC):
-    """How many of the tokens that left the window each lane may hold."""
+class Policy(NamedTuple):
+    """What becomes of a layer's tokens when they leave the window.
 
-    @abstractmethod
-    def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
-        """Tokens. importance: of the candidates, -inf for what is none; pages: how many of each row have left."""
+    scorer: by what tokens are ranked, where something depends on their importance.
+    budget: how many of the tokens that left may stay; None: all that the tiers hold.
+    visual: the same of tokens that came from images or videos; None: they are counted with all.
+    schedule: when tokens are dropped. "page": whenever a page leaves; "prompt": in steps of several tokens, and what is
+              decoded stays until the next one; a number: while decoding, once a lane holds so many above its share.
+    protect: so many first tokens of each row stay, whatever their importance.
+    merges: whether what a dropped token has joins the value of the nearest one that stays.
+    """
 
-    @abstractmethod
-    def pages(self, left: int, lanes: int) -> int:
-        """Pages that all lanes of a row hold, of so many that left."""
+    scorer: Scorer | None = None
+    budget: Budget | None = None
+    visual: Budget | None = None
+    schedule: Schedule = "page"
+    protect: int = 0
+    merges: bool = False
 
-
-@dataclass(frozen=True)
-class Uniform(Budget):
-    """The same share of tokens in every lane, rounded up to whole pages."""
-
-    ratio: float
-
-    def of(self, left: int) -> int:
-        """Pages of a lane."""
-        return -(-round(left * self.ratio * 2**20) // 2**20)  # 0.1 of 10 is 1, whatever floats say
-
-    def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
-        own = torch.tensor([self.of(n) * page for n in pages.tolist()], device=importance.device)
-        return own[:, None].expand(importance.shape[:2])
-
-    def pages(self, left: int, lanes: int) -> int:
-        return self.of(left) * lanes
+    def drops_now(self, new: int) -> bool:
+        """Whether a step of so many new tokens may drop some."""
+        return new > 1 or self.schedule != "prompt"
 
 
 @final
@@ -90,8 +118,8 @@ class NormalisedAttention(Scorer):
     def queries(self, count: int) -> Int[Tensor, " x"]:
         return probes(count)
 
-    def importance(self, received: Received) -> Float[Tensor, "b h t"]:
-        return received.mass / received.seen.clamp_min(1)[:, None]
+    def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
+        return seen.mean_mass
 
 
 def probes(count: int) -> Int[Tensor, " x"]:

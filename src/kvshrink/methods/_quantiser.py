@@ -17,7 +17,7 @@ from kvshrink.methods._codecs.basis import BasisCodec
 from kvshrink.methods._codecs.headwise import HeadwiseCodec
 from kvshrink.methods._ladder import Ladder, aged, held
 from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._policy import NormalisedAttention, Scorer
+from kvshrink.methods._policy import NormalisedAttention, Policy
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._settings import one_of
 from kvshrink.methods._stats import KV, KVS, CalibrationStats, LayerShape
@@ -206,9 +206,8 @@ class Quantiser(Method):
         some = Space(1, 64, self.page, torch.float32, True)
         return any(self.packing(kv, some, {}).needs_importance for kv in KVS)
 
-    @property
-    def scorer(self) -> Scorer | None:
-        return NormalisedAttention() if self.needs_importance else None
+    def policy(self, shape: LayerShape, fitted: Fitted) -> Policy:
+        return Policy(NormalisedAttention() if self.needs_importance else None)
 
     def apart(self, fitted: Fitted) -> str | None:
         some = Space(1, 64, self.page, torch.float32, True)

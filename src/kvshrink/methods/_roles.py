@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshrink.kernels.records import record_bytes
 from kvshrink.methods._codec import Codec as Codec
 from kvshrink.methods._packing.base import Stored as Stored
-from kvshrink.methods._policy import Budget, Scorer
+from kvshrink.methods._policy import Policy
 from kvshrink.methods._settings import EXACT, require
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._tier import Tier
@@ -70,21 +70,15 @@ class Method(metaclass=Settings):
         """Ages of the body's pages, the youngest first, whose codecs are `codecs`."""
         return (Tier(self.codecs(shape, fitted)),)
 
-    @property
-    def scorer(self) -> Scorer | None:
-        """What tokens are ranked by, where something depends on their importance."""
-        return None
+    def policy(self, shape: LayerShape, fitted: Fitted) -> Policy:
+        """Which of a layer's tokens stay, and what they are ranked by where something depends on it."""
+        return Policy()
 
-    @property
-    def token_budget(self) -> Budget | None:
-        """How many of the tokens that left the window may stay; None: all that the tiers hold."""
-        return None
+    def at_layer(self, index: int, count: int) -> "Method":
+        """The method as it is in the index-th of so many compressed layers."""
+        return self
 
-    @property
-    def visual_budget(self) -> Budget | None:
-        """The same of tokens that came from images or videos; None: they are counted with all."""
-
-    def lanes(self, shape: LayerShape) -> int:
+    def lanes(self, shape: LayerShape, tiers: Sequence[Tier]) -> int:
         """Groups of neighbouring KV heads whose tokens come and go by themselves."""
         return 1
 

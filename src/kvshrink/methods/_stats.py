@@ -54,6 +54,9 @@ class LayerShape:
         return self.numbers * self.dtype.itemsize
 
 
+SOME = LayerShape(1, 64, torch.float32)  # where what is asked does not depend on it
+
+
 @dataclass(frozen=True)
 class Moments:
     """Moments of the calibration rows of one site: mean [n], covariance [n, n], over `count` tokens."""

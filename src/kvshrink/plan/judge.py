@@ -8,7 +8,7 @@ time. A method that lets a new token read a part of the tokens does so for singl
 import torch
 
 from kvshrink.attach import attach, make_cache
-from kvshrink.attach.fill import fill, prefill
+from kvshrink.attach.fill import Wanted, fill, prefill
 from kvshrink.cache import KVCache
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._roles import Method
@@ -20,7 +20,7 @@ class Judge:
 
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
-        self.exact = prefill(self.model, recall.made[:, : -recall.tail], asked=torch.arange)
+        self.exact = prefill(self.model, recall.made[:, : -recall.tail], wanted=Wanted(torch.arange))
 
     @torch.no_grad()
     def kl(self, method: Method | Artifact) -> float:

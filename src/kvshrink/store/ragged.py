@@ -96,14 +96,15 @@ class Ragged:
             importance=importance.flatten(2),
         )
 
-    def more_important(self, more: Float[Tensor, "b L slots"]) -> "Ragged":
-        """With more importance of each token."""
+    def more_important(self, more: Float[Tensor, "b L slots"], fade: float = 1.0) -> "Ragged":
+        """With more importance of each token, and what it had times `fade`."""
         page = self.frame.page
+        old = self.importance if fade == 1.0 else (self.importance * fade).masked_fill(self.columns < 0, -torch.inf)
         if self.even:
-            return replace(self, importance=self.importance + more.reshape(-1, page))
+            return replace(self, importance=old + more.reshape(-1, page))
         there = np.arange(more.shape[2] // page) < self.counts[..., None]
         own = more.unflatten(2, (-1, page))[torch.from_numpy(there).to(more.device)]
-        return replace(self, importance=self.importance + own)
+        return replace(self, importance=old + own)
 
     @property
     def index_bytes(self) -> int:

@@ -25,7 +25,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.factory import digest_of, shapes
-from kvshrink.attach.fill import asked_by, fill, held_by, prefill
+from kvshrink.attach.fill import fill, held_by, prefill, wanted_by
 from kvshrink.attach.identity import model_key
 from kvshrink.cache import KVCache
 from kvshrink.eval import metrics
@@ -120,8 +120,8 @@ class Runner:
     ) -> Iterator[Outcome]:
         try:
             ids, mask = left_pad(group.contexts, self._pad, next(self.model.parameters()).device)
-            asked = asked_by(entry.method for entry in self.entries)
-            dense = prefill(self.model, ids, None if bool(mask.all()) else mask, asked)
+            wanted = wanted_by(entry.method for entry in self.entries)
+            dense = prefill(self.model, ids, None if bool(mask.all()) else mask, wanted)
         except Exception as error:
             if not self.isolate:
                 raise

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
-from kvshrink.attach.fill import asked_by, fill, held_by, prefill
+from kvshrink.attach.fill import fill, held_by, prefill, wanted_by
 from kvshrink.cache import KVCache
 from kvshrink.errors import EvalError
 from kvshrink.methods._roles import Method
@@ -143,7 +143,8 @@ def opened(
 ) -> tuple[DynamicCache, dict[str, KVCache | None]]:
     """The full cache after these tokens, and each method's cache filled from it (None for the full one)."""
     attachment = attach(model)
-    dense = prefill(model, ids, asked=asked_by(methods.values())) if ids.shape[1] else DynamicCache(config=model.config)
+    wanted = wanted_by(methods.values())
+    dense = prefill(model, ids, wanted=wanted) if ids.shape[1] else DynamicCache(config=model.config)
     caches: dict[str, KVCache | None] = {}
     for label, method in methods.items():
         cache = caches[label] = None if method is None else empty(model, method)

@@ -12,25 +12,23 @@ A step costs one more reading of the kept keys, in plain torch.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from kvshrink.methods._evicting import Evicting
-from kvshrink.methods._policy import Received, Scorer
-from kvshrink.shapes import Float, Int
+from kvshrink.methods._evidence import Evidence
+from kvshrink.methods._policy import Keeps, Scorer
+from kvshrink.methods._roles import Fitted
+from kvshrink.shapes import Float
 
 
 @final
 class Accumulated(Scorer):
     """The attention of all queries, added up."""
 
-    running: ClassVar[bool] = True
+    keeps: ClassVar[Keeps] = "sum"
 
-    def queries(self, count: int) -> Int[Tensor, " x"]:
-        return torch.arange(count)
-
-    def importance(self, received: Received) -> Float[Tensor, "b h t"]:
-        return received.mass
+    def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
+        return seen.got
 
 
 @final
@@ -38,8 +36,7 @@ class Accumulated(Scorer):
 class H2O(Evicting):
     """`ratio` of the tokens behind the window, those that got most attention."""
 
-    @property
-    def scorer(self) -> Scorer:
+    def scorer(self, fitted: Fitted) -> Scorer:
         return Accumulated()
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.methods._evicting import Evicting
-from kvshrink.methods._policy import Received, Scorer
+from kvshrink.methods._evidence import Evidence
+from kvshrink.methods._policy import Scorer
+from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import require
 from kvshrink.shapes import Float, Int
 
@@ -33,9 +35,9 @@ class Observed(Scorer):
     def queries(self, count: int) -> Int[Tensor, " x"]:
         return torch.arange(max(0, count - self.last), count)
 
-    def importance(self, received: Received) -> Float[Tensor, "b h t"]:
-        mass = received.mass / received.seen.clamp_min(1)[:, None]
-        return torch.nn.functional.avg_pool1d(mass, self.pool, 1, self.pool // 2, count_include_pad=False)
+    def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
+        side = self.pool // 2
+        return torch.nn.functional.avg_pool1d(seen.mean_mass, self.pool, 1, side, count_include_pad=False)
 
 
 @final
@@ -46,8 +48,7 @@ class SnapKV(Evicting):
     observed: int = 32
     pool: int = 7
 
-    @property
-    def scorer(self) -> Scorer:
+    def scorer(self, fitted: Fitted) -> Scorer:
         return Observed(self.observed, self.pool)
 
     def check(self) -> None:

@@ -30,7 +30,7 @@ from kvshrink.methods._codecs.basis import (
 )
 from kvshrink.methods._ladder import Ladder, aged, held
 from kvshrink.methods._packing import Packing, packing
-from kvshrink.methods._policy import Scorer
+from kvshrink.methods._policy import Policy
 from kvshrink.methods._quantiser import Quantiser, Space
 from kvshrink.methods._roles import Fitted, Method
 from kvshrink.methods._settings import require
@@ -193,9 +193,8 @@ class CSKV(Method):
         """Whether its quantiser ranks tokens by their importance."""
         return self.own[0] is not None and self._quantiser().needs_importance
 
-    @property
-    def scorer(self) -> Scorer | None:
-        return None if self.own[0] is None else self._quantiser().scorer
+    def policy(self, shape: LayerShape, fitted: Fitted) -> Policy:
+        return Policy() if self.own[0] is None else self._quantiser().policy(shape, {})
 
     def apart(self, fitted: Fitted) -> str | None:
         return None if self.own[0] is None else self._quantiser().apart({})

@@ -1,0 +1,175 @@
+"""What of a prompt a model needs, by its own account: it reads the prompt again behind itself, a chunk at a time, and the
+most attention that a token gets meanwhile, from any query, is its importance (KVzip, arXiv 2505.23416).
+
+Softmax is over the first tokens, the chunk and its repetition, as in the paper; the forward sees everything. A row of a
+batch is judged by itself, without its pads. Departure: the paper's request ("Repeat the previous context:") is not put
+before the chunk, since a hook knows no tokenizer; the last tokens of the chunk before are, as in the paper.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvshrink.attach.families import text_tower
+from kvshrink.attach.listening import LISTENER
+from kvshrink.cache import KVCache
+from kvshrink.cache.layer import CompressedLayer
+from kvshrink.cache.leaving import left
+from kvshrink.cache.passed import has_states
+from kvshrink.errors import CacheError
+from kvshrink.shapes import Float, Int
+from kvshrink.store.modes import evaluating, without_dropout
+
+CHUNK, BEFORE, FIRST = 2048, 8, 4  # tokens repeated at a time, of the chunk before, and of the text's beginning
+SCORE_ELEMENTS = 2**22  # probabilities alive at a time
+Scores = dict[int, Float[Tensor, "b h s"]]
+
+
+@without_dropout
+@torch.no_grad()
+def judged_by_reading_again(
+    model: Any, dense: DynamicCache, ids: Int[Tensor, "b s"], mask: Tensor | None = None
+) -> Scores:
+    """Importance of the last s tokens of a full cache, 0 to 1, by layer. mask [b, s] is 0 at pads: they get 0."""
+    tower = text_tower(model)
+    found: Scores = {}
+    for row in range(len(ids)):
+        real = slice(None) if mask is None else mask[row, -ids.shape[1] :].bool()
+        own = ids[row, real][None]
+        for i, scores in _of_row(tower, _row(dense, row, own.shape[1]), own).items():
+            if i not in found:
+                found[i] = scores.new_zeros(len(ids), scores.shape[0], ids.shape[1])
+            found[i][row, :, real] = scores
+    return found
+
+
+def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> Scores | None:
+    """Importance of a step's new tokens, where the cache's method wants the model to read them again; else None.
+
+    A later prompt is judged by itself. Raises CacheError where its ids are not known.
+    """
+    some = next((layer for layer in cache.layers if isinstance(layer, CompressedLayer)), None)
+    if some is None or some.policy.scorer is None or not some.policy.scorer.judged:
+        return None
+    ids = given.get("input_ids")
+    if ids is not None and ids.shape[1] == 1:
+        return None
+    if ids is None:
+        raise CacheError("this method lets the model read a prompt again. Pass input_ids, not inputs_embeds.")
+    if cache.get_seq_length() + ids.shape[1] < some.method.window + some.method.page:
+        return {}  # nothing leaves
+    mask = given.get("attention_mask")
+    mask = mask[:, -ids.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    dense: Any = DynamicCache(config=tower.config)
+    more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+    with evaluating(tower), torch.no_grad():
+        tower(input_ids=ids, past_key_values=dense, use_cache=True, **more)
+    return shared_out(cache, judged_by_reading_again(tower, dense, ids, mask), mask)
+
+
+def _row(dense: DynamicCache, row: int, tokens: int) -> list[Any]:
+    """The layers of one row alone, of its last tokens. What is stored is shared."""
+    layers = []
+    for layer in dense.layers:
+        if has_states(layer):
+            raise CacheError(
+                "a layer of this model is a recurrence or a convolution, so that a prompt cannot be read again behind "
+                "itself. Use a method that ranks tokens by attention, such as snapkv."
+            )
+        own = copy.copy(layer)
+        if isinstance(getattr(own, "keys", None), Tensor):
+            own.keys, own.values = (t[row : row + 1, :, -tokens:] for t in (layer.keys, layer.values))
+        if hasattr(own, "cumulative_length"):
+            own.cumulative_length = tokens
+        layers.append(own)
+    return layers
+
+
+def _of_row(tower: Any, layers: list[Any], ids: Int[Tensor, "1 n"]) -> dict[int, Float[Tensor, "h n"]]:
+    n = ids.shape[1]
+    found: dict[int, Tensor] = {}
+    for start in range(0, n, CHUNK):
+        stop, before = min(start + CHUNK, n), max(0, start - BEFORE)
+        again = ids[:, before:stop]
+        cache: Any = Reread(layers, partial(_note, found, n, start, stop, again.shape[1]))
+        positions = torch.arange(n, n + again.shape[1], device=ids.device)[None]
+        tower(input_ids=again, past_key_values=cache, position_ids=positions, use_cache=True)
+    if not found:
+        raise CacheError("the model's attention is not ours to listen to. Use model.set_attn_implementation('kvshrink').")
+    return found
+
+
+class Reread(DynamicCache):
+    """A full cache that gives its layers' keys with a listener, and keeps nothing that is read."""
+
+    def __init__(self, layers: list[Any], listen: Callable[..., None]) -> None:
+        super().__init__()
+        self.layers, self.listen = [copy.copy(layer) for layer in layers], listen
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        keys = keys.view_as(keys)
+        setattr(keys, LISTENER, partial(self.listen, layer_idx))
+        return keys, values
+
+
+def _note(
+    found: dict[int, Tensor],
+    n: int,
+    start: int,
+    stop: int,
+    again: int,
+    layer: int,
+    query: Float[Tensor, "1 q x d"],
+    keys: Float[Tensor, "1 h t d"],
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """The most that each of the chunk's tokens gets, by KV head."""
+    if keys.shape[2] != n + again:  # a sliding window has let some go
+        return
+    h = keys.shape[1]
+    columns = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop), torch.arange(n, n + again)])
+    own = keys[0][:, columns.to(keys.device)]  # [h, c, d]
+    queries = query[0].unflatten(0, (h, -1)) * scale  # [h, m, x, d]
+    before = min(FIRST, start)
+    scores = found.setdefault(layer, keys.new_zeros(h, n, dtype=torch.float32))
+    size = max(1, SCORE_ELEMENTS // (queries.shape[1] * len(columns)))
+    order = torch.arange(again, device=keys.device)
+    for head in range(h):
+        for at in range(0, again, size):
+            part = queries[head, :, at : at + size]
+            weights = (part.flatten(0, 1).to(own.dtype) @ own[head].T).float().unflatten(0, part.shape[:2])
+            if softcap is not None:
+                weights = (weights / softcap).tanh_().mul_(softcap)
+            later = order > order[at : at + size, None]
+            weights[:, :, -again:].masked_fill_(later, -torch.inf)
+            most = weights.softmax(-1)[:, :, before : before + stop - start].amax((0, 1))
+            scores[head, start:stop] = torch.maximum(scores[head, start:stop], most)
+
+
+def shared_out(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: Tensor | None) -> Scores:
+    """Importance as the cache's scorer wants it of the prompt's scores, over all layers together."""
+    layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
+    own = {i: raw[i] for i in layers if i in raw}
+    if not own:
+        return {}
+    some, first = layers[next(iter(own))], next(iter(own.values()))
+    scorer, method, s = some.policy.scorer, some.method, first.shape[2]
+    if scorer is None or not scorer.judged:
+        return {}
+    held = cache.get_seq_length()
+    every = torch.arange(s, device=first.device).expand(len(first), s)
+    leaving = torch.from_numpy(left(torch.tensor([held + s]).numpy(), method.window, method.page)).to(first.device)
+    candidates = every + held < leaving[:, None]
+    if mask is not None:
+        candidates = candidates & mask[:, -s:].bool()
+    counted = candidates.int().cumsum(1)
+    if not held:
+        candidates = candidates & (counted > method.sinks)
+    return scorer.shared(own, candidates, int(leaving[0]) // method.page - held // method.page, method.page)
