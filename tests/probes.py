@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvshrink.fit import probe
+from kvshrink.fit import recall
 
 
 @contextmanager
 def small_probe() -> Iterator[None]:
     """One row of 512 tokens instead of four of 2,048."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "ROWS", 1)
-        patch.setattr(probe, "LENGTH", 512)
+        patch.setattr(recall, "ROWS", 1)
+        patch.setattr(recall, "LENGTH", 512)
         yield

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvshrink.methods._evicting import Evicting
 from kvshrink.methods._budgets import Budget
+from kvshrink.methods._evicting import Evicting
 from kvshrink.methods._evidence import Evidence
 from kvshrink.methods._policy import Scorer
 

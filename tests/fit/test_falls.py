@@ -8,8 +8,9 @@ from kvshrink.attach.look import layers_of
 from kvshrink.errors import DataError
 from kvshrink.fit import falls
 from kvshrink.fit.falls import Falls
-from kvshrink.fit.probe import Recall, recall_rows
+from kvshrink.fit.probe import Recall
 from kvshrink.fit.reader import Reader
+from kvshrink.fit.recall import recall_rows
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.quant.rtn import RTN
 

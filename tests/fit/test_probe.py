@@ -9,8 +9,9 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Llam
 from kvshrink import CSKV, RTN, Artifact, Spectral, fit, make_cache
 from kvshrink.attach.look import layers_of
 from kvshrink.errors import DataError, SettingError
-from kvshrink.fit.probe import REPEATED, ROWS, Recall, recall_rows
+from kvshrink.fit.probe import Recall
 from kvshrink.fit.reader import Reader
+from kvshrink.fit.recall import REPEATED, ROWS, recall_rows
 from kvshrink.methods._roles import Codec
 from kvshrink.methods._stats import LayerShape
 

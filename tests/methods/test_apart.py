@@ -9,7 +9,7 @@ from kvshrink import CSKV, methods
 from kvshrink.attach.look import layers_of
 from kvshrink.errors import EvalError, SettingError
 from kvshrink.eval.run.simulated import simulate
-from kvshrink.fit import probe as probes
+from kvshrink.fit import recall as probes
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._stats import LayerShape

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvshrink
 from kvshrink import CSKV
 from kvshrink.attach.budget import CacheBudget
-from kvshrink.fit import probe as probes
+from kvshrink.fit import recall as probes
 from kvshrink.methods.lowrank.sals import SALS
 from kvshrink.methods.quant.rtn import RTN
 from kvshrink.methods.quant.zipcache import ZipCache

@@ -15,9 +15,10 @@ from kvshrink.cache import KVCache
 from kvshrink.errors import ArtifactError, DataError, SettingError
 from kvshrink.eval.run import calibration
 from kvshrink.fit import falls
-from kvshrink.fit import probe as probes
+from kvshrink.fit import recall as probes
 from kvshrink.fit.data import token_rows
-from kvshrink.fit.probe import Recall, recall_rows, row_length
+from kvshrink.fit.probe import Recall
+from kvshrink.fit.recall import recall_rows, row_length
 from kvshrink.fit.source import InMemory
 from kvshrink.identity import Identity
 from kvshrink.kernels import held

@@ -27,6 +27,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import SOME
 from kvshrink.store.modes import without_dropout
 
+
 class Wanted(NamedTuple):
     """What methods want of a prompt beside keys and values, to rank tokens as they do.
 

@@ -50,11 +50,21 @@ def _tiers(
 ) -> tuple[tuple[Tier, ...], bool]:
     """(tiers, whether the layer follows the one before)."""
     learnt = _Read({k: t.to(device) for k, t in fitted.items() if not k.endswith(LOOKED_AT)})
+    if artifact.layers:
+        _check_chosen_by(learnt, artifact.method.chooses_by(shape))
     tiers = with_images(artifact.method, artifact.method.tiers(shape, learnt), shape, device)
     delta = artifact.method.stores_delta(learnt)
     if unread := sorted(set(learnt) - learnt.read):
         raise ArtifactError(f"the artifact has a tensor {unread[0]:.60} that its method does not know. Fit again.")
     return tiers, delta
+
+
+def _check_chosen_by(learnt: "_Read", sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ArtifactError unless what tokens are chosen by is there and of these sizes, -1 for any."""
+    for name, size in sizes.items():
+        given = tuple(learnt[name].shape) if name in learnt else None
+        if given is None or len(given) != len(size) or any(n not in (-1, m) for n, m in zip(size, given, strict=True)):
+            raise ArtifactError(f"the artifact's tensor {name} has the sizes {given}, not {size}. Fit again.")
 
 
 class _Read(Mapping[str, Tensor]):

@@ -1,5 +1,5 @@
-"""What of a prompt a model needs, by its own account: it reads the prompt again behind itself, a chunk at a time, and the
-most attention that a token gets meanwhile, from any query, is its importance (KVzip, arXiv 2505.23416).
+"""What of a prompt a model needs, by its own account: it reads the prompt again behind itself, a chunk at a time, and
+the most attention that a token gets meanwhile, from any query, is its importance (KVzip, arXiv 2505.23416).
 
 Softmax is over the first tokens, the chunk and its repetition, as in the paper; the forward sees everything. A row of a
 batch is judged by itself, without its pads. Departure: the paper's request ("Repeat the previous context:") is not put
@@ -81,9 +81,9 @@ def _row(dense: DynamicCache, row: int, tokens: int) -> list[Any]:
                 "a layer of this model is a recurrence or a convolution, so that a prompt cannot be read again behind "
                 "itself. Use a method that ranks tokens by attention, such as snapkv."
             )
-        own = copy.copy(layer)
+        own: Any = copy.copy(layer)
         if isinstance(getattr(own, "keys", None), Tensor):
-            own.keys, own.values = (t[row : row + 1, :, -tokens:] for t in (layer.keys, layer.values))
+            own.keys, own.values = (t[row : row + 1, :, -tokens:] for t in (own.keys, own.values))
         if hasattr(own, "cumulative_length"):
             own.cumulative_length = tokens
         layers.append(own)
@@ -100,7 +100,9 @@ def _of_row(tower: Any, layers: list[Any], ids: Int[Tensor, "1 n"]) -> dict[int,
         positions = torch.arange(n, n + again.shape[1], device=ids.device)[None]
         tower(input_ids=again, past_key_values=cache, position_ids=positions, use_cache=True)
     if not found:
-        raise CacheError("the model's attention is not ours to listen to. Use model.set_attn_implementation('kvshrink').")
+        raise CacheError(
+            "the model's attention is not ours to listen to. Use model.set_attn_implementation('kvshrink')."
+        )
     return found
 
 
@@ -112,7 +114,8 @@ class Reread(DynamicCache):
         self.layers, self.listen = [copy.copy(layer) for layer in layers], listen
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
         keys = keys.view_as(keys)
         setattr(keys, LISTENER, partial(self.listen, layer_idx))
         return keys, values

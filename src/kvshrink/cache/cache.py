@@ -58,7 +58,9 @@ class KVCache(SavedCache):
         self.fitted = fitted  # digest of the method's settings and tensors
         self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
         self.visual: Tensor | None = None  # of a step, bool [b, s]: which new tokens came from images, where one asks
-        self.judged: dict[int, Tensor] | None = None  # of a step, what the model said of its tokens when it read them again
+        self.judged: dict[int, Tensor] | None = (
+            None  # of a step, what the model said of its tokens when it read them again
+        )
         self.stepping = False  # whether the attached decoder is within a step
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 

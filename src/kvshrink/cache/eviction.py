@@ -1,7 +1,7 @@
 """Which of the tokens that leave the window are stored, and which stored ones make room: by a Policy, lane by lane.
 
-What leaves is chosen while it is exact, and only what stays is encoded. Stored tokens may go later where their codec can
-move the others; where it cannot, what was stored once stays.
+What leaves is chosen while it is exact, and only what stays is encoded. Stored tokens may go later where their codec
+can move the others; where it cannot, what was stored once stays.
 """
 
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class Choosing:
             marks = of_images(self.table, found.columns.flatten(1), rows).view(there.shape)
             images = self._pages_of_images(rows, int(gone.max()) * page, gone * page)
             parts = [(budget, there & ~marks, gone - images), (other, there & marks, images)]
-        stays, room = torch.zeros_like(there), 0
+        stays, room = torch.zeros_like(there), torch.zeros_like(there[..., 0], dtype=torch.long)
         for part, of, pages in parts:
             own = importance.masked_fill(~of, -torch.inf)
             always = -(-(own == torch.inf).sum(-1) // page) * page

@@ -14,8 +14,8 @@ def merged(
     stays: Bool[Tensor, "b L t"],
     there: Bool[Tensor, "b L t"],
 ) -> Float[Tensor, "b h t e"]:
-    """Values in which each token that stays has the mean of its own and of those of dropped tokens whose keys are nearest
-    to its key by cosine. Keys stay as they are. there: which are tokens at all."""
+    """Values in which each token that stays has the mean of its own and of those of dropped tokens whose keys are
+    nearest to its key by cosine. Keys stay as they are. there: which are tokens at all."""
     lanes, m = stays.shape[1], keys.shape[1] // stays.shape[1]
     found = values.clone()
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)

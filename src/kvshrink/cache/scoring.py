@@ -72,7 +72,9 @@ def received(
         asks = real[:, columns, None] if padded else None
         for head in range(h):  # so that no float32 copy of all keys is made
             row = _scores(part[:, head], keys[:, head, :end], shown[:, None], probe.softcap)
-            others = [_stored_scores(part[:, head], k[:, head], there[:, head], asks, probe) for k, there in stored_keys]
+            others = [
+                _stored_scores(part[:, head], k[:, head], there[:, head], asks, probe) for k, there in stored_keys
+            ]
             sink = None if probe.sinks is None else probe.sinks.float().view(h, -1)[head]
             _softmax([row, *others], sink, padded or sink is not None)
             if reduce == "below":
@@ -132,7 +134,7 @@ def _stored_scores(
 def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Float[Tensor, "b m x t"]:
     """Of queries [b, m, x, d] and keys [b, t, d]; -inf where a query does not see a key."""
     flat = queries.flatten(1, 2).to(keys.dtype)
-    scores = (flat @ keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])
+    scores: Tensor = (flat @ keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
     return scores.masked_fill_(~seen, -torch.inf)

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-
 from torch.nn.functional import pad
 
 from kvshrink.cache.attend import stored_keys
@@ -43,7 +42,6 @@ from kvshrink.shapes import Float, Int
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
-
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,9 @@ class Leave:
             assert own is not None
             assert self.codecs is not None
             rope = self.before.rope
-            chosen = Choosing(self.method, self.policy, self.codecs, self.table, self.sinks, self.body, self.watch, rope)
+            chosen = Choosing(
+                self.method, self.policy, self.codecs, self.table, self.sinks, self.body, self.watch, rope
+            )
             chosen.run(leaving.rows, whole, columns, own, len(keys), new)
         elif self.visual is None or self.table.visual is None:
             self._append(whole, columns, own, leaving.rows, len(keys))
@@ -249,4 +249,3 @@ class Leave:
         """A row's own columns of slots of the exact tokens."""
         shifts = np.zeros(rows, np.int64) if self.table.shifts is None else self.table.shifts
         return slot + self.first - torch.from_numpy(shifts).to(slot.device)[:, None]
-

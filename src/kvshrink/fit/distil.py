@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvshrink.attach.families import LayerInfo
 from kvshrink.fit.outputs import float32
-from kvshrink.fit.probe import REPEATED, recall_rows, row_length
 from kvshrink.fit.reader import Reader
+from kvshrink.fit.recall import REPEATED, recall_rows, row_length
 from kvshrink.fit.train import Codecs, Loss, frozen, split
 from kvshrink.methods._roles import Method
 from kvshrink.shapes import Int

@@ -7,7 +7,6 @@ window. (KVzip, arXiv 2505.23416, scores tokens by such a repetition.)
 
 import copy
 import math
-import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar, final
@@ -17,20 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from kvshrink.attach.families import LayerInfo, text_config
+from kvshrink.attach.families import LayerInfo
 from kvshrink.errors import DataError
 from kvshrink.fit import falls
 from kvshrink.fit.falls import Falls
 from kvshrink.fit.fisher import squared_gradients
+from kvshrink.fit.of_tokens import OfTokens
 from kvshrink.fit.reader import Reader
+from kvshrink.fit.recall import REPEATED, recall_rows, row_length
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import Parts, Probe
+from kvshrink.methods._token_probe import TokenProbe
 from kvshrink.shapes import Float, Int
 
-ROWS, LENGTH = 4, 2048  # tokens of a row, or what the model and the text allow
-REPEATED = 4  # a quarter of a row is the repetition
 APART = math.log(2) / 2  # of budgets whose answers a rough probe does not share
-SEED = 0
 T = TypeVar("T")
 
 
@@ -120,49 +119,14 @@ class Recall(Probe):
     def near(self, budget: float) -> float:
         return math.exp(round(math.log(budget) / APART) * APART) if self.rough else budget
 
+    @cached_property
+    def tokens(self) -> TokenProbe:
+        reader = self.reader
+        return OfTokens(reader.model, reader.infos, self.rows, not self.bar.disable)
+
     def fisher(self) -> dict[int, tuple[float, float]]:
         """Of the loss of the repetition, read from the whole text before it."""
         if self.information is None:
             infos = {i: info for i, info in enumerate(self.reader.infos) if info.compressed}
             self.information = squared_gradients(self.reader.model, infos, self.made, self.tail)
         return self.information
-
-
-def row_length(model: Any, rows: Int[Tensor, "rows length"]) -> int:
-    """Tokens of a row: LENGTH, or what the model and the text allow."""
-    context = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
-    return min(LENGTH, context, rows.numel())
-
-
-def recall_rows(
-    rows: Int[Tensor, "rows length"],
-    length: int,
-    method: Method,
-    count: int = ROWS,
-    plain: bool = False,
-    repeated: int = REPEATED,
-) -> Int[Tensor, "made tokens"]:
-    """`count` rows of `length` tokens: text, then a passage of it again; with `plain` every other row just goes on.
-
-    repeated: the passage is one part of so many of a row.
-
-    Raises DataError if the text is too short for a page to leave the window before the repetition.
-    """
-    first, stream = rows[:, :1].flatten()[:1], rows.flatten()
-    length = min(length, len(stream))
-    tail = length // repeated
-    context = length - tail - 1
-    room = context - tail - method.window - method.page
-    if room <= method.sinks:
-        least = 2 * (method.window + method.page + method.sinks + 2)
-        raise DataError(f"{len(stream)} calibration tokens are too few to probe the model. Give {least} or more.")
-    draw, made = random.Random(SEED), []
-    for i in range(count):
-        # evenly over the text, so that a mixed text is probed in all its parts
-        at = round(i * (len(stream) - context) / max(1, count - 1))
-        passage = at + draw.randrange(method.sinks, room + 1)
-        if plain and i % 2:
-            at = min(at, len(stream) - context - tail)
-            passage = at + context
-        made.append(torch.cat([first, stream[at : at + context], stream[passage : passage + tail]]))
-    return torch.stack(made)

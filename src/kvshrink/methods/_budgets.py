@@ -95,6 +95,24 @@ class ByHead(Budget):
 
 @final
 @dataclass(frozen=True)
+class Classes(Budget):
+    """Heads of two classes before it is known which is which: the share `whole` keeps everything, others so many
+    tokens."""
+
+    whole: float
+    tokens: int
+
+    def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
+        own = torch.tensor([self.pages(n, importance.shape[1], page) for n in pages.tolist()])
+        even = -(-own // importance.shape[1]) * page
+        return even[:, None].expand(importance.shape[:2]).to(importance.device)
+
+    def pages(self, left: int, lanes: int, page: int = 32) -> int:
+        return round(lanes * (self.whole * left + (1 - self.whole) * min(left, -(-self.tokens // page))))
+
+
+@final
+@dataclass(frozen=True)
 class Threshold(Budget):
     """What has an importance of at least `least` stays, in the nearest number of whole pages, a page at least.
 
@@ -115,8 +133,8 @@ class Threshold(Budget):
 @final
 @dataclass(frozen=True)
 class Mass(Budget):
-    """The fewest tokens whose importance is `share` of all lanes' together, the same number in each lane, and `ratio` of
-    them at most, by which bytes are promised (ZipVL)."""
+    """The fewest tokens whose importance is `share` of all lanes' together, the same number in each lane, and `ratio`
+    of them at most, by which bytes are promised (ZipVL)."""
 
     ratio: float
     share: float

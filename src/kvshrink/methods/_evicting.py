@@ -18,6 +18,7 @@ from kvshrink.methods._stats import LayerShape
 from kvshrink.methods._tier import Tier
 from kvshrink.store.growth import LANE_INDEX
 
+NOTHING: Fitted = {}
 SLOT_INDEX, PAGE_COUNT = 8, 4  # bytes of a slot's column and importance; of how many pages a head holds
 
 
@@ -30,10 +31,10 @@ class Evicting(Method):
     from images or videos, which then compete among themselves; None: all tokens compete.
     schedule: "page": the share holds at any length; "prompt": tokens are dropped in prompts alone, and what is decoded
     stays until the next one; a number: while decoding, once a head holds so many more than its share.
-    protect: so many first tokens (a system prompt) always stay. most: tokens that a head holds at most; None: any number.
-    floor: heads of a layer compete for its tokens, and each has this part of an even share at least (AdaKV, arXiv
-    2407.11550); None: all heads keep as many. merge: the value of a token that is dropped joins that of the token that
-    stays with the nearest key (of what leaves the window in one step), in the mean; else it is gone.
+    protect: so many first tokens (a system prompt) always stay. most: tokens that a head holds at most; None: any
+    number. floor: heads of a layer compete for its tokens, and each has this part of an even share at least (AdaKV,
+    arXiv 2407.11550); None: all heads keep as many. merge: the value of a token that is dropped joins that of the token
+    that stays with the nearest key (of what leaves the window in one step), in the mean; else it is gone.
     """
 
     ratio: float = 0.25
@@ -48,6 +49,7 @@ class Evicting(Method):
     drops_tokens: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "ratio"
     by_head: ClassVar[bool] = True  # whether each KV head chooses its own tokens
+    by_class: ClassVar[bool] = False  # whether heads differ in how many they keep by what a fit said of them
 
     @abstractmethod
     def scorer(self, fitted: Fitted) -> Scorer:
@@ -108,23 +110,28 @@ class Evicting(Method):
     def _packing(self, shape: LayerShape) -> Packing:
         return packing(shape.heads, shape.head_dim, self.page, self.bits, "token", 64, shape.dtype)
 
-    def pages_kept(self, shape: LayerShape, pages: int) -> int:
+    def pages_kept(self, lanes: int, pages: int, fitted: Fitted = NOTHING) -> int:
         """Pages of all lanes that stay of so many that left. What is protected stays anyway."""
-        lanes = self.lanes(shape)
-        own = self.budget(self.ratio, {}).pages(pages, lanes)
+        own = self.budget(self.ratio, fitted).pages(pages, lanes)
         least = min(pages, -(-max(0, self.protect - self.sinks) // self.page))
         return max(own, least * lanes)
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         # sinks are not among the candidates: where all tokens are kept, the last page is not full
-        return self.pages_kept(shape, pages) * 2 * self._packing(shape).page_bytes() // self.lanes(shape)
+        return (
+            self.pages_kept(self.lanes(shape), pages, fitted)
+            * 2
+            * self._packing(shape).page_bytes()
+            // self.lanes(shape)
+        )
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         held = super().layer_bytes(shape, fitted, tokens, batch)
         return held + batch * score_bytes(self, self.scorer({}), shape.heads, tokens)
 
     def index_bytes(self, shape: LayerShape, pages: int) -> int:
-        return chosen_index(self.pages_kept(shape, pages), self.lanes(shape), self.page)
+        lanes = self.lanes(shape)
+        return chosen_index(self.pages_kept(lanes, pages), lanes, self.page)
 
 
 def score_bytes(method: Method, scorer: Scorer, heads: int, tokens: int) -> int:
@@ -136,4 +143,3 @@ def score_bytes(method: Method, scorer: Scorer, heads: int, tokens: int) -> int:
 def chosen_index(pages: int, lanes: int, page: int) -> int:
     """Bytes of what says where so many pages of all lanes are, and which tokens they hold."""
     return pages * (LANE_INDEX + page * SLOT_INDEX) + lanes * PAGE_COUNT * (pages > 0)
-

@@ -1,5 +1,5 @@
-"""Which tokens stay, and how many: Scorer, Budget, and the Policy that holds both. What becomes of a token's bytes is for
-the ladder of tiers to say.
+"""Which tokens stay, and how many: Scorer, Budget, and the Policy that holds both. What becomes of a token's bytes is
+for the ladder of tiers to say.
 
 A Scorer makes importance of what is known of tokens (methods/_evidence.py); pads, sinks and the window are the
 framework's. A Budget (methods/_budgets.py) says how many tokens each lane may hold of those that left the window; the

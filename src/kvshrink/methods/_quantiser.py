@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -253,6 +254,11 @@ class Quantiser(Method):
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
         """The same before a fit and after it."""
         return sum(self.packing(kv, self._space(shape, kv), {}).page_bytes() for kv in KVS) * 8 / self.page
+
+    def lane_groups(self, shape: LayerShape) -> int:
+        if type(self).codecs is not Quantiser.codecs:
+            return 1
+        return gcd(*(self.packing(kv, self._space(shape, kv), {}).groups for kv in KVS))
 
     def _codec(self, kv: KV, shape: LayerShape, fitted: Fitted) -> Codec:
         space, learnt = self._space(shape, kv), prefixed(fitted, kv)

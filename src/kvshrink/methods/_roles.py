@@ -74,12 +74,21 @@ class Method(metaclass=Settings):
         """Which of a layer's tokens stay, and what they are ranked by where something depends on it."""
         return Policy()
 
+    def chooses_by(self, shape: LayerShape) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the fitted tensors that `policy` reads, -1 for any size."""
+        return {}
+
     def at_layer(self, index: int, count: int) -> "Method":
         """The method as it is in the index-th of so many compressed layers."""
         return self
 
     def lanes(self, shape: LayerShape, tiers: Sequence[Tier]) -> int:
         """Groups of neighbouring KV heads whose tokens come and go by themselves."""
+        return 1
+
+    def lane_groups(self, shape: LayerShape) -> int:
+        """Groups of neighbouring KV heads that are stored each by itself, keys and values, as far as is known before a
+        fit: the most lanes that a row of this method may have."""
         return 1
 
     def stores_delta(self, fitted: Fitted) -> bool:

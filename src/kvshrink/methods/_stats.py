@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvshrink.errors import UnsupportedModelError
 from kvshrink.methods._codec import Codec
+from kvshrink.methods._token_probe import TokenProbe
 from kvshrink.shapes import Float
 
 T = TypeVar("T")
@@ -150,6 +151,11 @@ class Probe(ABC):
     @abstractmethod
     def once(self, key: Hashable, measure: Callable[[], T]) -> T:
         """What `measure` gives, remembered by a key of the method's own: methods fitted together share answers."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> TokenProbe:
+        """What it asks about heads and tokens."""
 
     @abstractmethod
     def fisher(self) -> dict[int, tuple[float, float]]:

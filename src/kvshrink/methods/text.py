@@ -1,10 +1,14 @@
-"""Settings as text: "bits=4,window=64"."""
+"""Methods and settings as text: "turboquant:bits=4,window=64"."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 from itertools import pairwise
 
+from kvshrink import methods
 from kvshrink.data.text import literal
 from kvshrink.errors import SettingError
+from kvshrink.methods._roles import Method
 
 LONGEST = 10_000  # characters of a method or task with its settings
 OPENS, CLOSES, QUOTES = "([{", ")]}", "'\""
@@ -21,6 +25,22 @@ def parse_settings(text: str) -> dict[str, object]:
             raise SettingError(f"{key} is set twice in {text!r}. Leave one out.")
         settings[key] = _value(value)
     return settings
+
+
+def text_of(method: Method, without: Collection[str] = ()) -> str:
+    """A method as text, with the settings that are not its defaults."""
+    given = []
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if f.name not in without and value != f.default:
+            given.append(f"{f.name}={value!r}")
+    name = methods.name_of(method)
+    return f"{name}:{','.join(given)}" if given else name
+
+
+def parts_of(text: str) -> list[str]:
+    """Of "snapkv:ratio=0.25 + cskv", the methods that are joined."""
+    return [part.strip() for part in re.split(r"\s\+\s", text)]
 
 
 def split(text: str) -> list[str]:

@@ -25,7 +25,8 @@ from kvshrink.attach.identity import identity_of, model_key
 from kvshrink.errors import DataError
 from kvshrink.fit.data import rows_hash
 from kvshrink.fit.gather import gather
-from kvshrink.fit.probe import REPEATED, Recall
+from kvshrink.fit.probe import Recall
+from kvshrink.fit.recall import REPEATED
 from kvshrink.methods import build, name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import CalibrationStats

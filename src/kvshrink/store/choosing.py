@@ -41,8 +41,8 @@ def kept(
     stays: Bool[Tensor, "b L t"],
     move: Move,
 ) -> Pages:
-    """The slots that stay of stored pages, and fresh ones with these columns, -1 where there is none: new records of all,
-    as few as they fill. fresh: may be empty."""
+    """The slots that stay of stored pages, and fresh ones with these columns, -1 where there is none: new records of
+    all, as few as they fill. fresh: may be empty."""
     assert pages.columns is not None
     assert pages.importance is not None
     before = pages.records()
@@ -67,7 +67,7 @@ def added(
     if not there.any():
         return pages if pages.columns is not None else replace(pages, columns=columns, importance=importance)
     layout = Layout.of(fresh, lanes)
-    every = torch.empty(*there.shape, layout.size, dtype=torch.uint8, device=columns.device)
+    every = columns.new_empty((*there.shape, layout.size), dtype=torch.uint8)
     layout.write(every, fresh)
     mask = torch.from_numpy(there).to(columns.device)
     run = Run(every[mask])

@@ -9,7 +9,8 @@ from kvshrink.methods import build, get
 from kvshrink.methods._bounded import Bounded
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
-from kvshrink.methods.text import parse_settings, split
+from kvshrink.methods.evict import compose
+from kvshrink.methods.text import parse_settings, parts_of, split
 
 FULL = "full"
 ZEROS = "zeros"
@@ -38,10 +39,13 @@ class Entry:
 
 
 def parse(text: str, defaults: dict | None = None) -> Entry:
-    """ "full", "zeros", "name", "name:setting=value,..." or "streaming_llm:like=<label of another entry>".
+    """ "full", "zeros", "name", "name:setting=value,...", two of them with " + " between (methods/evict/compose.py), or
+    "streaming_llm:like=<label of another entry>".
 
     `defaults` are settings that the text may override. Raises SettingError on anything that is no method or setting.
     """
+    if len(parts := parts_of(text)) > 1:
+        return Entry(" + ".join(parts), compose.parse(parts))
     name, _, rest = text.partition(":")
     if name in CONTROLS and not rest:
         return Entry(name, None)
@@ -67,6 +71,8 @@ def parse_all(texts: Sequence[str], defaults: dict) -> list[Entry]:
 def _takes(text: str, setting: str) -> bool:
     """Whether a default for a setting would be taken by the method, or refused by it when it is built."""
     name, _, rest = text.partition(":")
+    if len(parts_of(text)) > 1:
+        return False
     if name in CONTROLS or rest.startswith(f"{LIKE}="):
         return False
     own = parse_settings(rest)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
-from kvshrink.methods._packing.base import Importance, Packing, Stored, checked
+from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, checked, slots_of
 from kvshrink.methods._packing.grouping import Axis, Grouping
 from kvshrink.methods._settings import require
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 Scale = Literal["absmax", "rms", "mean", "range", "one"]
 StoredAs = Literal["float16", "float8", "power", "nested"]
@@ -38,7 +38,7 @@ BIAS = 127  # of a stored exponent
 
 @final
 @dataclass(frozen=True, eq=False)
-class Codebook(Packing):
+class Codebook(Packing, MovesSlots):
     """levels: 2, 3, 4, 8, 16 or 256 of them, ascending. clip: share of the scale that is used.
 
     read: what codes are read as, if not as the levels they were chosen by.
@@ -103,6 +103,18 @@ class Codebook(Packing):
                 pages = change(pages, self.grouping.spread(metadata))
         found: Tensor = pages.transpose(1, 2).flatten(2, 3)
         return found
+
+    @property
+    def drops(self) -> frozenset[type]:
+        """What is over the tokens of a page: a channel's scale, and the one number of nested scales."""
+        return frozenset({MovesSlots} if self.axis == "channel" or self.stored_as == "nested" else ())
+
+    def moved(self, stored: Stored, index: Int[Tensor, "b G k"]) -> Stored:
+        count, codes = self.page * self.width, stored["codes"]
+        rows = (unpack(codes, self.bits) if self.bits else unpack_trits(codes, count)).unflatten(-1, (self.page, -1))
+        flat = slots_of(rows, index).flatten(3)
+        numbers = {k: slots_of(t, index) for k, t in stored.items() if k != "codes"}
+        return {"codes": pack(flat, self.bits) if self.bits else pack_trits(flat), **numbers}
 
     def sound(self, stored: Stored) -> bool:
         return self.bits > 0 or bool((stored["codes"] < TRITS).all())

@@ -1,12 +1,12 @@
 """Expected Attention: what the next queries will look at, by the mean and the spread of those so far. arXiv 2510.00636
 
-Queries before RoPE are taken as normal: mean mu and covariance S of each query head. R is the mean rotation over the next
-`ahead` positions. The expected logit of a key is k R mu + 1/2 k R S R^T k (scaled as attention does); softmax over the
-tokens at hand, the mean over the query heads of a KV head, plus `epsilon`, times |v|.
+Queries before RoPE are taken as normal: mean mu and covariance S of each query head. R is the mean rotation over the
+next `ahead` positions. The expected logit of a key is k R mu + 1/2 k R S R^T k (scaled as attention does); softmax over
+the tokens at hand, the mean over the query heads of a KV head, plus `epsilon`, times |v|.
 
-Departures: at most 2,048 queries of a step are asked, spread evenly; a probability counts as a multiple of an even share,
-so that tokens judged in steps of different lengths compare; a token is judged once, when it leaves the window; heads keep
-alike unless `floor` lets them compete, as the paper's best results do.
+Departures: at most 2,048 queries of a step are asked, spread evenly; a probability counts as a multiple of an even
+share, so that tokens judged in steps of different lengths compare; a token is judged once, when it leaves the window;
+heads keep alike unless `floor` lets them compete, as the paper's best results do.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """KNorm: keys of small norm get much attention, so they stay. arXiv 2406.11430
 
 Importance is -|k|, of keys as attention uses them: no query is asked. Departures: the first 4 tokens and the window
-stay; whole pages of 32 go when a page leaves the window. The paper keeps the first two layers whole; here all are alike.
+stay; whole pages of 32 go when a page leaves the window. The paper keeps the first two layers whole; here all are
+alike.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class SmallNorm(Scorer):
     asks: ClassVar[bool] = False
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
-        return -seen.keys[:, :, -seen.new :].float().norm(dim=-1)
+        sizes: Tensor = seen.keys[:, :, -seen.new :].float().norm(dim=-1)
+        return -sizes
 
 
 @final

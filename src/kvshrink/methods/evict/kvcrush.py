@@ -1,11 +1,11 @@
 """KVCrush: half of the budget for the heavy hitters, half for tokens that stand for all others. arXiv 2503.00022
 
-A token's sign is a bit for each KV head: whether that head would keep it. Tokens that are no heavy hitters are sorted by
-the Hamming distance of their sign to the mean sign, cut into as many buckets as there are places, and one of each stays.
-Heavy hitters are SnapKV's. No token is forgotten as a kind, only as one of many alike.
+A token's sign is a bit for each KV head: whether that head would keep it. Tokens that are no heavy hitters are sorted
+by the Hamming distance of their sign to the mean sign, cut into as many buckets as there are places, and one of each
+stays. Heavy hitters are SnapKV's. No token is forgotten as a kind, only as one of many alike.
 
-Departures: all heads of a layer hold the same tokens, since a sign is over all heads; the anchor is the mean sign; signs
-and buckets are of the tokens at hand, and a token is judged once, when it leaves the window.
+Departures: all heads of a layer hold the same tokens, since a sign is over all heads; the anchor is the mean sign;
+signs and buckets are of the tokens at hand, and a token is judged once, when it leaves the window.
 """
 
 from dataclasses import dataclass

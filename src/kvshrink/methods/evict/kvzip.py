@@ -63,7 +63,7 @@ class Repeated(Scorer):
 
     def _counts(self, every: Float[Tensor, "b n h s"], pages: int, page: int) -> Tensor:
         """Tokens of each head of each layer, in whole pages [b, n * h]."""
-        b, n, h, s = every.shape
+        n, h, s = every.shape[1:]
         even = Uniform(self.ratio).of(pages) * page
         if self.per == "head":
             best = every.amax(-1).flatten(1)  # [b, n * h]
@@ -82,8 +82,8 @@ class Repeated(Scorer):
 @final
 @dataclass(frozen=True)
 class KVzip(Evicting):
-    """`ratio` of a prompt's tokens behind the window, over all layers and heads. per: whose tokens compete: of the whole
-    "model", of each "layer"; "head": heads do, as wholes; "even": all heads keep as many."""
+    """`ratio` of a prompt's tokens behind the window, over all layers and heads. per: whose tokens compete: of the
+    whole "model", of each "layer"; "head": heads do, as wholes; "even": all heads keep as many."""
 
     per: Per = "model"
     schedule: Schedule = field(default="prompt", kw_only=True)

@@ -2,8 +2,8 @@
 
 Tokens behind the sinks are taken in partitions of `lag`. Keys, and values, of a partition are scaled by the minimum and
 the maximum of each channel in the next one; a token's score is the standard deviation of its scaled channels, softmax
-over the partition, the mean of keys and values. Importance is the rank within the partition, so that all partitions keep
-alike. No query is asked.
+over the partition, the mean of keys and values. Importance is the rank within the partition, so that all partitions
+keep alike. No query is asked.
 
 Departures: where less than a partition follows, as while decoding, what follows is the reference, and the last tokens,
 which nothing follows, stay in the window anyway; whole pages of 32 go.

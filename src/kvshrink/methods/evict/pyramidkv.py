@@ -1,7 +1,7 @@
 """PyramidKV: SnapKV with more tokens in the first layers and fewer in the last. arXiv 2406.02069
 
-Budgets fall linearly: of L layers the last has 1 / `steepness` of the mean share, the first as much above it as the last
-is below; no layer has more than all. Over all layers the mean is `ratio`.
+Budgets fall linearly: of L layers the last has 1 / `steepness` of the mean share, the first as much above it as the
+last is below; no layer has more than all. Over all layers the mean is `ratio`.
 
 Departure: as SnapKV's; the share is of the tokens behind the window at any length, so that it never falls back to even
 budgets for short prompts.

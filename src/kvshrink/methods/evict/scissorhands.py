@@ -3,8 +3,8 @@
 A token counts as passed over by a query that gives it less than an even share, 1 / (tokens seen); the last `history`
 queries of a prompt count, then those of every step. Those passed over most often are dropped.
 
-Departures: the paper's counter looks `history` steps back at any time, here it adds up after the prompt; every layer has
-the same budget; the recent tokens are the window; whole pages of 32 go when a page leaves the window.
+Departures: the paper's counter looks `history` steps back at any time, here it adds up after the prompt; every layer
+has the same budget; the recent tokens are the window; whole pages of 32 go when a page leaves the window.
 """
 
 from dataclasses import dataclass

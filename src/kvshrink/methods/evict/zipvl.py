@@ -1,10 +1,10 @@
 """ZipVL: as many tokens as hold `mass` of the attention, found anew for each layer and prompt. arXiv 2410.08584
 
-The last `probes` queries and as many random ones are asked. A layer keeps the fewest tokens whose accumulated attention
+The last `asked` queries and as many random ones are asked. A layer keeps the fewest tokens whose accumulated attention
 is `mass` of all, those with the most attention per query that sees them, the same number in each head.
 
-Departures: tokens are never read at fewer bits (the paper's first version), they are dropped (its second); the number is
-in whole pages and at most `ratio` of the tokens, by which bytes are promised: what is held may be less.
+Departures: tokens are never read at fewer bits (the paper's first version), they are dropped (its second); the number
+is in whole pages and at most `ratio` of the tokens, by which bytes are promised: what is held may be less.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from kvshrink.shapes import Float, Int
 class Probed(Scorer):
     """Normalised attention of the last and some random queries."""
 
-    probes: int
+    asked: int
 
     def queries(self, count: int) -> Int[Tensor, " x"]:
-        last = min(self.probes, count)
-        rest = torch.randperm(count - last, generator=torch.Generator().manual_seed(SEED))[: self.probes]
+        last = min(self.asked, count)
+        rest = torch.randperm(count - last, generator=torch.Generator().manual_seed(SEED))[: self.asked]
         return torch.cat([rest, torch.arange(count - last, count)]).sort().values
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
@@ -45,10 +45,10 @@ class ZipVL(Evicting):
 
     ratio: float = 0.5
     mass: float = 0.975
-    probes: int = 64
+    asked: int = 64
 
     def scorer(self, fitted: Fitted) -> Scorer:
-        return Probed(self.probes)
+        return Probed(self.asked)
 
     def budget(self, ratio: float, fitted: Fitted) -> Budget:
         return Mass(ratio, self.mass)
@@ -56,7 +56,7 @@ class ZipVL(Evicting):
     def check(self) -> None:
         super().check()
         require(0 < self.mass <= 1, f"mass={self.mass}", "Use a share of attention above 0, up to 1.")
-        require(self.probes >= 1, f"probes={self.probes}", "Use at least 1 query.")
+        require(self.asked >= 1, f"asked={self.asked}", "Use at least 1 query.")
         other = self.most is None and self.floor is None
         require(other, f"mass={self.mass} beside most or floor", "Leave them out: the mass says how many stay.")
 

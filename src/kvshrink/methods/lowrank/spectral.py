@@ -50,6 +50,8 @@ class Spectral(Method):
     speed:      what a step does to keys. "accurate": rebuilds them from one basis for all heads. "balanced": nothing;
                 they are stored after RoPE, less what all have in common, in a basis of all heads that commutes with
                 RoPE (as `rope_commuting`'s), and queries are taken to it. "fast": the same for each head by itself.
+                "apart": values too, so that heads may hold different tokens (methods/evict/compose.py); what keys have
+                in common is in the basis.
                 docs/accuracy.md has the KL of each, docs/speed.md the time.
     group_heads: KV heads that share one key basis that is rebuilt; None: all.
     code:       what the bits of a channel are: of trellis-coded quantisation, 17 to 35 % less squared error at the same
@@ -62,7 +64,7 @@ class Spectral(Method):
     widths: tuple[int, ...] = (1, 2, 3, 4, 8)
     allocation: Literal["kl", "energy", "uniform"] = "kl"
     group_heads: int | None = None
-    speed: Literal["accurate", "balanced", "fast"] = "accurate"
+    speed: Literal["accurate", "balanced", "fast", "apart"] = "accurate"
     code: Literal["trellis", "scalar"] = "trellis"
     rotate: bool = True
     key_metric: Literal["plain", "query"] = "plain"
@@ -119,12 +121,16 @@ class Spectral(Method):
             bases = self.bases(kv, stats.shape)
             mean = moments.mean.unflatten(0, (bases, -1))
             if kv == "key" and self.commutes:
+                own = moments.covariance
+                if self.speed == "apart":  # lanes have positions of their own, for which kernels know no constant
+                    own = own + torch.outer(moments.mean, moments.mean)
+                else:
+                    out[CONSTANT] = moments.mean.view(stats.shape.heads, -1)  # it turns with the position
                 parts = [
                     commuting_spectrum(block, stats.shape.heads // bases, stats.pairs)
-                    for block in blocks_of(moments.covariance, bases)
+                    for block in blocks_of(own, bases)
                 ]
-                variance, up = (torch.cat(own) for own in zip(*parts, strict=True))
-                out[CONSTANT] = moments.mean.view(stats.shape.heads, -1)  # it turns with the position
+                variance, up = (torch.cat(part) for part in zip(*parts, strict=True))
                 mean = torch.zeros_like(mean)
             else:
                 variance, down, up = spectrum(moments.covariance, bases, stats.shape.width // bases, metric)
@@ -190,8 +196,12 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
-        members = 1 if self.speed == "fast" else self.group_heads
-        return bases_of(members, shape.heads) if kv == "key" else 1
+        if kv == "value":
+            return shape.heads if self.speed == "apart" else 1
+        return bases_of(1 if self.speed in ("fast", "apart") else self.group_heads, shape.heads)
+
+    def lane_groups(self, shape: LayerShape) -> int:
+        return shape.heads if self.speed == "apart" else 1
 
     @property
     def commutes(self) -> bool:
@@ -259,7 +269,7 @@ class Spectral(Method):
         site: Literal["k_pre", "k_post", "v"] = "v"
         if kv == "key":
             site = "k_post" if self.commutes else "k_pre"
-        constant = fitted[CONSTANT] if kv == "key" and self.commutes else None
+        constant = fitted[CONSTANT] if kv == "key" and self.commutes and self.speed != "apart" else None
         return BasisCodec(site, down.contiguous(), up.contiguous(), mean, packing, constant)
 
 
