@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kvshrink.errors import SettingError
-from kvshrink.methods.evict.adakv import AdaKV, Shared
+from kvshrink.methods._budgets import Shared
+from kvshrink.methods.evict.adakv import AdaKV
 from tests.methods.evicting import SHAPE, Steps, wanted
 
 
@@ -25,15 +26,17 @@ def test_each_head_keeps_its_most_important_tokens():
     assert any(len(a) != len(b) for a, b in steps.kept())
 
 
-def test_a_short_head_pays_for_nothing_of_a_long_one():
-    """Bytes held are those promised, however unlike the heads are, whatever a step has read."""
+def test_a_short_head_pays_for_nothing_of_a_long_one_but_nine_bytes_a_page():
+    """Bytes held are those promised, however unlike the heads are, and where the pages of the longest one are."""
     method = AdaKV(ratio=0.3, bits=4)
     steps = Steps(method)
     steps.step(600)
     steps.step(1)
     layer = steps.cache.compressed[0]
     assert not layer.body.ages[0].kept.even
-    assert layer.held().total == method.layer_bytes(SHAPE, {}, 601, 2)
+    kept = layer.body.ages[0].kept
+    wide = 9 * kept.counts.size * len(kept)
+    assert layer.held().total == method.layer_bytes(SHAPE, {}, 601, 2) + wide
 
 
 def test_settings():

@@ -1,6 +1,7 @@
 """Pages lane by lane: values that share records, read as views or copies, in runs that go when nobody needs them."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -376,7 +377,11 @@ def move(stored, slots):
 def chosen(index: list[list[list[int]]], pages: Pages) -> Pages:
     columns = pages.slots
     importance = columns.float() / 2
-    return kept(pages, pages.records(), columns, importance, torch.tensor(index), move)
+    own = replace(pages, columns=columns, importance=importance)
+    at = torch.tensor(index)
+    stays = torch.zeros(columns.shape, dtype=torch.bool).scatter_(2, at.clamp_min(0), at >= 0)
+    nothing = columns[..., :0]
+    return kept(own, {}, nothing, importance[..., :0], stays, move)
 
 
 CHOSEN = [[[0, 5, 6, 11], [1, -1, -1, -1]], [[2, 3, 4, -1], [-1] * 4]]

@@ -102,9 +102,8 @@ class Body:
             if age.tier.codecs is not None and len(age.kept):
                 view = age.view
                 if view is None or view.base is not base:
-                    view = TierView(age.tier.codecs, age.pages, base)
-                # what lanes of different lengths are spread to is for one step: it may be far larger
-                age.view = view if isinstance(age.kept, Pages) or age.kept.even else None
+                    pages = age.kept if isinstance(age.kept, Pages) else age.kept.read
+                    view = age.view = TierView(age.tier.codecs, pages, base)
                 found.append(view)
         return tuple(found)
 

@@ -161,7 +161,8 @@ class CompressedLayer(RowsLayer):
         first, method = self.seen - self.window.count, self.method
         alike = self.window.starts is None and self.table.shifts is None
         more = first > 0 or bool(before) or self.sinks.keys is not None
-        return more and alike and self.policy.scorer is None and quiet(first, self.seen, method.window, method.page)
+        ranks = self.policy.scorer is not None and self.policy.scorer.remembers
+        return more and alike and not ranks and quiet(first, self.seen, method.window, method.page)
 
     def _snapshot(
         self, before: tuple[Any, ...], count: int, device: torch.device, rope: Rope | None, held: HeldRows | None

@@ -211,7 +211,7 @@ class Snapshot:
 
     def live(self, tier: TierView) -> tuple[Live, Bool[Tensor, "#b #L t"] | None]:
         """Which slots of a tier are read: as kernels count them off, and by slot where they cannot."""
-        if tier.pages.columns is not None:  # chosen tokens, no pad or sink among them
+        if tier.pages.chosen:  # chosen tokens, no pad or sink among them
             return Live(tier.counts), None
         if self.padded or (self.hidden is not None and not tier.plain):
             return Live(tier.counts), self.shown(tier.block(0, len(tier.pages)))

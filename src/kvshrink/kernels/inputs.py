@@ -7,6 +7,7 @@ shapes a call, which takes microseconds; how a form's tensors must look is worke
 from collections.abc import Callable, Mapping
 from functools import cache
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,22 @@ def records(packed: Packed) -> Records:
 
 
 def _check_side(name: str, packed: Packed, b: int, heads: int, device: torch.device) -> tuple[int, int]:
-    """(pages, groups)."""
+    """(pages, groups). Of the same records, which never change, it is found once."""
+    if not isinstance(packed.stored, Records):
+        return _checked_side(name, packed, b, heads, device)
+    key, known = (name, b, heads, device, *form_of(packed)), packed.stored.prepared
+    if key not in known:
+        known[key] = _checked_side(name, packed, b, heads, device)
+    found: tuple[int, int] = known[key]
+    return found
+
+
+def form_of(packed: Packed) -> tuple[Any, ...]:
+    """All that a Packed says beside its records."""
+    return packed.form, packed.width, packed.page, packed.runs, packed.group, id(packed.levels)
+
+
+def _checked_side(name: str, packed: Packed, b: int, heads: int, device: torch.device) -> tuple[int, int]:
     of: Callable[..., Found] = _tensor
     stored = packed.stored
     if isinstance(stored, Records):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,6 +143,11 @@ class Records(Mapping):  # type: ignore[type-arg] # checkers in tests would read
     def under(self, prefix: str) -> "Records":
         """The tensors whose names begin so, without it."""
         return Records(self.holder, self.layout, self.start, self.stop, self.prefix + prefix)
+
+    @cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """What kernels worked out of these pages, by a key of theirs: it must not hold the records themselves."""
+        return {}
 
     def field(self, name: str) -> Field:
         return self.layout.fields[self.prefix + name]

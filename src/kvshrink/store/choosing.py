@@ -67,7 +67,7 @@ def added(
     if not there.any():
         return pages if pages.columns is not None else replace(pages, columns=columns, importance=importance)
     layout = Layout.of(fresh, lanes)
-    every = columns.new_empty((*there.shape, layout.size), dtype=torch.uint8)
+    every = torch.empty((*there.shape, layout.size), dtype=torch.uint8, device=columns.device)
     layout.write(every, fresh)
     mask = torch.from_numpy(there).to(columns.device)
     run = Run(every[mask])
@@ -92,7 +92,7 @@ def added(
         pages,
         table=table,
         used=filled,
-        first=np.zeros((len(table), table.shape[2]), np.int32),
+        first=np.zeros((len(table), int(number.size)), np.int32),
         layout=layout,
         runs=(*pages.runs, run),
         columns=wide[0].flatten(2),

@@ -38,6 +38,7 @@ class Pages(Holder):
     uint8 [b, L, n]; first: column of each page's first slot, int32 [b, n].
 
     columns: of every slot, -1 if none, where a lane's tokens do not follow each other; None: they do, in each page.
+    columns_of: makes them when they are asked for, where a step seldom does.
     importance: of every slot's token, beside `columns`.
     """
 
@@ -50,6 +51,7 @@ class Pages(Holder):
     runs: tuple[Run, ...] = ()
     columns: Int[Tensor, "b L slots"] | None = None
     importance: Float[Tensor, "b L slots"] | None = None
+    columns_of: Callable[[], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """To be pickled: places in runs, since addresses are another process's."""
@@ -96,10 +98,15 @@ class Pages(Holder):
         """Whether every slot of every lane holds a token."""
         return bool((self.used == self.page).all())
 
+    @property
+    def chosen(self) -> bool:
+        """Whether a lane's tokens were chosen, so that they need not follow each other."""
+        return self.columns is not None or self.columns_of is not None
+
     @cached_property
     def span(self) -> Span | None:
         """The columns, if all rows and lanes hold the same ones without a gap."""
-        if self.columns is not None or not len(self) or not self.full or not self.even:
+        if self.chosen or not len(self) or not self.full or not self.even:
             return None
         start = int(self.first[0, 0])
         right = start + self.page * np.arange(len(self))
@@ -115,6 +122,8 @@ class Pages(Holder):
         """Column of every slot, -1 if it holds no token. On the host, unless `columns` are elsewhere."""
         if self.columns is not None:
             return self.columns
+        if self.columns_of is not None:
+            return self.columns_of()
         slot = np.arange(self.page)
         found = np.where(slot < self.used[..., None], self.first[:, None, :, None] + slot, -1)
         return torch.from_numpy(found.reshape(*self.table.shape[:2], -1).astype(np.int32))

@@ -64,7 +64,7 @@ class Ragged:
 
     @property
     def pages(self) -> Pages:
-        """As a step reads them: the same memory where lanes are even, else made anew each time."""
+        """With all that is known of tokens: the same memory where lanes are even, else made anew each time."""
         return self._in_place if self.even else self._spread()
 
     @cached_property
@@ -79,22 +79,32 @@ class Ragged:
             importance=self.importance.view(*shape[:2], -1),
         )
 
-    def _spread(self) -> Pages:
-        there = np.arange(len(self)) < self.counts[..., None]
-        at = torch.from_numpy(there).to(self.columns.device)
+    @cached_property
+    def read(self) -> Pages:
+        """Pages as steps read them until the next change: what says which tokens they are is made only if asked for,
+        since among lanes of different lengths it is as large as if all were as long as the longest."""
+        if self.even:
+            return self._in_place
+        there = self._there
         table, used = np.zeros(there.shape, np.int64), np.zeros(there.shape, np.uint8)
         table[there], used[there] = self.table, self.used
-        columns = self.columns.new_full((*there.shape, self.frame.page), -1)
-        importance = self.importance.new_full(columns.shape, -torch.inf)
-        columns[at], importance[at] = self.columns, self.importance
-        return replace(
-            self.frame,
-            table=table,
-            used=used,
-            first=np.broadcast_to(np.int32(0), (len(there), len(self))),
-            columns=columns.flatten(2),
-            importance=importance.flatten(2),
-        )
+        first = np.broadcast_to(np.int32(0), (len(there), len(self)))
+        return replace(self.frame, table=table, used=used, first=first, columns_of=self._columns)
+
+    @property
+    def _there(self) -> np.ndarray:
+        return np.asarray(np.arange(len(self)) < self.counts[..., None])
+
+    def _columns(self) -> Int[Tensor, "b L slots"]:
+        found = self.columns.new_full((*self._there.shape, self.frame.page), -1)
+        found[torch.from_numpy(self._there).to(found.device)] = self.columns
+        return found.flatten(2)
+
+    def _spread(self) -> Pages:
+        columns = self._columns()
+        importance = self.importance.new_full((*self._there.shape, self.frame.page), -torch.inf)
+        importance[torch.from_numpy(self._there).to(importance.device)] = self.importance
+        return replace(self.read, columns=columns, importance=importance.flatten(2), columns_of=None)
 
     def more_important(self, more: Float[Tensor, "b L slots"], fade: float = 1.0) -> "Ragged":
         """With more importance of each token, and what it had times `fade`."""
@@ -111,4 +121,7 @@ class Ragged:
         """Bytes of what says where and which tokens the records are."""
         arrays = self.counts.nbytes + self.table.nbytes + self.used.nbytes
         made: Pages | None = vars(self).get("_in_place")
-        return arrays + nbytes([self.columns, self.importance]) + (0 if made is None else made.made_bytes)
+        more = 0 if made is None else made.made_bytes
+        if not self.even and (read := vars(self).get("read")) is not None:
+            more += read.table.nbytes + read.used.nbytes + read.made_bytes
+        return arrays + nbytes([self.columns, self.importance]) + more

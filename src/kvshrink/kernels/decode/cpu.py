@@ -18,6 +18,7 @@ from torch import Tensor
 from kvshrink.kernels import inputs, native
 from kvshrink.kernels.decode.reference import ALL, Basis, Constant, Live, Turn
 from kvshrink.kernels.latents import MIXED, Packed, level_table
+from kvshrink.kernels.records import Records
 from kvshrink.shapes import Bool, Float
 
 PAGE = 32
@@ -140,10 +141,24 @@ def _prepared(job: _Job, basis: Basis, turn: Turn | None, pairs: bool) -> _Prepa
 
 
 def _side(packed: Packed, held: list[Any]) -> _Side:
-    records, raw = inputs.records(packed), packed.form == "raw"
+    """A side as C++ reads it; of the same records, which never change, it is made once."""
+    records = inputs.records(packed)
+    if records is not packed.stored:
+        held.append(records)
+        return _made_side(packed, records, held)
+    key = ("side", *inputs.form_of(packed))
+    if key not in records.prepared:
+        kept: list[Any] = []
+        records.prepared[key] = _made_side(packed, records, kept), kept
+    found: _Side = records.prepared[key][0]
+    return found
+
+
+def _made_side(packed: Packed, records: Records, held: list[Any]) -> _Side:
+    raw = packed.form == "raw"
     data = records.field("latent" if raw else "codes")
     table = records.addresses
-    held += [records, table]
+    held += [table, packed.levels]
     side = _Side(
         form=RAW[data.dtype] if raw else FORMS[packed.form],
         groups=data.shape[0] * records.lanes,
