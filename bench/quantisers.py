@@ -24,7 +24,7 @@ from rivals import Contender, answer, divergence, full_contender, ours, peers, p
 from series import REAL_TASKS, TASKS
 from tqdm import tqdm
 
-from kvshrink.attach.fill import asked_by, prefill
+from kvshrink.attach.fill import prefill, wanted_by
 from kvshrink.attach.identity import model_key
 from kvshrink.cli._common import load
 from kvshrink.eval import metrics
@@ -62,7 +62,7 @@ def measure(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, a
             continue
         context = len(ids) - SCORED if sample is None else len(encode(sample, tokenizer)[0])
         context = context // MULTIPLE * MULTIPLE
-        dense = prefill(model, torch.tensor([ids[:context]]), asked=asked_by(c.method for c in contenders))
+        dense = prefill(model, torch.tensor([ids[:context]]), wanted=wanted_by(c.method for c in contenders))
         for contender in todo:
             cache = contender.fill(dense)
             bits, held = contender.held(cache)
@@ -90,7 +90,7 @@ def later(model: Any, tokenizer: Any, contenders: list[Contender], log: Log, len
     keys = {contender.label: key_of("later", contender.identity, LATER, length) for contender in contenders}
     todo = [contender for contender in contenders if keys[contender.label] not in log.rows]
     if todo:
-        dense = prefill(model, ids[:, :context], asked=asked_by(c.method for c in contenders))
+        dense = prefill(model, ids[:, :context], wanted=wanted_by(c.method for c in contenders))
         for contender in tqdm(todo, desc="bytes"):
             cache = contender.fill(dense)
             model(input_ids=ids[:, context : context + LATER], past_key_values=cache)

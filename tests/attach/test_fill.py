@@ -6,7 +6,13 @@ import torch
 import kvshrink
 from kvshrink import methods
 from kvshrink.attach import attach, make_cache
-from kvshrink.attach.fill import asked_by, fill, prefill
+from kvshrink.attach.fill import fill, prefill, wanted_by
+
+# that choose tokens, but for those that are fitted, and the one that ranks none
+CHOOSING = [n for n, path in methods.names().items() if ".evict." in path and methods.get(n).needs_fit is False]
+CHOOSING.remove("streaming_llm")
+    name for name, path in methods.names().items() if ".evict." in path and methods.get(name).needs_fit is False
+]
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +21,7 @@ def model():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["rtn", "zipcache", "edgeqat", "snapkv", "adakv", "h2o"])
+@pytest.mark.parametrize("name", ["rtn", "zipcache", "edgeqat", *CHOOSING])
 @pytest.mark.parametrize("padded", [False, True])
 def test_filled_pages_are_those_of_the_model_s_own_prefill(model, name, padded):
     ids = torch.randint(10, 3000, (2, 400), generator=torch.Generator().manual_seed(0))
@@ -27,9 +33,13 @@ def test_filled_pages_are_those_of_the_model_s_own_prefill(model, name, padded):
     model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=own)
     filled = make_cache(model, method)
     shown = mask if padded else None
-    fill(filled, prefill(model, ids, shown, asked_by([methods.get("zipcache")(), method])), attachment, shown)
+    fill(filled, prefill(model, ids, shown, wanted_by([methods.get("zipcache")(), method])), attachment, shown)
     for mine, theirs in zip(filled.layers, own.layers, strict=True):
         assert len(mine.body) == len(theirs.body) > 0
         (mine, mine_held), (theirs, theirs_held) = mine.state(), theirs.state()
         assert (mine, mine_held.keys()) == (theirs, theirs_held.keys())
-        assert all(torch.equal(t, theirs_held[name]) for name, t in mine_held.items())
+        for part, t in mine_held.items():
+            if part.endswith("importance"):  # a single query is another product than one among others
+                torch.testing.assert_close(t, theirs_held[part], rtol=1e-4, atol=1e-7)
+            else:
+                assert torch.equal(t, theirs_held[part]), part

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 import kvshrink
 from kvshrink import CSKV, RTN, Spectral, fit
-from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.lossy import round_trip
 from kvshrink.cache.rope import FAR
 from kvshrink.errors import CacheError
+from tests.cache.build import body_keys
 from tests.tiny import randomise
 
 MOST = 150
@@ -116,7 +116,7 @@ def test_a_simulated_loss_is_a_real_caches(model, length, speed):
     fed(model, full, ids_of(length))
     fed(model, cache, ids_of(length))
     layer, rope = cache.layers[0], kvshrink.attach(model).layers[0].rope
-    stored = torch.cat([keys for keys, _ in stored_keys(layer.snapshot(rope))], 2)
+    stored = body_keys(layer.snapshot(rope))
     exact = full.layers[0].keys
     simulated = round_trip(layer.codecs[0], exact, rope, layer.method.page)[:, :, : stored.shape[2]]
     torch.testing.assert_close(simulated, stored, atol=1e-4, rtol=0)

@@ -7,9 +7,9 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 import kvshrink
 from kvshrink import CSKV, RTN, methods
 from kvshrink.attach.projections import swamped
-from kvshrink.cache.attend import stored_keys
 from kvshrink.kernels import native
 from kvshrink.methods._roles import Method
+from tests.cache.build import body_keys
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -76,7 +76,7 @@ def test_tokens_of_single_heads_are_turned_at_their_own_positions(name):
     assert layer.codecs[0].site == "k_pre"
     exact, columns = found[0].layers[0].keys, layer.pages.columns
     rope = kvshrink.attach(model).layers[0].rope
-    keys = torch.cat([k for k, _ in list(stored_keys(layer.snapshot(rope)))[1:]], 2)
+    keys = body_keys(layer.snapshot(rope))
     live = columns >= 0
     wanted = exact.gather(2, columns.clamp_min(0).long()[..., None].expand(-1, -1, -1, 64))
     assert (columns[:, 0] != columns[:, 1]).any(), "the heads keep different tokens"

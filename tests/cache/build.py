@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from kvshrink.attach.judging import shared_out
+from kvshrink.cache.attend import keys_of
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.scoring import ProbeQueries
+from kvshrink.cache.snapshot import Snapshot
 from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.methods._stats import LayerShape
 from kvshrink.store.tokens import TokenTable
@@ -47,6 +49,12 @@ def weights(shape: LayerShape, seed: int = 0) -> dict:
         "value_weight": both[:, shape.width :].contiguous(),
         "mean": torch.randn(2 * shape.width, generator=g),
     }
+
+
+def body_keys(snapshot: Snapshot) -> Tensor:
+    """Keys of the body as attention uses them, [b, h, slots, d]."""
+    blocks = [(tier, tier.block(0, len(tier.pages))) for tier in snapshot.tiers]
+    return torch.cat([keys_of(block, tier, snapshot) for tier, block in blocks], 2)
 
 
 def orthonormal(groups: int, width: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvshrink.kernels import native
+from kvshrink.kernels import jobs, native
 from kvshrink.kernels.decode import ALL, Basis, Constant, Live, cpu, fused, reference
 from tests.kernels.samples import FORMS, PAGE, basis_of, far, masked, packed, placed, ragged, strewn, turn_of
 from tests.kernels.tolerances import assert_close
@@ -202,14 +202,14 @@ def test_a_large_mean_does_not_shift_the_scores():
 def test_threads_that_meet_a_basis_at_once_prepare_it_once(monkeypatch):
     keys, values = packed(("channel", 4), 1, 20, 2, 1, torch.float32), packed("raw", 1, 16, 2, 1, torch.float32)
     query, basis, made = torch.randn(1, 2, 1, 64) / 8, basis_of(1, 20, 2, 64), []
-    real = cpu._Prepared.__init__
+    real = jobs._Prepared.__init__
 
     def slow(self, *args):
         time.sleep(0.05)
         made.append(self)
         real(self, *args)
 
-    monkeypatch.setattr(cpu._Prepared, "__init__", slow)
+    monkeypatch.setattr(jobs._Prepared, "__init__", slow)
     job = (query, keys, basis, turn_of(64, 64), values, None, None, torch.float32)
     with ThreadPoolExecutor(4) as pool:
         outs = [f.result() for f in [pool.submit(cpu.decode, *job) for _ in range(4)]]

@@ -5,7 +5,7 @@ time: keys are rebuilt for one block, unless their codec absorbs queries and the
 after the weighted sum. No full-length K or V of a layer is ever alive.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from kvshrink.kernels.decode import MOST_ROWS, Constant, Turn, left_out
 from kvshrink.kernels.held import attend as attend_held
 from kvshrink.kernels.rope import wave_table, waves
 from kvshrink.methods._codec import Codec
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Float
 
 BLOCK_ELEMENTS = 2**19  # channels * tokens of keys rebuilt at a time: 2 MiB in float32
 SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
@@ -41,7 +41,7 @@ def attend(
     b, heads, s, _ = query.shape
     h = keys.shape[1]
     # many new tokens come in chunks, so that scores stay small; a block of the body is rebuilt once for all chunks
-    size = max(1, SCORE_ELEMENTS // (b * heads * _block_tokens(snapshot)))
+    size = max(1, SCORE_ELEMENTS // (b * heads * block_tokens(snapshot)))
     chunks, shown = [], Mask.of(mask)
     for at in range(0, s, size):
         part = query[:, :, at : at + size].float().mul(scaling)
@@ -68,17 +68,6 @@ def attend_all(
     return [attend(query, *pair, mask, scaling, softcap, snapshot) for query, pair, mask, snapshot in parts]
 
 
-def stored_keys(snapshot: Snapshot) -> Iterator[tuple[Float[Tensor, "b h t d"], Bool[Tensor, "b h t"]]]:
-    """Sinks, then the body's keys as attention uses them, a block at a time, and which of them are tokens."""
-    if (sinks := snapshot.sinks) is not None:
-        yield sinks.keys.float(), (sinks.columns >= 0)[:, None].expand(sinks.keys.shape[:3])
-    for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(_block_tokens(snapshot))):
-        keys, there = _keys(block, tier, snapshot), snapshot.shown(block)
-        every = keys.new_ones(keys.shape[:3], dtype=torch.bool)
-        heads = snapshot.shape.heads
-        yield keys, every if there is None else every & there.repeat_interleave(heads // there.shape[1], 1)
-
-
 def rebuild(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of all columns at full width: zero where nothing was stored, anything at (masked) pads. keys and
     values as for `attend`."""
@@ -87,8 +76,8 @@ def rebuild(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, T
         keys, values = snapshot.held.rows()
     b, h, w, d = keys.shape
     all_keys, all_values = keys.new_zeros(b, h, first + w, d), values.new_zeros(b, h, first + w, values.shape[3])
-    for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(_block_tokens(snapshot))):
-        k, v = _keys(block, tier, snapshot), tier.codecs[1].decode(tier.stored(block)[1], h)
+    for tier, block in ((t, block) for t in snapshot.tiers for block in t.blocks(block_tokens(snapshot))):
+        k, v = keys_of(block, tier, snapshot), tier.codecs[1].decode(tier.stored(block)[1], h)
         columns = snapshot.columns(block)
         for whole, rows in ((all_keys, k), (all_values, v)):
             if isinstance(columns, slice):
@@ -123,7 +112,7 @@ def _exact(chunks: list[QueryChunk], keys: Tensor, values: Tensor, softcap: floa
         if len(chunks) == 1 and (part := _held(chunks[0], snapshot.held, softcap)) is not None:
             return [part]
         keys, values = snapshot.held.rows()
-    states, step = [start(q, values.shape[3]) for q, _ in chunks], _block_tokens(snapshot)
+    states, step = [start(q, values.shape[3]) for q, _ in chunks], block_tokens(snapshot)
     for at in range(0, keys.shape[2] or int(sinks is not None), step):  # after a crop none may be exact
         k, v = keys[:, :, at : at + step], values[:, :, at : at + step]
         columns = slice(snapshot.first + at, snapshot.first + at + k.shape[2])
@@ -202,7 +191,7 @@ def _body(chunks: list[QueryChunk], softcap: float | None) -> list[Segment]:
         return []
     one = len(chunks) == 1 and chunks[0].view.count == 1 and chunks[0].view.biases is None
     if one and snapshot.tiers[-1].codecs[0].reads(snapshot.pages * snapshot.page) is not None:
-        return [[part] for part in read_chosen(chunks[0], softcap, _block_tokens(snapshot))]
+        return [[part] for part in read_chosen(chunks[0], softcap, block_tokens(snapshot))]
     return [_tier(chunks, tier, softcap) for tier in snapshot.tiers]
 
 
@@ -219,11 +208,11 @@ def _tier(chunks: list[QueryChunk], tier: TierView, softcap: float | None) -> Se
         form = (0, False) if (rope := snapshot.rope) is None else (len(rope.inv_freq), rope.interleaved)
         more = [waves(q, constant, *form) for q, _ in chunks]
         queries = [torch.cat(both, 3) for both in zip(queries, more, strict=True)]
-    for block in tier.blocks(_block_tokens(snapshot)):
+    for block in tier.blocks(block_tokens(snapshot)):
         if constant is not None:
             keys = _beside_waves(block, key_codec, absorbed[0] is not None, snapshot)
         else:
-            keys = _keys(block, tier, snapshot) if absorbed[0] is None else key_codec.unpack(block.part("k."))
+            keys = keys_of(block, tier, snapshot) if absorbed[0] is None else key_codec.unpack(block.part("k."))
         latent = value_codec.unpack(tier.stored(block)[1])
         columns = snapshot.columns(block)
         states = [
@@ -251,7 +240,7 @@ def _fused(part: QueryChunk, tier: TierView, softcap: float | None) -> tuple[Ten
     whole = tier.block(0, len(tier.pages))
     live, there = snapshot.live(tier)
     seen = both(None if view.rows is None else view.columns(snapshot.columns(whole)), there, view)
-    turn = _turn(snapshot, whole) if turns or key_codec.constant is not None else None
+    turn = turn_of(snapshot, whole) if turns or key_codec.constant is not None else None
     if turn == "mixed":
         return None
     constant = None
@@ -263,7 +252,7 @@ def _fused(part: QueryChunk, tier: TierView, softcap: float | None) -> tuple[Ten
     return out
 
 
-def _turn(snapshot: Snapshot, block: Block) -> Turn | Literal["mixed"] | None:
+def turn_of(snapshot: Snapshot, block: Block) -> Turn | Literal["mixed"] | None:
     """RoPE of a block's slots; "mixed" where they were turned by different frequencies."""
     rope = snapshot.rope
     if rope is None:
@@ -272,7 +261,7 @@ def _turn(snapshot: Snapshot, block: Block) -> Turn | Literal["mixed"] | None:
     return "mixed" if alike is None else Turn(*alike, rope.scaling, rope.interleaved)
 
 
-def _keys(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b h t d"]:
+def keys_of(block: Block, tier: TierView, snapshot: Snapshot) -> Float[Tensor, "b h t d"]:
     """Keys of a block as attention uses them, float32."""
     codec = tier.codecs[0]
     keys = codec.decode(block.part("k."), snapshot.shape.heads)
@@ -292,6 +281,6 @@ def _beside_waves(block: Block, codec: Codec, latent: bool, snapshot: Snapshot) 
     return torch.cat([keys, wave_table(*turns).expand(len(keys), keys.shape[1], -1, -1)], 3)
 
 
-def _block_tokens(snapshot: Snapshot) -> int:
+def block_tokens(snapshot: Snapshot) -> int:
     page, shape = snapshot.page, snapshot.shape
     return max(page, BLOCK_ELEMENTS // shape.width // page * page)

@@ -159,10 +159,9 @@ class CompressedLayer(RowsLayer):
     def _only_attended(self, before: tuple[Any, ...]) -> bool:
         """Whether our attention alone reads the exact tokens, all in the window, and others beside them."""
         first, method = self.seen - self.window.count, self.method
-        alike = self.window.starts is None and self.table.shifts is None
+        alike = self.window.starts is None and self.table.shifts is None and not self.policy.remembers
         more = first > 0 or bool(before) or self.sinks.keys is not None
-        ranks = self.policy.scorer is not None and self.policy.scorer.remembers
-        return more and alike and not ranks and quiet(first, self.seen, method.window, method.page)
+        return more and alike and quiet(first, self.seen, method.window, method.page)
 
     def _snapshot(
         self, before: tuple[Any, ...], count: int, device: torch.device, rope: Rope | None, held: HeldRows | None

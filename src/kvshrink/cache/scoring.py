@@ -4,7 +4,7 @@ Softmax is over the exact tokens at hand and, where the scorer wants all, over w
 matrix of all probabilities is made: some queries at a time, each over all that it sees.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from kvshrink.methods._evidence import Reduce
 from kvshrink.shapes import Bool, Float, Int
 
+FEW = 128  # exact tokens whose keys may be copied for all heads at once
 SCORE_ELEMENTS = 2**20  # scores alive at a time: 4 MiB in float32, about what a core's cache holds
 
-Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # keys [b, h, t, d] and which of them are tokens, [b, h, t]
+# of stored tokens: scores of queries [b, h, m, x, d], [b, h, m, x, t], and which are tokens, [b, h, t]
+Stored = Callable[[Tensor], Sequence[tuple[Tensor, Tensor]]]
 
 
 class ProbeQueries(NamedTuple):
@@ -45,21 +47,22 @@ def received(
     keys: Float[Tensor, "b h t d"],
     real: Bool[Tensor, "b t"],
     new: int,
-    blocks: Blocks = lambda: (),
+    stored: Stored = lambda _: (),
+    tokens: int = 0,
     reduce: Reduce = "sum",
     weights: Float[Tensor, " x"] | None = None,
 ) -> Received:
     """What the exact tokens got, of which the last `new` are those of this step, and what the stored ones did.
 
-    Pads get nothing, and ask nothing. All stored tokens are before this step's. weights: of each query's attention.
+    Pads get nothing, and ask nothing. All stored tokens are before this step's: `stored` gives scores of `tokens` of
+    them. weights: of each query's attention.
     """
     b, h, t, _ = keys.shape
     queries = probe.queries.unflatten(1, (h, -1))  # [b, h, m, x, d]
-    own, stored_keys = (probe.rows + (t - new)).to(keys.device), [(k.float(), there) for k, there in blocks()]
+    own = (probe.rows + (t - new)).to(keys.device)
     mass, seen = keys.new_zeros(b, h, t, dtype=torch.float32), keys.new_zeros(b, t, dtype=torch.float32)
-    stored = [there.new_zeros(there.shape, dtype=torch.float32) for _, there in stored_keys]
-    wide = t + sum(there.shape[2] for _, there in stored_keys)
-    size = max(1, SCORE_ELEMENTS // (b * queries.shape[2] * wide))
+    got: list[Tensor] = []  # by stored tokens
+    size = max(1, SCORE_ELEMENTS // (b * queries.shape[2] * (t + tokens)))
     padded = not bool(real.all())
     for at in range(0, len(own), size):
         columns, part = own[at : at + size], queries[:, :, :, at : at + size]
@@ -69,36 +72,36 @@ def received(
             shown = shown & real[:, None, :end] & real[:, columns, None]
         seen[:, :end] += shown.sum(1)
         counts = None if weights is None else weights[at : at + size].to(keys.device)
-        asks = real[:, columns, None] if padded else None
-        for head in range(h):  # so that no float32 copy of all keys is made
-            row = _scores(part[:, head], keys[:, head, :end], shown[:, None], probe.softcap)
-            others = [
-                _stored_scores(part[:, head], k[:, head], there[:, head], asks, probe) for k, there in stored_keys
-            ]
-            sink = None if probe.sinks is None else probe.sinks.float().view(h, -1)[head]
+        others_of, asks = stored(part), real[:, None, columns, None]
+        got = got or [there.new_zeros(there.shape, dtype=torch.float32) for _, there in others_of]
+        few = part[..., 0].numel() * end <= SCORE_ELEMENTS and end <= FEW
+        for heads in [slice(None)] if few else [slice(n, n + 1) for n in range(h)]:  # no float32 copy of all keys
+            row = _scores(part[:, heads], keys[:, heads, :end], shown[:, None, None], probe.softcap)
+            others = [x[:, heads].masked_fill(~asks, -torch.inf) if padded else x[:, heads] for x, _ in others_of]
+            sink = None if probe.sinks is None else probe.sinks.float().view(h, -1, 1)[heads]
             _softmax([row, *others], sink, padded or sink is not None)
             if reduce == "below":
-                held = [n[:, head].sum(-1)[:, None, None] for _, n in stored_keys]
-                even = 1 / torch.stack(torch.broadcast_tensors(shown[:, None].sum(-1), *held)).sum(0).clamp_min(1)
-                small = [(row < even[..., None]) & shown[:, None], *(x < even[..., None] for x in others)]
+                held = [n[:, heads].sum(-1)[:, :, None, None] for _, n in others_of]
+                even = 1 / torch.stack(torch.broadcast_tensors(shown.sum(-1)[:, None, None], *held)).sum(0).clamp_min(1)
+                small = [(row < even[..., None]) & shown[:, None, None], *(x < even[..., None] for x in others)]
                 row, others = small[0].float(), [x.float() for x in small[1:]]
-            for weighed, into in zip([row, *others], [mass[:, head, :end], *(x[:, head] for x in stored)], strict=True):
+            for weighed, into in zip([row, *others], [mass[:, heads, :end], *(x[:, heads] for x in got)], strict=True):
                 _add(into, weighed, counts, reduce)
-    return Received(mass, seen, torch.cat(stored, 2) if stored else None)
+    return Received(mass, seen, torch.cat(got, 2) if got else None)
 
 
-def _softmax(parts: list[Tensor], sink: Float[Tensor, " m"] | None, some_see_nothing: bool) -> None:
-    """Scores [b, m, x, t] become weights, in place; 0 where a query sees nothing. sink: logits that take a share."""
+def _softmax(parts: list[Tensor], sink: Float[Tensor, "h m 1"] | None, some_see_nothing: bool) -> None:
+    """Scores [b, h, m, x, t] become weights, in place; 0 where a query sees nothing. sink: logits that take a share."""
     top = torch.stack([x.amax(-1) for x in parts]).amax(0)
     if sink is not None:
-        top = top.maximum(sink[:, None])
+        top = top.maximum(sink)
     if some_see_nothing:
         top = top.masked_fill(top == -torch.inf, 0.0)
     for x in parts:
         x.sub_(top[..., None]).exp_()
     total = torch.stack([x.sum(-1) for x in parts]).sum(0)
     if sink is not None:
-        total = total + (sink[:, None] - top).exp()
+        total = total + (sink - top).exp()
     if some_see_nothing:
         total = total.clamp_min(torch.finfo(torch.float32).tiny)
     for x in parts:
@@ -106,35 +109,24 @@ def _softmax(parts: list[Tensor], sink: Float[Tensor, " m"] | None, some_see_not
 
 
 def _add(
-    into: Float[Tensor, "b t"],
-    weights: Float[Tensor, "b m x t"],
+    into: Float[Tensor, "b h t"],
+    weights: Float[Tensor, "b h m x t"],
     counts: Float[Tensor, " x"] | None,
     reduce: Reduce,
 ) -> None:
     """Reduce these weights into what tokens have so far."""
     if reduce == "max":
-        into.copy_(torch.maximum(into, weights.amax((1, 2))))
+        into.copy_(torch.maximum(into, weights.amax((2, 3))))
     elif counts is None:
-        into += weights.sum((1, 2))
+        into += weights.sum((2, 3))
     else:
-        into += torch.einsum("bmxt,x->bt", weights, counts)
+        into += torch.einsum("bhmxt,x->bht", weights, counts)
 
 
-def _stored_scores(
-    queries: Float[Tensor, "b m x d"],
-    keys: Float[Tensor, "b t d"],
-    there: Bool[Tensor, "b t"],
-    asks: Bool[Tensor, "b x 1"] | None,
-    probe: ProbeQueries,
-) -> Float[Tensor, "b m x t"]:
-    shown = there[:, None, None] if asks is None else there[:, None, None] & asks[:, None]
-    return _scores(queries.float(), keys, shown, probe.softcap)
-
-
-def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Float[Tensor, "b m x t"]:
-    """Of queries [b, m, x, d] and keys [b, t, d]; -inf where a query does not see a key."""
-    flat = queries.flatten(1, 2).to(keys.dtype)
-    scores: Tensor = (flat @ keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])
+def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Float[Tensor, "b h m x t"]:
+    """Of queries [b, h, m, x, d] and keys [b, h, t, d]; -inf where a query does not see a key."""
+    flat = queries.flatten(2, 3).to(keys.dtype)
+    scores: Tensor = (flat @ keys.transpose(2, 3)).float().unflatten(2, queries.shape[2:4])
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
     return scores.masked_fill_(~seen, -torch.inf)

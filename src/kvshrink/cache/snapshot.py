@@ -180,6 +180,11 @@ class Snapshot:
         return sum(len(tier.pages) for tier in self.tiers)
 
     @property
+    def held_tokens(self) -> int:
+        """Slots of sinks and of the body, of the longest lane."""
+        return (0 if self.sinks is None else self.sinks.size) + self.pages * self.page
+
+    @property
     def page(self) -> int:
         return self.tiers[0].pages.page if self.tiers else 1
 

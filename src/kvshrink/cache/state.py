@@ -150,9 +150,7 @@ class Schema:
             rows = [(dtype, (b, shape.heads, window, numbers)) for dtype, numbers in forms]
             found |= {"window.keys": rows[0], "window.values": rows[1]}
         require(isinstance(values["scores"], bool), f"layer {i}: scores")
-        scorer = layer.policy.scorer
-        remembers = scorer is not None and scorer.remembers
-        require(not values["scores"] or (remembers and window > 0), f"layer {i}: scores")
+        require(not values["scores"] or (layer.policy.remembers and window > 0), f"layer {i}: scores")
         if values["scores"]:
             found["window.scores"] = (torch.float32, (b, shape.heads, window))
         require(isinstance(values["sinks"], bool), f"layer {i}: sinks")

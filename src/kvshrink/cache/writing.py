@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvshrink.cache.attend import stored_keys
 from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import ENCODE_TOKENS, encode
@@ -34,6 +33,7 @@ from kvshrink.cache.scoring import received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
 from kvshrink.cache.step import Staged
+from kvshrink.cache.stored_scores import stored_scores
 from kvshrink.cache.window import Window
 from kvshrink.methods._evidence import Evidence
 from kvshrink.methods._policy import Policy, Scorer
@@ -80,7 +80,7 @@ class Leave:
         if scorer.remembers:
             ranked = self.window.add_scores(ranked, fade)
         if stored is not None and before.tiers and scorer.keeps in ("sum", "latest"):
-            own = stored[..., 0 if before.sinks is None else before.sinks.size :]
+            own = scorer.of_stored(stored[..., 0 if before.sinks is None else before.sinks.size :])
             self.body.add_importance(own, fade if scorer.keeps == "sum" else 0.0)
         return ranked
 
@@ -92,9 +92,10 @@ class Leave:
         positions = before.positions[:, before.first :]
         real = positions >= 0
         if probe is not None and scorer.asks and scorer.reduce is not None:
-            blocks = partial(stored_keys, before) if scorer.everything else tuple
-            count = scorer.weights(new)
-            got = received(probe, keys, real, new, blocks, scorer.reduce, count)
+            reads = scorer.everything and before.held_tokens > 0
+            stored = partial(stored_scores, before, probe.softcap) if reads else lambda _: ()
+            tokens = before.held_tokens if reads else 0
+            got = received(probe, keys, real, new, stored, tokens, scorer.reduce, scorer.weights(new))
         seen = Evidence(
             keys,
             values,

@@ -75,6 +75,10 @@ class Scorer(ABC):
         """What each query's attention counts, of those asked of so many new tokens; None: 1."""
         return None
 
+    def of_stored(self, got: Float[Tensor, "b h slots"]) -> Float[Tensor, "b h slots"]:
+        """What stored tokens' importance grows by, or becomes, of what they got in a step."""
+        return got
+
     @abstractmethod
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
         """Of neighbouring tokens in the order of their columns; with `keeps` "own" of the new ones."""
@@ -98,6 +102,11 @@ class Policy(NamedTuple):
     schedule: Schedule = "page"
     protect: int = 0
     merges: bool = False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether every step adds to what is known of tokens."""
+        return self.scorer is not None and self.scorer.remembers
 
     def drops_now(self, new: int) -> bool:
         """Whether a step of so many new tokens may drop some."""

@@ -109,7 +109,8 @@ class Ragged:
     def more_important(self, more: Float[Tensor, "b L slots"], fade: float = 1.0) -> "Ragged":
         """With more importance of each token, and what it had times `fade`."""
         page = self.frame.page
-        old = self.importance if fade == 1.0 else (self.importance * fade).masked_fill(self.columns < 0, -torch.inf)
+        own = self.importance  # what is infinite stays so: no token, or one that always stays
+        old = own if fade == 1.0 else torch.where(own.isfinite(), own * fade, own)
         if self.even:
             return replace(self, importance=old + more.reshape(-1, page))
         there = np.arange(more.shape[2] // page) < self.counts[..., None]

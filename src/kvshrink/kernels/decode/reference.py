@@ -102,6 +102,18 @@ def decode(
     live:      which slots hold tokens, of which the rows may see those that are `visible`.
     constant:  of keys whose scores are products with the latents: what those lack.
     """
+    rows, query = _rows(query, keys, basis, turn, constant)
+    there = live.seen(keys)
+    if there is not None:
+        there = there.repeat_interleave(query.shape[1] // there.shape[1], 1)
+        visible = there if visible is None else visible & there
+    return finish(fold(start(query, values.width), query, rows, load(values), visible, softcap))
+
+
+def _rows(
+    query: Float[Tensor, "b h x e"], keys: Packed, basis: Basis | None, turn: Turn | None, constant: Constant | None
+) -> tuple[Float[Tensor, "b G t n"], Float[Tensor, "b h x n"]]:
+    """Keys, and queries whose products with them are scores."""
     latent = load(keys)
     if basis is None:
         rows = latent
@@ -116,11 +128,7 @@ def decode(
         every = rows.repeat_interleave(heads // rows.shape[1], 1)
         rows = torch.cat([every, _turned(lacking, constant.turn)], 3)
         query = torch.cat([query, constant.query], 3)
-    there = live.seen(keys)
-    if there is not None:
-        there = there.repeat_interleave(query.shape[1] // there.shape[1], 1)
-        visible = there if visible is None else visible & there
-    return finish(fold(start(query, values.width), query, rows, load(values), visible, softcap))
+    return rows, query
 
 
 def _turned(rows: Float[Tensor, "b h t d"], turn: Turn | None) -> Float[Tensor, "b h t d"]:

@@ -33,6 +33,9 @@ class PassedOver(Scorer):
     def queries(self, count: int) -> Int[Tensor, " x"]:
         return torch.arange(max(0, count - self.history), count)
 
+    def of_stored(self, got: Float[Tensor, "b h slots"]) -> Float[Tensor, "b h slots"]:
+        return -got
+
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
         return -seen.got
 

@@ -23,7 +23,8 @@ from kvshrink.methods._packing.mixed import group_bytes, group_sizes
 from kvshrink.methods._roles import Codec, Fitted, Method
 from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape
 from kvshrink.methods.lowrank import _bits
-from kvshrink.methods.lowrank.spectral import Spectral, energies_of, trimmed
+from kvshrink.methods.lowrank._operand import energies_of, trimmed
+from kvshrink.methods.lowrank.spectral import Spectral
 
 CELLS = 2**14  # of a budget: more, and the steps of the budget are coarser than a byte
 

@@ -30,11 +30,11 @@ from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
 from kvshrink.methods.lowrank._groups import bases_of
+from kvshrink.methods.lowrank._operand import energies_of, layout_of, trimmed
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
 CONSTANT = "key_constant"  # [h, d] in what is fitted, of keys after RoPE: their mean before it
 POINTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # bits a channel
-NOISE = 1e-7  # of all variance: what float32 sums leave of a direction that has none
 FLOOR = 1e-20  # a direction without variance has no scale of its own
 
 
@@ -271,34 +271,6 @@ class Spectral(Method):
             site = "k_post" if self.commutes else "k_pre"
         constant = fitted[CONSTANT] if kv == "key" and self.commutes and self.speed != "apart" else None
         return BasisCodec(site, down.contiguous(), up.contiguous(), mean, packing, constant)
-
-
-def layout_of(fitted: Fitted, kv: str) -> tuple[int, tuple[int, ...]]:
-    """(bases, channels of each group of one of them)."""
-    bases = len(fitted[f"{kv}_mean"])
-    return bases, group_sizes(len(fitted[f"{kv}_variance"]) // bases)
-
-
-def energies_of(fitted: Fitted, kv: str) -> list[float]:
-    """Variance of each group of channels, over all bases; 0 where it is no more than the noise of a sum."""
-    variance = fitted[f"{kv}_variance"].double().view(len(fitted[f"{kv}_mean"]), -1)
-    found = [float(part.sum()) for part in variance.split(group_sizes(variance.shape[1]), 1)]
-    return [x if x > NOISE * sum(found) else 0.0 for x in found]
-
-
-def trimmed(fitted: Fitted, kv: str) -> dict[str, Tensor]:
-    """Without the directions of width 0."""
-    widths, variance = fitted[f"{kv}_widths"], fitted[f"{kv}_variance"].view(len(fitted[f"{kv}_mean"]), -1)
-    sizes = torch.tensor(group_sizes(variance.shape[1]), device=widths.device, dtype=torch.long)
-    there = (widths > 0).repeat_interleave(sizes)
-    changed = {
-        f"{kv}_widths": widths[widths > 0],
-        f"{kv}_variance": variance[:, there].flatten(),
-        f"{kv}_up": fitted[f"{kv}_up"][:, there],
-    }
-    if f"{kv}_down" in fitted:
-        changed[f"{kv}_down"] = fitted[f"{kv}_down"][..., there]
-    return {**fitted, **{k: t.contiguous() for k, t in changed.items()}}
 
 
 METHOD = Spectral

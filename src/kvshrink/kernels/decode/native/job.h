@@ -11,7 +11,8 @@ struct Job {
     const float *up, *mean;         // [G][r][a], [G][a], read by kvshrink_prepare alone
     const float *inv_freq;          // [pairs]; null: keys are not turned
     float scaling, softcap;         // softcap 0: none
-    int32_t constant_wide, unused;  // channels of a query before it was taken to the latents
+    int32_t constant_wide;          // channels of a query before it was taken to the latents
+    int32_t only_scores;            // whether values are left out
     const float *constant_query;    // [b][h][x][constant_wide]
     const float *constant;          // [h][constant_wide]: a part of all keys before RoPE that is not stored; null: none
     const int32_t *positions;       // [b][t]
@@ -21,4 +22,5 @@ struct Job {
     const uint8_t *visible;         // null: everything
     int64_t visible_row, visible_head, visible_x, visible_token;
     float *out, *lse;               // [b][h][x][r], [b][h][x]
+    float *scores;                  // [b][h][x][t], before softmax; null: not wanted
 };

@@ -81,13 +81,13 @@ template <class T> struct Task {
                 }
             }
             soften(page);
-            for (int g = 0; g < job.values.groups; g++) {
+            for (int g = 0; g < job.values.groups && !job.only_scores; g++) {
                 const Spot at(job.values, row, job.pages, page, g);
                 fetch(job.values, page + 1, g);
                 if (at.there) add(at, g);
             }
         }
-        T::done(job.values, sums.data, all.rows);
+        if (!job.only_scores) T::done(job.values, sums.data, all.rows);
     }
 
     // Bring a group of the next page nearer: a record is too short for the processor to guess that it goes on elsewhere.
@@ -317,6 +317,10 @@ template <class T> struct Task {
                     if (t < from || t >= to) lo[t] = NEVER;
                     if (t + 16 < from || t + 16 >= to) hi[t] = NEVER;
                 }
+            if (job.scores) {
+                float *out = job.scores + ((int64_t(row) * all.rows + q) * job.pages + page) * PAGE;
+                store16(out, lo), store16(out + 16, hi);
+            }
             const float highest = std::max(max16(lo), max16(hi));
             if (highest > top[q]) {
                 const float shrink = std::exp(top[q] - highest);  // 0 at first
