@@ -60,7 +60,8 @@ def prompts(args: argparse.Namespace, model, tokenizer) -> list:
     if args.seen:
         for task in found:
             task.samples[:] = [seen(s) for s in task.samples]
-    return [(task, s) for task in found for s in task.samples]
+    every = [(n, task, s) for task in found for n, s in enumerate(task.samples)]
+    return [(task, s) for _, task, s in sorted(every, key=lambda x: x[0])]  # a run that is cut short has all tasks
 
 
 def seen(sample):

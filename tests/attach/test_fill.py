@@ -11,8 +11,6 @@ from kvshrink.attach.fill import fill, prefill, wanted_by
 # that choose tokens, but for those that are fitted, and the one that ranks none
 CHOOSING = [n for n, path in methods.names().items() if ".evict." in path and methods.get(n).needs_fit is False]
 CHOOSING.remove("streaming_llm")
-    name for name, path in methods.names().items() if ".evict." in path and methods.get(name).needs_fit is False
-]
 
 
 @pytest.fixture(scope="module")

@@ -299,6 +299,10 @@ template <class T> struct Task {
         for (int q = 0; q < all.rows; q++) {
             float *s = scores.data + q * PAGE;
             const int to = end(page, q / head_rows);
+            if (to <= from && !job.scores) {  // a lane that has no such page
+                store16(s, all16(0.0f)), store16(s + 16, all16(0.0f));
+                continue;
+            }
             v16 lo = load16(s), hi = load16(s + 16);
             if (job.softcap > 0) {
                 lo = tanh16(lo / job.softcap) * job.softcap;
