@@ -18,7 +18,7 @@ from torch import Tensor
 from kvshrink.cache.snapshot import TierView
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
-from kvshrink.shapes import Float
+from kvshrink.shapes import Bool, Float
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
@@ -55,7 +55,8 @@ class Body:
 
     def __init__(self, tiers: Sequence[Tier], page: int, lanes: int = 1, chooses: bool = False) -> None:
         self.page, self.lanes, self.chooses = page, lanes, chooses
-        self.ages = [TierPages(tier, Pages.none(page, lanes)) for tier in tiers]  # the youngest first
+        # the youngest first
+        self.ages = [TierPages(tier, Pages.none(page, 1 if tier.every else lanes)) for tier in tiers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "ages": [replace(age, view=None) for age in self.ages]}
@@ -69,7 +70,7 @@ class Body:
     @property
     def ladder(self) -> list[TierPages]:
         """The ages of what came from no image, the youngest first."""
-        return [age for age in self.ages if not age.tier.visual]
+        return [age for age in self.ages if not age.tier.beside]
 
     @property
     def youngest(self) -> Pages:
@@ -78,7 +79,12 @@ class Body:
     @property
     def drops(self) -> bool:
         """Whether pages may be dropped."""
-        return self.chooses or self.ladder[-1].tier.codecs is None
+        return not self.holds_every and (self.chooses or self.ladder[-1].tier.codecs is None)
+
+    @property
+    def holds_every(self) -> bool:
+        """Whether a tier beside the chosen tokens holds all of them."""
+        return self.ages[-1].tier.every
 
     @property
     def room(self) -> int | None:
@@ -101,9 +107,10 @@ class Body:
         for age in reversed(self.ages):
             if age.tier.codecs is not None and len(age.kept):
                 view = age.view
-                if view is None or view.base is not base:
+                if view is None or view.base is not base or (age.tier.every and self.ages[0].view is None):
                     pages = age.kept if isinstance(age.kept, Pages) else age.kept.read
-                    view = age.view = TierView(age.tier.codecs, pages, base)
+                    shown = not_held_by(self.ages[0].pages, pages) if age.tier.every else None
+                    view = age.view = TierView(age.tier.codecs, pages, base, shown)
                 found.append(view)
         return tuple(found)
 
@@ -127,15 +134,16 @@ class Body:
         used: np.ndarray,
         rows: np.ndarray | None,
         batch: int,
-        visual: bool = False,
+        beside: bool = False,
     ) -> None:
         """Add whole pages of some rows (None: all) from parts as they come. first [rows, p], used [rows, L, p]: the
-        column of each page's first slot and how many of its slots are filled. batch: rows in all. visual: to the tier
-        of images."""
+        column of each page's first slot and how many of its slots are filled. batch: rows in all. beside: to the tier
+        of images, or of every token."""
         for age in self.ages:
-            age.pages = age.pages.for_rows(batch)
-        if visual or len(self.ladder) == 1:
-            age = self.ages[-1 if visual else 0]
+            if not len(age.kept):
+                age.pages = age.pages.for_rows(batch)
+        if beside or len(self.ladder) == 1:
+            age = self.ages[-1 if beside else 0]
             self.hold(age, age.pages.appended(parts, first.shape[1], first, used, rows), trim=False)
             return
         at = 0
@@ -242,6 +250,17 @@ class Body:
             name = f"older.{i - 1}" if i else "pages"
             pages = age.pages if page is None else restored(age.pages, values[name], under(tensors, f"{name}."), page)
             self.hold(age, pages, trim=False)
+
+
+def not_held_by(chosen: Pages, every: Pages) -> Bool[Tensor, "b L t"]:
+    """Which slots of all tokens' pages are of tokens that a lane has not chosen."""
+    own = every.slots[:, 0].long()  # a row's columns, -1 where there is none
+    if not len(chosen):
+        return (own >= 0)[:, None]
+    columns = chosen.slots.to(own.device).long()
+    held = torch.zeros(*columns.shape[:2], int(max(own.max(), columns.max())) + 2, dtype=torch.bool, device=own.device)
+    held.scatter_(2, columns.where(columns >= 0, held.shape[2] - 1), True)
+    return ~held.gather(2, own.clamp_min(0)[:, None].expand(-1, columns.shape[1], -1)) & (own >= 0)[:, None]
 
 
 def truncated(extent: Stored, codecs: tuple[Codec, Codec]) -> Stored:

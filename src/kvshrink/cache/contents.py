@@ -48,11 +48,11 @@ class Contents:
             name = f"older.{n - 1}" if n else "pages"
             stored = under(own, f"{name}.")
             if stored:  # pages of images have an order of their own
-                own_ends = np.zeros_like(ends) if layer.tiers[n].visual else ends
+                own_ends = np.zeros_like(ends) if layer.tiers[n].beside else ends
                 self._check_pages(f"{self.name}.{name}", n, stored, covered, own_ends)
         for row, (seen, needed) in enumerate(zip(covered, shown, strict=True)):
             first = int(seen.argmax()) if seen.any() else len(seen)
-            if layer.body.chooses:
+            if layer.body.chooses and not layer.body.holds_every:
                 continue
             missing = needed & ~seen
             if layer.body.drops:

@@ -115,8 +115,9 @@ class Choosing:
         importance, there, page = found.importance, found.importance > -torch.inf, self.method.page
         budget, other = self.policy.budget, self.policy.visual
         assert budget is not None
-        if not self.policy.drops_now(new):
-            return there
+        if not self.policy.drops_now(new):  # what is decoded stays; where it is held anyway, it is not chosen
+            old = torch.arange(there.shape[2], device=there.device) < found.before
+            return there & old if self.policy.demotes else there
         gone = torch.from_numpy(left(self.table.lengths[rows], self.method.window, page) // page)
         if other is None or self.table.visual is None:
             parts = [(budget, there, gone)]

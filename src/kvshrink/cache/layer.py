@@ -119,7 +119,7 @@ class CompressedLayer(RowsLayer):
             self.method,
             self.policy,
             self.codecs,
-            self.tiers[-1].codecs if self.tiers[-1].visual else None,
+            self.tiers[-1].codecs if self.tiers[-1].beside else None,
             self.table,
             self.window,
             self.sinks,

@@ -32,7 +32,7 @@ def empty_pages(
     for tier in tiers:
         if tier.codecs is None:
             found.append({})
-        elif found and not tier.visual:
+        elif found and not tier.beside:
             found.append(dict(truncated(found[-1], tier.codecs)))
         else:
             found.append(encode(tier.codecs, keys, values, pads, None, None if base is None else _side_of(base)))

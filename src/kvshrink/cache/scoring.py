@@ -14,7 +14,7 @@ from kvshrink.methods._evidence import Reduce
 from kvshrink.shapes import Bool, Float, Int
 
 FEW = 128  # exact tokens whose keys may be copied for all heads at once
-SCORE_ELEMENTS = 2**20  # scores alive at a time: 4 MiB in float32, about what a core's cache holds
+SCORE_ELEMENTS = 2**22  # scores alive at a time: 16 MiB in float32
 
 # of stored tokens: scores of queries [b, h, m, x, d], [b, h, m, x, t], and which are tokens, [b, h, t]
 Stored = Callable[[Tensor], Sequence[tuple[Tensor, Tensor]]]
@@ -72,10 +72,14 @@ def received(
             shown = shown & real[:, None, :end] & real[:, columns, None]
         seen[:, :end] += shown.sum(1)
         counts = None if weights is None else weights[at : at + size].to(keys.device)
-        others_of, asks = stored(part), real[:, None, columns, None]
+        others_of, asks = stored(part), real[:, None, None, columns, None]
         got = got or [there.new_zeros(there.shape, dtype=torch.float32) for _, there in others_of]
+        plain = not padded and not others_of and probe.sinks is None and probe.softcap is None and reduce != "below"
         few = part[..., 0].numel() * end <= SCORE_ELEMENTS and end <= FEW
         for heads in [slice(None)] if few else [slice(n, n + 1) for n in range(h)]:  # no float32 copy of all keys
+            if plain:
+                _add(mass[:, heads, :end], _causal(part[:, heads], keys[:, heads, :end], columns), counts, reduce)
+                continue
             row = _scores(part[:, heads], keys[:, heads, :end], shown[:, None, None], probe.softcap)
             others = [x[:, heads].masked_fill(~asks, -torch.inf) if padded else x[:, heads] for x, _ in others_of]
             sink = None if probe.sinks is None else probe.sinks.float().view(h, -1, 1)[heads]
@@ -121,6 +125,16 @@ def _add(
         into += weights.sum((2, 3))
     else:
         into += torch.einsum("bhmxt,x->bht", weights, counts)
+
+
+def _causal(queries: Tensor, keys: Tensor, columns: Int[Tensor, " x"]) -> Float[Tensor, "b h m x t"]:
+    """Weights where nothing but what comes later is hidden: only columns behind the first query's are looked at."""
+    scores = (queries.flatten(2, 3).to(keys.dtype) @ keys.transpose(2, 3)).unflatten(2, queries.shape[2:4])
+    first = int(columns[0]) + 1
+    later = torch.arange(first, keys.shape[2], device=keys.device) > columns[:, None]
+    scores[..., first:].masked_fill_(later, -torch.inf)
+    weights: Tensor = scores.softmax(-1, dtype=torch.float32)
+    return weights
 
 
 def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Float[Tensor, "b h m x t"]:

@@ -24,12 +24,14 @@ from kvshrink.store.lanes import Pages, Span
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some consecutive pages of all lanes. base: pages of the same tokens in the layer that this one follows."""
+    """Some consecutive pages of all lanes. base: pages of the same tokens in the layer that this one follows. shown: as
+    a TierView's."""
 
     pages: Pages
     start: int
     stop: int
     base: Pages | None = None
+    shown: Bool[Tensor, "b L t"] | None = None
 
     def part(self, prefix: str) -> Stored:
         """Tensors of the keys, "k.", or of the values, "v."; those of the other layer beside them, as "base.*"."""
@@ -68,14 +70,18 @@ class TierView:
     """Pages of one age as a step reads them.
 
     base: pages of the same tokens in the layer that this one follows; their tensors are beside its own in a block.
+    shown: slots that are read here, by lane, where another tier is read for the others; None: all.
     """
 
     codecs: tuple[Codec, Codec]
     pages: Pages
     base: Pages | None = None
+    shown: Bool[Tensor, "b L t"] | None = None
 
     def block(self, start: int, stop: int) -> Block:
-        return Block(self.pages, start, stop, self.base)
+        page = self.pages.page
+        shown = None if self.shown is None else self.shown[:, :, start * page : stop * page]
+        return Block(self.pages, start, stop, self.base, shown)
 
     def blocks(self, tokens: int) -> Iterator[Block]:
         return (self.block(*part) for part in self.pages.blocks(tokens))
@@ -218,7 +224,7 @@ class Snapshot:
         """Which slots of a tier are read: as kernels count them off, and by slot where they cannot."""
         if tier.pages.chosen:  # chosen tokens, no pad or sink among them
             return Live(tier.counts), None
-        if self.padded or (self.hidden is not None and not tier.plain):
+        if self.padded or tier.shown is not None or (self.hidden is not None and not tier.plain):
             return Live(tier.counts), self.shown(tier.block(0, len(tier.pages)))
         return Live(tier.counts, None if self.hidden is None else tier.skips(self.hidden)), None
 
@@ -226,6 +232,7 @@ class Snapshot:
         """Slots of a block that are tokens, and no pads or sinks; None: all."""
         columns, span = self.columns(block), block.span
         parts = [] if isinstance(columns, slice) else [columns >= 0]
+        parts += [] if block.shown is None else [block.shown]
         if self.padded:
             parts.append(self._real(columns))
         if self.hidden is not None and (span is None or span.start < self.hidden.most):

@@ -166,19 +166,26 @@ class Schema:
         self.empty[i] = [page or None for page in pages]
         for tier, name, page in zip(layer.tiers, names, pages, strict=True):
             most = 0 if tier.codecs is None else None if tier.tokens is None else tier.tokens // layer.method.page
-            own = self._pages(values, name, f"layer {i}", layer, page, most)
+            own = self._pages(values, name, f"layer {i}", layer, page, most, tier.every)
             found |= {f"{name}.{k}": kind for k, kind in own.items()}
         return found
 
     def _pages(
-        self, values: dict[str, Any], name: str, where: str, layer: CompressedLayer, page: Stored, most: int | None
+        self,
+        values: dict[str, Any],
+        name: str,
+        where: str,
+        layer: CompressedLayer,
+        page: Stored,
+        most: int | None,
+        every: bool,
     ) -> dict[str, Kind]:
-        """Kinds of the tensors of pages, of which a row may have `most`."""
+        """Kinds of the tensors of pages, of which a row may have `most`. every: of a tier of all tokens."""
         given = _object(values, name, {"pages", "records", "columns"})
         count = _number(given, "pages", f"{where}: {name}", 0, MOST if most is None else most)
-        b, lanes = self.batch, layer.body.lanes
+        b, lanes = self.batch, 1 if every else layer.body.lanes
         records = _number(given, "records", f"{where}: {name}", min(1, count), b * lanes * count)
-        chooses = layer.body.chooses and count > 0
+        chooses = layer.body.chooses and count > 0 and not every
         require(given["columns"] is chooses, f"{where}: {name}: columns")
         if not count:
             return {}

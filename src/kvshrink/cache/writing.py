@@ -51,7 +51,7 @@ class Leave:
     method: Method
     policy: Policy
     codecs: tuple[Codec, Codec] | None
-    visual: tuple[Codec, Codec] | None  # of pages of images; None: as all others
+    beside: tuple[Codec, Codec] | None  # of pages of images, or of every token beside the chosen ones
     table: TokenTable
     window: Window
     sinks: Sinks
@@ -80,7 +80,8 @@ class Leave:
         if scorer.remembers:
             ranked = self.window.add_scores(ranked, fade)
         if stored is not None and before.tiers and scorer.keeps in ("sum", "latest"):
-            own = scorer.of_stored(stored[..., 0 if before.sinks is None else before.sinks.size :])
+            youngest = before.tiers[-1].pages
+            own = scorer.of_stored(stored[..., stored.shape[2] - len(youngest) * youngest.page :])
             self.body.add_importance(own, fade if scorer.keeps == "sum" else 0.0)
         return ranked
 
@@ -178,7 +179,10 @@ class Leave:
                 self.method, self.policy, self.codecs, self.table, self.sinks, self.body, self.watch, rope
             )
             chosen.run(leaving.rows, whole, columns, own, len(keys), new)
-        elif self.visual is None or self.table.visual is None:
+            if self.beside is not None:
+                one = whole._replace(used=whole.used[:, :1])
+                self._append(one, columns, own, leaving.rows, len(keys), beside=True)
+        elif self.beside is None or self.table.visual is None:
             self._append(whole, columns, own, leaving.rows, len(keys))
         else:
             self._append_by_kind(leaving, whole, columns, own, len(keys))
@@ -190,14 +194,14 @@ class Leave:
         importance: Tensor | None,
         rows: np.ndarray | None,
         batch: int,
-        visual: bool = False,
+        beside: bool = False,
     ) -> None:
         """Encode pages of some rows (None: all), some at a time, into the body."""
         parts = list(self._parts(whole, positions, importance))
         if parts:
             skip = whole.first.shape[1] - sum(p.first.shape[1] for p, _, _ in parts)
-            encoded = (self._encode(*part, rows, visual) for part in parts)
-            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], rows, batch, visual)
+            encoded = (self._encode(*part, rows, beside) for part in parts)
+            self.body.append(encoded, whole.first[:, skip:], whole.used[:, :, skip:], rows, batch, beside)
 
     def _append_by_kind(
         self, leaving: Leaving, whole: Paged, positions: Tensor, importance: Tensor | None, batch: int
@@ -229,13 +233,13 @@ class Leave:
             yield cut(whole, at, stop, page), positions[:, slots], own
 
     def _encode(
-        self, part: Paged, positions: Tensor, importance: Tensor | None, rows: np.ndarray | None, visual: bool = False
+        self, part: Paged, positions: Tensor, importance: Tensor | None, rows: np.ndarray | None, beside: bool = False
     ) -> dict[str, Tensor]:
-        codecs = self.visual if visual else self.codecs
+        codecs = self.beside if beside else self.codecs
         assert codecs is not None
         keys = as_stored(codecs[0], part.keys, positions, self.before.rope)
         stored = encode(codecs, keys, part.values, part.valid, importance, self._base_of(part))
-        if self.watch is not None and not visual:
+        if self.watch is not None and not beside:
             self.watch.add(keys, part.values, self.sinks.others(part.valid, own_columns(part, self.method.page), rows))
         return stored
 

@@ -94,6 +94,7 @@ class Policy(NamedTuple):
               decoded stays until the next one; a number: while decoding, once a lane holds so many above its share.
     protect: so many first tokens of each row stay, whatever their importance.
     merges: whether what a dropped token has joins the value of the nearest one that stays.
+    demotes: whether a tier beside holds every token, so that one which is not chosen is not gone.
     """
 
     scorer: Scorer | None = None
@@ -102,6 +103,7 @@ class Policy(NamedTuple):
     schedule: Schedule = "page"
     protect: int = 0
     merges: bool = False
+    demotes: bool = False
 
     @property
     def remembers(self) -> bool:

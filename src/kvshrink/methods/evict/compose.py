@@ -33,7 +33,7 @@ from kvshrink.methods._training import Training
 from kvshrink.methods.text import parse_settings, text_of
 from kvshrink.store.names import under
 
-OURS = ("window", "sinks", "window_bits", "schedule")  # settings of the whole
+OURS = ("window", "sinks", "window_bits", "schedule", "demote")  # settings of the whole
 PREFIX = "tokens."  # of what the chooser learns
 
 
@@ -41,15 +41,27 @@ PREFIX = "tokens."  # of what the chooser learns
 @dataclass(frozen=True)
 class Compose(Method):
     """tokens: a method that chooses tokens, and its settings, as text; store: the one that stores them. ratio: in place
-    of the chooser's; None: as `tokens` says."""
+    of the chooser's; None: as `tokens` says.
+
+    demote: nothing is forgotten. `store` holds every token, and those that are chosen are held by the chooser too, in
+    the model's dtype or its `bits`, where attention reads them; a chosen one that loses its place is read from the
+    store.
+    """
 
     tokens: str = "snapkv"
     store: str = "turboquant:bits=4"
     ratio: float | None = None
+    demote: bool = False
     schedule: Schedule = field(default="prompt", kw_only=True)
 
-    drops_tokens: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "ratio"
+
+    @property
+    def drops_tokens(self) -> bool:  # type: ignore[override]
+        return not self.demote
+
+    def apart(self, fitted: Fitted) -> str | None:
+        return "holds some tokens twice" if self.demote else super().apart(fitted)
 
     def check(self) -> None:
         super().check()
@@ -94,7 +106,7 @@ class Compose(Method):
     # --- which tokens ---
 
     def policy(self, shape: LayerShape, fitted: Fitted) -> Policy:
-        return self.chooser.policy(shape, under(fitted, PREFIX))
+        return self.chooser.policy(shape, under(fitted, PREFIX))._replace(demotes=self.demote)
 
     def chooses_by(self, shape: LayerShape) -> Mapping[str, tuple[int, ...]]:
         return {f"{PREFIX}{k}": size for k, size in self.chooser.chooses_by(shape).items()}
@@ -103,12 +115,14 @@ class Compose(Method):
         return self.chooser.budget_values(shape, tokens)
 
     def lanes(self, shape: LayerShape, tiers: Sequence[Tier] = ()) -> int:
-        groups = self.storage.lane_groups(shape) if self.chooser.by_head else 1
+        groups = (shape.heads if self.demote else self.storage.lane_groups(shape)) if self.chooser.by_head else 1
         if not tiers:
             return groups
-        pair = tiers[0].codecs
-        if len(tiers) > 1 or pair is None or pair[0].reads(2**20) is not None:
+        pair = tiers[-1].codecs
+        if len(tiers) > 1 + self.demote or pair is None or pair[0].reads(2**20) is not None:
             raise SettingError(f"store={self.store!r} treats tokens by their age or reads some. Name another method.")
+        if self.demote:
+            return shape.heads if self.chooser.by_head else 1
         if self.schedule != "prompt" and not all(find(c, MovesSlots) for c in pair):
             raise SettingError(
                 f"schedule={self.schedule!r} drops stored tokens, which pages of {self.store!r} cannot: their scales "
@@ -125,13 +139,16 @@ class Compose(Method):
     # --- how they are stored ---
 
     def codecs(self, shape: LayerShape, fitted: Fitted) -> tuple[Codec, Codec] | None:
-        return self.storage.codecs(shape, _rest(fitted))
+        return self.chooser.codecs(shape, {}) if self.demote else self.storage.codecs(shape, _rest(fitted))
 
     def tiers(self, shape: LayerShape, fitted: Fitted) -> tuple[Tier, ...]:
-        return self.storage.tiers(shape, _rest(fitted))
+        own = self.storage.tiers(shape, _rest(fitted))
+        if not self.demote:
+            return own
+        return (Tier(self.chooser.codecs(shape, {})), *(tier._replace(every=True) for tier in own))
 
     def without_constant(self, fitted: Fitted, constant: Tensor) -> Fitted | None:
-        return self.storage.without_constant(fitted, constant)
+        return None if self.demote else self.storage.without_constant(fitted, constant)
 
     @property
     def rounds_window(self) -> bool:
@@ -142,12 +159,17 @@ class Compose(Method):
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         lanes = self.lanes(shape)
+        kept = self.chooser.pages_kept(lanes, pages)
+        if self.demote:
+            exact = sum(codec.page_bytes() for codec in self.chooser.codecs(shape, {})) // lanes
+            return self.storage.body_bytes(shape, _rest(fitted), pages) + kept * record_bytes(exact)
         page = int(self.bits_per_token(shape, fitted) * self.page / 8) // lanes
-        return self.chooser.pages_kept(lanes, pages) * record_bytes(page)
+        return kept * record_bytes(page)
 
     def index_bytes(self, shape: LayerShape, pages: int) -> int:
         lanes = self.lanes(shape)
-        return chosen_index(self.chooser.pages_kept(lanes, pages), lanes, self.page)
+        beside = self.storage.index_bytes(shape, pages) if self.demote else 0
+        return beside + chosen_index(self.chooser.pages_kept(lanes, pages), lanes, self.page)
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         held = super().layer_bytes(shape, fitted, tokens, batch)
