@@ -118,6 +118,10 @@ def _own(tensor: Any) -> Any:
 def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None = None) -> None:
     """Give an empty cache the keys and values of a prefill, layer by layer. mask as for `prefill`."""
     raw = getattr(dense, "judged", None)
+    if raw is None and any(
+        layer.policy.scorer is not None and layer.policy.scorer.judged for layer in cache.compressed
+    ):
+        raw = _unjudged(cache, dense)
     cache.judged = None if raw is None else shared_out(cache, raw, mask)
     for i, info in enumerate(attachment.layers):
         if not info.compressed:
@@ -143,6 +147,13 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         cache.stage(i, positions.to(torch.int32), real, info.rope, own, cache.model, asked, hidden=hidden)
         cache.update(keys, values, i)
     cache.judged = None
+
+
+def _unjudged(cache: KVCache, dense: Any) -> dict[int, Tensor]:
+    """Scores of nobody, where no model has read a prompt again: bytes do not depend on how tokens are ranked."""
+    draw = torch.Generator().manual_seed(0)
+    layers = {i: dense.layers[i].keys for i, x in enumerate(cache.layers) if isinstance(x, CompressedLayer)}
+    return {i: torch.rand(keys.shape[:3], generator=draw).to(keys.device) for i, keys in layers.items()}
 
 
 def _part(given: ProbeQueries | None, rows: Tensor) -> ProbeQueries | None:

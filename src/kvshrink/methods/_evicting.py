@@ -1,9 +1,9 @@
 """What every method is that keeps the important tokens of each KV head and drops the others."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -95,6 +95,10 @@ class Evicting(Method):
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
         left = max(1, (tokens - self.window) // self.page)
         return [n / left for n in range(1, left + 1)]
+
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        return {"bits": (None, 8, 4)}
 
     def lanes(self, shape: LayerShape, tiers: Sequence[Tier] = ()) -> int:
         return shape.heads if self.by_head else 1

@@ -40,7 +40,7 @@ def text_of(method: Method, without: Collection[str] = ()) -> str:
 
 def parts_of(text: str) -> list[str]:
     """Of "snapkv:ratio=0.25 + cskv", the methods that are joined."""
-    return [part.strip() for part in re.split(r"\s\+\s", text)]
+    return [part.strip() for part in re.split(r"(?:^|\s)\+(?:\s|$)", text)]
 
 
 def split(text: str) -> list[str]:

@@ -5,10 +5,15 @@ that does no more (`Method.apart`). Each cache is filled from an exact prefill, 
 time. A method that lets a new token read a part of the tokens does so for single ones, so these come one by one.
 """
 
+from functools import cached_property
+from typing import Any
+
 import torch
+from transformers import DynamicCache
 
 from kvshrink.attach import attach, make_cache
 from kvshrink.attach.fill import Wanted, fill, prefill
+from kvshrink.attach.judging import judged_by_reading_again
 from kvshrink.cache import KVCache
 from kvshrink.fit.probe import Recall
 from kvshrink.methods._roles import Method
@@ -20,13 +25,24 @@ class Judge:
 
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
-        self.exact = prefill(self.model, recall.made[:, : -recall.tail], wanted=Wanted(torch.arange))
+        self.exact = prefill(self.model, recall.made[:, : -recall.tail], wanted=Wanted(torch.arange, hidden=True))
+
+    @cached_property
+    def judged(self) -> DynamicCache:
+        """The rows with what the model needs of them, when it reads them again."""
+        context = self.recall.made[:, : -self.recall.tail]
+        made: Any = self.exact
+        made.judged = judged_by_reading_again(self.model, made, context)
+        found: DynamicCache = made
+        return found
 
     @torch.no_grad()
     def kl(self, method: Method | Artifact) -> float:
         """In nats, over all tokens of the repetitions. Raises DataError where predictions are no numbers."""
-        cache = make_cache(self.model, method)
-        fill(cache, self.exact, attach(self.model))
+        cache, exact = make_cache(self.model, method), self.exact
+        if any(layer.policy.scorer is not None and layer.policy.scorer.judged for layer in cache.compressed):
+            exact = self.judged
+        fill(cache, exact, attach(self.model))
         tail = self.recall.made[:, -self.recall.tail :]
         parts = tail.split(1 if _chooses(cache) else self.step, 1)
         return self.recall.lost(

@@ -28,9 +28,9 @@ def known(names: Sequence[str]) -> list[str]:
     """The names, each once. Raises SettingError on one that no plan can have."""
     for name in names:
         cls = get(name)
-        if cls.drops_tokens or cls.budget_setting is None:
+        if cls.budget_setting is None or cls.budget_setting == "window":
             raise SettingError(
-                f"{name} cannot be planned: it drops tokens or has no budget setting. Use {', '.join(METHODS)}."
+                f"{name} cannot be planned: nothing but its window moves its bytes. Use {', '.join(METHODS)}."
             )
     if not names:
         raise SettingError(f"--methods names none. Use some of {', '.join(METHODS)}.")

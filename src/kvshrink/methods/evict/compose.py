@@ -63,11 +63,17 @@ class Compose(Method):
     def apart(self, fitted: Fitted) -> str | None:
         return "holds some tokens twice" if self.demote else super().apart(fitted)
 
+    @classmethod
+    def search_space(cls, shapes: Sequence[LayerShape]) -> Mapping[str, Sequence[Any]]:
+        stores = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
+        return {"tokens": ("snapkv", "kvzip", "expected_attention"), "store": stores, "demote": (False, True)}
+
     def check(self) -> None:
         super().check()
         chooser, store = self.chooser, self.storage
         require(isinstance(chooser, Evicting), f"tokens={self.tokens!r}", "Name a method that chooses tokens: snapkv.")
-        other = store.drops_tokens or store.stores_delta({}) or store.policy(SOME, {}).scorer is not None
+        delta = type(store).stores_delta is not Method.stores_delta
+        other = store.drops_tokens or delta or store.policy(SOME, {}).scorer is not None
         require(not other, f"store={self.store!r}", "Name a method that stores each token by itself: cskv, turboquant.")
         require(self.ratio is None or 0 < self.ratio <= 1, f"ratio={self.ratio}", "Use a share above 0, up to 1.")
 
@@ -128,7 +134,9 @@ class Compose(Method):
                 f"schedule={self.schedule!r} drops stored tokens, which pages of {self.store!r} cannot: their scales "
                 "are over several tokens. Use schedule='prompt'."
             )
-        lanes = gcd(groups, *map(_groups, pair))
+        return self._check_classes(shape, gcd(groups, *map(_groups, pair)))
+
+    def _check_classes(self, shape: LayerShape, lanes: int) -> int:
         if self.chooser.by_class and lanes < shape.heads:
             raise SettingError(
                 f"{self.tokens!r} has heads that keep different tokens, but those of a layer share what {self.store!r} "
@@ -155,6 +163,7 @@ class Compose(Method):
         return self.storage.rounds_window
 
     def bits_per_token(self, shape: LayerShape, fitted: Fitted) -> float:
+        self._check_classes(shape, self.lanes(shape))
         return self.storage.bits_per_token(shape, _rest(fitted))
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
@@ -220,7 +229,8 @@ def compose(tokens: Method, store: Method) -> Compose:
 def parse(parts: Sequence[str]) -> Compose:
     """From the parts of "snapkv:ratio=0.25 + cskv:keep=0.2,bits=4"; a third one, a quantiser, stores the second one's
     latents: "snapkv + cskv:keep=0.2 + turboquant:bits=2". Raises SettingError on parts that do not fit."""
-    require(len(parts) in (2, 3), f"{' + '.join(parts)!r}", "Write tokens + store, or tokens + store + codec.")
+    right = len(parts) in (2, 3) and all(parts)
+    require(right, f"{' + '.join(parts)!r}", "Write tokens + store, or tokens + store + codec.")
     ours: dict[str, Any] = {}
     texts = []
     for part in parts:

@@ -36,13 +36,16 @@ class Guessed(Scorer):
     """A linear map of the layer's input."""
 
     fitted: Fitted
+    ratio: float
     keeps: ClassVar[Keeps] = "own"
     asks: ClassVar[bool] = False
     hidden: ClassVar[bool] = True
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
-        if seen.hidden is None or "weight" not in self.fitted:  # nothing is known: all alike
-            return torch.zeros(*seen.keys.shape[:2], seen.new, device=seen.keys.device)
+        if seen.hidden is None or "weight" not in self.fitted:  # nothing is known: some are above the threshold
+            draw, least = torch.Generator().manual_seed(0), float(self.fitted.get("least", torch.zeros(())))
+            random = torch.rand(*seen.keys.shape[:2], seen.new, generator=draw)
+            return (random - (1 - self.ratio) + least).to(seen.keys.device)
         guess = seen.hidden.float() @ self.fitted["weight"].T + self.fitted["bias"]
         return guess.transpose(1, 2)
 
@@ -57,7 +60,7 @@ class KVzap(Evicting):
     needs_fit: ClassVar[bool] = True
 
     def scorer(self, fitted: Fitted) -> Scorer:
-        return Guessed(fitted)
+        return Guessed(fitted, self.ratio)
 
     def budget(self, ratio: float, fitted: Fitted) -> Budget:
         least = self.threshold
