@@ -73,20 +73,19 @@ class Choosing:
     ) -> None:
         """Keep the most important of what these rows hold (None: all rows) and of what leaves now. batch: rows in all;
         new: tokens of the step."""
-        every, page = np.arange(batch) if rows is None else rows, self.method.page
+        every = np.arange(batch) if rows is None else rows
         pages = self.body.youngest.for_rows(batch)
         old = pages if rows is None else pages.selected(rows)
         found = self._candidates(old, whole, importance, rows, every)
         stays = self._staying(found, every, new)
         mine, theirs = stays[..., : found.before], stays[..., found.before :]
         fresh = self._fresh(theirs, found, whole, positions, importance)
-        stored = self._encoded(fresh, rows)
+        stored = self._encoded(fresh)
         if bool((mine | (found.importance[..., : found.before] == -torch.inf)).all()):
             chosen = added(old, stored, fresh.columns, fresh.importance)
         else:
             chosen = kept(old, stored, fresh.columns, fresh.importance, mine, self._move)
         self.body.hold(self.body.ages[0], chosen if rows is None else _placed(pages, chosen, rows))
-        assert chosen.page == page
 
     @property
     def movable(self) -> bool:
@@ -153,8 +152,6 @@ class Choosing:
         importance: Float[Tensor, "b h t"],
     ) -> Fresh:
         index = slots_of(stays, self.method.page)
-        # keys of what does not stay are not turned back, but where lanes differ all are
-        keys = as_stored(self.codecs[0], whole.keys, positions, self.rope)
         values = whole.values
         if self.policy.merges:
             there = found.importance[..., found.before :] > -torch.inf
@@ -162,9 +159,10 @@ class Choosing:
         there, slots = index >= 0, torch.where(index >= 0, index, index[..., :1].clamp_min(0))
         own = [x[..., found.before :].gather(2, slots) for x in (found.columns, found.importance)]
         valid = there[:, 0] if self.body.lanes == 1 and not bool(there.all()) else None
-        some = there.any(2, keepdim=True)
+        some, at = there.any(2, keepdim=True), positions[:, None].expand(own[0].shape[:2] + positions.shape[1:])
+        keys = self._as_stored(_of_lanes(whole.keys, slots, some), at.gather(2, slots))
         return Fresh(
-            _of_lanes(keys, slots, some),
+            keys,
             _of_lanes(values, slots, some),
             valid,
             _of_lanes(importance[..., None], slots, some)[..., 0],
@@ -172,7 +170,16 @@ class Choosing:
             own[1].masked_fill(~there, -torch.inf),
         )
 
-    def _encoded(self, fresh: Fresh, rows: np.ndarray | None) -> Stored:
+    def _as_stored(self, keys: Float[Tensor, "b h k d"], positions: Int[Tensor, "b L k"]) -> Float[Tensor, "b h k d"]:
+        """Keys as their codec stores them, where each lane has positions of its own."""
+        codec, lanes = self.codecs[0], positions.shape[1]
+        if lanes == 1:
+            return as_stored(codec, keys, positions[:, 0], self.rope)
+        by_lane = keys.unflatten(1, (lanes, -1)).flatten(0, 1)
+        found: Tensor = as_stored(codec, by_lane, positions.flatten(0, 1), self.rope)
+        return found.unflatten(0, (-1, lanes)).flatten(1, 2)
+
+    def _encoded(self, fresh: Fresh) -> Stored:
         """Pages of what stays, some at a time; none: an empty mapping."""
         parts = []
         for at in range(0, fresh.keys.shape[2], ENCODE_TOKENS):

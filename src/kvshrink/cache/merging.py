@@ -16,7 +16,7 @@ def merged(
 ) -> Float[Tensor, "b h t e"]:
     """Values in which each token that stays has the mean of its own and of those of dropped tokens whose keys are
     nearest to its key by cosine. Keys stay as they are. there: which are tokens at all."""
-    lanes, m = stays.shape[1], keys.shape[1] // stays.shape[1]
+    m = keys.shape[1] // stays.shape[1]  # heads of a lane
     found = values.clone()
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     for row, head in ((r, n) for r in range(len(keys)) for n in range(keys.shape[1])):
@@ -30,5 +30,4 @@ def merged(
             sums.index_add_(0, nearest, values[row, head, part].float())
             counts.index_add_(0, nearest, torch.ones(len(part), 1, device=keys.device))
         found[row, head, kept] = (sums / counts).to(values.dtype)
-    assert lanes
     return found
