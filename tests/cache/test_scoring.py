@@ -73,9 +73,9 @@ def test_a_token_is_not_worth_less_for_being_seen_by_more_queries_that_do_not_as
 
 
 def test_scores_alive_are_bounded(monkeypatch):
-    sizes, real = [], scoring._scores
+    sizes, real = [], scoring._causal
     monkeypatch.setattr(scoring, "SCORE_ELEMENTS", 5000)
-    monkeypatch.setattr(scoring, "_scores", lambda *a: sizes.append((out := real(*a)).numel()) or out)
+    monkeypatch.setattr(scoring, "_causal", lambda *a: sizes.append((out := real(*a)).numel()) or out)
     probe_queries = ProbeQueries(torch.arange(100, 200), torch.randn(2, H * MEMBERS, 100, D), None)
     importance(probe_queries, torch.randn(2, H, 200, D), torch.ones(2, 200, dtype=torch.bool), 200)
     assert max(sizes) <= 5000

@@ -177,7 +177,8 @@ class Choosing:
             return as_stored(codec, keys, positions[:, 0], self.rope)
         by_lane = keys.unflatten(1, (lanes, -1)).flatten(0, 1)
         found: Tensor = as_stored(codec, by_lane, positions.flatten(0, 1), self.rope)
-        return found.unflatten(0, (-1, lanes)).flatten(1, 2)
+        rows: Tensor = found.unflatten(0, (-1, lanes)).flatten(1, 2)
+        return rows
 
     def _encoded(self, fresh: Fresh) -> Stored:
         """Pages of what stays, some at a time; none: an empty mapping."""

@@ -87,7 +87,10 @@ def received(
             if reduce == "below":
                 held = [n[:, heads].sum(-1)[:, :, None, None] for _, n in others_of]
                 even = 1 / torch.stack(torch.broadcast_tensors(shown.sum(-1)[:, None, None], *held)).sum(0).clamp_min(1)
-                small = [(row < even[..., None]) & shown[:, None, None], *(x < even[..., None] for x in others)]
+                small = [
+                    (row < even[..., None]) & shown[:, None, None],
+                    *((x < even[..., None]) & asks for x in others),
+                ]
                 row, others = small[0].float(), [x.float() for x in small[1:]]
             for weighed, into in zip([row, *others], [mass[:, heads, :end], *(x[:, heads] for x in got)], strict=True):
                 _add(into, weighed, counts, reduce)

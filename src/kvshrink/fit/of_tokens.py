@@ -10,9 +10,8 @@ from tqdm import tqdm
 from kvshrink.attach import attach
 from kvshrink.attach.families import LayerInfo
 from kvshrink.attach.fill import Wanted, prefill
-from kvshrink.errors import DataError
 from kvshrink.fit.gates import head_gates
-from kvshrink.fit.recall import recall_rows
+from kvshrink.fit.recall import recall_rows, row_length
 from kvshrink.fit.spans import span_costs
 from kvshrink.methods._token_probe import Needed, Rule, TokenProbe
 from kvshrink.methods.quant.rtn import RTN
@@ -36,16 +35,14 @@ class OfTokens(TokenProbe):
 
     def gates(self, sinks: int, recent: int, steps: int) -> Mapping[int, Float[Tensor, " h"]]:
         apart = RTN(window=recent, sinks=sinks)  # a passage lies before the recent tokens, and behind the first
-        made = recall_rows(self.rows, min(LENGTH, self.rows.numel()), apart, min(steps, 64)).to(self.device)
+        length = min(LENGTH, row_length(self.model, self.rows))
+        made = recall_rows(self.rows, length, apart, min(steps, 64)).to(self.device)
         bar = tqdm(total=steps, desc="gates", unit="step", disable=not self.progress)
         return head_gates(self.model, self.infos, made, sinks, recent, steps, bar.update)
 
     def spans(self, rules: Sequence[Rule], sinks: int) -> tuple[list[int], Mapping[int, Float[Tensor, "n r h"]]]:
-        lengths = [n for n in (LENGTH // 4, LENGTH // 2, LENGTH) if n <= self.rows.numel()]
-        if not lengths:
-            raise DataError(
-                f"{self.rows.numel()} calibration tokens are too few for spans. Give {LENGTH // 4} or more."
-            )
+        longest = min(LENGTH, row_length(self.model, self.rows))
+        lengths = [longest // 2, longest * 3 // 4, longest]
         made = [recall_rows(self.rows, n, RTN(sinks=sinks), 2).to(self.device) for n in lengths]
         bar = tqdm(total=sum(map(len, made)), desc="spans", unit="row", disable=not self.progress)
         found = [span_costs(self.model, self.infos, own, rules, sinks, bar.update) for own in made]
@@ -55,7 +52,7 @@ class OfTokens(TokenProbe):
     def needed(self) -> Mapping[int, Needed]:
         attach(self.model)
         stream = self.rows.flatten()
-        length = min(LENGTH, len(stream))
+        length = min(LENGTH, row_length(self.model, self.rows))
         starts = torch.linspace(0, len(stream) - length, min(ROWS, max(1, len(stream) // length))).long().tolist()
         parts: dict[int, list[Needed]] = {i: [] for i in self.infos}
         draw = torch.Generator().manual_seed(0)

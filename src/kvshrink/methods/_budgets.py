@@ -116,14 +116,17 @@ class Classes(Budget):
 class Threshold(Budget):
     """What has an importance of at least `least` stays, in the nearest number of whole pages, a page at least.
 
-    ratio: the share that this comes to, by which bytes are promised.
+    ratio: the share that this comes to, by which bytes are promised. up: in whole pages that hold all of it.
     """
 
     ratio: float
     least: float = 0.0
+    up: bool = False
 
     def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
         own = (importance >= self.least).sum(-1)
+        if self.up:
+            return -(-own // page) * page
         return ((own + page // 2) // page).clamp_min(1) * page
 
     def pages(self, left: int, lanes: int) -> int:

@@ -75,9 +75,9 @@ class Evicting(Method):
     def images_beside(self, shape: LayerShape, fitted: Fitted, pages: int, visual: int) -> int:
         """Bytes of what is kept of so many pages of images, and of what index bytes change by."""
         other = self.of_images(self.visual_ratio or 1.0)
-        index = self.index_bytes(shape, pages - visual) - self.index_bytes(shape, pages)
+        index = self.index_bytes(shape, pages - visual, fitted) - self.index_bytes(shape, pages, fitted)
         once = self.lanes(shape) * PAGE_COUNT * (pages > visual)
-        return other.body_bytes(shape, fitted, visual) + index + other.index_bytes(shape, visual) - once
+        return other.body_bytes(shape, fitted, visual) + index + other.index_bytes(shape, visual, fitted) - once
 
     def check(self) -> None:
         super().check()
@@ -133,9 +133,9 @@ class Evicting(Method):
         held = super().layer_bytes(shape, fitted, tokens, batch)
         return held + batch * score_bytes(self, self.scorer({}), shape.heads, tokens)
 
-    def index_bytes(self, shape: LayerShape, pages: int) -> int:
+    def index_bytes(self, shape: LayerShape, pages: int, fitted: Fitted) -> int:
         lanes = self.lanes(shape)
-        return chosen_index(self.pages_kept(lanes, pages), lanes, self.page)
+        return chosen_index(self.pages_kept(lanes, pages, fitted), lanes, self.page)
 
 
 def score_bytes(method: Method, scorer: Scorer, heads: int, tokens: int) -> int:

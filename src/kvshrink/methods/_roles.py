@@ -177,7 +177,7 @@ class Method(metaclass=Settings):
         if tokens < room:
             return batch * min(room, slots_for(tokens)) * exact
         sinks = self.sinks * (shape.token_bytes + 4)  # and a 4-byte column each
-        index = self.index_bytes(shape, pages)
+        index = self.index_bytes(shape, pages, fitted)
         return batch * (room * exact + sinks + self.body_bytes(shape, fitted, pages) + index)
 
     def window_form(self, shape: LayerShape) -> WindowForm:
@@ -193,7 +193,7 @@ class Method(metaclass=Settings):
         """Pages of the body of one sequence, of so many that left the window."""
         return pages
 
-    def index_bytes(self, shape: LayerShape, pages: int) -> int:
+    def index_bytes(self, shape: LayerShape, pages: int, fitted: Fitted) -> int:
         """Bytes of what says where the body's pages are and which tokens they hold."""
         return self.pages_held(pages) * (PAGE_INDEX + LANE_INDEX)
 

@@ -127,6 +127,11 @@ class Around(Packing):
         return self.store_with(partial(self.inner.store, importance=importance), latent, valid)
 
     @property
+    def drops(self) -> frozenset[type]:
+        """What a wrapper adds may be over a page's tokens: they do not move, unless it says how."""
+        return frozenset({MovesSlots})
+
+    @property
     def groups(self) -> int:
         return self.inner.groups
 

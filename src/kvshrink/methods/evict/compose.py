@@ -5,9 +5,9 @@ What leaves the window is chosen while it is exact, and only what stays is encod
 shares of bytes multiply; index bytes, 8 a token and lane, are counted. Where all KV heads of a layer share a latent
 they keep the same tokens, by the mean of their importance.
 
-schedule: "prompt" by default: tokens are dropped in prompts, and what is decoded stays until the next one. Codecs whose
-stored tokens can move by themselves (rtn, turboquant and others that scale each token; cskv without bits) take "page"
-and numbers too.
+schedule: "prompt" by default: tokens are dropped in prompts, and what is decoded stays, for good where stored tokens
+cannot move. Codecs whose tokens can (turboquant, rtn with key_axis="token" and others that scale each token; cskv
+without bits) take "page" and numbers too. With demote what is decoded is not chosen: it is in the store.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,7 +85,11 @@ class Compose(Method):
         changes: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
         if isinstance(found, Evicting):
             changes |= {"schedule": self.schedule} | ({} if self.ratio is None else {"ratio": self.ratio})
+        if isinstance(found, Evicting):
+            twice = self.demote and found.merge
+            require(not twice, "demote with merge=True", "A value would count twice. Leave one out.")
         own: Evicting = replace(found, **changes)  # type: ignore[assignment] # `check` refuses others
+        object.__setattr__(own, "page", self.storage.page)  # whole pages of the store, which a class cannot know
         return own
 
     @property
@@ -168,17 +172,18 @@ class Compose(Method):
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         lanes = self.lanes(shape)
-        kept = self.chooser.pages_kept(lanes, pages)
+        kept = self.chooser.pages_kept(lanes, pages, under(fitted, PREFIX))
         if self.demote:
             exact = sum(codec.page_bytes() for codec in self.chooser.codecs(shape, {})) // lanes
             return self.storage.body_bytes(shape, _rest(fitted), pages) + kept * record_bytes(exact)
         page = int(self.bits_per_token(shape, fitted) * self.page / 8) // lanes
         return kept * record_bytes(page)
 
-    def index_bytes(self, shape: LayerShape, pages: int) -> int:
+    def index_bytes(self, shape: LayerShape, pages: int, fitted: Fitted) -> int:
         lanes = self.lanes(shape)
-        beside = self.storage.index_bytes(shape, pages) if self.demote else 0
-        return beside + chosen_index(self.chooser.pages_kept(lanes, pages), lanes, self.page)
+        beside = self.storage.index_bytes(shape, pages, _rest(fitted)) if self.demote else 0
+        own = self.chooser.pages_kept(lanes, pages, under(fitted, PREFIX))
+        return beside + chosen_index(own, lanes, self.page)
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         held = super().layer_bytes(shape, fitted, tokens, batch)

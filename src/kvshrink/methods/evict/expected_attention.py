@@ -39,7 +39,7 @@ class Expected(Scorer):
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
         mean, spread = self._statistics(seen)  # [b, q, d], [b, q, d, d]
-        h, t = seen.keys.shape[1:3]
+        h = seen.keys.shape[1]
         found = torch.zeros(seen.keys.shape[:3], device=seen.keys.device)
         for head in range(h):  # so that no float32 copy of all keys is made
             keys = seen.keys[:, head].float()
@@ -48,7 +48,7 @@ class Expected(Scorer):
             logits = logits[..., 0] + 0.5 * ((keys[:, None] @ spread[:, own]) * keys[:, None]).sum(-1)
             weights = logits.masked_fill(~seen.real[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
             found[:, head] = (weights.mean(1) + self.epsilon) * seen.values[:, head].float().norm(dim=-1)
-        return found * t
+        return found * seen.real.sum(1)[:, None, None]
 
     def _statistics(self, seen: Evidence) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the queries asked, as they are over the next positions."""

@@ -8,6 +8,7 @@ Departures: all heads of a layer hold the same tokens, since a sign is over all 
 signs and buckets are of the tokens at hand, and a token is judged once, when it leaves the window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -39,21 +40,24 @@ class Crushed(Scorer):
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
         own = Observed(self.observed, self.pool).importance(seen).masked_fill(~seen.real[:, None], 0.0)
         t = own.shape[2]
-        keep = max(1, round(t * self.ratio))
-        places = max(1, keep - round(keep * self.hitters))
+        keep = (seen.real.sum(1, keepdim=True) * self.ratio).round().clamp_min(1)  # of each row
+        places = (keep - (keep * self.hitters).round()).clamp_min(1)
         mean = own.mean(1)  # of all heads
         order = mean.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(-1, order, torch.arange(t, device=own.device).expand_as(order))
         heavy = rank < keep - places
-        signs = own.argsort(dim=-1, descending=True, stable=True).argsort(-1) < keep  # [b, h, t]
-        stands = representatives(signs, ~heavy & seen.real, places)
+        signs = own.argsort(dim=-1, descending=True, stable=True).argsort(-1) < keep[:, None]  # [b, h, t]
+        stands = representatives(signs, ~heavy & seen.real, [int(n) for n in places])
         fine = mean / mean.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         score = torch.where(heavy, 2.0, torch.where(stands, 1.0, 0.0)) + 0.5 * fine
         return score[:, None].expand_as(own)
 
 
-def representatives(signs: Bool[Tensor, "b h t"], among: Bool[Tensor, "b t"], places: int) -> Bool[Tensor, "b t"]:
-    """One token of each of `places` buckets of tokens with neighbouring distances to the mean sign, the middle one."""
+def representatives(
+    signs: Bool[Tensor, "b h t"], among: Bool[Tensor, "b t"], places: Sequence[int]
+) -> Bool[Tensor, "b t"]:
+    """One token of each of a row's `places` buckets of tokens with neighbouring distances to the mean sign, the middle
+    one."""
     found = torch.zeros_like(among)
     for row in range(len(signs)):
         index = among[row].nonzero()[:, 0]
@@ -63,7 +67,7 @@ def representatives(signs: Bool[Tensor, "b h t"], among: Bool[Tensor, "b t"], pl
         anchor = own.float().mean(1, keepdim=True) >= 0.5
         distance = (own != anchor).sum(0)
         order = index[distance.argsort(stable=True)]
-        count = min(places, len(order))
+        count = min(places[row], len(order))
         middle = (torch.arange(count, device=order.device) * 2 + 1) * len(order) // (2 * count)
         found[row, order[middle]] = True
     return found

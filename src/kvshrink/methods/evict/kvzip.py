@@ -4,7 +4,7 @@ Importance is the most attention that any query of the repetition gives a token 
 question, so that one prompt serves many. All tokens of all layers and heads compete, and the best `ratio` stay.
 per="head" ranks heads alone: the most important ones keep everything, the others nothing but sinks and window.
 
-A prompt takes about three times as long. What is decoded stays until the next prompt, which is judged by itself.
+A prompt takes about three times as long. What is decoded stays, and the next prompt is judged by itself.
 
 Departures: no request to repeat stands before the repetition, since the cache knows no tokenizer; a head keeps whole
 pages of 32 tokens, so that the sum over all heads is the budget's.
@@ -25,6 +25,7 @@ from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
 from kvshrink.shapes import Bool, Float
 
+NOTHING = 1e30  # more than any token of a head that keeps none has
 Per = Literal["model", "layer", "head", "even"]
 
 
@@ -57,7 +58,7 @@ class Repeated(Scorer):
         counts = self._counts(every, pages, page)
         ordered = every.flatten(1, 2).sort(dim=-1, descending=True).values  # [b, heads, s]
         last = ordered.gather(2, (counts - 1).clamp(0, ordered.shape[2] - 1)[..., None])
-        last = torch.where(counts[..., None] > 0, last, torch.inf)
+        last = torch.where(counts[..., None] > 0, last, NOTHING)
         least = last.masked_fill(last == -torch.inf, 0.0).view(*every.shape[:3], 1)
         return {i: judged[i] - least[:, n].to(judged[i].device) for n, i in enumerate(layers)}
 
@@ -83,7 +84,8 @@ class Repeated(Scorer):
 @dataclass(frozen=True)
 class KVzip(Evicting):
     """`ratio` of a prompt's tokens behind the window, over all layers and heads. per: whose tokens compete: of the
-    whole "model", of each "layer"; "head": heads do, as wholes; "even": all heads keep as many."""
+    whole "model", of each "layer"; "head": heads do, as wholes; "even": all heads keep as many, of all tokens so
+    far."""
 
     per: Per = "model"
     schedule: Schedule = field(default="prompt", kw_only=True)
@@ -92,7 +94,7 @@ class KVzip(Evicting):
         return Repeated(self.ratio, self.per)
 
     def budget(self, ratio: float, fitted: Fitted) -> Budget:
-        return Uniform(ratio) if self.per == "even" else Threshold(ratio)
+        return Uniform(ratio) if self.per == "even" else Threshold(ratio, up=True)
 
     def check(self) -> None:
         super().check()

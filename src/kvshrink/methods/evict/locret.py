@@ -50,7 +50,7 @@ class Scored(Scorer):
         return network(self.fitted, rows_of(asked, keys, values)).transpose(1, 2)
 
 
-def rows_of(*parts: Float[Tensor, "b n t d"]) -> Float[Tensor, "b t n"]:
+def rows_of(*parts: Float[Tensor, "b _ t d"]) -> Float[Tensor, "b t n"]:
     """Queries, keys and values of a token, one after the other."""
     return torch.cat([x.float().transpose(1, 2).flatten(2) for x in parts], 2)
 

@@ -50,7 +50,9 @@ class MoA(Evicting):
         if spans is None:
             return Uniform(ratio)
         rules = [Rule(int(a), float(b)) for a, b in spans.tolist()]
-        return ByHead(tuple(r.share for r in rules), tuple(max(0, r.least - self.window) for r in rules))
+        # the window is a part of the span, and of what is behind it a head keeps the rest
+        behind = tuple(max(0, r.least - round(self.window * (1 - r.share))) for r in rules)
+        return ByHead(tuple(r.share for r in rules), behind)
 
     def chooses_by(self, shape: LayerShape) -> Mapping[str, tuple[int, ...]]:
         return {"spans": (shape.heads, 2)}

@@ -3,8 +3,9 @@
 The last `asked` queries and as many random ones are asked. A layer keeps the fewest tokens whose accumulated attention
 is `mass` of all, those with the most attention per query that sees them, the same number in each head.
 
-Departures: tokens are never read at fewer bits (the paper's first version), they are dropped (its second); the number
-is in whole pages and at most `ratio` of the tokens, by which bytes are promised: what is held may be less.
+Departures: the number too is by attention per query that sees a token, not by the sum; tokens are never read at fewer
+bits (the paper's first version), they are dropped (its second); the number is in whole pages and at most `ratio` of the
+tokens, by which bytes are promised: what is held may be less.
 """
 
 from dataclasses import dataclass
