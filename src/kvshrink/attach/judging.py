@@ -175,4 +175,24 @@ def shared_out(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: 
     counted = candidates.int().cumsum(1)
     if not held:
         candidates = candidates & (counted > method.sinks)
-    return scorer.shared(own, candidates, int(leaving[0]) // method.page - held // method.page, method.page)
+    before = int(left(torch.tensor([held]).numpy(), method.window, method.page)[0])
+    after = int(leaving[0])
+    found = {i: _waiting(layers[i], held, after) for i in own}
+    waiting = {i: None if pair is None else pair[0] for i, pair in found.items()}
+    decoded = max((int(pair[1]) for pair in found.values() if pair is not None), default=0)
+    pages = before // method.page, after // method.page
+    if decoded:  # which stay anyway: a turn of its own
+        pages = 0, pages[1] - (before + decoded) // method.page
+    return scorer.shared(own, candidates, pages, method.page, waiting)
+
+
+def _waiting(layer: CompressedLayer, held: int, after: int) -> tuple[Int[Tensor, "b h"], Int[Tensor, ""]] | None:
+    """How many tokens of the window that leave now were judged worth staying, and how many were decoded; None: nothing
+    is known of any."""
+    scores = layer.window.scores
+    if scores is None:
+        return None
+    columns = torch.arange(held - scores.shape[2], held, device=scores.device)
+    leave = columns < after
+    decoded = (scores == torch.inf) & leave
+    return ((scores >= 0) & leave & ~decoded).sum(-1), decoded.sum(-1).max()

@@ -19,6 +19,7 @@ from kvshrink.cache.snapshot import TierView
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._tier import Tier
 from kvshrink.shapes import Bool, Float
+from kvshrink.store.bytes import nbytes
 from kvshrink.store.lane_state import restored, state
 from kvshrink.store.lanes import Pages
 from kvshrink.store.names import under
@@ -231,7 +232,8 @@ class Body:
 
     @property
     def index_bytes(self) -> int:
-        return sum(age.kept.index_bytes for age in self.ages)
+        made = [age.view.shown for age in self.ages if age.view is not None and age.view.shown is not None]
+        return sum(age.kept.index_bytes for age in self.ages) + nbytes(made)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain values, tensors): the youngest tier as "pages", and the older ones."""
@@ -254,7 +256,7 @@ class Body:
 
 def not_held_by(chosen: Pages, every: Pages) -> Bool[Tensor, "b L t"]:
     """Which slots of all tokens' pages are of tokens that a lane has not chosen."""
-    own = every.slots[:, 0].long()  # a row's columns, -1 where there is none
+    own = every.all_slots()[:, 0].to(chosen.device if len(chosen) else "cpu").long()  # a row's columns, -1: none
     if not len(chosen):
         return (own >= 0)[:, None]
     columns = chosen.slots.to(own.device).long()

@@ -22,6 +22,7 @@ SEED = 0
 
 Keeps = Literal["step", "sum", "latest", "own"]
 Schedule = int | Literal["page", "prompt"]
+Pages = tuple[int, int]
 
 
 class Scorer(ABC):
@@ -65,10 +66,16 @@ class Scorer(ABC):
         return torch.arange(count)
 
     def shared(
-        self, judged: Mapping[int, Float[Tensor, "b h s"]], candidates: Bool[Tensor, "b s"], pages: int, page: int
+        self,
+        judged: Mapping[int, Float[Tensor, "b h s"]],
+        candidates: Bool[Tensor, "b s"],
+        pages: Pages,
+        page: int,
+        waiting: Mapping[int, Int[Tensor, "b h"] | None],
     ) -> dict[int, Float[Tensor, "b h s"]]:
         """What layers are told of a judged prompt, all of them together. candidates: which tokens leave the window and
-        are no sinks; pages: how many leave."""
+        are no sinks; pages: how many have left before and after; waiting: how many of an earlier prompt leave with
+        them, and stay."""
         return dict(judged)
 
     def weights(self, count: int) -> Float[Tensor, " x"] | None:

@@ -124,6 +124,10 @@ class Pages(Holder):
             return self.columns
         if self.columns_of is not None:
             return self.columns_of()
+        return self.all_slots()
+
+    def all_slots(self) -> Int[Tensor, "b L slots"]:
+        """Where columns follow from pages, made anew: columns of every slot."""
         slot = np.arange(self.page)
         found = np.where(slot < self.used[..., None], self.first[:, None, :, None] + slot, -1)
         return torch.from_numpy(found.reshape(*self.table.shape[:2], -1).astype(np.int32))

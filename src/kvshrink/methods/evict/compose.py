@@ -45,7 +45,7 @@ class Compose(Method):
 
     demote: nothing is forgotten. `store` holds every token, and those that are chosen are held by the chooser too, in
     the model's dtype or its `bits`, where attention reads them; a chosen one that loses its place is read from the
-    store.
+    store. While decoding a byte for each token and lane says which is read where, beside the bytes that are promised.
     """
 
     tokens: str = "snapkv"

@@ -20,10 +20,10 @@ from torch import Tensor
 from kvshrink.methods._budgets import Budget, Threshold, Uniform, whole_pages
 from kvshrink.methods._evicting import Evicting
 from kvshrink.methods._evidence import Evidence
-from kvshrink.methods._policy import Keeps, Schedule, Scorer
+from kvshrink.methods._policy import Keeps, Pages, Schedule, Scorer
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
-from kvshrink.shapes import Bool, Float
+from kvshrink.shapes import Bool, Float, Int
 
 NOTHING = 1e30  # more than any token of a head that keeps none has
 Per = Literal["model", "layer", "head", "even"]
@@ -47,7 +47,12 @@ class Repeated(Scorer):
         return torch.full((b, h, seen.new), torch.inf, device=seen.keys.device)
 
     def shared(
-        self, judged: Mapping[int, Float[Tensor, "b h s"]], candidates: Bool[Tensor, "b s"], pages: int, page: int
+        self,
+        judged: Mapping[int, Float[Tensor, "b h s"]],
+        candidates: Bool[Tensor, "b s"],
+        pages: Pages,
+        page: int,
+        waiting: Mapping[int, Int[Tensor, "b h"] | None],
     ) -> dict[int, Float[Tensor, "b h s"]]:
         """Importance less what the last token of each head that stays has: what is 0 or more stays."""
         if self.per == "even":
@@ -55,29 +60,32 @@ class Repeated(Scorer):
         layers = sorted(judged)
         every = torch.stack([judged[i].to(candidates.device) for i in layers], 1)  # [b, layers, h, s]
         every = every.masked_fill(~candidates[:, None, None], -torch.inf)
-        counts = self._counts(every, pages, page)
+        none = torch.zeros(every.shape[0], every.shape[2], dtype=torch.long, device=every.device)
+        known = [none if (n := waiting[i]) is None else n.to(every.device) for i in layers]
+        counts = (self._counts(every, pages, page) - torch.cat(known, 1)).clamp_min(0)
         ordered = every.flatten(1, 2).sort(dim=-1, descending=True).values  # [b, heads, s]
         last = ordered.gather(2, (counts - 1).clamp(0, ordered.shape[2] - 1)[..., None])
         last = torch.where(counts[..., None] > 0, last, NOTHING)
         least = last.masked_fill(last == -torch.inf, 0.0).view(*every.shape[:3], 1)
         return {i: judged[i] - least[:, n].to(judged[i].device) for n, i in enumerate(layers)}
 
-    def _counts(self, every: Float[Tensor, "b n h s"], pages: int, page: int) -> Tensor:
+    def _counts(self, every: Float[Tensor, "b n h s"], pages: Pages, page: int) -> Tensor:
         """Tokens of each head of each layer, in whole pages [b, n * h]."""
         n, h, s = every.shape[1:]
-        even = Uniform(self.ratio).of(pages) * page
+        share, new = Uniform(self.ratio), pages[1] - pages[0]
+        even = (share.of(pages[1]) - share.of(pages[0])) * page
         if self.per == "head":
             best = every.amax(-1).flatten(1)  # [b, n * h]
-            full = min(n * h, max(1, round(n * h * even / max(1, pages * page))))
+            full = min(n * h, max(1, round(n * h * even / max(1, new * page))))
             rank = best.argsort(dim=1, descending=True, stable=True).argsort(1)
-            return torch.where(rank < full, pages * page, 0)
+            return torch.where(rank < full, new * page, 0)
         groups = every.flatten(1).unflatten(1, (1 if self.per == "model" else n, -1))  # [b, groups, heads * s]
         heads = groups.shape[2] // s
         rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(-1).unflatten(-1, (heads, s))
         won = ((rank < heads * even) & (groups.unflatten(-1, (heads, s)) > -torch.inf)).sum(-1)
         own = won * heads * even / won.sum(-1, keepdim=True).clamp_min(1)
         counts = torch.stack([whole_pages(part, page) for part in own.unbind(1)], 1)
-        return counts.clamp_max(pages * page).flatten(1)
+        return counts.clamp_max(new * page).flatten(1)
 
 
 @final
