@@ -24,6 +24,8 @@ SETTINGS = {
     "saq": {"ages": (32, 64)},
     "accllm": {"recent": 64},
     "xquant": {"mode": "latent"},
+    "duo_attention": {"recent": 40, "steps": 2},
+    "locret": {"steps": 2},
 }
 ALL = [
     *[(name, SETTINGS.get(name, {})) for name in methods.names()],

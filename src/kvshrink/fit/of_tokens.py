@@ -10,6 +10,7 @@ from tqdm import tqdm
 from kvshrink.attach import attach
 from kvshrink.attach.families import LayerInfo
 from kvshrink.attach.fill import Wanted, prefill
+from kvshrink.errors import DataError
 from kvshrink.fit.gates import head_gates
 from kvshrink.fit.recall import recall_rows, row_length
 from kvshrink.fit.spans import span_costs
@@ -36,6 +37,11 @@ class OfTokens(TokenProbe):
     def gates(self, sinks: int, recent: int, steps: int) -> Mapping[int, Float[Tensor, " h"]]:
         apart = RTN(window=recent, sinks=sinks)  # a passage lies before the recent tokens, and behind the first
         length = min(LENGTH, row_length(self.model, self.rows))
+        if 2 * (recent + sinks + apart.page) > length:
+            raise DataError(
+                f"recent={recent} and sinks={sinks} leave no room for a passage beyond them in {length} tokens, which "
+                f"model and text allow. Use at most {max(1, length // 2 - sinks - apart.page)} recent ones."
+            )
         made = recall_rows(self.rows, length, apart, min(steps, 64)).to(self.device)
         bar = tqdm(total=steps, desc="gates", unit="step", disable=not self.progress)
         return head_gates(self.model, self.infos, made, sinks, recent, steps, bar.update)
@@ -43,7 +49,7 @@ class OfTokens(TokenProbe):
     def spans(self, rules: Sequence[Rule], sinks: int) -> tuple[list[int], Mapping[int, Float[Tensor, "n r h"]]]:
         longest = min(LENGTH, row_length(self.model, self.rows))
         lengths = [longest // 2, longest * 3 // 4, longest]
-        made = [recall_rows(self.rows, n, RTN(sinks=sinks), 2).to(self.device) for n in lengths]
+        made = [recall_rows(self.rows, n, RTN(window=1, sinks=sinks), 2).to(self.device) for n in lengths]
         bar = tqdm(total=sum(map(len, made)), desc="spans", unit="row", disable=not self.progress)
         found = [span_costs(self.model, self.infos, own, rules, sinks, bar.update) for own in made]
         return lengths, {i: torch.stack([one[i] for one in found]) for i in self.infos}
