@@ -114,12 +114,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--cases", type=int, default=4)
     parser.add_argument("--diverged", type=int, default=3)
+    parser.add_argument("--kl-only", action="store_true", help="without answers, which take most of the time")
     parser.add_argument("--out", type=Path, default=Path("docs/results/smollm2"))
     args = parser.parse_args()
     model, tokenizer = load(args.model)
     every = fitted(model, tokenizer, entries(model, args.length), args.out / "artifacts")
     given = argparse.Namespace(
-        **vars(args), tasks=list(REAL_TASKS), seed=0, peers=False, kl_only=False, batch=1, answers=None
+        **vars(args), tasks=list(REAL_TASKS), seed=0, peers=False, batch=1, answers=None
     )
     given.answered, given.answers = [e.series for e in every], Log(args.out / "tokens_answers.jsonl")
     log = Log(args.out / "tokens_kl.jsonl")

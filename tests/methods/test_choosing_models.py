@@ -7,6 +7,7 @@ import torch
 
 import kvshrink
 from kvshrink import methods
+from kvshrink.attach.budget import promised
 from kvshrink.errors import CacheError
 from kvshrink.eval.run.entries import parse
 
@@ -75,6 +76,16 @@ def test_turns_forks_rows_crops_and_files(model, text, tmp_path):
     if cache.compressed[0].body.drops:
         with pytest.raises(CacheError, match=r"cannot crop 300 tokens: [^\n]+$"):
             cut.crop(-300)
+
+
+@pytest.mark.parametrize("text", ["kvzip:ratio=0.3", "kvzip:ratio=0.3,per='layer'", "kvzip:ratio=0.3,per='even'"])
+@pytest.mark.parametrize("store", ["turboquant:bits=4", "cskv:keep=0.5"])
+def test_tokens_of_a_whole_model_are_as_many_as_promised_in_lanes_of_one_head_or_of_all(model, text, store):
+    own = parse(f"{text} + {store}").method
+    method = kvshrink.fit(model, own, ids_of(8, 256), progress=False) if own.needs_fit else own
+    cache = kvshrink.make_cache(model, method)
+    fed(model, cache, ids_of(1, 700))
+    assert cache.nbytes / cache.report().full == pytest.approx(promised(own, model, 700), rel=0.01)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -159,7 +159,8 @@ def _note(
 def shared_out(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: Tensor | None) -> Scores:
     """Importance as the cache's scorer wants it of the prompt's scores, over all layers together."""
     layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
-    own = {i: raw[i] for i in layers if i in raw}
+    # heads that share a lane share the choice, by the mean of what they need
+    own = {i: raw[i].unflatten(1, (layers[i].body.lanes, -1)).mean(2) for i in layers if i in raw}
     if not own:
         return {}
     some, first = layers[next(iter(own))], next(iter(own.values()))
@@ -183,15 +184,17 @@ def shared_out(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: 
     pages = before // method.page, after // method.page
     if decoded:  # which stay anyway: a turn of its own
         pages = 0, pages[1] - (before + decoded) // method.page
-    return scorer.shared(own, candidates, pages, method.page, waiting)
+    shared = scorer.shared(own, candidates, pages, method.page, waiting)
+    return {i: x.repeat_interleave(raw[i].shape[1] // x.shape[1], 1) for i, x in shared.items()}
 
 
-def _waiting(layer: CompressedLayer, held: int, after: int) -> tuple[Int[Tensor, "b h"], Int[Tensor, ""]] | None:
+def _waiting(layer: CompressedLayer, held: int, after: int) -> tuple[Int[Tensor, "b L"], Int[Tensor, ""]] | None:
     """How many tokens of the window that leave now were judged worth staying, and how many were decoded; None: nothing
     is known of any."""
     scores = layer.window.scores
     if scores is None:
         return None
+    scores = scores.unflatten(1, (layer.body.lanes, -1)).mean(2)
     columns = torch.arange(held - scores.shape[2], held, device=scores.device)
     leave = columns < after
     decoded = (scores == torch.inf) & leave
