@@ -31,25 +31,23 @@ from kvshrink.store import files
 from kvshrink.store.log import Log
 
 STORE = "spectral:budget={},speed=balanced"
+EVEN = "kvzip:per=even,bits=8"
 TRIED = {
     0.25: (
         *("spectral:speed=balanced", "turboquant:bits=3", "kvzip", "snapkv", "expected_attention:floor=0.2"),
-        *(
-            "kvzip + turboquant:bits=4",
-            f"kvzip + {STORE.format(0.2349)}",
-            f"kvzip:bits=8 + {STORE.format(0.1079)},demote=True",
-        ),
+        *("kvzip + turboquant:bits=4", f"kvzip + {STORE.format(0.2349)}"),
+        f"{EVEN} + {STORE.format(0.1079)},demote=True",
     ),
     0.125: (
         *("spectral:speed=balanced", "tcq:bits=2", "kvzip", "snapkv", "expected_attention:floor=0.2"),
         *("kvzip + turboquant:bits=4", "kvzip + turboquant:bits=2", f"kvzip + {STORE.format(0.2349)}"),
-        *(f"kvzip:bits=8 + {STORE.format(b)},demote=True" for b in (0.0443, 0.0784)),
-        f"snapkv:bits=8 + {STORE.format(0.0443)},demote=True",
+        *(f"{EVEN} + {STORE.format(b)},demote=True" for b in (0.0443, 0.0784)),
+        *(f"{name} + {STORE.format(0.0443)},demote=True" for name in ("kvzip:bits=8", "snapkv:bits=8")),
     ),
     0.0625: (
         *("spectral:speed=balanced", "kvzip:window_bits=8", "kvzip:window_bits=8 + turboquant:bits=4"),
-        *(f"kvzip + {STORE.format(b)}" for b in (0.1079, 0.0784)),
-        *(f"kvzip:bits=8 + {STORE.format(b)},demote=True" for b in (0.0215, 0.0329)),
+        *(f"kvzip + {STORE.format(b)}" for b in (0.1079, 0.2349)),
+        *(f"{EVEN} + {STORE.format(b)},demote=True" for b in (0.0215, 0.0329)),
     ),
     0.03: (
         *("spectral:speed=balanced", "streaming_llm:window_bits=8", "kvzip:bits=8,window_bits=8"),
@@ -119,9 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load(args.model)
     every = fitted(model, tokenizer, entries(model, args.length), args.out / "artifacts")
-    given = argparse.Namespace(
-        **vars(args), tasks=list(REAL_TASKS), seed=0, peers=False, batch=1, answers=None
-    )
+    given = argparse.Namespace(**vars(args), tasks=list(REAL_TASKS), seed=0, peers=False, batch=1, answers=None)
     given.answered, given.answers = [e.series for e in every], Log(args.out / "tokens_answers.jsonl")
     log = Log(args.out / "tokens_kl.jsonl")
     with tqdm(desc="answers", unit="answer") as bar:
