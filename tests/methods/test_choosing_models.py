@@ -78,6 +78,47 @@ def test_turns_forks_rows_crops_and_files(model, text, tmp_path):
             cut.crop(-300)
 
 
+@pytest.mark.parametrize("chunk", [48, 96, 160, 1056])
+def test_a_prompt_in_any_chunks_keeps_the_share_and_a_question_in_between_stays(model, chunk):
+    cache = kvshrink.make_cache(model, parse("kvzip:ratio=0.5").method)
+    fed(model, cache, *ids_of(1, 1056).split(chunk, 1))
+    heads = [int(n) for layer in cache.compressed for n in layer.body.youngest.tokens.flatten()]
+    assert sum(heads) == pytest.approx(0.5 * 1024 * len(heads), rel=0.08)
+    fed(model, cache, *one_by_one(ids_of(1, 20)), ids_of(1, 20, seed=5), *one_by_one(ids_of(1, 100)), ids_of(1, 100))
+    for layer in cache.compressed:
+        for own in layer.body.youngest.slots[0].tolist():
+            assert set(range(1076, 1096)) <= set(own), "a turn of 20 tokens, as what is decoded"
+
+
+def test_rows_that_join_are_judged_as_alone(model):
+    """Whatever their lengths: what stands before a row's own tokens says nothing of them."""
+    for text in ("a2sf:ratio=0.4", "snapkv:ratio=0.4", "lagkv:ratio=0.4", "zipvl:ratio=0.4", "kvcrush:ratio=0.4"):
+        alone = []
+        for i, tokens in enumerate((90, 333)):
+            cache = kvshrink.make_cache(model, parse(text).method)
+            fed(model, cache, ids_of(1, tokens, seed=i))
+            alone.append(cache)
+        both = kvshrink.KVCache.join(alone)
+        more = ids_of(2, 77, seed=9)
+        mask = torch.cat([both.attention_mask, torch.ones_like(more)], 1)
+        at = torch.stack([torch.arange(n, n + 77) for n in (90, 333)])
+        with torch.inference_mode():
+            got = model(input_ids=more, attention_mask=mask, position_ids=at, past_key_values=both).logits[:, -1]
+        want = [fed(model, cache, more[i : i + 1]) for i, cache in enumerate(alone)]
+        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=1e-4)
+        for i, cache in enumerate(alone):
+            for mine, theirs in zip(both.compressed, cache.compressed, strict=True):
+                own = [{c for c in x if c >= 0} for x in mine.body.youngest.slots[i].tolist()]
+                assert own == [{c for c in x if c >= 0} for x in theirs.body.youngest.slots[0].tolist()], text
+
+
+@pytest.mark.parametrize("name", ["h2o", "a2sf", "scissorhands", "tova"])
+def test_tokens_are_demoted_where_none_was_chosen_before(model, name):
+    cache = kvshrink.make_cache(model, parse(f"{name} + turboquant:bits=4,demote=True,schedule=page").method)
+    fed(model, cache, ids_of(1, 10), *one_by_one(ids_of(1, 150)))
+    assert len(cache.compressed[0].body.ages[0].pages) > 0
+
+
 @pytest.mark.parametrize("text", ["kvzip:ratio=0.3", "kvzip:ratio=0.3,per='layer'", "kvzip:ratio=0.3,per='even'"])
 @pytest.mark.parametrize("store", ["turboquant:bits=4", "cskv:keep=0.5"])
 def test_tokens_of_a_whole_model_are_as_many_as_promised_in_lanes_of_one_head_or_of_all(model, text, store):

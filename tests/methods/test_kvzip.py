@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kvshrink
 from kvshrink.attach import judging
 from kvshrink.attach.fill import fill, prefill, wanted_by
-from kvshrink.attach.judging import judged_by_reading_again, shared_out
+from kvshrink.attach.judging import judged_by_reading_again, judged_of
 from kvshrink.errors import CacheError
 from kvshrink.methods.evict.kvzip import KVzip
 from tests.methods.evicting import SHAPE, cache_of, check_generate, pages_of, reference, refused, wanted
@@ -118,7 +118,7 @@ def test_ids_are_needed():
     model, _, rows = reference()
     embedded = model.get_input_embeddings()(rows[:1, :200])
     cache = kvshrink.make_cache(model, KVzip())
-    with pytest.raises(CacheError, match="Pass input_ids"):
+    with pytest.raises(CacheError, match="pass input_ids"):
         model(inputs_embeds=embedded, past_key_values=cache)
 
 
@@ -130,7 +130,7 @@ def read(cache, tokens: int, judged: dict | None, real: torch.Tensor | None = No
     seen = cache.get_seq_length()
     b = 2
     positions = torch.arange(seen, seen + tokens, dtype=torch.int32).expand(b, -1)
-    cache.judged = None if judged is None else shared_out(cache, judged, real)
+    cache.judged = None if judged is None else judged_of(cache, judged, real)
     for i in range(len(cache.layers)):
         cache.stage(i, positions, real, None, True, "model")
         cache.update(*torch.randn(2, b, 2, tokens, 8), i)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from kvshrink.attach.hook import Attachment
 from kvshrink.attach.inputs import by_name
-from kvshrink.attach.judging import judged_by_reading_again, shared_out
+from kvshrink.attach.judging import judged_by_reading_again, judged_of
 from kvshrink.attach.look import layers_of
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
@@ -122,7 +122,7 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
         layer.policy.scorer is not None and layer.policy.scorer.judged for layer in cache.compressed
     ):
         raw = _unjudged(cache, dense)
-    cache.judged = None if raw is None else shared_out(cache, raw, mask)
+    cache.judged = None if raw is None else judged_of(cache, raw, mask)
     for i, info in enumerate(attachment.layers):
         if not info.compressed:
             before, own = getattr(cache.layers[i], "shape", None), copy.deepcopy(dense.layers[i])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -22,7 +23,8 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.leaving import left
 from kvshrink.cache.passed import has_states
 from kvshrink.errors import CacheError
-from kvshrink.shapes import Float, Int
+from kvshrink.methods._evidence import Judged
+from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.modes import evaluating, without_dropout
 
 CHUNK, BEFORE, FIRST = 2048, 8, 4  # tokens repeated at a time, of the chunk before, and of the text's beginning
@@ -37,6 +39,7 @@ def judged_by_reading_again(
 ) -> Scores:
     """Importance of the last s tokens of a full cache, 0 to 1, by layer. mask [b, s] is 0 at pads: they get 0."""
     tower = text_tower(model)
+    _check_states(dense)
     found: Scores = {}
     for row in range(len(ids)):
         real = slice(None) if mask is None else mask[row, -ids.shape[1] :].bool()
@@ -48,7 +51,7 @@ def judged_by_reading_again(
     return found
 
 
-def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> Scores | None:
+def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> dict[int, Judged] | None:
     """Importance of a step's new tokens, where the cache's method wants the model to read them again; else None.
 
     A later prompt is judged by itself. Raises CacheError where its ids are not known.
@@ -56,31 +59,38 @@ def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> Score
     some = next((layer for layer in cache.layers if isinstance(layer, CompressedLayer)), None)
     if some is None or some.policy.scorer is None or not some.policy.scorer.judged:
         return None
-    ids = given.get("input_ids")
-    if ids is not None and ids.shape[1] == 1:
-        return None
+    ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+    new = embedded if ids is None else ids
+    few, room = some.method.page, some.method.window + some.method.page
+    if new is None or new.shape[1] < few or cache.get_seq_length() + new.shape[1] < room:
+        return None  # a few tokens stay, as those that are decoded, and those of a prompt from which nothing leaves
     if ids is None:
-        raise CacheError("this method lets the model read a prompt again. Pass input_ids, not inputs_embeds.")
-    if cache.get_seq_length() + ids.shape[1] < some.method.window + some.method.page:
-        return {}  # nothing leaves
+        raise CacheError(
+            f"{type(tower).__name__} is given embeddings, by which it cannot read a prompt again. Use a method that "
+            "ranks tokens by attention, such as snapkv, or pass input_ids."
+        )
     mask = given.get("attention_mask")
     mask = mask[:, -ids.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
     dense: Any = DynamicCache(config=tower.config)
+    _check_states(dense)
     more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
     with evaluating(tower), torch.no_grad():
         tower(input_ids=ids, past_key_values=dense, use_cache=True, **more)
-    return shared_out(cache, judged_by_reading_again(tower, dense, ids, mask), mask)
+    return judged_of(cache, judged_by_reading_again(tower, dense, ids, mask), mask)
+
+
+def _check_states(dense: DynamicCache) -> None:
+    if any(has_states(layer) for layer in dense.layers):
+        raise CacheError(
+            "a layer of this model is a recurrence or a convolution, so that a prompt cannot be read again behind "
+            "itself. Use a method that ranks tokens by attention, such as snapkv."
+        )
 
 
 def _row(dense: DynamicCache, row: int, tokens: int) -> list[Any]:
     """The layers of one row alone, of its last tokens. What is stored is shared."""
     layers = []
     for layer in dense.layers:
-        if has_states(layer):
-            raise CacheError(
-                "a layer of this model is a recurrence or a convolution, so that a prompt cannot be read again behind "
-                "itself. Use a method that ranks tokens by attention, such as snapkv."
-            )
         own: Any = copy.copy(layer)
         if isinstance(getattr(own, "keys", None), Tensor):
             own.keys, own.values = (t[row : row + 1, :, -tokens:] for t in (own.keys, own.values))
@@ -156,46 +166,40 @@ def _note(
             scores[head, start:stop] = torch.maximum(scores[head, start:stop], most)
 
 
-def shared_out(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: Tensor | None) -> Scores:
-    """Importance as the cache's scorer wants it of the prompt's scores, over all layers together."""
-    layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
-    # heads that share a lane share the choice, by the mean of what they need
-    own = {i: raw[i].unflatten(1, (layers[i].body.lanes, -1)).mean(2) for i in layers if i in raw}
-    if not own:
+def judged_of(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: Tensor | None) -> dict[int, Judged]:
+    """What layers are told of a prompt: the new tokens' scores, and by lane what a token that leaves must have to stay,
+    of all layers together."""
+    layers = {i: x for i, x in enumerate(cache.layers) if isinstance(x, CompressedLayer) and i in raw}
+    some = next(iter(layers.values()), None)
+    if some is None or some.policy.scorer is None or not some.policy.scorer.judged:
         return {}
-    some, first = layers[next(iter(own))], next(iter(own.values()))
-    scorer, method, s = some.policy.scorer, some.method, first.shape[2]
-    if scorer is None or not scorer.judged:
-        return {}
+    page, window, first = some.method.page, some.method.window, next(iter(raw.values()))
+    b, _, s = first.shape
     held = cache.get_seq_length()
-    every = torch.arange(s, device=first.device).expand(len(first), s)
-    leaving = torch.from_numpy(left(torch.tensor([held + s]).numpy(), method.window, method.page)).to(first.device)
-    candidates = every + held < leaving[:, None]
-    if mask is not None:
-        candidates = candidates & mask[:, -s:].bool()
-    counted = candidates.int().cumsum(1)
-    if not held:
-        candidates = candidates & (counted > method.sinks)
-    before = int(left(torch.tensor([held]).numpy(), method.window, method.page)[0])
-    after = int(leaving[0])
-    found = {i: _waiting(layers[i], held, after) for i in own}
-    waiting = {i: None if pair is None else pair[0] for i, pair in found.items()}
-    decoded = max((int(pair[1]) for pair in found.values() if pair is not None), default=0)
-    pages = before // method.page, after // method.page
-    if decoded:  # which stay anyway: a turn of its own
-        pages = 0, pages[1] - (before + decoded) // method.page
-    shared = scorer.shared(own, candidates, pages, method.page, waiting)
-    return {i: x.repeat_interleave(raw[i].shape[1] // x.shape[1], 1) for i, x in shared.items()}
+    shifts = np.zeros(b, np.int64) if cache.table.shifts is None else cache.table.shifts
+    before, after = (left(n - shifts, window, page) for n in (np.full(b, held), np.full(b, held + s)))
+    new = torch.ones(b, s, dtype=torch.bool) if mask is None else mask[:, -s:].bool().cpu()
+    real = torch.cat([cache.table.positions.cpu() >= 0, new], 1) if held else new
+    column = torch.arange(held + s)
+    ends = torch.from_numpy(after + shifts)[:, None]
+    there = real & (column < ends) & (real.cumsum(1) > some.method.sinks)
+    candidates = {i: _candidates(x, raw[i], held, there.to(raw[i].device)) for i, x in layers.items()}
+    decoded = max(int((x == torch.inf).any(1).sum(1).max()) for x in candidates.values())
+    # what was decoded stays anyway, and has no share
+    start = before // page if not decoded else np.zeros_like(before)
+    stop = after // page if not decoded else np.maximum(0, (after - before - decoded) // page)
+    given = {i: x.masked_fill(x == torch.inf, -torch.inf) for i, x in candidates.items()}
+    least = some.policy.scorer.least(given, list(zip(start.tolist(), stop.tolist(), strict=True)), page)
+    return {i: Judged(raw[i], least[i].repeat_interleave(raw[i].shape[1] // least[i].shape[1], 1)) for i in layers}
 
 
-def _waiting(layer: CompressedLayer, held: int, after: int) -> tuple[Int[Tensor, "b L"], Int[Tensor, ""]] | None:
-    """How many tokens of the window that leave now were judged worth staying, and how many were decoded; None: nothing
-    is known of any."""
-    scores = layer.window.scores
-    if scores is None:
-        return None
-    scores = scores.unflatten(1, (layer.body.lanes, -1)).mean(2)
-    columns = torch.arange(held - scores.shape[2], held, device=scores.device)
-    leave = columns < after
-    decoded = (scores == torch.inf) & leave
-    return ((scores >= 0) & leave & ~decoded).sum(-1), decoded.sum(-1).max()
+def _candidates(
+    layer: CompressedLayer, raw: Float[Tensor, "b h s"], held: int, there: Bool[Tensor, "b c"]
+) -> Float[Tensor, "b L t"]:
+    """Scores of the tokens that leave now, the window's and the new ones; -inf elsewhere. Heads that share a lane share
+    the choice, by the mean."""
+    waiting = layer.window.scores
+    scores = raw if waiting is None else torch.cat([waiting.to(raw.device), raw], 2)
+    by_lane = scores.unflatten(1, (layer.body.lanes, -1)).mean(2)
+    own = there[:, there.shape[1] - by_lane.shape[2] :]
+    return by_lane.masked_fill(~own[:, None], -torch.inf)

@@ -96,7 +96,9 @@ class CheckInput:
         cache = given.get("past_key_values")
         if isinstance(cache, KVCache):
             _check_input(self, cache, module, given)
+            cache.judged = None
             cache.judged = judged_prompt(cache, module, given)  # a step of its own, which may be interrupted
+            _begin(cache)
 
 
 @at_once
@@ -123,6 +125,11 @@ def _check_input(hook: CheckInput, cache: KVCache, module: Any, arguments: Mappi
     # keys are turned by all axes; of text they are one, and a row that counts may be before them
     cache.turned_by = positions[-3] if isinstance(positions, Tensor) and positions.dim() == 3 else None
     check_marks(cache, b, s)
+
+
+@at_once
+def _begin(cache: KVCache) -> None:
+    """Nothing is refused any more: the step runs."""
     cache.stepping = True
     if states := [layer for layer in cache.layers if has_states(layer)]:
         for layer in states:

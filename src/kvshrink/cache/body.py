@@ -256,7 +256,7 @@ class Body:
 
 def not_held_by(chosen: Pages, every: Pages) -> Bool[Tensor, "b L t"]:
     """Which slots of all tokens' pages are of tokens that a lane has not chosen."""
-    own = every.all_slots()[:, 0].to(chosen.device if len(chosen) else "cpu").long()  # a row's columns, -1: none
+    own = every.all_slots()[:, 0].to(every.device).long()  # a row's columns, -1: none
     if not len(chosen):
         return (own >= 0)[:, None]
     columns = chosen.slots.to(own.device).long()

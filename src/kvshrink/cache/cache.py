@@ -29,6 +29,7 @@ from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.cache.step import Staged
 from kvshrink.errors import CacheError
 from kvshrink.methods import name_of
+from kvshrink.methods._evidence import Judged
 from kvshrink.methods._roles import Method
 from kvshrink.store.bytes import Held, nbytes
 from kvshrink.store.inference import outside_inference_mode
@@ -58,9 +59,7 @@ class KVCache(SavedCache):
         self.fitted = fitted  # digest of the method's settings and tensors
         self.turned_by: Tensor | None = None  # of a step, positions that are not what attention modules are given
         self.visual: Tensor | None = None  # of a step, bool [b, s]: which new tokens came from images, where one asks
-        self.judged: dict[int, Tensor] | None = (
-            None  # of a step, what the model said of its tokens when it read them again
-        )
+        self.judged: dict[int, Judged] | None = None  # of a step, by layer, when the model read its tokens again
         self.stepping = False  # whether the attached decoder is within a step
         self.whole = True  # False while, and after, a change of all layers that did not come to its end
 

@@ -130,7 +130,7 @@ class CompressedLayer(RowsLayer):
         )
         ranked = leave.rank(staged, keys, values, new)
         if self.leaves and held is None:
-            leave.run(keys, values, ranked, new)
+            leave.run(keys, values, ranked, new, staged)
             self.window.hold(self._form)
         self.whole = True
         if snapshot.first == 0 and not before and snapshot.sinks is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.errors import CacheError
+from kvshrink.methods._evidence import Judged
 from kvshrink.store.inference import outside_inference_mode
 from kvshrink.store.modes import at_once, autocast_on
 
@@ -27,7 +28,7 @@ class Staged:
     own_attention: bool  # whether the model runs kvshrink's attention
     probe_queries: ProbeQueries | None = None  # by which tokens are ranked, where codecs need their importance
     hidden: Tensor | None = None  # the layer's input [b, s, n], where tokens are ranked by it
-    judged: Tensor | None = None  # importance [b, h, s] that the model gave the new tokens when it read them again
+    judged: Judged | None = None  # what the model said of the new tokens when it read them again
     visual: Tensor | None = None  # bool [b, s], True where a token came from an image; None: nobody asks, or none did
     maker: Any = None  # what makes keys and values of what is cached (cache/latents.py), where our attention reads that
 

@@ -28,7 +28,7 @@ from kvshrink.cache.leaving import (
     quiet,
     spread,
 )
-from kvshrink.cache.rope import as_stored
+from kvshrink.cache.rope import as_stored, plain
 from kvshrink.cache.scoring import received
 from kvshrink.cache.sinks import Sinks
 from kvshrink.cache.snapshot import Snapshot
@@ -67,7 +67,7 @@ class Leave:
 
     def rank(self, staged: Staged, keys: Tensor, values: Tensor, new: int) -> Float[Tensor, "b h t"] | None:
         """Importance of the exact tokens, where something asks for it and it is known."""
-        scorer, probe, before = self.policy.scorer, staged.probe_queries, self.before
+        scorer, probe = self.policy.scorer, staged.probe_queries
         if scorer is None or (scorer.asks and probe is None):
             return None
         if not scorer.asks and not scorer.remembers and self._quiet(keys.shape[2]):
@@ -79,9 +79,9 @@ class Leave:
             ranked = pad(ranked, (keys.shape[2] - new, 0))
         if scorer.remembers:
             ranked = self.window.add_scores(ranked, fade)
-        if stored is not None and before.tiers and scorer.keeps in ("sum", "latest"):
-            youngest = before.tiers[-1].pages
-            own = scorer.of_stored(stored[..., stored.shape[2] - len(youngest) * youngest.page :])
+        chosen = len(self.body.ages[0].kept) * self.method.page
+        if stored is not None and chosen and scorer.keeps in ("sum", "latest"):  # the youngest tier's are the last
+            own = scorer.of_stored(stored[..., stored.shape[2] - chosen :])
             self.body.add_importance(own, fade if scorer.keeps == "sum" else 0.0)
         return ranked
 
@@ -91,6 +91,9 @@ class Leave:
         """What is known of the exact tokens, and what stored ones got."""
         before, probe, rope, got = self.before, staged.probe_queries, self.before.rope, None
         positions = before.positions[:, before.first :]
+        if before.starts is not None:  # of a joined row: what stands before its own tokens is in its pages
+            slots = torch.arange(keys.shape[2], device=positions.device)
+            positions = positions.masked_fill(slots < before.starts[:, None], -1)
         real = positions >= 0
         if probe is not None and scorer.asks and scorer.reduce is not None:
             reads = scorer.everything and before.held_tokens > 0
@@ -110,7 +113,8 @@ class Leave:
             undo=None if rope is None else rope.undo,
             turn=None if rope is None else rope.apply,
             hidden=staged.hidden,
-            judged=staged.judged,
+            order=positions if rope is None or rope.long is None else plain(positions),
+            judged=None if staged.judged is None else staged.judged.scores,
         )
         return seen, None if got is None else got.stored
 
@@ -119,7 +123,9 @@ class Leave:
         alike = self.window.starts is None and self.table.shifts is None
         return alike and quiet(self.first, self.first + slots, self.method.window, self.method.page)
 
-    def run(self, keys: Tensor, values: Tensor, ranked: Float[Tensor, "b h t"] | None, new: int) -> None:
+    def run(
+        self, keys: Tensor, values: Tensor, ranked: Float[Tensor, "b h t"] | None, new: int, staged: Staged
+    ) -> None:
         """Move what leaves of these exact tokens to sinks and body; the window keeps the rest. new: of the step."""
         window, page, slots = self.method.window, self.method.page, keys.shape[2]
         starts = self.window.starts
@@ -128,6 +134,8 @@ class Leave:
         lengths = self.table.lengths
         exact = np.minimum(lengths, slots - (0 if starts is None else starts))
         positions = self.before.positions[:, self.first :]
+        if ranked is not None and staged.judged is not None:  # what always stays does so by any measure
+            ranked = ranked - staged.judged.least[..., None]
         for leaving in leavings(lengths, exact, slots, window, page):
             self._capture(leaving, keys, values)
             if self.codecs is not None:

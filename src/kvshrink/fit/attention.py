@@ -1,5 +1,6 @@
 """A model under an attention function of ours for a while: what a fit looks at, or trains, inside attention."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,9 @@ def attending(model: Any, infos: Mapping[int, LayerInfo], function: Attend) -> I
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
         if given.get("softcap") is not None or given.get("s_aux") is not None:
-            raise UnsupportedModelError("scores of this model have a soft cap or sinks, which this fit does not know.")
+            raise UnsupportedModelError(
+                "scores of this model have a soft cap or sinks, which this fit does not know. Use kvzip, or snapkv."
+            )
         scale = given.get("scaling") or query.shape[-1] ** -0.5
         if id(module) in places:
             out = function(places[id(module)], query, key, value, scale)
@@ -35,13 +38,14 @@ def attending(model: Any, infos: Mapping[int, LayerInfo], function: Attend) -> I
             )
         return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    own = f"{NAME}_{threading.get_ident()}"  # fits of two threads are two functions
+    AttentionInterface.register(own, attention)
+    AttentionMaskInterface.register(own, sdpa_mask)
     configs = distinct([model.config, text_config(model), *(info.module.config for info in infos.values())])
     before = [(config, config._attn_implementation) for config in configs]
     try:
         for config in configs:
-            choose(config, NAME)
+            choose(config, own)
         yield
     finally:
         for config, name in before:

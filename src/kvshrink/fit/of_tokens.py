@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kvshrink.attach import attach
+from kvshrink.attach import attached
 from kvshrink.attach.families import LayerInfo
 from kvshrink.attach.fill import Wanted, prefill
 from kvshrink.errors import DataError
@@ -49,14 +49,22 @@ class OfTokens(TokenProbe):
     def spans(self, rules: Sequence[Rule], sinks: int) -> tuple[list[int], Mapping[int, Float[Tensor, "n r h"]]]:
         longest = min(LENGTH, row_length(self.model, self.rows))
         lengths = [longest // 2, longest * 3 // 4, longest]
+        if 2 * (sinks + 35) > lengths[0]:
+            raise DataError(
+                f"sinks={sinks} leave no room for a passage behind them in {lengths[0]} tokens, half of what model and "
+                "text allow. Use fewer sinks, or give more text."
+            )
         made = [recall_rows(self.rows, n, RTN(window=1, sinks=sinks), 2).to(self.device) for n in lengths]
         bar = tqdm(total=sum(map(len, made)), desc="spans", unit="row", disable=not self.progress)
         found = [span_costs(self.model, self.infos, own, rules, sinks, bar.update) for own in made]
         return lengths, {i: torch.stack([one[i] for one in found]) for i in self.infos}
 
-    @torch.no_grad()
     def needed(self) -> Mapping[int, Needed]:
-        attach(self.model)
+        with attached(self.model):
+            return self._needed()
+
+    @torch.no_grad()
+    def _needed(self) -> Mapping[int, Needed]:
         stream = self.rows.flatten()
         length = min(LENGTH, row_length(self.model, self.rows))
         starts = torch.linspace(0, len(stream) - length, min(ROWS, max(1, len(stream) // length))).long().tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvshrink.attach.families import LayerInfo
 from kvshrink.fit.attention import attending, near
+from kvshrink.fit.fisher import only
 from kvshrink.fit.recall import REPEATED
 from kvshrink.methods._token_probe import Rule
 from kvshrink.shapes import Float, Int
@@ -35,12 +36,10 @@ def span_costs(
         m = query.shape[1] // key.shape[1]
         scores = (query @ key.repeat_interleave(m, 1).transpose(2, 3)).float() * scale
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        if not weights.requires_grad:
-            weights.requires_grad_(True)
         kept[i] = weights
         return weights.to(value.dtype) @ value.repeat_interleave(m, 1)
 
-    with torch.inference_mode(False), torch.enable_grad(), attending(model, infos, watched):
+    with only(model, []), torch.inference_mode(False), torch.enable_grad(), attending(model, infos, watched):
         for row in rows[:, None]:
             embedded = model.get_input_embeddings()(row).detach().requires_grad_(True)
             logits = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=tail + 1).logits[0, :-1]

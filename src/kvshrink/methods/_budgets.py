@@ -19,7 +19,7 @@ class Budget(ABC):
         """Tokens. importance: of the candidates, -inf for what is none; pages: how many of each row have left."""
 
     @abstractmethod
-    def pages(self, left: int, lanes: int) -> int:
+    def pages(self, left: int, lanes: int, page: int) -> int:
         """Pages that all lanes of a row hold, of so many that left."""
 
 
@@ -39,7 +39,7 @@ class Uniform(Budget):
         own = torch.tensor([self.of(n) * page for n in pages.tolist()], device=importance.device)
         return own[:, None].expand(importance.shape[:2])
 
-    def pages(self, left: int, lanes: int) -> int:
+    def pages(self, left: int, lanes: int, page: int) -> int:
         return self.of(left) * lanes
 
 
@@ -89,7 +89,7 @@ class ByHead(Budget):
     def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
         return torch.tensor([self.of(n, page) for n in pages.tolist()], device=importance.device) * page
 
-    def pages(self, left: int, lanes: int, page: int = 32) -> int:
+    def pages(self, left: int, lanes: int, page: int) -> int:
         return sum(self.of(left, page))
 
 
@@ -107,7 +107,7 @@ class Classes(Budget):
         even = -(-own // importance.shape[1]) * page
         return even[:, None].expand(importance.shape[:2]).to(importance.device)
 
-    def pages(self, left: int, lanes: int, page: int = 32) -> int:
+    def pages(self, left: int, lanes: int, page: int) -> int:
         return round(lanes * (self.whole * left + (1 - self.whole) * min(left, -(-self.tokens // page))))
 
 
@@ -129,8 +129,8 @@ class Threshold(Budget):
             return -(-own // page) * page
         return ((own + page // 2) // page).clamp_min(1) * page
 
-    def pages(self, left: int, lanes: int) -> int:
-        return Uniform(self.ratio).pages(left, lanes)
+    def pages(self, left: int, lanes: int, page: int) -> int:
+        return Uniform(self.ratio).pages(left, lanes, page)
 
 
 @final
@@ -143,13 +143,14 @@ class Mass(Budget):
     share: float
 
     def counts(self, importance: Float[Tensor, "b L t"], pages: Int[Tensor, " b"], page: int) -> Int[Tensor, "b L"]:
-        weights = importance.masked_fill(importance == -torch.inf, 0.0).clamp(0, torch.finfo(torch.float32).max)
+        always = (importance == torch.inf).sum(-1).amax(1)  # which stay, whatever the others have
+        weights = importance.masked_fill(~importance.isfinite(), 0.0).clamp_min(0)
         ordered = weights.sort(dim=-1, descending=True).values.sum(1)  # [b, t]
         reached = ordered.cumsum(-1) >= self.share * ordered.sum(-1, keepdim=True)
-        fewest = importance.shape[-1] - reached.sum(-1) + 1
+        fewest = importance.shape[-1] - reached.sum(-1) + 1 + always
         own = -(-fewest // page) * page
         most = Uniform(self.ratio).counts(importance, pages, page)
         return own[:, None].expand_as(most).minimum(most)
 
-    def pages(self, left: int, lanes: int) -> int:
-        return Uniform(self.ratio).pages(left, lanes)
+    def pages(self, left: int, lanes: int, page: int) -> int:
+        return Uniform(self.ratio).pages(left, lanes, page)

@@ -116,7 +116,7 @@ class Evicting(Method):
 
     def pages_kept(self, lanes: int, pages: int, fitted: Fitted = NOTHING) -> int:
         """Pages of all lanes that stay of so many that left. What is protected stays anyway."""
-        own = self.budget(self.ratio, fitted).pages(pages, lanes)
+        own = self.budget(self.ratio, fitted).pages(pages, lanes, self.page)
         least = min(pages, -(-max(0, self.protect - self.sinks) // self.page))
         return max(own, least * lanes)
 

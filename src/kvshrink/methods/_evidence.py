@@ -2,13 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from kvshrink.shapes import Bool, Float, Int
 
 Reduce = Literal["sum", "max", "below"]  # "below": how many queries give a token less than an even share
+
+
+class Judged(NamedTuple):
+    """What a model said of a step's new tokens when it read them again. least: what a token must have to stay, of those
+    that leave in the step."""
+
+    scores: Float[Tensor, "b h s"]
+    least: Float[Tensor, "b h"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +30,8 @@ class Evidence:
     asked:     those queries as attention uses them, times its scale.
     undo:      rows [b, n, s, d] of the new tokens as they are before RoPE; of the queries asked [b, q, x, d] too.
     hidden:    the layer's input of the new tokens, where the scorer wants it.
-    judged:    importance of the new tokens, where the model read the prompt again.
+    order:     positions as they count up, also where RoPE marks them.
+    judged:    scores of the new tokens, where the model read the prompt again.
     """
 
     keys: Float[Tensor, "b h t d"]
@@ -37,7 +46,13 @@ class Evidence:
     undo: Callable[[Tensor, Tensor], Tensor] | None = None
     turn: Callable[[Tensor, Tensor], Tensor] | None = None
     hidden: Float[Tensor, "b s n"] | None = None
+    order: Int[Tensor, "b t"] | None = None
     judged: Float[Tensor, "b h s"] | None = None
+
+    @property
+    def counted(self) -> Int[Tensor, "b t"]:
+        """Positions, -1 at pads, each one more than the one before."""
+        return self.positions if self.order is None else self.order
 
     @property
     def got(self) -> Float[Tensor, "b h t"]:

@@ -7,7 +7,7 @@ framework keeps the most important ones.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvshrink.methods._budgets import Budget
 from kvshrink.methods._evidence import Evidence, Reduce
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.shapes import Float, Int
 
 SHARE = 0.05  # of a step's queries: the last ones, and as many random ones
 SEED = 0
@@ -65,18 +65,12 @@ class Scorer(ABC):
         """Which of a step's `count` new tokens are asked, in order. Not called where `asks` is False."""
         return torch.arange(count)
 
-    def shared(
-        self,
-        judged: Mapping[int, Float[Tensor, "b h s"]],
-        candidates: Bool[Tensor, "b s"],
-        pages: Pages,
-        page: int,
-        waiting: Mapping[int, Int[Tensor, "b h"] | None],
-    ) -> dict[int, Float[Tensor, "b h s"]]:
-        """What layers are told of a judged prompt, all of them together. candidates: which tokens leave the window and
-        are no sinks; pages: how many have left before and after; waiting: how many of an earlier prompt leave with
-        them, and stay."""
-        return dict(judged)
+    def least(
+        self, judged: Mapping[int, Float[Tensor, "b L t"]], pages: Sequence[Pages], page: int
+    ) -> dict[int, Float[Tensor, "b L"]]:
+        """What a token must have to stay, in each lane of each layer, of a judged prompt. judged: scores of the tokens
+        that leave the window, -inf elsewhere; pages: of each row, how many have left before and after."""
+        return {i: x.new_zeros(x.shape[:2]) for i, x in judged.items()}
 
     def weights(self, count: int) -> Float[Tensor, " x"] | None:
         """What each query's attention counts, of those asked of so many new tokens; None: 1."""

@@ -75,6 +75,14 @@ class Compose(Method):
         delta = type(store).stores_delta is not Method.stores_delta
         other = store.drops_tokens or delta or store.policy(SOME, {}).scorer is not None
         require(not other, f"store={self.store!r}", "Name a method that stores each token by itself: cskv, turboquant.")
+        shown = store.visual is not None or chooser.visual_ratio is not None or self.visual is not None
+        require(
+            not shown, "visual= or visual_ratio= in a composition", "Images are stored as text there. Leave it out."
+        )
+        most = chooser.most
+        require(
+            most is None or most >= self.page, f"most={most}", f"Use at least {self.page} tokens, a page of the store."
+        )
         require(self.ratio is None or 0 < self.ratio <= 1, f"ratio={self.ratio}", "Use a share above 0, up to 1.")
 
     # --- the two ---

@@ -36,7 +36,7 @@ class Recent(Scorer):
     asks: ClassVar[bool] = False
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
-        new = seen.positions[:, -seen.new :].float()
+        new = seen.counted[:, -seen.new :].float()
         return new[:, None].expand(-1, seen.keys.shape[1], -1).contiguous()
 
 

@@ -4,13 +4,14 @@ Importance is the most attention that any query of the repetition gives a token 
 question, so that one prompt serves many. All tokens of all layers and heads compete, and the best `ratio` stay.
 per="head" ranks heads alone: the most important ones keep everything, the others nothing but sinks and window.
 
-A prompt takes about three times as long. What is decoded stays, and the next prompt is judged by itself.
+A prompt takes about three times as long. What is decoded stays, and so do steps of fewer than 32
+tokens; the next prompt is judged by itself.
 
 Departures: no request to repeat stands before the repetition, since the cache knows no tokenizer; a head keeps whole
 pages of 32 tokens, so that the sum over all heads is the budget's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
 
@@ -23,7 +24,7 @@ from kvshrink.methods._evidence import Evidence
 from kvshrink.methods._policy import Keeps, Pages, Schedule, Scorer
 from kvshrink.methods._roles import Fitted
 from kvshrink.methods._settings import one_of, require
-from kvshrink.shapes import Bool, Float, Int
+from kvshrink.shapes import Float, Int
 
 NOTHING = 1e30  # more than any token of a head that keeps none has
 Per = Literal["model", "layer", "head", "even"]
@@ -46,46 +47,42 @@ class Repeated(Scorer):
         b, h, _, _ = seen.keys.shape
         return torch.full((b, h, seen.new), torch.inf, device=seen.keys.device)
 
-    def shared(
-        self,
-        judged: Mapping[int, Float[Tensor, "b h s"]],
-        candidates: Bool[Tensor, "b s"],
-        pages: Pages,
-        page: int,
-        waiting: Mapping[int, Int[Tensor, "b h"] | None],
-    ) -> dict[int, Float[Tensor, "b h s"]]:
-        """Importance less what the last token of each head that stays has: what is 0 or more stays."""
+    def least(
+        self, judged: Mapping[int, Float[Tensor, "b L t"]], pages: Sequence[Pages], page: int
+    ) -> dict[int, Float[Tensor, "b L"]]:
+        """What the last token of each lane that stays has."""
         if self.per == "even":
-            return dict(judged)
+            return super().least(judged, pages, page)
         layers = sorted(judged)
-        every = torch.stack([judged[i].to(candidates.device) for i in layers], 1)  # [b, layers, h, s]
-        every = every.masked_fill(~candidates[:, None, None], -torch.inf)
-        none = torch.zeros(every.shape[0], every.shape[2], dtype=torch.long, device=every.device)
-        known = [none if (n := waiting[i]) is None else n.to(every.device) for i in layers]
-        counts = (self._counts(every, pages, page) - torch.cat(known, 1)).clamp_min(0)
-        ordered = every.flatten(1, 2).sort(dim=-1, descending=True).values  # [b, heads, s]
-        last = ordered.gather(2, (counts - 1).clamp(0, ordered.shape[2] - 1)[..., None])
-        last = torch.where(counts[..., None] > 0, last, NOTHING)
-        least = last.masked_fill(last == -torch.inf, 0.0).view(*every.shape[:3], 1)
-        return {i: judged[i] - least[:, n].to(judged[i].device) for n, i in enumerate(layers)}
+        lanes = [judged[i].shape[1] for i in layers]
+        every = torch.cat([judged[i].cpu() for i in layers], 1)  # [b, all lanes, t]
+        ordered = every.sort(dim=-1, descending=True).values
+        found = torch.full(every.shape[:2], NOTHING)
+        for row, own in enumerate(pages):
+            counts = self._counts(every[row], lanes, own, page)
+            last = ordered[row].gather(1, (counts - 1).clamp(0, ordered.shape[2] - 1)[:, None])[:, 0]
+            last = last.masked_fill(last == -torch.inf, 0.0)  # all that there are
+            found[row] = torch.where(counts > 0, last, NOTHING)
+        return {i: x.to(judged[i].device) for i, x in zip(layers, found.split(lanes, 1), strict=True)}
 
-    def _counts(self, every: Float[Tensor, "b n h s"], pages: Pages, page: int) -> Tensor:
-        """Tokens of each head of each layer, in whole pages [b, n * h]."""
-        n, h, s = every.shape[1:]
+    def _counts(self, every: Float[Tensor, "n t"], lanes: Sequence[int], pages: Pages, page: int) -> Int[Tensor, " n"]:
+        """Tokens of each lane of one row, in whole pages."""
         share, new = Uniform(self.ratio), pages[1] - pages[0]
         even = (share.of(pages[1]) - share.of(pages[0])) * page
         if self.per == "head":
-            best = every.amax(-1).flatten(1)  # [b, n * h]
-            full = min(n * h, max(1, round(n * h * even / max(1, new * page))))
-            rank = best.argsort(dim=1, descending=True, stable=True).argsort(1)
+            best = every.amax(1)
+            full = min(len(best), max(1, round(len(best) * even / max(1, new * page))))
+            rank = best.argsort(descending=True, stable=True).argsort()
             return torch.where(rank < full, new * page, 0)
-        groups = every.flatten(1).unflatten(1, (1 if self.per == "model" else n, -1))  # [b, groups, heads * s]
-        heads = groups.shape[2] // s
-        rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(-1).unflatten(-1, (heads, s))
-        won = ((rank < heads * even) & (groups.unflatten(-1, (heads, s)) > -torch.inf)).sum(-1)
-        own = won * heads * even / won.sum(-1, keepdim=True).clamp_min(1)
-        counts = torch.stack([whole_pages(part, page) for part in own.unbind(1)], 1)
-        return counts.clamp_max(new * page).flatten(1)
+        groups = [len(every)] if self.per == "model" else list(lanes)
+        return torch.cat([self._of_group(part, even, page) for part in every.split(groups)]).clamp_max(new * page)
+
+    def _of_group(self, every: Float[Tensor, "n t"], even: int, page: int) -> Int[Tensor, " n"]:
+        """Of lanes that compete for so many tokens each."""
+        heads = len(every)
+        rank = every.flatten().argsort(descending=True, stable=True).argsort().view_as(every)
+        won = ((rank < heads * even) & (every > -torch.inf)).sum(1)
+        return whole_pages((won * heads * even / won.sum().clamp_min(1))[None], page)[0]
 
 
 @final

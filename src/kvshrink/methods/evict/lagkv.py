@@ -37,7 +37,7 @@ class Lagged(Scorer):
         found = torch.ones(seen.keys.shape[:3], device=seen.keys.device)
         for row, real in enumerate(seen.real):
             own = real.nonzero()[:, 0]  # neither pads nor sinks are in a partition
-            own = own[seen.positions[row, own] >= self.sinks]
+            own = own[seen.counted[row, own] >= self.sinks]
             keys, values = (x[row, :, own].float() for x in (seen.keys, seen.values))
             found[row, :, own] = self._ranks(keys, values)
         return found

@@ -36,8 +36,11 @@ class Observed(Scorer):
         return torch.arange(max(0, count - self.last), count)
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
-        side = self.pool // 2
-        return torch.nn.functional.avg_pool1d(seen.mean_mass, self.pool, 1, side, count_include_pad=False)
+        real = seen.real[:, None].float()  # what is no token is no neighbour
+        both = torch.cat([seen.mean_mass * real, real], 1)
+        sums = torch.nn.functional.avg_pool1d(both, self.pool, 1, self.pool // 2)
+        found: Tensor = sums[:, :-1] / sums[:, -1:].clamp_min(1e-6)
+        return found
 
 
 @final
