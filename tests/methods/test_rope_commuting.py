@@ -132,7 +132,7 @@ def test_attention_is_exact_at_full_rank_and_rebuilds_no_key(stats_of, rows, rop
     def refuse(*args):
         raise AssertionError("a key was rebuilt")
 
-    monkeypatch.setattr(attend_module, "_keys", refuse)
+    monkeypatch.setattr(attend_module, "keys_of", refuse)
     monkeypatch.setattr(BasisCodec, "decode", refuse)
     got = attend(query, window, recent, None, 0.3, None, handle)
     scores = query @ keys.repeat_interleave(2, 1).transpose(2, 3) * 0.3

@@ -81,6 +81,10 @@ class Told(Probe):
     def kl(self, codecs):
         raise AssertionError("single losses are not asked for")
 
+    @property
+    def tokens(self):
+        raise AssertionError("nor are tokens judged")
+
     def fisher(self):
         raise AssertionError("nor is Fisher information")
 

@@ -115,10 +115,11 @@ class Evicting(Method):
         return packing(shape.heads, shape.head_dim, self.page, self.bits, "token", 64, shape.dtype)
 
     def pages_kept(self, lanes: int, pages: int, fitted: Fitted = NOTHING) -> int:
-        """Pages of all lanes that stay of so many that left. What is protected stays anyway."""
+        """Pages of all lanes that stay of so many that left. What is protected stays anyway; sinks are not chosen."""
         own = self.budget(self.ratio, fitted).pages(pages, lanes, self.page)
         least = min(pages, -(-max(0, self.protect - self.sinks) // self.page))
-        return max(own, least * lanes)
+        most = -(-max(0, pages * self.page - self.sinks) // self.page)
+        return min(max(own, least * lanes), most * lanes)
 
     def body_bytes(self, shape: LayerShape, fitted: Fitted, pages: int) -> int:
         # sinks are not among the candidates: where all tokens are kept, the last page is not full
@@ -135,7 +136,7 @@ class Evicting(Method):
 
     def index_bytes(self, shape: LayerShape, pages: int, fitted: Fitted) -> int:
         lanes = self.lanes(shape)
-        return chosen_index(self.pages_kept(lanes, pages, fitted), lanes, self.page)
+        return chosen_index(self.pages_kept(lanes, pages, fitted), lanes, self.page, pages)
 
 
 def score_bytes(method: Method, scorer: Scorer, heads: int, tokens: int) -> int:
@@ -144,6 +145,6 @@ def score_bytes(method: Method, scorer: Scorer, heads: int, tokens: int) -> int:
     return heads * (tokens - gone) * 4 if scorer.remembers else 0
 
 
-def chosen_index(pages: int, lanes: int, page: int) -> int:
-    """Bytes of what says where so many pages of all lanes are, and which tokens they hold."""
-    return pages * (LANE_INDEX + page * SLOT_INDEX) + lanes * PAGE_COUNT * (pages > 0)
+def chosen_index(pages: int, lanes: int, page: int, left: int) -> int:
+    """Bytes of what says where so many pages of all lanes are, and which tokens they hold; left: pages that came."""
+    return pages * (LANE_INDEX + page * SLOT_INDEX) + lanes * PAGE_COUNT * (left > 0)

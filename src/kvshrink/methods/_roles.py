@@ -87,8 +87,7 @@ class Method(metaclass=Settings):
         return 1
 
     def lane_groups(self, shape: LayerShape) -> int:
-        """Groups of neighbouring KV heads that are stored each by itself, keys and values, as far as is known before a
-        fit: the most lanes that a row of this method may have."""
+        """Groups of neighbouring KV heads stored each by itself, as known before a fit: the most lanes of a row."""
         return 1
 
     def stores_delta(self, fitted: Fitted) -> bool:
@@ -102,9 +101,7 @@ class Method(metaclass=Settings):
 
     def apart(self, fitted: Fitted) -> str | None:
         """Why rows through a layer's codecs are not yet what a cache holds of them, or reads; None: they are.
-
-        fitted: empty where nothing is fitted yet; then of what the settings allow.
-        """
+        fitted: empty where nothing is fitted yet; then of what the settings allow."""
         return "drops tokens" if self.drops_tokens else None
 
     def fit_layer(self, stats: CalibrationStats) -> dict[str, Tensor]:

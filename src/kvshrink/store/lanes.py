@@ -38,7 +38,7 @@ class Pages(Holder):
     uint8 [b, L, n]; first: column of each page's first slot, int32 [b, n].
 
     columns: of every slot, -1 if none, where a lane's tokens do not follow each other; None: they do, in each page.
-    columns_of: makes them when they are asked for, where a step seldom does.
+    columns_of: makes them, where a step seldom asks.
     importance: of every slot's token, beside `columns`.
     """
 
@@ -122,9 +122,7 @@ class Pages(Holder):
         """Column of every slot, -1 if it holds no token. On the host, unless `columns` are elsewhere."""
         if self.columns is not None:
             return self.columns
-        if self.columns_of is not None:
-            return self.columns_of()
-        return self.all_slots()
+        return self.all_slots() if self.columns_of is None else self.columns_of()
 
     def all_slots(self) -> Int[Tensor, "b L slots"]:
         """Where columns follow from pages, made anew: columns of every slot."""
@@ -150,11 +148,9 @@ class Pages(Holder):
     def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b L p size"] | Pieces:
         if (found := self._found.get((start, stop))) is not None:
             return found
-        table = self.table[:, :, start:stop]
-        if not self.even:
-            table = np.where(table == 0, table.max(), table)  # any page in place of those that are not there
-        found = self._places.find(table)
-        if not isinstance(found, Pieces) or found.order is None:
+        table = self.table[:, :, start:stop]  # any page in place of those that are not there
+        table = table if self.even else np.where(table == 0, table.max(), table)
+        if not isinstance(found := self._places.find(table), Pieces) or found.order is None:
             self._found[start, stop] = found  # the runs' own memory: each step until the next page asks for the same
         return found
 
@@ -261,8 +257,8 @@ class Pages(Holder):
             columns = self.columns.masked_fill(self.columns >= length[:, None, None], -1)
             used = (columns >= 0).unflatten(2, (-1, self.page)).sum(3).cpu().numpy().astype(np.uint8)
             return replace(self, used=used, columns=columns).narrowed()
-        most = np.maximum(0, lengths[:, None] - self.first)[:, None]
-        return replace(self, used=np.minimum(self.used, most).astype(np.uint8)).narrowed()
+        used = np.minimum(self.used, np.maximum(0, lengths[:, None] - self.first)[:, None]).astype(np.uint8)
+        return replace(self, used=used).narrowed()
 
     def selected(self, rows: np.ndarray) -> "Pages":
         """These rows, in this order; the same one may come more than once."""
@@ -291,14 +287,14 @@ class Pages(Holder):
     @property
     def index_bytes(self) -> int:
         """Bytes of what says where and which tokens the records are."""
-        tensors = [t for t in (self.columns, self.importance) if t is not None]
-        return self.table.nbytes + self.used.nbytes + self.first.nbytes + nbytes(tensors) + self.made_bytes
+        held = nbytes(t for t in (self.columns, self.importance) if t is not None) + self.made_bytes
+        return self.table.nbytes + self.used.nbytes + self.first.nbytes + held
 
     @property
     def made_bytes(self) -> int:
         """Bytes of what was made of that, once it has been asked for."""
-        made = {name: vars(self).get(name) for name in ("slots", "_table_on_device")}
-        return sum(t.nbytes for t in made.values() if t is not None and t is not self.columns)
+        made = [vars(self).get(name) for name in ("slots", "_table_on_device")]
+        return sum(t.nbytes for t in made if t is not None and t is not self.columns)
 
     def tensors(self) -> list[Tensor]:
         return [run.data for run in self.runs]

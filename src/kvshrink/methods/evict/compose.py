@@ -1,5 +1,5 @@
 """Tokens x bits x ranks: one method chooses tokens, another stores those that stay. "snapkv:ratio=0.25 +
-cskv:keep=0.2".
+cskv:keep=0.2". No paper's: a baseline for those that drop and quantise at once.
 
 What leaves the window is chosen while it is exact, and only what stays is encoded, so that any codec may follow. Their
 shares of bytes multiply; index bytes, 8 a token and lane, are counted. Where all KV heads of a layer share a latent
@@ -91,12 +91,12 @@ class Compose(Method):
     def chooser(self) -> Evicting:
         found = _built(self.tokens)
         changes: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
-        if isinstance(found, Evicting):
-            changes |= {"schedule": self.schedule} | ({} if self.ratio is None else {"ratio": self.ratio})
-        if isinstance(found, Evicting):
-            twice = self.demote and found.merge
-            require(not twice, "demote with merge=True", "A value would count twice. Leave one out.")
-        own: Evicting = replace(found, **changes)  # type: ignore[assignment] # `check` refuses others
+        if not isinstance(found, Evicting):
+            return replace(found, **changes)  # type: ignore[return-value] # `check` refuses it
+        changes |= {"schedule": self.schedule} | ({} if self.ratio is None else {"ratio": self.ratio})
+        twice = self.demote and found.merge
+        require(not twice, "demote with merge=True", "A value would count twice. Leave one out.")
+        own = replace(found, **changes)
         object.__setattr__(own, "page", self.storage.page)  # whole pages of the store, which a class cannot know
         return own
 
@@ -191,7 +191,7 @@ class Compose(Method):
         lanes = self.lanes(shape)
         beside = self.storage.index_bytes(shape, pages, _rest(fitted)) if self.demote else 0
         own = self.chooser.pages_kept(lanes, pages, under(fitted, PREFIX))
-        return beside + chosen_index(own, lanes, self.page)
+        return beside + chosen_index(own, lanes, self.page, pages)
 
     def layer_bytes(self, shape: LayerShape, fitted: Fitted, tokens: int, batch: int = 1) -> int:
         held = super().layer_bytes(shape, fitted, tokens, batch)
