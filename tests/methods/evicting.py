@@ -89,16 +89,18 @@ def pooled(observed: int = 32, pool: int = 7) -> Rule:
     """SnapKV's: the mean attention of the last queries, averaged over neighbours."""
 
     def importance(seen: Seen) -> np.ndarray:
-        return smooth(seen.mean, seen.first, pool)
+        return smooth(seen, pool)
 
     return Rule(importance, lambda n: range(max(0, n - observed), n))
 
 
-def smooth(plain: np.ndarray, first: int, pool: int) -> np.ndarray:
-    """Means over `pool` neighbouring exact tokens."""
-    found = plain.copy()
-    for c in range(first, plain.shape[1]):
-        found[:, c] = plain[:, max(first, c - pool // 2) : c + pool // 2 + 1].mean(1)
+def smooth(seen: Seen, pool: int) -> np.ndarray:
+    """Mean attention of `pool` neighbouring exact tokens. A pad is no neighbour, so that a row is as by itself."""
+    found = seen.mean.copy()
+    for c in range(seen.first, len(seen.real)):
+        near = np.arange(max(seen.first, c - pool // 2), min(len(seen.real), c + pool // 2 + 1))
+        near = near[seen.real[near]]
+        found[:, c] = seen.mean[:, near].mean(1) if len(near) else 0.0
     return found
 
 
