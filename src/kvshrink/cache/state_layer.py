@@ -18,7 +18,7 @@ from kvshrink.store.names import under
 from kvshrink.store.tokens import TokenTable
 
 
-class StateAndCompressedLayer(LinearAttentionLayer, CompressedLayer):  # type: ignore[override]  # as transformers'
+class StateAndCompressedLayer(LinearAttentionLayer, CompressedLayer):  # type: ignore[misc, override]  # as transformers'
     """states: how many the layer has."""
 
     is_compileable = False
