@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvshrink.attach.judging import judged_of
+from kvshrink.attach.judging import Heard, judged_of
 from kvshrink.cache.attend import keys_of
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
@@ -82,7 +82,7 @@ def feed(
     out = []
     scorer = cache.compressed[0].policy.scorer if cache.compressed else None
     if scorer is not None and scorer.judged and s > 1:
-        cache.judged = judged_of(cache, {i: torch.rand(b, k.shape[1], s) for i, k in enumerate(keys)}, real)
+        cache.judged = judged_of(cache, {i: _heard(k, scorer.listens) for i, k in enumerate(keys)}, real)
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
         probe, layer = None, cache.layers[i]
         if asked and (rows := layer.probes(s)) is not None:
@@ -91,3 +91,12 @@ def feed(
         out.append(cache.update(k, v, i))
     cache.judged = None
     return out
+
+
+def _heard(keys: Tensor, listens: int) -> Heard:
+    """What a model may have said of these tokens, and read them again with."""
+    b, h, s, d = keys.shape
+    if not listens:
+        return Heard(torch.rand(b, h, s))
+    positions = s + torch.arange(listens).expand(b, -1)
+    return Heard(torch.rand(b, h, s), torch.randn(b, h, listens, d).to(keys.dtype), positions)

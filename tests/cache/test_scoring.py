@@ -8,6 +8,7 @@ import torch
 from kvshrink import CSKV
 from kvshrink.cache import scoring, writing
 from kvshrink.cache.scoring import ProbeQueries, received
+from kvshrink.kernels.mass import cpu, reference
 from kvshrink.kernels.pack import unpack
 from kvshrink.methods._evidence import Evidence
 from kvshrink.methods._policy import NormalisedAttention, probes
@@ -52,6 +53,8 @@ def by_hand(queries, rows, keys, real, new, softcap) -> torch.Tensor:
 def test_worth_is_that_of_a_softmax_in_loops(softcap, alive, monkeypatch):
     """30 tokens, 22 of them new; pads: none, on the left and among the new, on the left, all. Junk at pads is none."""
     monkeypatch.setattr(scoring, "SCORE_ELEMENTS", alive)
+    monkeypatch.setattr(reference, "TILE", alive)
+    monkeypatch.setattr(cpu, "TILE", alive)
     keys, rows = torch.randn(4, H, 30, D) * 2, torch.tensor([1, 7, 20, 21])
     queries = torch.randn(4, H * MEMBERS, len(rows), D)
     real = torch.arange(30) >= torch.tensor([[0], [3], [16], [30]])
@@ -73,9 +76,10 @@ def test_a_token_is_not_worth_less_for_being_seen_by_more_queries_that_do_not_as
 
 
 def test_scores_alive_are_bounded(monkeypatch):
-    sizes, real = [], scoring._causal
-    monkeypatch.setattr(scoring, "SCORE_ELEMENTS", 5000)
-    monkeypatch.setattr(scoring, "_causal", lambda *a: sizes.append((out := real(*a)).numel()) or out)
+    sizes, real = [], reference.score
+    for kind in (reference, cpu):
+        monkeypatch.setattr(kind, "TILE", 5000)
+        monkeypatch.setattr(kind, "score", lambda *a: sizes.append((out := real(*a)).numel()) or out)
     probe_queries = ProbeQueries(torch.arange(100, 200), torch.randn(2, H * MEMBERS, 100, D), None)
     importance(probe_queries, torch.randn(2, H, 200, D), torch.ones(2, 200, dtype=torch.bool), 200)
     assert max(sizes) <= 5000

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from kvshrink.kernels.decode import ALL, Constant, Live
 from kvshrink.kernels.decode import triton as launcher
+from kvshrink.kernels.mass import triton as of_keys
 from tests.kernels.samples import basis_of, packed, strewn, turn_of
 
 MOST_SHARED = 227 * 1024  # bytes that a program may have there
@@ -65,6 +66,7 @@ def main():
         assert "st.global" in join.asm["ptx"]
         assert "cp.async" in attend.asm["ptx"]  # a tile is read while another is worked on
     grown()
+    masses()
 
 
 def grown():
@@ -84,6 +86,18 @@ def grown():
     assert all(program is programs[0] for program in programs)
     # codes are read 16 bytes at a time, though their addresses come from a table
     assert "cp.async.cg.shared.global" in programs[0].asm["ptx"]
+
+
+def masses():
+    """What keys get of many queries."""
+    of_keys.sums, of_keys.columns = Compiled(of_keys.sums), Compiled(of_keys.columns)
+    real = torch.ones(1, 300, dtype=torch.bool)
+    for d, dtype, there in ((128, torch.bfloat16, None), (96, torch.float32, real), (256, torch.float16, None)):
+        queries, keys = torch.randn(1, 2, 4, 300, d), torch.randn(1, 2, 300, d, dtype=dtype)
+        of_keys.mass(queries, keys, torch.arange(300) + 1, None, there, there, most=there is not None)
+        for program in made[-2:]:
+            assert program.metadata.shared <= MOST_SHARED
+            assert ("mma" in program.asm["ptx"]) == (dtype != torch.float32)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kvshrink
 from kvshrink.attach import judging
 from kvshrink.attach.fill import fill, prefill, wanted_by
-from kvshrink.attach.judging import judged_by_reading_again, judged_of
+from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
 from kvshrink.errors import CacheError
 from kvshrink.methods.evict.kvzip import KVzip
 from tests.methods.evicting import SHAPE, cache_of, check_generate, pages_of, reference, refused, wanted
@@ -73,7 +73,7 @@ def test_scores_are_the_most_attention_of_any_query_that_repeats(chunk, alive, e
     got = judged_by_reading_again(model, prefill(model, ids), ids)
     want = by_reading_again(eager, ids[0], chunk)
     for layer in range(4):
-        np.testing.assert_allclose(got[layer][0], want[layer], atol=2e-5)
+        np.testing.assert_allclose(got[layer].scores[0], want[layer], atol=2e-5)
 
 
 def test_a_padded_row_is_judged_as_by_itself(eager):
@@ -85,8 +85,8 @@ def test_a_padded_row_is_judged_as_by_itself(eager):
     for row in range(2):
         want = by_reading_again(eager, ids[row, mask[row].bool()], 2048)
         for layer in range(4):
-            np.testing.assert_allclose(got[layer][row, :, mask[row].bool()], want[layer], atol=2e-5)
-            assert (got[layer][row, :, ~mask[row].bool()] == 0).all()
+            np.testing.assert_allclose(got[layer].scores[row, :, mask[row].bool()], want[layer], atol=2e-5)
+            assert (got[layer].scores[row, :, ~mask[row].bool()] == 0).all()
 
 
 def test_a_model_s_own_prompt_is_ranked_by_these_scores(eager):
@@ -130,7 +130,7 @@ def read(cache, tokens: int, judged: dict | None, real: torch.Tensor | None = No
     seen = cache.get_seq_length()
     b = 2
     positions = torch.arange(seen, seen + tokens, dtype=torch.int32).expand(b, -1)
-    cache.judged = None if judged is None else judged_of(cache, judged, real)
+    cache.judged = None if judged is None else judged_of(cache, {i: Heard(x) for i, x in judged.items()}, real)
     for i in range(len(cache.layers)):
         cache.stage(i, positions, real, None, True, "model")
         cache.update(*torch.randn(2, b, 2, tokens, 8), i)

@@ -12,6 +12,8 @@ import kvshrink
 from kvshrink import RTN, data, methods
 from kvshrink.cli._common import load
 from kvshrink.errors import KVShrinkError
+from kvshrink.eval.run.fidelity import fidelity
+from kvshrink.eval.run.measure import book, held_out
 from kvshrink.reference import smollm2
 
 THERE = all(importlib.util.find_spec(name) for name in (smollm2.PACKAGE, "gguf"))
@@ -44,6 +46,18 @@ def test_it_answers_the_same_from_a_shrunken_cache(loaded):
     small = kvshrink.make_cache(model, methods.build("turboquant", {"bits": 4}))
     assert "48213" in answer(model, tokenizer, small)
     assert small.report().byte_ratio < 0.6
+
+
+@real
+@pytest.mark.slow
+def test_what_attends_as_all_did_predicts_nearer_than_what_only_stays(loaded):
+    model, tokenizer = loaded
+    kvshrink.attach(model)
+    rows = held_out(tokenizer, 704, 2, 0, book(None))
+    few = {name: methods.build(name, {"ratio": 0.2}) for name in ("kvzip", "attention_matching")}
+    found = fidelity(model, few, rows, prefix=640, mode="chunked", chunk=64, n_bytes=1, seed=0)
+    assert found["attention_matching"].kl_mean < 0.8 * found["kvzip"].kl_mean
+    assert found["attention_matching"].byte_ratio == found["kvzip"].byte_ratio
 
 
 @real

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from kvshrink.attach.hook import Attachment
 from kvshrink.attach.inputs import by_name
-from kvshrink.attach.judging import judged_by_reading_again, judged_of
+from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
 from kvshrink.attach.look import layers_of
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
@@ -32,12 +32,14 @@ class Wanted(NamedTuple):
     """What methods want of a prompt beside keys and values, to rank tokens as they do.
 
     asked: of so many tokens, those that must give their queries, in order; None: none. hidden: whether layers' inputs
-    are wanted. judged: whether the model is to read the prompt again (attach/judging.py).
+    are wanted. judged: whether the model is to read the prompt again (attach/judging.py); queries: how many of those it
+    reads with are wanted then.
     """
 
     asked: Callable[[int], Tensor] | None = None
     hidden: bool = False
     judged: bool = False
+    queries: int = 0
 
     @property
     def nothing(self) -> bool:
@@ -78,7 +80,7 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, wanted: Wanted 
         # a sliding-window layer holds a view of all tokens, of which a copy would keep every byte alive
         if isinstance(getattr(layer, "keys", None), Tensor):
             layer.keys, layer.values = _own(layer.keys), _own(layer.values)
-    made.judged = judged_by_reading_again(model, dense, ids, mask) if wanted.judged else None
+    made.judged = judged_by_reading_again(model, dense, ids, mask, wanted.queries) if wanted.judged else None
     return dense
 
 
@@ -88,7 +90,8 @@ def wanted_by(methods: Iterable[Any]) -> Wanted:
     scorers = [s for m in own if isinstance(m, Method) and (s := m.policy(SOME, {}).scorer) is not None]
     asking = [s for s in scorers if s.asks]
     asked = (lambda count: torch.cat([s.queries(count) for s in asking]).unique()) if asking else None
-    return Wanted(asked, any(s.hidden for s in scorers), any(s.judged for s in scorers))
+    heard = max((s.listens for s in scorers), default=0)
+    return Wanted(asked, any(s.hidden for s in scorers), any(s.judged for s in scorers), heard)
 
 
 def _listen(
@@ -149,11 +152,11 @@ def fill(cache: KVCache, dense: Any, attachment: Attachment, mask: Tensor | None
     cache.judged = None
 
 
-def _unjudged(cache: KVCache, dense: Any) -> dict[int, Tensor]:
+def _unjudged(cache: KVCache, dense: Any) -> dict[int, Heard]:
     """Scores of nobody, where no model has read a prompt again: bytes do not depend on how tokens are ranked."""
     draw = torch.Generator().manual_seed(0)
     layers = {i: dense.layers[i].keys for i, x in enumerate(cache.layers) if isinstance(x, CompressedLayer)}
-    return {i: torch.rand(keys.shape[:3], generator=draw).to(keys.device) for i, keys in layers.items()}
+    return {i: Heard(torch.rand(keys.shape[:3], generator=draw).to(keys.device)) for i, keys in layers.items()}
 
 
 def _part(given: ProbeQueries | None, rows: Tensor) -> ProbeQueries | None:

@@ -8,8 +8,9 @@ before the chunk, since a hook knows no tokenizer; the last tokens of the chunk 
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,26 +30,55 @@ from kvshrink.store.modes import evaluating, without_dropout
 
 CHUNK, BEFORE, FIRST = 2048, 8, 4  # tokens repeated at a time, of the chunk before, and of the text's beginning
 SCORE_ELEMENTS = 2**22  # probabilities alive at a time
-Scores = dict[int, Float[Tensor, "b h s"]]
+
+
+class Heard(NamedTuple):
+    """Of one layer. scores: importance of tokens, 0 to 1, at pads 0. queries: some of those of the repetition, as
+    attention uses them at these positions, times its scale."""
+
+    scores: Float[Tensor, "b h s"]
+    queries: Float[Tensor, "b h m d"] | None = None
+    positions: Int[Tensor, "b m"] | None = None
+    softcap: float | None = None
+
+
+@dataclass(eq=False)
+class Ear:
+    """What is heard of one row's prompt of n tokens while one chunk of it, or all, is read again. count: queries that
+    are kept, of each KV head."""
+
+    n: int
+    count: int
+    scores: dict[int, Float[Tensor, "h n"]] = field(default_factory=dict)
+    queries: dict[int, list[Float[Tensor, "h m d"]]] = field(default_factory=dict)
+    positions: dict[int, list[Int[Tensor, " m"]]] = field(default_factory=dict)
+    softcap: float | None = None
 
 
 @without_dropout
 @torch.no_grad()
 def judged_by_reading_again(
-    model: Any, dense: DynamicCache, ids: Int[Tensor, "b s"], mask: Tensor | None = None
-) -> Scores:
-    """Importance of the last s tokens of a full cache, 0 to 1, by layer. mask [b, s] is 0 at pads: they get 0."""
+    model: Any, dense: DynamicCache, ids: Int[Tensor, "b s"], mask: Tensor | None = None, queries: int = 0
+) -> dict[int, Heard]:
+    """What is heard of the last s tokens of a full cache, by layer. mask [b, s] is 0 at pads. queries: how many of them
+    are kept, of each KV head."""
     tower = text_tower(model)
     _check_states(dense)
-    found: Scores = {}
+    found: dict[int, Tensor] = {}
+    ears = []
     for row in range(len(ids)):
         real = slice(None) if mask is None else mask[row, -ids.shape[1] :].bool()
         own = ids[row, real][None]
-        for i, scores in _of_row(tower, _row(dense, row, own.shape[1]), own).items():
+        ears.append(_of_row(tower, _row(dense, row, own.shape[1]), own, queries))
+        for i, scores in ears[-1].scores.items():
             if i not in found:
                 found[i] = scores.new_zeros(len(ids), scores.shape[0], ids.shape[1])
             found[i][row, :, real] = scores
-    return found
+    if not queries:
+        return {i: Heard(scores) for i, scores in found.items()}
+    kept = {i: torch.stack([torch.cat(e.queries[i], 1) for e in ears]) for i in found}
+    at = {i: torch.stack([torch.cat(e.positions[i]) for e in ears]) for i in found}
+    return {i: Heard(scores, kept[i], at[i], ears[0].softcap) for i, scores in found.items()}
 
 
 def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> dict[int, Judged] | None:
@@ -76,7 +106,8 @@ def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> dict[
     more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
     with evaluating(tower), torch.no_grad():
         tower(input_ids=ids, past_key_values=dense, use_cache=True, **more)
-    return judged_of(cache, judged_by_reading_again(tower, dense, ids, mask), mask)
+    wanted = some.policy.scorer.listens
+    return judged_of(cache, judged_by_reading_again(tower, dense, ids, mask, wanted), mask)
 
 
 def _check_states(dense: DynamicCache) -> None:
@@ -100,20 +131,20 @@ def _row(dense: DynamicCache, row: int, tokens: int) -> list[Any]:
     return layers
 
 
-def _of_row(tower: Any, layers: list[Any], ids: Int[Tensor, "1 n"]) -> dict[int, Float[Tensor, "h n"]]:
+def _of_row(tower: Any, layers: list[Any], ids: Int[Tensor, "1 n"], count: int) -> Ear:
     n = ids.shape[1]
-    found: dict[int, Tensor] = {}
+    ear = Ear(n, count)
     for start in range(0, n, CHUNK):
         stop, before = min(start + CHUNK, n), max(0, start - BEFORE)
         again = ids[:, before:stop]
-        cache: Any = Reread(layers, partial(_note, found, n, start, stop, again.shape[1]))
+        cache: Any = Reread(layers, partial(_note, ear, start, stop, again.shape[1]))
         positions = torch.arange(n, n + again.shape[1], device=ids.device)[None]
         tower(input_ids=again, past_key_values=cache, position_ids=positions, use_cache=True)
-    if not found:
+    if not ear.scores:
         raise CacheError(
             "the model's attention is not ours to listen to. Use model.set_attn_implementation('kvshrink')."
         )
-    return found
+    return ear
 
 
 class Reread(DynamicCache):
@@ -132,8 +163,7 @@ class Reread(DynamicCache):
 
 
 def _note(
-    found: dict[int, Tensor],
-    n: int,
+    ear: Ear,
     start: int,
     stop: int,
     again: int,
@@ -144,14 +174,20 @@ def _note(
     softcap: float | None,
 ) -> None:
     """The most that each of the chunk's tokens gets, by KV head."""
+    n = ear.n
     if keys.shape[2] != n + again:  # a sliding window has let some go
         return
     h = keys.shape[1]
     columns = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop), torch.arange(n, n + again)])
     own = keys[0][:, columns.to(keys.device)]  # [h, c, d]
     queries = query[0].unflatten(0, (h, -1)) * scale  # [h, m, x, d]
+    if ear.count:
+        ear.softcap = softcap
+        some, tokens = _some(queries, ear.count * stop // n - ear.count * start // n)
+        ear.queries.setdefault(layer, []).append(some)
+        ear.positions.setdefault(layer, []).append(n + tokens)
     before = min(FIRST, start)
-    scores = found.setdefault(layer, keys.new_zeros(h, n, dtype=torch.float32))
+    scores = ear.scores.setdefault(layer, keys.new_zeros(h, n, dtype=torch.float32))
     size = max(1, SCORE_ELEMENTS // (queries.shape[1] * len(columns)))
     order = torch.arange(again, device=keys.device)
     for head in range(h):
@@ -166,14 +202,21 @@ def _note(
             scores[head, start:stop] = torch.maximum(scores[head, start:stop], most)
 
 
-def judged_of(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: Tensor | None) -> dict[int, Judged]:
+def _some(queries: Float[Tensor, "h g x d"], count: int) -> tuple[Float[Tensor, "h m d"], Int[Tensor, " m"]]:
+    """So many of a KV head's queries: of tokens evenly spread, which are said, of one query head after the other."""
+    order = torch.arange(count, device=queries.device)
+    tokens = order * queries.shape[2] // max(1, count)
+    return queries[:, order % queries.shape[1], tokens].clone(), tokens
+
+
+def judged_of(cache: KVCache, raw: Mapping[int, Heard], mask: Tensor | None) -> dict[int, Judged]:
     """What layers are told of a prompt: the new tokens' scores, and by lane what a token that leaves must have to stay,
     of all layers together."""
     layers = {i: x for i, x in enumerate(cache.layers) if isinstance(x, CompressedLayer) and i in raw}
     some = next(iter(layers.values()), None)
     if some is None or some.policy.scorer is None or not some.policy.scorer.judged:
         return {}
-    page, window, first = some.method.page, some.method.window, next(iter(raw.values()))
+    page, window, first = some.method.page, some.method.window, next(iter(raw.values())).scores
     b, _, s = first.shape
     held = cache.get_seq_length()
     shifts = np.zeros(b, np.int64) if cache.table.shifts is None else cache.table.shifts
@@ -183,14 +226,15 @@ def judged_of(cache: KVCache, raw: Mapping[int, Float[Tensor, "b h s"]], mask: T
     column = torch.arange(held + s)
     ends = torch.from_numpy(after + shifts)[:, None]
     there = real & (column < ends) & (real.cumsum(1) > some.method.sinks)
-    candidates = {i: _candidates(x, raw[i], held, there.to(raw[i].device)) for i, x in layers.items()}
+    candidates = {i: _candidates(x, raw[i].scores, held, there.to(raw[i].scores.device)) for i, x in layers.items()}
     decoded = max(int((x == torch.inf).any(1).sum(1).max()) for x in candidates.values())
     # what was decoded stays anyway, and has no share
     start = before // page if not decoded else np.zeros_like(before)
     stop = after // page if not decoded else np.maximum(0, (after - before - decoded) // page)
     given = {i: x.masked_fill(x == torch.inf, -torch.inf) for i, x in candidates.items()}
     least = some.policy.scorer.least(given, list(zip(start.tolist(), stop.tolist(), strict=True)), page)
-    return {i: Judged(raw[i], least[i].repeat_interleave(raw[i].shape[1] // least[i].shape[1], 1)) for i in layers}
+    by_head = {i: least[i].repeat_interleave(raw[i].scores.shape[1] // least[i].shape[1], 1) for i in layers}
+    return {i: Judged(raw[i].scores, by_head[i], *raw[i][1:]) for i in layers}
 
 
 def _candidates(

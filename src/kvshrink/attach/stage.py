@@ -15,6 +15,7 @@ from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.inputs import by_name, extra
 from kvshrink.attach.judging import judged_prompt
 from kvshrink.attach.keywords import check_keywords
+from kvshrink.attach.once import made_once
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.latents import hand_over, maker_of
@@ -23,7 +24,7 @@ from kvshrink.cache.passed import has_states, lasting
 from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.errors import CacheError
 from kvshrink.shapes import Int
-from kvshrink.store.modes import at_once, own_modes
+from kvshrink.store.modes import at_once, compiled, own_modes
 
 
 class Stage:
@@ -41,11 +42,11 @@ class Stage:
         if cache is None and args:
             cache = next((a for a in args if isinstance(a, KVCache)), None)
         if isinstance(cache, KVCache):
-            self._stage(module, by_name(module, args, kwargs), cache)
+            self._stage(module, by_name(module, args, kwargs), cache, not compiled())
 
     @at_once
     @own_modes
-    def _stage(self, module: Any, given: Mapping[str, Any], cache: KVCache) -> None:
+    def _stage(self, module: Any, given: Mapping[str, Any], cache: KVCache, plain: bool) -> None:
         hidden = given["hidden_states"]
         b, s = hidden.shape[:2]
         layer, probe_queries = cache.layers[self.index], None
@@ -66,19 +67,28 @@ class Stage:
             rope = self.rope = rope.to(hidden.device)  # the model may have been moved after attach
             positions = rope.marked(positions)
         if (rows := layer.probes(s)) is not None:
-            probe_queries = probe_queries_of(module, given, rows.to(hidden.device))
+            probe_queries = probe_queries_of(module, given, rows.to(hidden.device), plain)
         scorer = layer.policy.scorer
         hidden = hidden if scorer is not None and scorer.hidden else None
         cache.stage(self.index, positions, real, rope, own, self.model, probe_queries, maker if own else None, hidden)
 
 
 @torch.no_grad()
-def probe_queries_of(module: Any, given: Mapping[str, Any], rows: Int[Tensor, " x"]) -> ProbeQueries:
+def probe_queries_of(
+    module: Any, given: Mapping[str, Any], rows: Int[Tensor, " x"], before: bool = False
+) -> ProbeQueries:
     """Queries of some of the new tokens, as the module's attention uses them; the others are not projected.
 
-    given: the keywords that the module is called with. Raises CacheError if it hands its queries to nobody.
+    given: the keywords that the module is called with. before: whether it is called with them next. Raises CacheError
+    if it hands its queries to nobody.
     """
-    asked = ask(module, of_tokens(given, rows), turned=True)
+    hidden = given["hidden_states"]
+    if before and len(rows) == hidden.shape[1] > 1:
+        whole = {k: None if k == "attention_mask" else v for k, v in given.items()}
+        with made_once(module, hidden):
+            asked = ask(module, whole, turned=True)
+    else:
+        asked = ask(module, of_tokens(given, rows), turned=True)
     if asked.query is None:
         raise CacheError(f"{type(module).__name__} shows no queries, by which this method ranks tokens.")
     return ProbeQueries(rows, asked.query * asked.scale, asked.softcap, asked.sinks)

@@ -15,6 +15,7 @@ from kvshrink.cache.body import Body
 from kvshrink.cache.drift import DriftWatch
 from kvshrink.cache.encode import ENCODE_TOKENS, encode
 from kvshrink.cache.leaving import Paged, left, of_images, own_columns
+from kvshrink.cache.matching import Matching
 from kvshrink.cache.merging import merged
 from kvshrink.cache.rope import Rope, as_stored
 from kvshrink.cache.sinks import Sinks
@@ -61,6 +62,7 @@ class Choosing:
     body: Body
     watch: DriftWatch | None
     rope: Rope | None
+    matching: Matching | None = None
 
     def run(
         self,
@@ -152,15 +154,17 @@ class Choosing:
         importance: Float[Tensor, "b h t"],
     ) -> Fresh:
         index = slots_of(stays, self.method.page)
-        values = whole.values
-        if self.policy.merges:
-            there = found.importance[..., found.before :] > -torch.inf
-            values = merged(whole.keys, values, stays, there)
+        keys, values = whole.keys, whole.values
+        real = found.importance[..., found.before :] > -torch.inf
+        if self.matching is not None:
+            keys, values = self.matching.run(keys, values, stays, real)
+        elif self.policy.merges:
+            values = merged(keys, values, stays, real)
         there, slots = index >= 0, torch.where(index >= 0, index, index[..., :1].clamp_min(0))
         own = [x[..., found.before :].gather(2, slots) for x in (found.columns, found.importance)]
         valid = there[:, 0] if self.body.lanes == 1 and not bool(there.all()) else None
         some, at = there.any(2, keepdim=True), positions[:, None].expand(own[0].shape[:2] + positions.shape[1:])
-        keys = self._as_stored(_of_lanes(whole.keys, slots, some), at.gather(2, slots))
+        keys = self._as_stored(_of_lanes(keys, slots, some), at.gather(2, slots))
         return Fresh(
             keys,
             _of_lanes(values, slots, some),

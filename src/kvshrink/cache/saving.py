@@ -127,8 +127,9 @@ class SavedCache(Cache):
         names = ("version", "method or artifact", "dtype", "number of layers")
         for what, have, want in zip(names, found, wanted, strict=True):
             if type(have) is not type(want) or have != want:
+                shown = [str(x).removeprefix("torch.")[:8] for x in (have, want)]  # digests are long
                 raise ArtifactError(
-                    f"the saved cache has another {what} ({have!s:.8}, not {want!s:.8}). Use what it was made with."
+                    f"the saved cache has another {what} ({shown[0]}, not {shown[1]}). Use what it was made with."
                 )
         self._check_model(plain.get("model"))
         return plain, Schema(self.layers, self.device, plain)

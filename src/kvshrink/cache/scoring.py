@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.mass import mass as mass_of
 from kvshrink.methods._evidence import Reduce
 from kvshrink.shapes import Bool, Float, Int
 
@@ -60,10 +61,15 @@ def received(
     b, h, t, _ = keys.shape
     queries = probe.queries.unflatten(1, (h, -1))  # [b, h, m, x, d]
     own = (probe.rows + (t - new)).to(keys.device)
+    padded = not bool(real.all())
+    if not tokens and probe.sinks is None and probe.softcap is None and reduce != "below":
+        counts = None if weights is None else weights.to(keys.device)
+        there, asks = (real, real[:, own]) if padded else (None, None)
+        got_now = mass_of(queries, keys, own + 1, counts, there, asks, reduce == "max")
+        return Received(got_now, _seen(own, real), None)
     mass, seen = keys.new_zeros(b, h, t, dtype=torch.float32), keys.new_zeros(b, t, dtype=torch.float32)
     got: list[Tensor] = []  # by stored tokens
     size = max(1, SCORE_ELEMENTS // (b * queries.shape[2] * (t + tokens)))
-    padded = not bool(real.all())
     for at in range(0, len(own), size):
         columns, part = own[at : at + size], queries[:, :, :, at : at + size]
         end = int(columns[-1]) + 1
@@ -74,12 +80,8 @@ def received(
         counts = None if weights is None else weights[at : at + size].to(keys.device)
         others_of, asks = stored(part), real[:, None, None, columns, None]
         got = got or [there.new_zeros(there.shape, dtype=torch.float32) for _, there in others_of]
-        plain = not padded and not others_of and probe.sinks is None and probe.softcap is None and reduce != "below"
         few = part[..., 0].numel() * end <= SCORE_ELEMENTS and end <= FEW
         for heads in [slice(None)] if few else [slice(n, n + 1) for n in range(h)]:  # no float32 copy of all keys
-            if plain:
-                _add(mass[:, heads, :end], _causal(part[:, heads], keys[:, heads, :end], columns), counts, reduce)
-                continue
             row = _scores(part[:, heads], keys[:, heads, :end], shown[:, None, None], probe.softcap)
             others = [x[:, heads].masked_fill(~asks, -torch.inf) if padded else x[:, heads] for x, _ in others_of]
             sink = None if probe.sinks is None else probe.sinks.float().view(h, -1, 1)[heads]
@@ -130,14 +132,11 @@ def _add(
         into += torch.einsum("bhmxt,x->bht", weights, counts)
 
 
-def _causal(queries: Tensor, keys: Tensor, columns: Int[Tensor, " x"]) -> Float[Tensor, "b h m x t"]:
-    """Weights where nothing but what comes later is hidden: only columns behind the first query's are looked at."""
-    scores = (queries.flatten(2, 3).to(keys.dtype) @ keys.transpose(2, 3)).unflatten(2, queries.shape[2:4])
-    first = int(columns[0]) + 1
-    later = torch.arange(first, keys.shape[2], device=keys.device) > columns[:, None]
-    scores[..., first:].masked_fill_(later, -torch.inf)
-    weights: Tensor = scores.softmax(-1, dtype=torch.float32)
-    return weights
+def _seen(columns: Int[Tensor, " x"], real: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """How many queries that are tokens, at these columns, see each token."""
+    at = torch.zeros(real.shape, device=real.device)
+    at[:, columns] = real[:, columns].float()
+    return at.flip(1).cumsum(1).flip(1).masked_fill_(~real, 0.0)
 
 
 def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Float[Tensor, "b h m x t"]:

@@ -28,6 +28,7 @@ from kvshrink.cache.leaving import (
     quiet,
     spread,
 )
+from kvshrink.cache.matching import Matching, Rest, behind
 from kvshrink.cache.rope import as_stored, plain
 from kvshrink.cache.scoring import received
 from kvshrink.cache.sinks import Sinks
@@ -139,7 +140,7 @@ class Leave:
         for leaving in leavings(lengths, exact, slots, window, page):
             self._capture(leaving, keys, values)
             if self.codecs is not None:
-                self._store(leaving, keys, values, positions, ranked, new)
+                self._store(leaving, keys, values, positions, ranked, new, staged)
         stay = np.minimum(exact, lengths - left(lengths, window, page))
         if slots <= self.window.capacity and (stay == exact).all():
             return
@@ -171,6 +172,7 @@ class Leave:
         positions: Tensor,
         importance: Float[Tensor, "b h t"] | None,
         new: int,
+        staged: Staged,
     ) -> None:
         """Encode what leaves, some pages at a time, into the body."""
         page = self.method.page
@@ -182,10 +184,9 @@ class Leave:
         if self.policy.budget is not None:
             assert own is not None
             assert self.codecs is not None
-            rope = self.before.rope
-            chosen = Choosing(
-                self.method, self.policy, self.codecs, self.table, self.sinks, self.body, self.watch, rope
-            )
+            rope, matching = self.before.rope, self._matching(leaving, keys, values, positions, staged)
+            parts = (self.method, self.policy, self.codecs, self.table, self.sinks, self.body, self.watch)
+            chosen = Choosing(*parts, rope, matching)
             chosen.run(leaving.rows, whole, columns, own, len(keys), new)
             if self.beside is not None:
                 one = whole._replace(used=whole.used[:, :1])
@@ -194,6 +195,24 @@ class Leave:
             self._append(whole, columns, own, leaving.rows, len(keys))
         else:
             self._append_by_kind(leaving, whole, columns, own, len(keys))
+
+    def _matching(
+        self, leaving: Leaving, keys: Tensor, values: Tensor, positions: Tensor, staged: Staged
+    ) -> Matching | None:
+        """By what the tokens that stay are changed, where they are and the model read them again."""
+        judged = staged.judged
+        if not self.policy.matches or judged is None or judged.queries is None:
+            return None
+        rows = np.arange(len(keys)) if leaving.rows is None else leaving.rows
+        own = torch.from_numpy(rows).to(keys.device)
+        real = positions[own] >= 0
+        real[:, leaving.start : leaving.stop] = False
+        rest = Rest(keys[own], values[own], real)
+        if self.sinks.keys is not None and self.sinks.values is not None and self.sinks.columns is not None:
+            sinks = self.sinks.keys[own], self.sinks.values[own], self.sinks.columns[own] >= 0
+            rest = Rest(*(torch.cat(x, -1 if x[0].dim() == 2 else 2) for x in zip(sinks, rest, strict=True)))
+        last, read = positions[own].amax(1), None if judged.positions is None else judged.positions[own]
+        return Matching(behind(judged.queries[own], read, last, self.before.rope), rest, judged.softcap)
 
     def _append(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import typer
 import typer.main
 
-from kvshrink.cli import demo, evaluate, fit, generate, inspect, lm_eval, models, plan, report
+from kvshrink.cli import compact, demo, evaluate, fit, generate, inspect, lm_eval, models, plan, report
 from kvshrink.cli._guard import exit_code
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "fit": fit.fit,
     "generate": generate.generate,
+    "compact": compact.compact,
     "inspect": inspect.inspect,
     "models": models.models,
     "report": report.report,

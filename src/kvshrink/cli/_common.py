@@ -120,11 +120,11 @@ def row_length(model: Any, asked: int | None) -> int:
     return asked
 
 
-def refuse_beside(artifact: Path | None, **options: object) -> None:
-    """An artifact has its settings; options that would change them must not be silently ignored."""
+def refuse_beside(made: Path | None, kind: str = "artifact", **options: object) -> None:
+    """What was made has its settings; options that would change them must not be silently ignored."""
     given = [f"--{name}" for name, value in options.items() if value is not None]
-    if artifact is not None and given:
-        raise SettingError(f"{', '.join(given)} cannot change the artifact {artifact}. Leave it out, or fit another.")
+    if made is not None and given:
+        raise SettingError(f"{', '.join(given)} cannot change the {kind} {made}. Leave it out, or make another.")
 
 
 def refuse_text(text: Path | None, methods: Sequence[Method | Artifact | None]) -> None:

@@ -1,12 +1,15 @@
 """kvshrink generate: continue a prompt over a shrunken cache, and say what the cache held."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from kvshrink.attach import make_cache
+from kvshrink.cache import KVCache
+from kvshrink.cli import _context
 from kvshrink.cli._common import (
     MANY,
     BitsOption,
@@ -35,10 +38,11 @@ from kvshrink.methods.artifact import Artifact
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt; repeatable with --context.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
     model: ModelOption = "reference",
     artifact: Annotated[Path | None, typer.Option(help="A fitted artifact instead of --method.")] = None,
+    context: Annotated[Path | None, typer.Option(help="A folder of `kvshrink compact`: prompts ask about it.")] = None,
     method: SpecOption = None,
     keep: KeepOption = None,
     bits: BitsOption = None,
@@ -47,21 +51,38 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Generate greedily with a shrunken cache and print what it held beside a full one."""
-    given = _prompt(prompt, prompt_file)
+    prompts = _prompts(prompt, prompt_file, context)
+    if context is not None:
+        refuse_beside(context, "context", artifact=artifact, method=method, keep=keep, bits=bits, text=text)
+        net, tokenizer = load(model)
+        document = _context.read(context, net)
+        answers = [_answer(net, tokenizer, *document.asked(p, tokenizer), max_new_tokens) for p in prompts]
+        if json:
+            print_json({"context": str(context), "answers": answers} if len(answers) > 1 else answers[0])
+        return
     refuse_beside(artifact, method=method, keep=keep, bits=bits, text=text)
     chosen: Method | Artifact
     chosen = Artifact.from_pretrained(artifact) if artifact else one_method(method or "cskv", keep, bits)
     refuse_text(text, [chosen])
     texts = calibration.texts(text)
     net, tokenizer = load(model)
-    context, rest = encode(Sample(given, "", "", (), "", 0, {}), tokenizer)
-    if not context:
+    start, rest = encode(Sample(prompts[0], "", "", (), "", 0, {}), tokenizer)
+    if not start:
         raise DataError("the prompt has no token that the model knows. Give at least one word.")
-    ids = torch.tensor([context + rest], device=net.device)  # the rest is the end of a chat template
-    check_context(net, ids.shape[1] + max_new_tokens, f"{ids.shape[1]} of the prompt + {max_new_tokens} new")
+    ids = torch.tensor([start + rest], device=net.device)  # the rest is the end of a chat template
+    check_context(
+        net, ids.shape[1] + max_new_tokens, f"{ids.shape[1]} of the prompt + {max_new_tokens} new"
+    )  # before a fit
     if isinstance(chosen, Method) and chosen.needs_fit:
         chosen = fit_all(net, [chosen], texts, tokenizer, batch=4)[0]
-    cache = make_cache(net, chosen)
+    answer = _answer(net, tokenizer, make_cache(net, chosen), ids, max_new_tokens)
+    if json:
+        print_json(answer)
+
+
+def _answer(net: Any, tokenizer: Any, cache: KVCache, ids: Tensor, max_new_tokens: int) -> dict[str, Any]:
+    """Print what comes next, and what the cache held; both as a JSON object has them."""
+    check_context(net, ids.shape[1] + max_new_tokens, f"{ids.shape[1]} of the prompt + {max_new_tokens} new")
     with torch.inference_mode(), greedy(net, net.generation_config.eos_token_id, tokenizer.pad_token_id or 0):
         out = net.generate(
             input_ids=ids,
@@ -72,16 +93,15 @@ def generate(
     answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     console.print(answer)
     console.print(f"\n{cache.report()}")
-    if json:
-        print_json({"output": answer, "tokens": ids.shape[1], **cache.report().to_dict()})
+    return {"output": answer, "tokens": ids.shape[1], **cache.report().to_dict()}
 
 
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
+def _prompts(given: list[str] | None, file: Path | None, context: Path | None) -> list[str]:
+    if bool(given) == (file is not None):
         raise DataError("give the prompt either by --prompt or by --prompt-file.")
-    if prompt is None:
-        assert prompt_file is not None
-        prompt = read_text(prompt_file, "cannot read prompt file")
-    if not prompt.strip():
+    found = given or [read_text(p, "cannot read prompt file") for p in [file] if p is not None]
+    if len(found) > 1 and context is None:
+        raise DataError(f"{len(found)} prompts without --context. Give one, or a document that they ask about.")
+    if not all(p.strip() for p in found):
         raise DataError("the prompt is empty. Give at least one word.")
-    return prompt
+    return found

@@ -83,7 +83,7 @@ class OfTokens(TokenProbe):
                 queries, keys, values = (
                     x[0, :, some].transpose(0, 1).float() for x in (asked, keys, dense.layers[i].values)
                 )
-                scores = dense.judged[i][0, :, some].T.clamp_min(LEAST)
+                scores = dense.judged[i].scores[0, :, some].T.clamp_min(LEAST)
                 parts[i].append(Needed(dense.hidden[i][0, some].float(), queries, keys, values, scores))
         return {i: _joined(own) for i, own in parts.items()}
 

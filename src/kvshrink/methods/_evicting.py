@@ -49,6 +49,7 @@ class Evicting(Method):
     drops_tokens: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "ratio"
     by_head: ClassVar[bool] = True  # whether each KV head chooses its own tokens
+    matches: ClassVar[bool] = False  # whether what stays is changed until it attends as all did
     by_class: ClassVar[bool] = False  # whether heads differ in how many they keep by what a fit said of them
 
     @abstractmethod
@@ -66,7 +67,7 @@ class Evicting(Method):
     def policy(self, shape: LayerShape, fitted: Fitted) -> Policy:
         shown = None if self.visual_ratio is None else self.budget(self.visual_ratio, fitted)
         scorer, own = self.scorer(fitted), self.budget(self.ratio, fitted)
-        return Policy(scorer, own, shown, self.schedule, self.protect, self.merge)
+        return Policy(scorer, own, shown, self.schedule, self.protect, self.merge, self.matches)
 
     def of_images(self, ratio: float) -> "Evicting":
         """The same method as it treats tokens of images."""

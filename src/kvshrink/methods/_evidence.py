@@ -13,10 +13,14 @@ Reduce = Literal["sum", "max", "below"]  # "below": how many queries give a toke
 
 class Judged(NamedTuple):
     """What a model said of a step's new tokens when it read them again. least: what a token must have to stay, of those
-    that leave in the step."""
+    that leave in the step. queries: some of those that it read with, as attention uses them at these positions, times
+    its scale."""
 
     scores: Float[Tensor, "b h s"]
     least: Float[Tensor, "b h"]
+    queries: Float[Tensor, "b h m d"] | None = None
+    positions: Int[Tensor, "b m"] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

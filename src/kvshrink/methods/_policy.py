@@ -52,6 +52,11 @@ class Scorer(ABC):
         return 1.0
 
     @property
+    def listens(self) -> int:
+        """How many queries of each KV head it wants of those that read a prompt again."""
+        return 0
+
+    @property
     def remembers(self) -> bool:
         """Whether tokens of the window have an importance already."""
         return self.keeps in ("sum", "own")
@@ -95,6 +100,7 @@ class Policy(NamedTuple):
               decoded stays until the next one; a number: while decoding, once a lane holds so many above its share.
     protect: so many first tokens of each row stay, whatever their importance.
     merges: whether what a dropped token has joins the value of the nearest one that stays.
+    matches: whether keys and values that stay are changed until they attend as all did (cache/matching.py).
     demotes: whether a tier beside holds every token, so that one which is not chosen is not gone.
     """
 
@@ -104,6 +110,7 @@ class Policy(NamedTuple):
     schedule: Schedule = "page"
     protect: int = 0
     merges: bool = False
+    matches: bool = False
     demotes: bool = False
 
     @property

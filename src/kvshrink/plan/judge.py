@@ -5,7 +5,6 @@ that does no more (`Method.apart`). Each cache is filled from an exact prefill, 
 time. A method that lets a new token read a part of the tokens does so for single ones, so these come one by one.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,13 +25,14 @@ class Judge:
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
         self.exact = prefill(self.model, recall.made[:, : -recall.tail], wanted=Wanted(torch.arange, hidden=True))
+        self.queries = 0
 
-    @cached_property
-    def judged(self) -> DynamicCache:
-        """The rows with what the model needs of them, when it reads them again."""
-        context = self.recall.made[:, : -self.recall.tail]
+    def judged(self, queries: int) -> DynamicCache:
+        """The rows with what the model needs of them, when it reads them again, and so many of its queries."""
         made: Any = self.exact
-        made.judged = judged_by_reading_again(self.model, made, context)
+        if made.judged is None or queries > self.queries:
+            context = self.recall.made[:, : -self.recall.tail]
+            made.judged, self.queries = judged_by_reading_again(self.model, made, context, queries=queries), queries
         found: DynamicCache = made
         return found
 
@@ -40,8 +40,9 @@ class Judge:
     def kl(self, method: Method | Artifact) -> float:
         """In nats, over all tokens of the repetitions. Raises DataError where predictions are no numbers."""
         cache, exact = make_cache(self.model, method), self.exact
-        if any(layer.policy.scorer is not None and layer.policy.scorer.judged for layer in cache.compressed):
-            exact = self.judged
+        scorers = [layer.policy.scorer for layer in cache.compressed]
+        if any(s is not None and s.judged for s in scorers):
+            exact = self.judged(max(s.listens for s in scorers if s is not None))
         fill(cache, exact, attach(self.model))
         tail = self.recall.made[:, -self.recall.tail :]
         parts = tail.split(1 if _chooses(cache) else self.step, 1)

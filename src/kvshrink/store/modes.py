@@ -71,15 +71,19 @@ def own_modes(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def compiled() -> bool:
+    """Whether this is traced, or called by code that is compiled."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 def at_once(function: Callable[P, R]) -> Callable[P, R]:
     """Keep torch.compile out of a function: a cache grows at every step, which would compile its code anew."""
     outside = torch.compiler.disable(function, reason="a kvshrink cache grows at every step. Use fullgraph=False")
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        # traced, or called by code that is compiled; the wrapper alone would cost each call a microsecond
-        compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
-        return outside(*args, **kwargs) if compiled else function(*args, **kwargs)
+        # the wrapper alone would cost each call a microsecond
+        return outside(*args, **kwargs) if compiled() else function(*args, **kwargs)
 
     made: Any = run
     made.__code__ = made.__code__.replace(co_name=function.__name__)  # torch.compile counts what it compiled by code

@@ -63,7 +63,7 @@ def _on_gpu(device: torch.device, keys: Packed, values: Packed) -> Choice:
         return Choice(None, f"none for {device.type}")
     if not fits(keys, values):
         return Choice(None, f"pages of {keys.page} tokens, latents of {keys.width} and {values.width} channels")
-    if not _has_triton():
+    if not has_triton():
         return Choice(None, "no triton")
     from kvshrink.kernels.decode import triton
 
@@ -84,7 +84,7 @@ def _whole_runs(packed: Packed) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     if find_spec("triton") is not None:
         return True
     log.warning("no triton: decoding runs in plain torch, several times slower. Install kvshrink[gpu].")

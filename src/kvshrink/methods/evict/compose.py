@@ -94,8 +94,8 @@ class Compose(Method):
         if not isinstance(found, Evicting):
             return replace(found, **changes)  # type: ignore[return-value] # `check` refuses it
         changes |= {"schedule": self.schedule} | ({} if self.ratio is None else {"ratio": self.ratio})
-        twice = self.demote and found.merge
-        require(not twice, "demote with merge=True", "A value would count twice. Leave one out.")
+        twice = self.demote and (found.merge or found.matches)
+        require(not twice, "demote with what stands for dropped tokens too", "They would count twice. Leave one out.")
         own = replace(found, **changes)
         object.__setattr__(own, "page", self.storage.page)  # whole pages of the store, which a class cannot know
         return own

@@ -1,0 +1,205 @@
+"""What stays attends as all did: each step against its definition, and a model against one that only drops."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import lsq_linear
+
+import kvshrink
+from kvshrink.attach.fill import fill, prefill, wanted_by
+from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
+from kvshrink.cache import matching
+from kvshrink.cache.matching import bounded_gains, matched
+from kvshrink.errors import SettingError
+from kvshrink.eval.run.entries import parse
+from kvshrink.methods.evict.attention_matching import AttentionMatching
+from kvshrink.methods.evict.kvzip import KVzip
+from tests.methods.evicting import SHAPE, cache_of, check_generate, reference, refused
+from tests.methods.test_kvzip import kept, logits_of
+
+M, T, R, D = 300, 60, 8, 16  # queries, keys of the block, keys beside it, channels
+
+
+def case(seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    sizes = {"queries": (M, D), "keys": (T, D), "values": (T, D), "rest_keys": (R, D), "rest_values": (R, D)}
+    found = {name: draw.standard_normal(size) for name, size in sizes.items()}
+    found["queries"] = found["queries"] * 0.4 + 0.3  # queries have a mean, along which a key can gain with all of them
+    return found
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def seen(case, keys, values) -> np.ndarray:
+    """What the queries see of a block, and of what is beside it."""
+    scores = case["queries"] @ np.concatenate([keys, case["rest_keys"]]).T
+    return softmax(scores) @ np.concatenate([values, case["rest_values"]])
+
+
+def run(case, kept, softcap=None):
+    given = {k: torch.from_numpy(x).float() for k, x in case.items()}
+    found = matched(given["queries"], given["keys"], given["values"], torch.from_numpy(kept), given["rest_keys"],
+                    given["rest_values"], softcap)  # fmt: skip
+    return [x.double().numpy() for x in found]
+
+
+@pytest.mark.parametrize("k", [3, 20, 59])
+def test_gains_are_the_best_within_bounds(k):
+    """Against scipy's solver of the same squares: weights from 1/e to e, each a little towards 1 in its own unit."""
+    draw = np.random.default_rng(k)
+    weights = softmax(draw.standard_normal((M, T)) * 2)[:, :k]
+    share = np.minimum(1.0, weights.sum(1) * draw.uniform(0.8, 4.0))
+    got = np.exp(bounded_gains(torch.from_numpy(weights), torch.from_numpy(share)).numpy())
+    unit = np.linalg.norm(weights, axis=0)
+    a = np.concatenate([weights / unit, np.sqrt(1e-3) * np.eye(k)])
+    aim = np.concatenate([share, np.sqrt(1e-3) * unit])
+    low, high = (unit * np.exp(s * matching.BOUND) for s in (-1, 1))
+    want = lsq_linear(a, aim, (low, high)).x / unit
+
+    def loss(gains):
+        return float(np.square(a @ (gains * unit) - aim).sum())
+
+    assert (got >= np.exp(-matching.BOUND) - 1e-6).all()
+    assert (got <= np.exp(matching.BOUND) + 1e-6).all()
+    assert loss(got) <= loss(want) * (1 + 1e-3) + 1e-9
+    assert loss(want) < 0.9 * loss(np.ones(k))
+
+
+@pytest.mark.parametrize("k", [5, 40])
+@pytest.mark.parametrize("queries", [M, 12])
+def test_values_are_those_of_least_squares(k, queries):
+    """Around the values that were there; also where there are fewer queries than keys."""
+    given = case() | {"queries": case()["queries"][:queries]}
+    own = np.sort(np.random.default_rng(1).choice(T, k, replace=False))
+    keys, values = run(given, own)
+    scores = given["queries"] @ np.concatenate([keys, given["rest_keys"]]).T
+    weights, beside = np.split(softmax(scores), [k], 1)
+    wanted = (
+        seen(given, given["keys"], given["values"]) - beside @ given["rest_values"] - weights @ given["values"][own]
+    )
+    small = matching.RIDGE * np.square(weights).sum() / k
+    want = np.linalg.solve(weights.T @ weights + small * np.eye(k), weights.T @ wanted)
+    np.testing.assert_allclose(values - given["values"][own], want, rtol=1e-2, atol=2e-3)
+
+
+def test_keys_move_along_one_direction_in_which_queries_are_alike():
+    given, own = case(), np.arange(0, T, 3)
+    moved = run(given, own)[0] - given["keys"][own]
+    _, size, rows = np.linalg.svd(moved)
+    assert size[1] < 1e-4 * size[0]
+    along = given["queries"] @ (rows[0] * np.sign((given["queries"] @ rows[0]).mean()))
+    assert along.mean() > 2 * along.std(), "of any direction, most have a mean of about 0"
+    assert (np.abs(moved @ rows[0]) > 1e-3).any()
+
+
+@pytest.mark.parametrize("k", [6, 15, 30])
+def test_it_attends_nearer_to_all_than_what_only_stays(k):
+    given = case(k)
+    own = np.sort(np.argsort(-softmax(given["queries"] @ given["keys"].T).max(0))[:k])
+    want = seen(given, given["keys"], given["values"])
+    only = np.square(seen(given, given["keys"][own], given["values"][own]) - want).sum()
+    assert np.square(seen(given, *run(given, own)) - want).sum() < 0.5 * only
+    capped = run(given, own, softcap=2.0)
+    assert np.abs(capped[1] - run(given, own)[1]).max() > 1e-3
+
+
+# --- in a cache ---
+
+
+def heard(tokens: int, m: int = 64) -> dict[int, Heard]:
+    positions = tokens + torch.arange(m).expand(2, -1)
+    return {0: Heard(torch.rand(2, 2, tokens), torch.randn(2, 2, m, 8), positions)}
+
+
+def give(cache, keys, values, judged, real=None) -> None:
+    b, _, s, _ = keys.shape
+    at = cache.get_seq_length() + torch.arange(s, dtype=torch.int32).expand(b, -1)
+    cache.judged = None if judged is None else judged_of(cache, judged, real)
+    cache.stage(0, at, real, None, True, "model")
+    cache.update(keys, values, 0)
+    cache.judged = None
+
+
+@pytest.mark.parametrize("pads", [0, 45])
+def test_a_cache_holds_what_the_definition_gives(pads):
+    """Sinks and window are beside the block, pads are nothing; what is held is matched, and takes no byte more."""
+    keys, values, judged = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 8), heard(300)
+    real = torch.arange(300).expand(2, -1) >= torch.tensor([[pads], [0]])
+    caches = [cache_of(kind(ratio=0.25, per="even"), [{}]) for kind in (AttentionMatching, KVzip)]
+    for cache in caches:
+        give(cache, keys, values, judged, real if pads else None)
+    assert kept(caches[0]) == kept(caches[1])
+    assert caches[0].nbytes == caches[1].nbytes
+    layer, pages = caches[0].compressed[0], caches[0].compressed[0].body.youngest
+    rows = [c.decode(pages.records().under(f"{s}."), 2) for s, c in zip("kv", layer.codecs, strict=True)]
+    for row, head in np.ndindex(2, 2):
+        first = (pads, 0)[row]
+        block, rest = slice(first + 4, 256), [*range(first, first + 4), *range(256, 300)]
+        there = pages.slots[row, head] >= 0
+        own = pages.slots[row, head][there].long()
+        given = (judged[0].queries[row, head], keys[row, head, block], values[row, head, block], own - first - 4)
+        want = matched(*given, keys[row, head, rest], values[row, head, rest])
+        for got, x in zip(rows, want, strict=True):
+            torch.testing.assert_close(got[row, head][there], x, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_decoded_is_as_it_was_and_nothing_moves_without_queries():
+    keys, values = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 8)
+    cache = cache_of(AttentionMatching(ratio=0.25, per="even"), [{}])
+    give(cache, keys, values, {0: Heard(torch.rand(2, 2, 300))})
+    for _ in range(70):
+        give(cache, torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8), None)
+    pages = cache.compressed[0].body.youngest
+    rows = cache.compressed[0].codecs[1].decode(pages.records().under("v."), 2)
+    for row, head in np.ndindex(2, 2):
+        for slot, column in enumerate(pages.slots[row, head].tolist()):
+            if column >= 0:
+                want = values[row, head, column] if column < 300 else torch.ones(8)
+                torch.testing.assert_close(rows[row, head, slot], want)
+
+
+def test_queries_are_those_that_read_again():
+    model, _, rows = reference()
+    kvshrink.attach(model)
+    ids = rows[:1, :90]
+    dense = prefill(model, ids)
+    found = judged_by_reading_again(model, dense, ids, queries=50)
+    exact = kvshrink.reference_model("float32")[0].double()
+    scores = logits_of(exact, torch.cat([ids[0], ids[0]]))
+    for layer in range(4):
+        own = found[layer]
+        assert own.queries.shape == (1, 2, 50, 64)
+        assert own.positions.unique().numel() == 50
+        at = own.positions[0].numpy()
+        members = np.arange(50) % 2
+        for head in range(2):
+            got = own.queries[0, head].double() @ dense.layers[layer].keys[0, head].double().T
+            want = scores[layer][2 * head + members, at][:, :90]
+            np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def test_a_filled_cache_holds_what_the_model_s_own_prompt_leaves():
+    model, _, rows = reference()
+    method = AttentionMatching(ratio=0.3, per="even", queries=200)
+    ids, mask = rows[:, :300], torch.ones(2, 300, dtype=torch.long)
+    mask[1, :40] = 0
+    own, filled = (kvshrink.make_cache(model, method) for _ in range(2))
+    model(input_ids=ids, attention_mask=mask, past_key_values=own)
+    fill(filled, prefill(model, ids, mask, wanted_by([method])), kvshrink.attach(model), mask)
+    for layers in zip(own.compressed, filled.compressed, strict=True):
+        held = [x.codecs[1].decode(x.body.youngest.records().under("v."), 2) for x in layers]
+        torch.testing.assert_close(*held, rtol=2e-2, atol=2e-2)
+
+
+def test_a_model_answers():
+    check_generate(AttentionMatching(ratio=0.28), 0.6)
+
+
+def test_settings():
+    refused(AttentionMatching, {"queries": 0}, {"merge": True}, {"schedule": "page"}, {"ratio": 0}, {"per": "token"})
+    with pytest.raises(SettingError, match="count twice"):
+        parse("attention_matching + turboquant:bits=4,demote=True")
+    assert AttentionMatching().policy(SHAPE, {}).matches
