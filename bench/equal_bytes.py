@@ -18,7 +18,7 @@ import torch
 from peer_rows import Beside, tracks
 from plot_equal_bytes import draw
 from rivals import peers_as_given
-from series import ANSWERED, BUDGETS, DIVERGED, MAIN, REAL_TASKS, TASKS, fitting, plan, real_series, series
+from series import ANSWERED, BUDGETS, DIVERGED, MAIN, REAL_TASKS, TASKS, fitting, plan, real_series, seen, series
 from tqdm import tqdm
 
 from kvshrink.attach.factory import digest_of
@@ -78,6 +78,9 @@ def measure(model, tokenizer, entries: list[Entry], length: int, args, log: Log,
         choices(args.tasks), [length], args.cases, args.seed, tokenizer, args.model == "reference"
     )
     assert not skipped, skipped
+    if getattr(args, "seen", False):  # the question stands in what is compressed
+        for task in samples:
+            task.samples[:] = [seen(s) for s in task.samples]
     book = [(ids, length - SCORED) for ids in held_out(tokenizer, length, args.documents, args.seed)]
     asked = []
     for task in samples:

@@ -11,6 +11,7 @@ same environment. Run again to resume.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from series import seen
 from timing import setting
 from tqdm import tqdm
 
@@ -64,14 +66,6 @@ def prompts(args: argparse.Namespace, model, tokenizer) -> list:
     return [(task, s) for _, task, s in sorted(every, key=lambda x: x[0])]  # a run that is cut short has all tasks
 
 
-def seen(sample):
-    """The same with the question in the context, but for its last words."""
-    from dataclasses import replace
-
-    head, _, tail = (sample.question + sample.answer_prefix).rpartition(" ")
-    return replace(sample, context=sample.context + head, question=" " + tail if head else tail, answer_prefix="")
-
-
 def ask_peer(args: argparse.Namespace, asked: list, tokenizer, dtype: torch.dtype) -> list[dict]:
     """kvpress's rows."""
     given = {
@@ -90,7 +84,8 @@ def ask_peer(args: argparse.Namespace, asked: list, tokenizer, dtype: torch.dtyp
     where, out = args.out / f"prompts_{name}.json", args.out / f"peer_{name}.jsonl"
     where.write_text(json.dumps(given))
     python = PEER / "venv" / "bin" / "python"
-    subprocess.run([python, PEER.parent / "kvpress_answers.py", where, out], check=True)
+    own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # it has an environment of its own
+    subprocess.run([python, PEER.parent / "kvpress_answers.py", where, out], check=True, env=own)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:
         if "answer" in row:

@@ -9,6 +9,7 @@ import rivals
 from kvshrink import CSKV, RTN, Spectral, methods
 from kvshrink.attach.budget import TOLERANCE, at_byte_ratio, promised
 from kvshrink.eval.run.entries import Entry
+from kvshrink.eval.tasks import Sample
 from kvshrink.methods import name_of
 
 BUDGETS = (0.2, 0.125, 0.0625, 0.04)
@@ -16,6 +17,12 @@ TASKS = ("needle", "needle_among", "passkey/book", "longeval/filled")
 REAL_TASKS = ("needle", "needle_among", "ruler/niah_single_1", "ruler/niah_single_2[books]")  # what SmolLM2 can do
 DIVERGED = 8  # samples of each task whose KL is measured
 MAIN = "spectral"
+
+
+def seen(sample: Sample) -> Sample:
+    """The same with the question in the context, but for its last words."""
+    head, _, tail = (sample.question + sample.answer_prefix).rpartition(" ")
+    return replace(sample, context=sample.context + head, question=" " + tail if head else tail, answer_prefix="")
 
 
 def series(steps: int) -> dict[str, Any]:
