@@ -64,7 +64,7 @@ TRIED = {
     ),
 }
 
-# worse in KL than another one of their kind at every budget: answers, which take most of the time, are not asked of them
+# worse in KL than another one of their kind at every budget: answers, which take most of the time, are not asked
 LEFT_OUT = (
     *("expected_attention:floor=0.2", "kvzip + turboquant:bits=2", f"kvzip + {STORE.format(0.2349)}"),
     *(f"{name} + {STORE.format(0.0443)},demote=True" for name in (EVEN, "kvzip:bits=8", "snapkv:bits=8")),
