@@ -49,6 +49,7 @@ class Evicting(Method):
     drops_tokens: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "ratio"
     by_head: ClassVar[bool] = True  # whether each KV head chooses its own tokens
+    counted_by: ClassVar[str | None] = None  # what alone says how many tokens a head keeps, if `ratio` is not split up
     matches: ClassVar[bool] = False  # whether what stays is changed until it attends as all did
     by_class: ClassVar[bool] = False  # whether heads differ in how many they keep by what a fit said of them
 
@@ -83,6 +84,8 @@ class Evicting(Method):
     def check(self) -> None:
         super().check()
         own = self.visual_ratio
+        alone = self.counted_by is None or (self.most, self.floor, own) == (None, None, None)
+        require(alone, f"{self.counted_by} beside most, floor or visual_ratio", "Leave them out.")
         require(own is None or 0 < own <= 1, f"visual_ratio={own}", "Use a share of tokens above 0, up to 1.")
         require(0 < self.ratio <= 1, f"ratio={self.ratio}", "Use a share of tokens above 0, up to 1.")
         one_of("bits", self.bits, (None, 8, 4, 2))

@@ -88,6 +88,8 @@ class ReadingAgain(Evicting):
     per: Per = "model"
     schedule: Schedule = field(default="prompt", kw_only=True)
 
+    counted_by: ClassVar[str | None] = "a choice over all heads"
+
     def scorer(self, fitted: Fitted) -> Scorer:
         return Repeated(self.ratio, self.per)
 
@@ -98,5 +100,3 @@ class ReadingAgain(Evicting):
         super().check()
         one_of("per", self.per, ("model", "layer", "head", "even"))
         require(self.schedule == "prompt", f"schedule={self.schedule!r}", "Only prompts are read again. Use 'prompt'.")
-        other = self.most is None and self.floor is None and self.visual_ratio is None
-        require(other, f"per={self.per!r} beside most, floor or visual_ratio", "Leave them out.")

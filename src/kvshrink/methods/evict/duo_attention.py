@@ -51,6 +51,7 @@ class DuoAttention(Evicting):
     steps: int = 100
 
     needs_fit: ClassVar[bool] = True
+    counted_by: ClassVar[str | None] = "heads of two classes"
     by_class: ClassVar[bool] = True
 
     def scorer(self, fitted: Fitted) -> Scorer:
@@ -91,8 +92,6 @@ class DuoAttention(Evicting):
         super().check()
         require(self.recent >= self.window, f"recent={self.recent}", f"The window of {self.window} is part of it.")
         require(self.steps >= 1, f"steps={self.steps}", "Use at least 1.")
-        other = self.most is None and self.floor is None and self.visual_ratio is None
-        require(other, "heads of two classes beside most, floor or visual_ratio", "Leave them out.")
 
 
 METHOD = DuoAttention

@@ -23,7 +23,6 @@ from kvshrink.methods._evicting import Evicting
 from kvshrink.methods._evidence import Evidence
 from kvshrink.methods._policy import Keeps, Scorer
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.shapes import Float
 
@@ -58,6 +57,7 @@ class KVzap(Evicting):
     threshold: float | None = None
 
     needs_fit: ClassVar[bool] = True
+    counted_by: ClassVar[str | None] = "a threshold"
 
     def scorer(self, fitted: Fitted) -> Scorer:
         return Guessed(fitted, self.ratio)
@@ -95,11 +95,6 @@ class KVzap(Evicting):
             i: {k: t.cpu().contiguous() for k, t in own.items()} | {"least": least.cpu()} for i, own in found.items()
         }
         return done, {"least": float(least), "agreement": [round(x, 3) for x in known]}
-
-    def check(self) -> None:
-        super().check()
-        other = self.most is None and self.floor is None and self.visual_ratio is None
-        require(other, "a threshold beside most, floor or visual_ratio", "Leave them out.")
 
 
 def ridge(rows: Float[Tensor, "m n"], wanted: Float[Tensor, "m h"]) -> tuple[Float[Tensor, "h n"], Float[Tensor, " h"]]:

@@ -22,7 +22,6 @@ from kvshrink.methods._budgets import Budget, ByHead, Uniform
 from kvshrink.methods._evicting import Evicting
 from kvshrink.methods._policy import Scorer
 from kvshrink.methods._roles import Fitted
-from kvshrink.methods._settings import require
 from kvshrink.methods._stats import CalibrationStats, LayerShape, Probe
 from kvshrink.methods._token_probe import Rule
 from kvshrink.methods.evict.duo_attention import Recent
@@ -40,6 +39,7 @@ class MoA(Evicting):
     ratio: float = 0.5
 
     needs_fit: ClassVar[bool] = True
+    counted_by: ClassVar[str | None] = "spans"
     by_class: ClassVar[bool] = True
 
     def scorer(self, fitted: Fitted) -> Scorer:
@@ -75,11 +75,6 @@ class MoA(Evicting):
         parts = dict(zip(layers, spans.split([costs[i].shape[2] for i in layers]), strict=True))
         found = {i: dict(layers[i]) | {"spans": parts[i].clone()} for i in layers}
         return found, {"spans": {str(i): parts[i].tolist() for i in layers}, "lengths": lengths}
-
-    def check(self) -> None:
-        super().check()
-        other = self.most is None and self.floor is None and self.visual_ratio is None
-        require(other, "spans beside most, floor or visual_ratio", "Leave them out.")
 
 
 def solve(cost: np.ndarray, rules: Sequence[Rule], lengths: Sequence[int], ratio: float) -> list[int]:
