@@ -42,7 +42,8 @@ sanitize: export KVSHRINK_CXXFLAGS = $(SANITIZER)
 sanitize: $(STAMP)
 	rm -rf build/sanitize
 	$(BIN)/python -W ignore -m tests.kernels.guarded
-	$(BIN)/python -m pytest -q -n 2 tests/kernels/test_held.py tests/kernels/test_mixed.py tests/kernels/test_trellis.py
+	$(BIN)/python -m pytest -q -n 2 tests/kernels/test_held.py tests/kernels/test_mass.py tests/kernels/test_mixed.py \
+		tests/kernels/test_trellis.py
 	$(BIN)/python -m pytest -q -n 2 tests/kernels/test_decode_cpu.py tests/kernels/test_inputs.py tests/attach/test_grouped.py \
 		tests/methods/test_contract.py -k "not test_contract or block_by_block" tests/fuzz/test_episodes.py --fuzz $(EPISODES)
 

@@ -16,6 +16,7 @@ import torch
 from kvshrink.kernels import inputs
 from kvshrink.kernels.decode import Basis, Constant, Live, cpu
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.mass import cpu as columns
 from kvshrink.kernels.records import Field, Holder, Layout, Records
 from tests.kernels.samples import FORMS, basis_of, packed, turn_of
 
@@ -93,6 +94,20 @@ def run(form, width: int, dtype: torch.dtype) -> int:
     return runs
 
 
+def masses() -> int:
+    """Tiles of scores that end there, whole vectors and parts of one. How many runs."""
+    real, runs = columns.score, 0
+    columns.score = lambda *given: at_the_end(real(*given))
+    for t, dtype in itertools.product((1, 15, 16, 17, 40), (torch.float32, torch.bfloat16, torch.float16)):
+        queries, keys = torch.randn(2, 2, 3, t, 16), torch.randn(2, 2, t, 16).to(dtype)
+        there = torch.rand(2, t) > 0.3
+        for given in ((None, None, None), (torch.rand(t), there, there)):
+            columns.mass(queries, keys, torch.arange(t) + 1, *given)
+            runs += 1
+    columns.score = real
+    return runs
+
+
 def crashes_beyond(pages: Packed) -> bool:
     """Whether reading beyond these, which were not refused, is noticed at all."""
     child = os.fork()
@@ -110,4 +125,4 @@ if __name__ == "__main__":
     assert not any(crashes_beyond(pages) for pages in at_the_end_each(whole, 1))
     assert all(crashes_beyond(pages) for pages in at_the_end_each(whole, 1, cut=1))
     jobs = list(itertools.product(FORMS, WIDTHS, (torch.float32, torch.bfloat16)))
-    print(sum(run(*job) for job in jobs), "runs")
+    print(sum(run(*job) for job in jobs) + masses(), "runs")
