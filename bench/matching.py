@@ -39,7 +39,7 @@ def heard(model, ids: Tensor) -> tuple[DynamicCache, dict[int, Tensor], dict[int
     after = {}
     for into, part, first in ((found[0], ids[:, :TOKENS], TOKENS), (found[1], ids[:, TOKENS:], TOKENS)):
 
-        def note(layer, query, keys, scale, softcap, into=into):
+        def note(layer, query, keys, scale, softcap, sinks, into=into):
             into[layer] = (query[0] * scale).clone()
 
         cache = Reread(dense.layers, note)
@@ -62,7 +62,7 @@ def output(queries, keys, values, after, bias=None) -> Tensor:
 def with_bias(queries, keys, values, kept, rest_keys, rest_values) -> tuple[Tensor, Tensor]:
     """(values, bias) of the kept tokens: the same squares, the keys where they were."""
     every = torch.cat([keys, rest_keys]), torch.cat([values, rest_values])
-    whole, share, out = _seen(queries, *every, len(keys), None)
+    whole, share, out = _seen(queries, *every, len(keys), None, None)
     old = keys[kept]
     bias = bounded_gains((queries @ old.T - whole).exp(), share)
     own, others = torch.cat([queries @ old.T + bias, queries @ rest_keys.T], 1).softmax(1).tensor_split([len(kept)], 1)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.optimize import lsq_linear
 
 import kvshrink
@@ -14,8 +15,11 @@ from kvshrink.errors import SettingError
 from kvshrink.eval.run.entries import parse
 from kvshrink.methods.evict.attention_matching import AttentionMatching
 from kvshrink.methods.evict.kvzip import KVzip
+from tests.attach.test_unknown_models import built
+from tests.attach.test_wrong_tokens import SINKS
 from tests.methods.evicting import SHAPE, cache_of, check_generate, reference, refused
 from tests.methods.test_kvzip import kept, logits_of
+from tests.scenarios.scenarios import tokens
 
 M, T, R, D = 300, 60, 8, 16  # queries, keys of the block, keys beside it, channels
 
@@ -104,6 +108,46 @@ def test_it_attends_nearer_to_all_than_what_only_stays(k):
     assert np.square(seen(given, *run(given, own)) - want).sum() < 0.5 * only
     capped = run(given, own, softcap=2.0)
     assert np.abs(capped[1] - run(given, own)[1]).max() > 1e-3
+
+
+def test_a_logit_of_no_token_takes_its_share():
+    """As one more key beside the block has it, which every query scores so and whose value is 0."""
+    given, own = {k: torch.from_numpy(x).float() for k, x in case().items()}, torch.arange(0, T, 4)
+    given["queries"][:, -1] = 1.0
+    block = [given[k] for k in ("queries", "keys", "values")]
+    key = torch.zeros(1, D)
+    key[0, -1] = 3.0
+    beside = torch.cat([given["rest_keys"], key]), torch.cat([given["rest_values"], torch.zeros(1, D)])
+    want = matched(*block, own, *beside)
+    got = matched(*block, own, given["rest_keys"], given["rest_values"], None, torch.full((M, 1), 3.0))
+    without = matched(*block, own, given["rest_keys"], given["rest_values"])
+    for a, b, c in zip(got, want, without, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert (a - c).abs().max() > 0.01
+
+
+def test_sinks_as_logits_are_heard():
+    """gpt-oss: importance, and what each query that is kept has as its logit, against the model's own weights."""
+    model = built("GptOssForCausalLM", transformers.GptOssConfig(**SINKS))
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            weight.copy_(torch.randn_like(weight) * 2)
+    ids = tokens(1, 40)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        found = model(torch.cat([ids, ids], 1), output_attentions=True).attentions
+    kvshrink.attach(model)
+    got = judged_by_reading_again(model, prefill(model, ids), ids, queries=20)
+    for layer, weights in enumerate(found):
+        own = got[layer]
+        h = own.scores.shape[1]
+        want = weights[0, :, 40:, :40].unflatten(0, (h, -1)).amax((1, 2))
+        torch.testing.assert_close(own.scores[0], want, rtol=1e-3, atol=1e-4)
+        sinks = model.model.layers[layer].self_attn.sinks.view(h, -1)
+        torch.testing.assert_close(own.sinks[0], sinks[:, torch.arange(20) % sinks.shape[1]])
+    cache = kvshrink.make_cache(model, AttentionMatching(ratio=0.3, window=8, sinks=2))
+    assert torch.isfinite(model(tokens(1, 150), past_key_values=cache).logits).all()
+    assert torch.isfinite(model(tokens(1, 3), past_key_values=cache).logits).all()
 
 
 # --- in a cache ---

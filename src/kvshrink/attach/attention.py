@@ -41,7 +41,7 @@ def kvshrink_attention(
         pending = taken(module)
         if pending is not None:
             return _over_latents(pending, module, query, attention_mask, scaling, softcap, kwargs), None
-        tell(query, key, scaling, softcap)
+        tell(query, key, scaling, softcap, kwargs.get("s_aux"))
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
     return _over(snapshot, module, query, key, value, attention_mask, scaling, softcap, kwargs), None
 

@@ -34,12 +34,14 @@ SCORE_ELEMENTS = 2**22  # probabilities alive at a time
 
 class Heard(NamedTuple):
     """Of one layer. scores: importance of tokens, 0 to 1, at pads 0. queries: some of those of the repetition, as
-    attention uses them at these positions, times its scale."""
+    attention uses them at these positions, times its scale. sinks: of each of these, the logit that takes a share and
+    is no token."""
 
     scores: Float[Tensor, "b h s"]
     queries: Float[Tensor, "b h m d"] | None = None
     positions: Int[Tensor, "b m"] | None = None
     softcap: float | None = None
+    sinks: Float[Tensor, "b h m"] | None = None
 
 
 @dataclass(eq=False)
@@ -52,6 +54,7 @@ class Ear:
     scores: dict[int, Float[Tensor, "h n"]] = field(default_factory=dict)
     queries: dict[int, list[Float[Tensor, "h m d"]]] = field(default_factory=dict)
     positions: dict[int, list[Int[Tensor, " m"]]] = field(default_factory=dict)
+    sinks: dict[int, list[Float[Tensor, "h m"]]] = field(default_factory=dict)
     softcap: float | None = None
 
 
@@ -78,7 +81,8 @@ def judged_by_reading_again(
         return {i: Heard(scores) for i, scores in found.items()}
     kept = {i: torch.stack([torch.cat(e.queries[i], 1) for e in ears]) for i in found}
     at = {i: torch.stack([torch.cat(e.positions[i]) for e in ears]) for i in found}
-    return {i: Heard(scores, kept[i], at[i], ears[0].softcap) for i, scores in found.items()}
+    sinks = {i: torch.stack([torch.cat(e.sinks[i], 1) for e in ears]) for i in ears[0].sinks}
+    return {i: Heard(scores, kept[i], at[i], ears[0].softcap, sinks.get(i)) for i, scores in found.items()}
 
 
 def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> dict[int, Judged] | None:
@@ -172,6 +176,7 @@ def _note(
     keys: Float[Tensor, "1 h t d"],
     scale: float,
     softcap: float | None,
+    sinks: Float[Tensor, " q"] | None,
 ) -> None:
     """The most that each of the chunk's tokens gets, by KV head."""
     n = ear.n
@@ -181,9 +186,12 @@ def _note(
     columns = torch.cat([torch.arange(min(FIRST, start)), torch.arange(start, stop), torch.arange(n, n + again)])
     own = keys[0][:, columns.to(keys.device)]  # [h, c, d]
     queries = query[0].unflatten(0, (h, -1)) * scale  # [h, m, x, d]
+    by_member = None if sinks is None else sinks.float().view(h, -1)
     if ear.count:
         ear.softcap = softcap
-        some, tokens = _some(queries, ear.count * stop // n - ear.count * start // n)
+        some, tokens, members = _some(queries, ear.count * stop // n - ear.count * start // n)
+        if by_member is not None:
+            ear.sinks.setdefault(layer, []).append(by_member[:, members])
         ear.queries.setdefault(layer, []).append(some)
         ear.positions.setdefault(layer, []).append(n + tokens)
     before = min(FIRST, start)
@@ -198,15 +206,19 @@ def _note(
                 weights = (weights / softcap).tanh_().mul_(softcap)
             later = order > order[at : at + size, None]
             weights[:, :, -again:].masked_fill_(later, -torch.inf)
+            if by_member is not None:
+                weights = torch.cat([weights, by_member[head, :, None, None].expand(-1, part.shape[1], 1)], 2)
             most = weights.softmax(-1)[:, :, before : before + stop - start].amax((0, 1))
             scores[head, start:stop] = torch.maximum(scores[head, start:stop], most)
 
 
-def _some(queries: Float[Tensor, "h g x d"], count: int) -> tuple[Float[Tensor, "h m d"], Int[Tensor, " m"]]:
-    """So many of a KV head's queries: of tokens evenly spread, which are said, of one query head after the other."""
+def _some(
+    queries: Float[Tensor, "h g x d"], count: int
+) -> tuple[Float[Tensor, "h m d"], Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """So many of a KV head's queries: of tokens evenly spread, of one query head after the other; which they are."""
     order = torch.arange(count, device=queries.device)
-    tokens = order * queries.shape[2] // max(1, count)
-    return queries[:, order % queries.shape[1], tokens].clone(), tokens
+    tokens, members = order * queries.shape[2] // max(1, count), order % queries.shape[1]
+    return queries[:, members, tokens].clone(), tokens, members
 
 
 def judged_of(cache: KVCache, raw: Mapping[int, Heard], mask: Tensor | None) -> dict[int, Judged]:

@@ -49,11 +49,12 @@ def behind(
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """By these queries, as attention uses them, times its scale."""
+    """By these queries, as attention uses them, times its scale. nothing: of each, the logit of no token."""
 
     queries: Float[Tensor, "b h m d"]
     rest: Rest
     softcap: float | None = None
+    nothing: Float[Tensor, "b h m"] | None = None
 
     def run(
         self,
@@ -80,6 +81,7 @@ class Matching:
                 self.rest.keys[row, head, beside].float(),
                 self.rest.values[row, head, beside].float(),
                 self.softcap,
+                None if self.nothing is None else self.nothing[row, head, :, None],
             )
             keys[row, head, kept], values[row, head, kept] = (x.to(keys.dtype) for x in found)
         return keys, values
@@ -93,31 +95,38 @@ def matched(
     rest_keys: Float[Tensor, "r d"],
     rest_values: Float[Tensor, "r e"],
     softcap: float | None = None,
+    nothing: Float[Tensor, "m 1"] | None = None,
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k e"]]:
     """Keys and values of the kept tokens with which these queries see what they saw of all."""
-    whole, share, out = _seen(
-        queries, torch.cat([keys, rest_keys]), torch.cat([values, rest_values]), len(keys), softcap
-    )
+    every, rows = torch.cat([keys, rest_keys]), torch.cat([values, rest_values])
+    whole, share, out = _seen(queries, every, rows, len(keys), softcap, nothing)
     old = keys[kept]
     gain = bounded_gains((_scores(queries, old, softcap) - whole).exp(), share)
     moved = old + gain[:, None] * _direction(queries, share)
-    weights = _scores(queries, torch.cat([moved, rest_keys]), softcap).softmax(1)
-    own, others = weights.tensor_split([len(kept)], 1)
+    scores = _scores(queries, torch.cat([moved, rest_keys]), softcap)
+    own, others = (scores - _sum(scores, nothing)).exp().tensor_split([len(kept)], 1)
     return moved, values[kept] + _ridge(own, out - others @ rest_values - own @ values[kept])
 
 
 def _seen(
-    queries: Tensor, keys: Tensor, values: Tensor, block: int, softcap: float | None
+    queries: Tensor, keys: Tensor, values: Tensor, block: int, softcap: float | None, nothing: Tensor | None
 ) -> tuple[Float[Tensor, "m 1"], Float[Tensor, " m"], Float[Tensor, "m e"]]:
     """Of each query: the logarithm of its sum, the share that the first `block` keys have of that, its output."""
-    parts = []
-    for part in queries.split(max(1, SCORES // len(keys))):
-        scores = _scores(part, keys, softcap)
-        whole = scores.logsumexp(1, keepdim=True)
+    parts, size = [], max(1, SCORES // len(keys))
+    for at in range(0, len(queries), size):
+        own = slice(at, at + size)
+        scores = _scores(queries[own], keys, softcap)
+        whole = _sum(scores, None if nothing is None else nothing[own])
         weights = (scores - whole).exp()
         parts.append((whole, weights[:, :block].sum(1), weights @ values))
     whole, share, out = (torch.cat(x) for x in zip(*parts, strict=True))
     return whole, share, out
+
+
+def _sum(scores: Float[Tensor, "m t"], nothing: Float[Tensor, "m 1"] | None) -> Float[Tensor, "m 1"]:
+    """Its logarithm."""
+    whole: Tensor = scores.logsumexp(1, keepdim=True)
+    return whole if nothing is None else torch.logaddexp(whole, nothing)
 
 
 def _scores(queries: Float[Tensor, "m d"], keys: Float[Tensor, "t d"], softcap: float | None) -> Float[Tensor, "m t"]:

@@ -212,7 +212,8 @@ class Leave:
             sinks = self.sinks.keys[own], self.sinks.values[own], self.sinks.columns[own] >= 0
             rest = Rest(*(torch.cat(x, -1 if x[0].dim() == 2 else 2) for x in zip(sinks, rest, strict=True)))
         last, read = positions[own].amax(1), None if judged.positions is None else judged.positions[own]
-        return Matching(behind(judged.queries[own], read, last, self.before.rope), rest, judged.softcap)
+        sinks_of = None if judged.sinks is None else judged.sinks[own]
+        return Matching(behind(judged.queries[own], read, last, self.before.rope), rest, judged.softcap, sinks_of)
 
     def _append(
         self,
