@@ -111,15 +111,13 @@ def test_it_attends_nearer_to_all_than_what_only_stays(k):
 
 
 def test_a_logit_of_no_token_takes_its_share():
-    """As one more key beside the block has it, which every query scores so and whose value is 0."""
+    """As one more key beside the block has it, whose value is 0 and whose scores these are."""
     given, own = {k: torch.from_numpy(x).float() for k, x in case().items()}, torch.arange(0, T, 4)
-    given["queries"][:, -1] = 1.0
     block = [given[k] for k in ("queries", "keys", "values")]
-    key = torch.zeros(1, D)
-    key[0, -1] = 3.0
+    key = 2 * torch.randn(1, D)
     beside = torch.cat([given["rest_keys"], key]), torch.cat([given["rest_values"], torch.zeros(1, D)])
     want = matched(*block, own, *beside)
-    got = matched(*block, own, given["rest_keys"], given["rest_values"], None, torch.full((M, 1), 3.0))
+    got = matched(*block, own, given["rest_keys"], given["rest_values"], None, given["queries"] @ key.T)
     without = matched(*block, own, given["rest_keys"], given["rest_values"])
     for a, b, c in zip(got, want, without, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
