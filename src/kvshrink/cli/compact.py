@@ -31,7 +31,7 @@ from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 from kvshrink.methods.text import text_of
 
-DEFAULT = "attention_matching:ratio=0.1"
+DEFAULT = "attention_matching:ratio=0.35 + turboquant:bits=4"
 
 
 def compact(
