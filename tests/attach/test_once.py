@@ -74,9 +74,25 @@ def test_only_the_very_input_is_answered_and_only_once():
         with made_once(outer, given):
             outer["plain"](given)
         assert torch.equal(outer["plain"](given), want[0])
+        with made_once(outer, given):
+            outer["plain"](given).mul_(0.5)
+        assert torch.equal(outer["plain"](given), want[0]), "what the asking changed is not the projection"
         with pytest.raises(KeyboardInterrupt):
             interrupted(outer, given)
         assert OURS not in vars(outer["plain"])
     with torch.no_grad(), made_once(outer, given):
         outer["plain"](given)
     assert outer["plain"](given).requires_grad
+
+
+def test_a_step_that_does_not_come_leaves_nothing(monkeypatch):
+    model, _, ids = reference()
+    cache = kvshrink.make_cache(model, H2O(ratio=0.5))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(cache), "stage", stop)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        model(input_ids=ids[:1, :100], past_key_values=cache)
+    assert not any(OURS in vars(m) for m in model.modules())

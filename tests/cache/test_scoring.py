@@ -75,6 +75,20 @@ def test_a_token_is_not_worth_less_for_being_seen_by_more_queries_that_do_not_as
     torch.testing.assert_close(got, torch.tensor([(1 / 3 + 1 / 10) / 2] * 3 + [1 / 10] * 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype):
+    probe_queries = ProbeQueries(torch.arange(8), torch.randn(2, H * MEMBERS, 8, D), None)
+    keys, real = torch.randn(2, H, 8, D), torch.ones(2, 8, dtype=torch.bool)
+    want = received(probe_queries, keys, real, 8)
+    try:
+        torch.set_default_dtype(dtype)
+        got = received(probe_queries, keys, real, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (got.mass.dtype, got.seen.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(got.mass, want.mass)
+
+
 def test_scores_alive_are_bounded(monkeypatch):
     sizes, real = [], reference.score
     for kind in (reference, cpu):

@@ -31,10 +31,10 @@ def test_many_questions_about_one_document(run, document):
     both = last(out)["answers"]
     assert all(x["tokens"] > record["tokens"] for x in both)
     code, out, _ = run(*asked, "--prompt", "Who is there?")
-    assert last(out)["output"] == both[1]["output"], "a question does not hear the one before"
+    assert last(out)["answers"][0]["output"] == both[1]["output"], "a question does not hear the one before"
     whole = f"{document.read_text()}{_context.BETWEEN}Who is there?"
     code, out, _ = run("generate", "--method", "cskv:keep=1", "--prompt", whole, "--max-new-tokens", 6, "--json")
-    assert last(out)["tokens"] == both[1]["tokens"], "the same tokens as in one prompt"
+    assert last(out)["tokens"] == both[1]["tokens"], "as many tokens as in one prompt"
 
 
 def test_a_lossless_context_answers_as_one_prompt(run, document):
@@ -43,17 +43,19 @@ def test_a_lossless_context_answers_as_one_prompt(run, document):
     assert code == 0, err
     whole = f"{document.read_text()}{_context.BETWEEN}Who is there?"
     one = run("generate", "--method", "exact", "--prompt", whole, "--max-new-tokens", 8, "--json")[1]
-    assert last(one)["output"] == last(out)["output"]
+    assert last(one)["output"] == last(out)["answers"][0]["output"]
 
 
-def test_a_fitted_method_is_kept_with_its_context(run, document, tmp_path):
+def test_a_fitted_method_is_kept_with_its_context(run, refused, document, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(data.path("calibration.txt").read_text(encoding="utf-8")[:6_000])
     code, _, err = run("compact", "--document", document, "--out", "c", "--method", "cskv", "--text", text)
     assert code == 0, err
     code, out, err = run("generate", "--context", "c", "--prompt", "Who?", "--max-new-tokens", 2, "--json")
     assert code == 0, err
-    assert last(out)["layers"][0]["kind"].startswith("cskv")
+    assert last(out)["answers"][0]["layers"][0]["kind"].startswith("cskv")
+    shutil.rmtree(tmp_path / "c" / "artifact")
+    assert "does not exist" in refused("generate", "--context", "c", "--prompt", "Who?")
 
 
 def test_what_is_wrong_is_said_in_a_line(run, refused, document, tmp_path, place):

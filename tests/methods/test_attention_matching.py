@@ -8,10 +8,11 @@ from scipy.optimize import lsq_linear
 
 import kvshrink
 from kvshrink.attach.fill import fill, prefill, wanted_by
-from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
+from kvshrink.attach.judging import QUERIES, Heard, judged_by_reading_again, judged_of
 from kvshrink.cache import matching
 from kvshrink.cache.matching import bounded_gains, matched
-from kvshrink.errors import SettingError
+from kvshrink.cache.rope import Rope
+from kvshrink.errors import CacheError, SettingError
 from kvshrink.eval.run.entries import parse
 from kvshrink.methods.evict.attention_matching import AttentionMatching
 from kvshrink.methods.evict.kvzip import KVzip
@@ -20,6 +21,7 @@ from tests.attach.test_wrong_tokens import SINKS
 from tests.methods.evicting import SHAPE, cache_of, check_generate, reference, refused
 from tests.methods.test_kvzip import kept, logits_of
 from tests.scenarios.scenarios import tokens
+from tests.tiny import build
 
 M, T, R, D = 300, 60, 8, 16  # queries, keys of the block, keys beside it, channels
 
@@ -84,7 +86,10 @@ def test_values_are_those_of_least_squares(k, queries):
     wanted = (
         seen(given, given["keys"], given["values"]) - beside @ given["rest_values"] - weights @ given["values"][own]
     )
-    small = matching.RIDGE * np.square(weights).sum() / k
+    share = np.split(softmax(given["queries"] @ np.concatenate([given["keys"], given["rest_keys"]]).T), [T], 1)[0].sum(
+        1
+    )
+    small = matching.RIDGE * max(np.square(weights).sum() / k, np.square(share).sum() / k**2)
     want = np.linalg.solve(weights.T @ weights + small * np.eye(k), weights.T @ wanted)
     np.testing.assert_allclose(values - given["values"][own], want, rtol=1e-2, atol=2e-3)
 
@@ -108,6 +113,29 @@ def test_it_attends_nearer_to_all_than_what_only_stays(k):
     assert np.square(seen(given, *run(given, own)) - want).sum() < 0.5 * only
     capped = run(given, own, softcap=2.0)
     assert np.abs(capped[1] - run(given, own)[1]).max() > 1e-3
+
+
+def test_values_are_bounded_where_queries_hardly_read_what_stays():
+    """As in a short second prompt: they read a token that goes, and what stays gets next to nothing."""
+    given = case()
+    own = np.array([3, 9])
+    given["keys"][own] -= 20 * given["queries"].mean(0) / np.square(given["queries"].mean(0)).sum()
+    values = run(given, own)[1]
+    assert 0.1 < np.abs(values - given["values"][own]).max() < 2, "without that bound 40"
+
+
+@pytest.mark.parametrize("reach", [100, 300])
+def test_queries_are_turned_to_where_the_next_tokens_stand(reach):
+    """Behind each row's last token, whatever frequencies their own step had."""
+    draw = torch.Generator().manual_seed(0)
+    rope = Rope(torch.rand(4, generator=draw), 1.0, False, torch.rand(4, generator=draw) / 4, 200)
+    raw, read = torch.randn(2, 1, 300, 8, generator=draw), 50 + torch.arange(300).expand(2, -1) % 40
+    last = torch.tensor([49, 20])
+    marked = rope.of_prompt(read, torch.full_like(read, reach))
+    assert bool((marked > 1000).all()) == (reach > 200)
+    at = last[:, None] + 1 + torch.arange(300) % 128
+    got = matching.behind(rope.apply(raw, marked), marked, last, rope)
+    torch.testing.assert_close(got, rope.apply(raw, at), rtol=1e-3, atol=1e-3)
 
 
 def test_a_logit_of_no_token_takes_its_share():
@@ -135,14 +163,14 @@ def test_sinks_as_logits_are_heard():
         model.set_attn_implementation("eager")
         found = model(torch.cat([ids, ids], 1), output_attentions=True).attentions
     kvshrink.attach(model)
-    got = judged_by_reading_again(model, prefill(model, ids), ids, queries=20)
+    got = judged_by_reading_again(model, prefill(model, ids), ids, queries=True)
     for layer, weights in enumerate(found):
         own = got[layer]
         h = own.scores.shape[1]
         want = weights[0, :, 40:, :40].unflatten(0, (h, -1)).amax((1, 2))
         torch.testing.assert_close(own.scores[0], want, rtol=1e-3, atol=1e-4)
         sinks = model.model.layers[layer].self_attn.sinks.view(h, -1)
-        torch.testing.assert_close(own.sinks[0], sinks[:, torch.arange(20) % sinks.shape[1]])
+        torch.testing.assert_close(own.sinks[0], sinks[:, torch.arange(QUERIES) % sinks.shape[1]])
     cache = kvshrink.make_cache(model, AttentionMatching(ratio=0.3, window=8, sinks=2))
     assert torch.isfinite(model(tokens(1, 150), past_key_values=cache).logits).all()
     assert torch.isfinite(model(tokens(1, 3), past_key_values=cache).logits).all()
@@ -152,8 +180,8 @@ def test_sinks_as_logits_are_heard():
 
 
 def heard(tokens: int, m: int = 64) -> dict[int, Heard]:
-    positions = tokens + torch.arange(m).expand(2, -1)
-    return {0: Heard(torch.rand(2, 2, tokens), torch.randn(2, 2, m, 8), positions)}
+    at = tokens + torch.arange(m).expand(2, -1)
+    return {0: Heard(torch.rand(2, 2, tokens), torch.randn(2, 2, m, 8), at, torch.full_like(at, tokens + m))}
 
 
 def give(cache, keys, values, judged, real=None) -> None:
@@ -188,6 +216,50 @@ def test_a_cache_holds_what_the_definition_gives(pads):
             torch.testing.assert_close(got[row, head][there], x, rtol=1e-3, atol=1e-3)
 
 
+def test_only_a_first_prompt_is_matched():
+    method = AttentionMatching(ratio=0.25, per="even")
+    cache = cache_of(method, [{}])
+    values = torch.randn(2, 2, 600, 8)
+    give(cache, torch.randn(2, 2, 300, 8), values[:, :, :300], heard(300))
+    give(cache, torch.randn(2, 2, 300, 8), values[:, :, 300:], heard(300))
+    pages = cache.compressed[0].body.youngest
+    rows = cache.compressed[0].codecs[1].decode(pages.records().under("v."), 2)
+    changed = {True: 0, False: 0}
+    for row, head in np.ndindex(2, 2):
+        for slot, column in enumerate(pages.slots[row, head].tolist()):
+            if column >= 0:
+                same = torch.equal(rows[row, head, slot], values[row, head, column])
+                changed[column < 256] += not same
+                assert same or column < 256, "of the first, as far as it left the window then"
+    assert changed[True] > 200
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "cohere2"])
+def test_rows_that_a_sliding_window_holds_whole_beside_rows_that_it_does_not(name):
+    model = build("text", name)
+    kvshrink.attach(model)
+    ids, mask = torch.randint(3, 100, (2, 220)), torch.ones(2, 220, dtype=torch.long)
+    mask[1, :195] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = kvshrink.make_cache(model, AttentionMatching(ratio=0.3))
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    assert torch.isfinite(out.logits[0]).all()
+    assert cache.report().byte_ratio < 1
+    found = judged_by_reading_again(model, prefill(model, ids, mask), ids, mask, queries=True)
+    cap = getattr(model.config, "attn_logit_softcapping", None)
+    assert all(x.softcap == cap for x in found.values() if x.queries is not None)
+
+
+def test_a_model_of_learned_positions_has_room_or_says_so():
+    model = build("text", "gpt2")
+    kvshrink.attach(model)
+    most = model.config.max_position_embeddings
+    with pytest.raises(CacheError, match="read again up to position"):
+        model(
+            torch.randint(3, 90, (1, most // 2 + 40)), past_key_values=kvshrink.make_cache(model, AttentionMatching())
+        )
+
+
 def test_what_is_decoded_is_as_it_was_and_nothing_moves_without_queries():
     keys, values = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 8)
     cache = cache_of(AttentionMatching(ratio=0.25, per="even"), [{}])
@@ -208,15 +280,15 @@ def test_queries_are_those_that_read_again():
     kvshrink.attach(model)
     ids = rows[:1, :90]
     dense = prefill(model, ids)
-    found = judged_by_reading_again(model, dense, ids, queries=50)
+    found = judged_by_reading_again(model, dense, ids, queries=True)
     exact = kvshrink.reference_model("float32")[0].double()
     scores = logits_of(exact, torch.cat([ids[0], ids[0]]))
     for layer in range(4):
         own = found[layer]
-        assert own.queries.shape == (1, 2, 50, 64)
-        assert own.positions.unique().numel() == 50
+        assert own.queries.shape == (1, 2, QUERIES, 64)
+        assert set(own.positions[0].tolist()) == set(range(90, 180))
         at = own.positions[0].numpy()
-        members = np.arange(50) % 2
+        members = np.arange(QUERIES) % 2
         for head in range(2):
             got = own.queries[0, head].double() @ dense.layers[layer].keys[0, head].double().T
             want = scores[layer][2 * head + members, at][:, :90]
@@ -225,7 +297,7 @@ def test_queries_are_those_that_read_again():
 
 def test_a_filled_cache_holds_what_the_model_s_own_prompt_leaves():
     model, _, rows = reference()
-    method = AttentionMatching(ratio=0.3, per="even", queries=200)
+    method = AttentionMatching(ratio=0.3, per="even")
     ids, mask = rows[:, :300], torch.ones(2, 300, dtype=torch.long)
     mask[1, :40] = 0
     own, filled = (kvshrink.make_cache(model, method) for _ in range(2))
@@ -241,7 +313,7 @@ def test_a_model_answers():
 
 
 def test_settings():
-    refused(AttentionMatching, {"queries": 0}, {"merge": True}, {"schedule": "page"}, {"ratio": 0}, {"per": "token"})
+    refused(AttentionMatching, {"merge": True}, {"schedule": "page"}, {"ratio": 0}, {"per": "token"})
     with pytest.raises(SettingError, match="count twice"):
         parse("attention_matching + turboquant:bits=4,demote=True")
     assert AttentionMatching().policy(SHAPE, {}).matches

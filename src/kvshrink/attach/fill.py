@@ -32,14 +32,14 @@ class Wanted(NamedTuple):
     """What methods want of a prompt beside keys and values, to rank tokens as they do.
 
     asked: of so many tokens, those that must give their queries, in order; None: none. hidden: whether layers' inputs
-    are wanted. judged: whether the model is to read the prompt again (attach/judging.py); queries: how many of those it
-    reads with are wanted then.
+    are wanted. judged: whether the model is to read the prompt again (attach/judging.py); queries: whether some of
+    those it reads with are wanted then.
     """
 
     asked: Callable[[int], Tensor] | None = None
     hidden: bool = False
     judged: bool = False
-    queries: int = 0
+    queries: bool = False
 
     @property
     def nothing(self) -> bool:
@@ -90,8 +90,8 @@ def wanted_by(methods: Iterable[Any]) -> Wanted:
     scorers = [s for m in own if isinstance(m, Method) and (s := m.policy(SOME, {}).scorer) is not None]
     asking = [s for s in scorers if s.asks]
     asked = (lambda count: torch.cat([s.queries(count) for s in asking]).unique()) if asking else None
-    heard = max((s.listens for s in scorers), default=0)
-    return Wanted(asked, any(s.hidden for s in scorers), any(s.judged for s in scorers), heard)
+    judged, heard = any(s.judged for s in scorers), any(s.listens for s in scorers)
+    return Wanted(asked, any(s.hidden for s in scorers), judged, heard)
 
 
 def _listen(

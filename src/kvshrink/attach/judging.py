@@ -7,7 +7,7 @@ before the chunk, since a hook knows no tokenizer; the last tokens of the chunk 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from kvshrink.attach.families import text_tower
 from kvshrink.attach.listening import LISTENER
+from kvshrink.attach.look import layers_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.leaving import left
@@ -28,18 +29,20 @@ from kvshrink.methods._evidence import Judged
 from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.modes import evaluating, without_dropout
 
+QUERIES = 1024  # that are kept, of each KV head
 CHUNK, BEFORE, FIRST = 2048, 8, 4  # tokens repeated at a time, of the chunk before, and of the text's beginning
 SCORE_ELEMENTS = 2**22  # probabilities alive at a time
 
 
 class Heard(NamedTuple):
     """Of one layer. scores: importance of tokens, 0 to 1, at pads 0. queries: some of those of the repetition, as
-    attention uses them at these positions, times its scale. sinks: of each of these, the logit that takes a share and
-    is no token."""
+    attention uses them at these positions, times its scale; reach: how many tokens their step had seen. sinks: of each
+    of these, the logit that takes a share and is no token."""
 
     scores: Float[Tensor, "b h s"]
     queries: Float[Tensor, "b h m d"] | None = None
     positions: Int[Tensor, "b m"] | None = None
+    reach: Int[Tensor, "b m"] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, "b h m"] | None = None
 
@@ -54,6 +57,7 @@ class Ear:
     scores: dict[int, Float[Tensor, "h n"]] = field(default_factory=dict)
     queries: dict[int, list[Float[Tensor, "h m d"]]] = field(default_factory=dict)
     positions: dict[int, list[Int[Tensor, " m"]]] = field(default_factory=dict)
+    reach: dict[int, list[Int[Tensor, " m"]]] = field(default_factory=dict)
     sinks: dict[int, list[Float[Tensor, "h m"]]] = field(default_factory=dict)
     softcap: float | None = None
 
@@ -61,10 +65,10 @@ class Ear:
 @without_dropout
 @torch.no_grad()
 def judged_by_reading_again(
-    model: Any, dense: DynamicCache, ids: Int[Tensor, "b s"], mask: Tensor | None = None, queries: int = 0
+    model: Any, dense: DynamicCache, ids: Int[Tensor, "b s"], mask: Tensor | None = None, queries: bool = False
 ) -> dict[int, Heard]:
-    """What is heard of the last s tokens of a full cache, by layer. mask [b, s] is 0 at pads. queries: how many of them
-    are kept, of each KV head."""
+    """What is heard of the last s tokens of a full cache, by layer. mask [b, s] is 0 at pads. queries: whether some
+    of them are kept, of layers that all rows were heard in."""
     tower = text_tower(model)
     _check_states(dense)
     found: dict[int, Tensor] = {}
@@ -72,17 +76,22 @@ def judged_by_reading_again(
     for row in range(len(ids)):
         real = slice(None) if mask is None else mask[row, -ids.shape[1] :].bool()
         own = ids[row, real][None]
-        ears.append(_of_row(tower, _row(dense, row, own.shape[1]), own, queries))
+        ears.append(_of_row(tower, _row(dense, row, own.shape[1]), own, QUERIES if queries else 0))
         for i, scores in ears[-1].scores.items():
             if i not in found:
                 found[i] = scores.new_zeros(len(ids), scores.shape[0], ids.shape[1])
             found[i][row, :, real] = scores
-    if not queries:
-        return {i: Heard(scores) for i, scores in found.items()}
-    kept = {i: torch.stack([torch.cat(e.queries[i], 1) for e in ears]) for i in found}
-    at = {i: torch.stack([torch.cat(e.positions[i]) for e in ears]) for i in found}
-    sinks = {i: torch.stack([torch.cat(e.sinks[i], 1) for e in ears]) for i in ears[0].sinks}
-    return {i: Heard(scores, kept[i], at[i], ears[0].softcap, sinks.get(i)) for i, scores in found.items()}
+    return {i: _heard(i, scores, ears) for i, scores in found.items()}
+
+
+def _heard(layer: int, scores: Float[Tensor, "b h s"], ears: Sequence[Ear]) -> Heard:
+    if not all(layer in ear.queries for ear in ears):
+        return Heard(scores)
+    queries = torch.stack([torch.cat(ear.queries[layer], 1) for ear in ears])
+    at = torch.stack([torch.cat(ear.positions[layer]) for ear in ears])
+    reach = torch.stack([torch.cat(ear.reach[layer]) for ear in ears])
+    sinks = [torch.cat(ear.sinks[layer], 1) for ear in ears if layer in ear.sinks]
+    return Heard(scores, queries, at, reach, ears[0].softcap, torch.stack(sinks) if sinks else None)
 
 
 def judged_prompt(cache: KVCache, tower: Any, given: Mapping[str, Any]) -> dict[int, Judged] | None:
@@ -137,7 +146,12 @@ def _row(dense: DynamicCache, row: int, tokens: int) -> list[Any]:
 
 def _of_row(tower: Any, layers: list[Any], ids: Int[Tensor, "1 n"], count: int) -> Ear:
     n = ids.shape[1]
-    ear = Ear(n, count)
+    ear, room = Ear(n, count), getattr(tower.config, "max_position_embeddings", None)
+    if room is not None and 2 * n > room and not any(info.rope is not None for info in layers_of(tower)):
+        raise CacheError(
+            f"a prompt of {n} tokens is read again up to position {2 * n}, and {type(tower).__name__} has {room}. "
+            "Use a method that ranks tokens by attention, such as snapkv."
+        )
     for start in range(0, n, CHUNK):
         stop, before = min(start + CHUNK, n), max(0, start - BEFORE)
         again = ids[:, before:stop]
@@ -194,6 +208,7 @@ def _note(
             ear.sinks.setdefault(layer, []).append(by_member[:, members])
         ear.queries.setdefault(layer, []).append(some)
         ear.positions.setdefault(layer, []).append(n + tokens)
+        ear.reach.setdefault(layer, []).append(torch.full_like(tokens, n + again))
     before = min(FIRST, start)
     scores = ear.scores.setdefault(layer, keys.new_zeros(h, n, dtype=torch.float32))
     size = max(1, SCORE_ELEMENTS // (queries.shape[1] * len(columns)))

@@ -23,8 +23,7 @@ class Made:
         self.module, self.given, self.found = module, given, found
 
     def __call__(self, given: Tensor) -> Tensor:
-        if vars(self.module).get(OURS) is self:
-            delattr(self.module, OURS)
+        vars(self.module).pop(OURS, None)
         if given is self.given and not torch.is_grad_enabled() and not autocast_on():
             return self.found
         return type(self.module).forward(self.module, given)
@@ -37,7 +36,7 @@ def made_once(module: nn.Module, given: Tensor) -> Iterator[None]:
 
     def note(child: Any, args: tuple[Any, ...], out: Tensor) -> None:
         if args and args[0] is given:
-            found.append((child, out))
+            found.append((child, out.clone()))  # the module may change it in place
 
     # a subclass, one with hooks or one that is replaced already may do more than it seems
     plain = [c for c in module.children() if type(c) is nn.Linear and not _watched(c)]
@@ -49,6 +48,13 @@ def made_once(module: nn.Module, given: Tensor) -> Iterator[None]:
             hook.remove()
     for child, out in found:
         setattr(child, OURS, Made(child, given, out))
+
+
+def forget(module: nn.Module) -> None:
+    """Let go what a step that was not made would have used."""
+    for child in module.children():
+        if isinstance(vars(child).get(OURS), Made):
+            vars(child).pop(OURS, None)
 
 
 def _watched(child: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from kvshrink.attach.implementation import is_ours
 from kvshrink.attach.inputs import by_name, extra
 from kvshrink.attach.judging import judged_prompt
 from kvshrink.attach.keywords import check_keywords
-from kvshrink.attach.once import made_once
+from kvshrink.attach.once import forget, made_once
 from kvshrink.attach.owner import check_owner
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.latents import hand_over, maker_of
@@ -42,11 +42,16 @@ class Stage:
         if cache is None and args:
             cache = next((a for a in args if isinstance(a, KVCache)), None)
         if isinstance(cache, KVCache):
-            self._stage(module, by_name(module, args, kwargs), cache, not compiled())
+            try:
+                self._stage(module, by_name(module, args, kwargs), cache, not compiled())
+            except BaseException:
+                forget(module)  # the step does not come
+                raise
 
     @at_once
     @own_modes
     def _stage(self, module: Any, given: Mapping[str, Any], cache: KVCache, plain: bool) -> None:
+        forget(module)  # what an interrupted step left
         hidden = given["hidden_states"]
         b, s = hidden.shape[:2]
         layer, probe_queries = cache.layers[self.index], None

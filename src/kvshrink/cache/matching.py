@@ -1,10 +1,10 @@
 """What a dropped token did is not lost: keys and values that stay are changed until they attend as all did (Attention
 Matching, arXiv 2602.16284), as far as some queries can tell.
 
-Of each head three steps, none of which needs a gradient. How much more each kept key must weigh, so that all of them
-together get the share of attention that the whole block has: least squares within bounds. A direction of the head in
-which every query has about the same length: a key moved along it weighs more with all of them. The values with which
-the outputs are those of the whole block: ridge regression around the values that were there.
+Of each head three steps, none of which needs a gradient of the model. How much more each kept key must weigh, so that
+all of them together get the share of attention that the whole block has: least squares within bounds. A direction of
+the head in which every query has about the same length: a key moved along it weighs more with all of them. The values
+with which the outputs are those of the whole block: ridge regression around the values that were there.
 
 Departures: the paper stores the weight as a bias of each token's score, which no codec and no kernel has; moved keys
 cost no byte and may be stored by any method. Squares are of a head's whole output, sinks and window beside the block,
@@ -36,15 +36,12 @@ class Rest(NamedTuple):
 
 
 def behind(
-    queries: Float[Tensor, "b h m d"], read: Int[Tensor, "b m"] | None, last: Int[Tensor, " b"], rope: Rope | None
+    queries: Float[Tensor, "b h m d"], read: Int[Tensor, "b m"], last: Int[Tensor, " b"], rope: Rope
 ) -> Float[Tensor, "b h m d"]:
     """Queries that read a prompt again at these positions, as if they came next behind its last one: what comes next
     looks at the prompt's end from near."""
-    if rope is None or read is None:
-        return queries
     order = torch.arange(queries.shape[2], device=queries.device) % AHEAD
-    as_read = rope.of_prompt(read, int(read.max()) + 1)
-    return rope.apply(rope.undo(queries, as_read), last[:, None] + 1 + order)
+    return rope.apply(rope.undo(queries, read), last[:, None] + 1 + order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +102,7 @@ def matched(
     moved = old + gain[:, None] * _direction(queries, share)
     scores = _scores(queries, torch.cat([moved, rest_keys]), softcap)
     own, others = (scores - _sum(scores, nothing)).exp().tensor_split([len(kept)], 1)
-    return moved, values[kept] + _ridge(own, out - others @ rest_values - own @ values[kept])
+    return moved, values[kept] + _ridge(own, out - others @ rest_values - own @ values[kept], share)
 
 
 def _seen(
@@ -169,10 +166,13 @@ def _direction(queries: Float[Tensor, "m d"], share: Float[Tensor, " m"]) -> Flo
     return found
 
 
-def _ridge(weights: Float[Tensor, "m k"], wanted: Float[Tensor, "m e"]) -> Float[Tensor, "k e"]:
-    """x, no larger than it needs to be, with which weights @ x is nearest to what is wanted."""
+def _ridge(
+    weights: Float[Tensor, "m k"], wanted: Float[Tensor, "m e"], share: Float[Tensor, " m"]
+) -> Float[Tensor, "k e"]:
+    """x, no larger than it needs to be, with which weights @ x is nearest to what is wanted. What these queries hardly
+    read is held as if all had their share alike: else what is small would be made up for by values without bound."""
     m, k = weights.shape
     square = weights.T @ weights if k <= m else weights @ weights.T
-    square.diagonal().add_(RIDGE * weights.square().sum() / k + 1e-9)
+    square.diagonal().add_(RIDGE * max(float(weights.square().sum()) / k, float(share.square().sum()) / k**2) + 1e-9)
     found: Tensor = torch.linalg.solve(square, weights.T @ wanted if k <= m else wanted)
     return found if k <= m else weights.T @ found

@@ -43,9 +43,12 @@ class Rope:
             raise CacheError(f"position_ids reach {reach - 1}. With longrope only 0 to {FAR - 1} can be stored.")
         return self.of_prompt(positions, reach)
 
-    def of_prompt(self, positions: Int[Tensor, "b t"], reach: int) -> Int[Tensor, "b t"]:
+    def of_prompt(self, positions: Int[Tensor, "b t"], reach: int | Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
         """The same of a prompt of so many tokens, which is one step."""
-        return positions if self.long is None or reach <= self.most else positions + FAR
+        if self.long is None:
+            return positions
+        far = reach > self.most
+        return torch.where(far, positions + FAR, positions) if isinstance(far, Tensor) else positions + FAR * far
 
     def alike(self, positions: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Float[Tensor, " f"]] | None:
         """Plain positions and the frequencies of all of them; None if they have both."""

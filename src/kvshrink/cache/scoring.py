@@ -134,7 +134,7 @@ def _add(
 
 def _seen(columns: Int[Tensor, " x"], real: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """How many queries that are tokens, at these columns, see each token."""
-    at = torch.zeros(real.shape, device=real.device)
+    at = torch.zeros(real.shape, dtype=torch.float32, device=real.device)
     at[:, columns] = real[:, columns].float()
     return at.flip(1).cumsum(1).flip(1).masked_fill_(~real, 0.0)
 

@@ -199,21 +199,23 @@ class Leave:
     def _matching(
         self, leaving: Leaving, keys: Tensor, values: Tensor, positions: Tensor, staged: Staged
     ) -> Matching | None:
-        """By what the tokens that stay are changed, where they are and the model read them again."""
+        """By what the tokens that stay are changed, where they are and the model read them again: of a first prompt."""
         judged = staged.judged
-        if not self.policy.matches or judged is None or judged.queries is None:
+        if not self.policy.matches or judged is None or judged.queries is None or len(self.body.youngest):
             return None
         rows = np.arange(len(keys)) if leaving.rows is None else leaving.rows
         own = torch.from_numpy(rows).to(keys.device)
         real = positions[own] >= 0
-        real[:, leaving.start : leaving.stop] = False
+        real[:, : leaving.stop] = False  # before them are the junk of joined rows and what left
         rest = Rest(keys[own], values[own], real)
         if self.sinks.keys is not None and self.sinks.values is not None and self.sinks.columns is not None:
             sinks = self.sinks.keys[own], self.sinks.values[own], self.sinks.columns[own] >= 0
             rest = Rest(*(torch.cat(x, -1 if x[0].dim() == 2 else 2) for x in zip(sinks, rest, strict=True)))
-        last, read = positions[own].amax(1), None if judged.positions is None else judged.positions[own]
-        sinks_of = None if judged.sinks is None else judged.sinks[own]
-        return Matching(behind(judged.queries[own], read, last, self.before.rope), rest, judged.softcap, sinks_of)
+        rope, last = self.before.rope, positions[own].amax(1)
+        queries = judged.queries[own]
+        if rope is not None and judged.positions is not None and judged.reach is not None:
+            queries = behind(queries, rope.of_prompt(judged.positions[own], judged.reach[own]), last, rope)
+        return Matching(queries, rest, judged.softcap, None if judged.sinks is None else judged.sinks[own])
 
     def _append(
         self,

@@ -50,7 +50,7 @@ def write(folder: Path, cache: KVCache, ids: Tensor, method: Method | Artifact) 
     if isinstance(method, Artifact):
         method.save_pretrained(folder / FITTED)
     own = method.method if isinstance(method, Artifact) else method
-    about = {"format": FORMAT, "version": VERSION, "method": text_of(own), "fitted": fitted, "tokens": ids.shape[1]}
+    about = {"format": FORMAT, "version": VERSION, "method": text_of(own), "fitted": fitted}
     write_all(
         {
             folder / CACHE: files.tensors_of(cache.state_dict(), {"format": "kvshrink cache"}),
@@ -75,6 +75,8 @@ def read(folder: Path, model: Any) -> Context:
 
 def _method(folder: Path, about: dict[str, Any]) -> Method | Artifact:
     if about.get("fitted"):
+        if not (folder / FITTED).is_dir():  # a name that is no folder would be looked for at the hub
+            raise ArtifactError(f"{folder / FITTED} does not exist. Make it again by kvshrink compact.")
         return Artifact.from_pretrained(folder / FITTED)
     text = about.get("method")
     found = parse_all([text], {})[0].method if isinstance(text, str) else None

@@ -9,9 +9,7 @@ import typer
 from kvshrink.attach import make_cache
 from kvshrink.cli import _context
 from kvshrink.cli._common import (
-    BitsOption,
     JsonOption,
-    KeepOption,
     ModelOption,
     TextOption,
     console,
@@ -42,15 +40,13 @@ def compact(
     method: Annotated[
         str | None, typer.Option("--method", help=f"name:setting=value,... (docs/methods.md); default: {DEFAULT}.")
     ] = None,
-    keep: KeepOption = None,
-    bits: BitsOption = None,
     text: TextOption = None,
     json: JsonOption = False,
 ) -> None:
     """Read a document once and keep it shrunken; ask it by `kvshrink generate --context OUT --prompt ...`."""
-    refuse_beside(artifact, method=method, keep=keep, bits=bits, text=text)
+    refuse_beside(artifact, method=method, text=text)
     chosen: Method | Artifact
-    chosen = Artifact.from_pretrained(artifact) if artifact else one_method(method or DEFAULT, keep, bits)
+    chosen = Artifact.from_pretrained(artifact) if artifact else one_method(method or DEFAULT, None, None)
     refuse_text(text, [chosen])
     given = read_text(document, "cannot read document")
     if not given.strip():

@@ -56,9 +56,12 @@ def generate(
         refuse_beside(context, "context", artifact=artifact, method=method, keep=keep, bits=bits, text=text)
         net, tokenizer = load(model)
         document = _context.read(context, net)
-        answers = [_answer(net, tokenizer, *document.asked(p, tokenizer), max_new_tokens) for p in prompts]
+        answers = []
+        for prompt_text in prompts:
+            console.print(f"> {prompt_text}")
+            answers.append(_answer(net, tokenizer, *document.asked(prompt_text, tokenizer), max_new_tokens))
         if json:
-            print_json({"context": str(context), "answers": answers} if len(answers) > 1 else answers[0])
+            print_json({"context": str(context), "answers": answers})
         return
     refuse_beside(artifact, method=method, keep=keep, bits=bits, text=text)
     chosen: Method | Artifact

@@ -28,9 +28,9 @@ def score(
 def tiles(queries: Tensor, keys: Tensor, ends: Int[Tensor, " x"], most: int) -> list[tuple[slice, slice, int]]:
     """(heads, queries, how many keys the last of them sees), so that no tile has more than so many scores."""
     b, h, m, x, _ = queries.shape
-    last = ends.tolist()
+    last = ends.tolist() or [0]
     if b * h * m * x * last[-1] <= most and last[-1] <= FEW:
         return [(slice(None), slice(None), last[-1])]
-    step = min(x, max(1, most // (b * m * last[-1])))
+    step = max(1, min(x, most // (b * m * last[-1])))
     parts = [(slice(at, at + step), last[min(x, at + step) - 1]) for at in range(0, x, step)]
     return [(slice(head, head + 1), *part) for head in range(h) for part in parts]  # no copy of all heads' keys

@@ -14,12 +14,14 @@ Reduce = Literal["sum", "max", "below"]  # "below": how many queries give a toke
 class Judged(NamedTuple):
     """What a model said of a step's new tokens when it read them again. least: what a token must have to stay, of those
     that leave in the step. queries: some of those that it read with, as attention uses them at these positions, times
-    its scale; sinks: of each of these, the logit that takes a share and is no token."""
+    its scale; reach: how many tokens their step had seen; sinks: of each of these, the logit that takes a share and is
+    no token."""
 
     scores: Float[Tensor, "b h s"]
     least: Float[Tensor, "b h"]
     queries: Float[Tensor, "b h m d"] | None = None
     positions: Int[Tensor, "b m"] | None = None
+    reach: Int[Tensor, "b m"] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, "b h m"] | None = None
 

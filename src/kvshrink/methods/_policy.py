@@ -52,9 +52,9 @@ class Scorer(ABC):
         return 1.0
 
     @property
-    def listens(self) -> int:
-        """How many queries of each KV head it wants of those that read a prompt again."""
-        return 0
+    def listens(self) -> bool:
+        """Whether some of the queries that read a prompt again are wanted too."""
+        return False
 
     @property
     def remembers(self) -> bool:

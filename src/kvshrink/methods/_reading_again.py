@@ -26,14 +26,14 @@ class Repeated(Scorer):
 
     ratio: float
     per: Per
-    queries_kept: int = 0
+    heard: bool = False
     keeps: ClassVar[Keeps] = "own"
     asks: ClassVar[bool] = False
     judged: ClassVar[bool] = True
 
     @property
-    def listens(self) -> int:
-        return self.queries_kept
+    def listens(self) -> bool:
+        return self.heard
 
     def importance(self, seen: Evidence) -> Float[Tensor, "b h t"]:
         if seen.judged is not None:

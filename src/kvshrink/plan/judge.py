@@ -5,6 +5,7 @@ that does no more (`Method.apart`). Each cache is filled from an exact prefill, 
 time. A method that lets a new token read a part of the tokens does so for single ones, so these come one by one.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +26,13 @@ class Judge:
     def __init__(self, recall: Recall, step: int) -> None:
         self.model, self.recall, self.step = recall.reader.model, recall, step
         self.exact = prefill(self.model, recall.made[:, : -recall.tail], wanted=Wanted(torch.arange, hidden=True))
-        self.queries = 0
 
-    def judged(self, queries: int) -> DynamicCache:
-        """The rows with what the model needs of them, when it reads them again, and so many of its queries."""
+    @cached_property
+    def judged(self) -> DynamicCache:
+        """The rows with what the model needs of them, when it reads them again, and some of its queries."""
+        context = self.recall.made[:, : -self.recall.tail]
         made: Any = self.exact
-        if made.judged is None or queries > self.queries:
-            context = self.recall.made[:, : -self.recall.tail]
-            made.judged, self.queries = judged_by_reading_again(self.model, made, context, queries=queries), queries
+        made.judged = judged_by_reading_again(self.model, made, context, queries=True)
         found: DynamicCache = made
         return found
 
@@ -40,9 +40,8 @@ class Judge:
     def kl(self, method: Method | Artifact) -> float:
         """In nats, over all tokens of the repetitions. Raises DataError where predictions are no numbers."""
         cache, exact = make_cache(self.model, method), self.exact
-        scorers = [layer.policy.scorer for layer in cache.compressed]
-        if any(s is not None and s.judged for s in scorers):
-            exact = self.judged(max(s.listens for s in scorers if s is not None))
+        if any(layer.policy.scorer is not None and layer.policy.scorer.judged for layer in cache.compressed):
+            exact = self.judged
         fill(cache, exact, attach(self.model))
         tail = self.recall.made[:, -self.recall.tail :]
         parts = tail.split(1 if _chooses(cache) else self.step, 1)

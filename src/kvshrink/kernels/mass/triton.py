@@ -27,9 +27,9 @@ def mass(
     """As the reference. Weights are not below 0."""
     b, h, m, x, d = queries.shape
     t, device = keys.shape[2], keys.device
-    out, lse = (torch.empty(*shape, device=device) for shape in ((b, h, t), (b, h, m, x)))
+    out, lse = (torch.empty(*shape, dtype=torch.float32, device=device) for shape in ((b, h, t), (b, h, m, x)))
     ends = ends.to(device, torch.int32).contiguous()
-    each = torch.ones(x, device=device) if weights is None else weights.to(device, torch.float32)
+    each = torch.ones(x, dtype=torch.float32, device=device) if weights is None else weights.to(device, torch.float32)
     each = each.expand(b, x) if asks is None else each * asks.to(device)
     # the first query that sees the first key of a tile
     first = torch.searchsorted(ends, torch.arange(0, t, KEYS, device=device, dtype=torch.int32), right=True).int()

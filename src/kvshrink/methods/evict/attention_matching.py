@@ -5,14 +5,16 @@ with; keys and values of these are then changed in closed form (cache/matching.p
 many questions: `kvshrink compact` saves it.
 
 A prompt takes about three times as long, and some least squares of each head. What is decoded stays, and so do steps of
-fewer than 32 tokens; the next prompt is matched by itself.
+fewer than 32 tokens. Only the first prompt of a cache is matched, of one in chunks the first chunk: of a later one
+these queries read mostly what is stored before it, by which its own tokens cannot be told. It is chosen from as KVzip
+does.
 
 Departures: tokens are chosen and shared between heads as KVzip does, by the most attention of any query of the
 repetition, where the paper takes its root mean square, a profile of heads made beforehand, or orthogonal matching
 pursuit; the weight of a key is not a bias beside it but moves the key; no questions are made up to match by.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from kvshrink.methods._policy import Scorer
@@ -24,18 +26,15 @@ from kvshrink.methods._settings import require
 @final
 @dataclass(frozen=True)
 class AttentionMatching(ReadingAgain):
-    """As KVzip, what stays attending as all did. queries: by how many of each KV head it is matched."""
-
-    queries: int = field(default=1024, kw_only=True)
+    """As KVzip, what stays attending as all did."""
 
     matches: ClassVar[bool] = True
 
     def scorer(self, fitted: Fitted) -> Scorer:
-        return Repeated(self.ratio, self.per, self.queries)
+        return Repeated(self.ratio, self.per, heard=True)
 
     def check(self) -> None:
         super().check()
-        require(1 <= self.queries <= 2**16, f"queries={self.queries}", "Use 1 to 65536.")
         require(not self.merge, "merge=True beside matching", "What is dropped is matched already. Leave it out.")
 
 
