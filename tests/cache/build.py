@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvshrink.attach.judging import Heard, judged_of
+from kvshrink.attach.judging import judged_of
 from kvshrink.cache.attend import keys_of
 from kvshrink.cache.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.scoring import ProbeQueries
 from kvshrink.cache.snapshot import Snapshot
+from kvshrink.methods._evidence import Heard
 from kvshrink.methods._roles import Fitted, Method, Tier
 from kvshrink.methods._stats import LayerShape
 from kvshrink.store.tokens import TokenTable

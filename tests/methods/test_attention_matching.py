@@ -8,12 +8,13 @@ from scipy.optimize import lsq_linear
 
 import kvshrink
 from kvshrink.attach.fill import fill, prefill, wanted_by
-from kvshrink.attach.judging import QUERIES, Heard, judged_by_reading_again, judged_of
+from kvshrink.attach.judging import QUERIES, judged_by_reading_again, judged_of
 from kvshrink.cache import matching
 from kvshrink.cache.matching import bounded_gains, matched
 from kvshrink.cache.rope import Rope
 from kvshrink.errors import CacheError, SettingError
 from kvshrink.eval.run.entries import parse
+from kvshrink.methods._evidence import Heard
 from kvshrink.methods.evict.attention_matching import AttentionMatching
 from kvshrink.methods.evict.kvzip import KVzip
 from tests.attach.test_unknown_models import built

@@ -6,8 +6,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kvshrink
 from kvshrink.attach import judging
 from kvshrink.attach.fill import fill, prefill, wanted_by
-from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
+from kvshrink.attach.judging import judged_by_reading_again, judged_of
 from kvshrink.errors import CacheError
+from kvshrink.methods._evidence import Heard
 from kvshrink.methods.evict.kvzip import KVzip
 from tests.methods.evicting import SHAPE, cache_of, check_generate, pages_of, reference, refused, wanted
 

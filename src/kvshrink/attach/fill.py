@@ -16,13 +16,14 @@ from transformers import DynamicCache
 
 from kvshrink.attach.hook import Attachment
 from kvshrink.attach.inputs import by_name
-from kvshrink.attach.judging import Heard, judged_by_reading_again, judged_of
+from kvshrink.attach.judging import judged_by_reading_again, judged_of
 from kvshrink.attach.look import layers_of
 from kvshrink.attach.stage import probe_queries_of
 from kvshrink.cache import KVCache
 from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.passed import has_states, restore_states, states_of
 from kvshrink.cache.scoring import ProbeQueries
+from kvshrink.methods._evidence import Heard
 from kvshrink.methods._roles import Method
 from kvshrink.methods._stats import SOME
 from kvshrink.store.modes import without_dropout

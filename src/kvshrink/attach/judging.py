@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,26 +25,13 @@ from kvshrink.cache.layer import CompressedLayer
 from kvshrink.cache.leaving import left
 from kvshrink.cache.passed import has_states
 from kvshrink.errors import CacheError
-from kvshrink.methods._evidence import Judged
+from kvshrink.methods._evidence import Heard, Judged
 from kvshrink.shapes import Bool, Float, Int
 from kvshrink.store.modes import evaluating, without_dropout
 
 QUERIES = 1024  # that are kept, of each KV head
 CHUNK, BEFORE, FIRST = 2048, 8, 4  # tokens repeated at a time, of the chunk before, and of the text's beginning
 SCORE_ELEMENTS = 2**22  # probabilities alive at a time
-
-
-class Heard(NamedTuple):
-    """Of one layer. scores: importance of tokens, 0 to 1, at pads 0. queries: some of those of the repetition, as
-    attention uses them at these positions, times its scale; reach: how many tokens their step had seen. sinks: of each
-    of these, the logit that takes a share and is no token."""
-
-    scores: Float[Tensor, "b h s"]
-    queries: Float[Tensor, "b h m d"] | None = None
-    positions: Int[Tensor, "b m"] | None = None
-    reach: Int[Tensor, "b m"] | None = None
-    softcap: float | None = None
-    sinks: Float[Tensor, "b h m"] | None = None
 
 
 @dataclass(eq=False)
@@ -261,7 +248,7 @@ def judged_of(cache: KVCache, raw: Mapping[int, Heard], mask: Tensor | None) -> 
     given = {i: x.masked_fill(x == torch.inf, -torch.inf) for i, x in candidates.items()}
     least = some.policy.scorer.least(given, list(zip(start.tolist(), stop.tolist(), strict=True)), page)
     by_head = {i: least[i].repeat_interleave(raw[i].scores.shape[1] // least[i].shape[1], 1) for i in layers}
-    return {i: Judged(raw[i].scores, by_head[i], *raw[i][1:]) for i in layers}
+    return {i: Judged(raw[i], by_head[i]) for i in layers}
 
 
 def _candidates(

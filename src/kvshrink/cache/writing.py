@@ -115,7 +115,7 @@ class Leave:
             turn=None if rope is None else rope.apply,
             hidden=staged.hidden,
             order=positions if rope is None or rope.long is None else plain(positions),
-            judged=None if staged.judged is None else staged.judged.scores,
+            judged=None if staged.judged is None else staged.judged.heard.scores,
         )
         return seen, None if got is None else got.stored
 
@@ -200,8 +200,8 @@ class Leave:
         self, leaving: Leaving, keys: Tensor, values: Tensor, positions: Tensor, staged: Staged
     ) -> Matching | None:
         """By what the tokens that stay are changed, where they are and the model read them again: of a first prompt."""
-        judged = staged.judged
-        if not self.policy.matches or judged is None or judged.queries is None or len(self.body.youngest):
+        heard = None if staged.judged is None else staged.judged.heard
+        if not self.policy.matches or heard is None or heard.queries is None or len(self.body.youngest):
             return None
         rows = np.arange(len(keys)) if leaving.rows is None else leaving.rows
         own = torch.from_numpy(rows).to(keys.device)
@@ -212,10 +212,10 @@ class Leave:
             sinks = self.sinks.keys[own], self.sinks.values[own], self.sinks.columns[own] >= 0
             rest = Rest(*(torch.cat(x, -1 if x[0].dim() == 2 else 2) for x in zip(sinks, rest, strict=True)))
         rope, last = self.before.rope, positions[own].amax(1)
-        queries = judged.queries[own]
-        if rope is not None and judged.positions is not None and judged.reach is not None:
-            queries = behind(queries, rope.of_prompt(judged.positions[own], judged.reach[own]), last, rope)
-        return Matching(queries, rest, judged.softcap, None if judged.sinks is None else judged.sinks[own])
+        queries = heard.queries[own]
+        if rope is not None and heard.positions is not None and heard.reach is not None:
+            queries = behind(queries, rope.of_prompt(heard.positions[own], heard.reach[own]), last, rope)
+        return Matching(queries, rest, heard.softcap, None if heard.sinks is None else heard.sinks[own])
 
     def _append(
         self,

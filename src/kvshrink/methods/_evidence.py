@@ -11,19 +11,26 @@ from kvshrink.shapes import Bool, Float, Int
 Reduce = Literal["sum", "max", "below"]  # "below": how many queries give a token less than an even share
 
 
-class Judged(NamedTuple):
-    """What a model said of a step's new tokens when it read them again. least: what a token must have to stay, of those
-    that leave in the step. queries: some of those that it read with, as attention uses them at these positions, times
-    its scale; reach: how many tokens their step had seen; sinks: of each of these, the logit that takes a share and is
-    no token."""
+class Heard(NamedTuple):
+    """What a model said of a layer's new tokens when it read them again. scores: their importance, 0 to 1, at pads 0.
+
+    queries: some of those of the repetition, as attention uses them at these positions, times its scale; reach: how
+    many tokens their step had seen; sinks: of each of these, the logit that takes a share and is no token.
+    """
 
     scores: Float[Tensor, "b h s"]
-    least: Float[Tensor, "b h"]
     queries: Float[Tensor, "b h m d"] | None = None
     positions: Int[Tensor, "b m"] | None = None
     reach: Int[Tensor, "b m"] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, "b h m"] | None = None
+
+
+class Judged(NamedTuple):
+    """The same of a step. least: what a token must have to stay, of those that leave in it."""
+
+    heard: Heard
+    least: Float[Tensor, "b h"]
 
 
 @dataclass(frozen=True, eq=False)
