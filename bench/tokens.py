@@ -139,6 +139,8 @@ def main() -> None:
         rows = equal_bytes.measure(model, tokenizer, every, args.length, given, log, bar)
     for row in rows:
         row.pop("hits", None)
+        if args.seen:
+            row.pop("text", None)  # no question is in it
     record = {
         "command": " ".join(["python", *sys.argv]),
         "setting": setting(torch.device("cpu")),
