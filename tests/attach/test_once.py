@@ -96,3 +96,12 @@ def test_a_step_that_does_not_come_leaves_nothing(monkeypatch):
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
         model(input_ids=ids[:1, :100], past_key_values=cache)
     assert not any(OURS in vars(m) for m in model.modules())
+
+
+def test_autocast_gets_what_it_rounds_itself():
+    outer, given = nn.ModuleDict({"plain": nn.Linear(4, 4)}), torch.randn(1, 3, 4)
+    with torch.no_grad():
+        with made_once(outer, given):
+            outer["plain"](given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert outer["plain"](given).dtype == torch.bfloat16
