@@ -66,7 +66,7 @@ def with_bias(queries, keys, values, kept, rest_keys, rest_values) -> tuple[Tens
     old = keys[kept]
     bias = bounded_gains((queries @ old.T - whole).exp(), share)
     own, others = torch.cat([queries @ old.T + bias, queries @ rest_keys.T], 1).softmax(1).tensor_split([len(kept)], 1)
-    return values[kept] + _ridge(own, out - others @ rest_values - own @ values[kept]), bias
+    return values[kept] + _ridge(own, out - others @ rest_values - own @ values[kept], share), bias
 
 
 def errors(count: int, given: tuple, after: tuple, asked: Tensor, sets: dict[str, Tensor]) -> dict[str, float]:
