@@ -51,7 +51,6 @@ class Stage:
     @at_once
     @own_modes
     def _stage(self, module: Any, given: Mapping[str, Any], cache: KVCache, plain: bool) -> None:
-        forget(module)  # what an interrupted step left
         hidden = given["hidden_states"]
         b, s = hidden.shape[:2]
         layer, probe_queries = cache.layers[self.index], None

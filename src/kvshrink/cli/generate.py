@@ -59,7 +59,9 @@ def generate(
         answers = []
         for prompt_text in prompts:
             console.print(f"> {prompt_text}")
-            answers.append(_answer(net, tokenizer, *document.asked(prompt_text, tokenizer), max_new_tokens))
+            cache, ids = document.asked(prompt_text, tokenizer)
+            _check_room(net, ids, max_new_tokens)
+            answers.append(_answer(net, tokenizer, cache, ids, max_new_tokens))
         if json:
             print_json({"context": str(context), "answers": answers})
         return
@@ -73,9 +75,7 @@ def generate(
     if not start:
         raise DataError("the prompt has no token that the model knows. Give at least one word.")
     ids = torch.tensor([start + rest], device=net.device)  # the rest is the end of a chat template
-    check_context(
-        net, ids.shape[1] + max_new_tokens, f"{ids.shape[1]} of the prompt + {max_new_tokens} new"
-    )  # before a fit
+    _check_room(net, ids, max_new_tokens)  # before a fit
     if isinstance(chosen, Method) and chosen.needs_fit:
         chosen = fit_all(net, [chosen], texts, tokenizer, batch=4)[0]
     answer = _answer(net, tokenizer, make_cache(net, chosen), ids, max_new_tokens)
@@ -83,9 +83,12 @@ def generate(
         print_json(answer)
 
 
+def _check_room(net: Any, ids: Tensor, new: int) -> None:
+    check_context(net, ids.shape[1] + new, f"{ids.shape[1]} of the prompt + {new} new")
+
+
 def _answer(net: Any, tokenizer: Any, cache: KVCache, ids: Tensor, max_new_tokens: int) -> dict[str, Any]:
     """Print what comes next, and what the cache held; both as a JSON object has them."""
-    check_context(net, ids.shape[1] + max_new_tokens, f"{ids.shape[1]} of the prompt + {max_new_tokens} new")
     with torch.inference_mode(), greedy(net, net.generation_config.eos_token_id, tokenizer.pad_token_id or 0):
         out = net.generate(
             input_ids=ids,
