@@ -72,3 +72,16 @@ def test_far_scores_stay_numbers_and_many_threads_add_up(monkeypatch):
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
     monkeypatch.setattr(cpu, "mass", None)
     torch.testing.assert_close(mass.mass(queries, keys, ends), got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("far", [0.0, 60.0, 200.0, -200.0])
+def test_a_score_far_above_or_below_the_first_and_last_keys_is_found(dtype, far):
+    """Exponentials of 16-bit scores are taken beside a near guess of the largest; where that is far, beside it."""
+    queries, keys = torch.ones(1, 1, 1, 2, 16), torch.zeros(1, 1, 100, 16, dtype=dtype)
+    keys[:, :, 40] = far / 16
+    keys[:, :, 60] = torch.nan
+    real = torch.arange(100)[None] != 60
+    got = mass.mass(queries, keys, torch.tensor([70, 100]), None, real)
+    want = written_out(queries, keys, torch.tensor([70, 100]), None, real, None, False)
+    np.testing.assert_allclose(got.cpu(), want, rtol=1e-3, atol=1e-6)

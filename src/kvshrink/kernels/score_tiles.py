@@ -1,5 +1,7 @@
 """Scores of many queries with keys, a tile at a time: what is gone through by kernels that sum up columns."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,17 +14,28 @@ def gather(into: Float[Tensor, "b h t"], found: Float[Tensor, "b h t"], most: bo
     into.copy_(torch.maximum(into, found) if most else into + found)
 
 
-def score(
-    queries: Tensor, keys: Tensor, heads: slice, at: slice, end: int, room: Float[Tensor, " n"] | None = None
-) -> Float[Tensor, "b h m x t"]:
-    """Of some queries of some heads with the first keys, in the keys' dtype. room: memory to make them in."""
-    part = queries[:, heads, :, at]
-    b, h, m, x, d = part.shape
-    flat, of_keys = part.reshape(b * h, m * x, d).to(keys.dtype), keys[:, heads, :end].flatten(0, 1).transpose(1, 2)
-    if room is None:
-        return (flat @ of_keys).view(b, h, m, x, end)
-    out = room[: flat.shape[0] * flat.shape[1] * end].view(b * h, m * x, end)
-    return torch.bmm(flat, of_keys, out=out).view(b, h, m, x, end)
+def scored(
+    queries: Float[Tensor, "b h m x d"], keys: Float[Tensor, "b h t d"], ends: Int[Tensor, " x"], most: int
+) -> Iterator[tuple[slice, slice, int, Float[Tensor, "b h m x t"]]]:
+    """(heads, queries, how many keys, their scores in the keys' dtype), a tile of at most so many scores at a time.
+
+    The next tile's scores take the place of these: fresh memory must be cleared by the system, which takes as long as
+    the product.
+    """
+    parts = tiles(queries, keys, ends, most)
+    size = max((queries[:, heads, :, at, 0].numel() * end for heads, at, end in parts), default=0)
+    room = torch.empty(size, dtype=keys.dtype, device=keys.device)
+    several, last = len(parts) > len({heads.start for heads, _, _ in parts}), None
+    for heads, at, end in parts:
+        if heads != last:
+            last, turned = heads, keys[:, heads].flatten(0, 1).transpose(1, 2)
+            if several:  # each product would gather them from among the other heads' again
+                turned = turned.contiguous()
+        part = queries[:, heads, :, at]
+        b, h, m, x, d = part.shape
+        flat = part.reshape(b * h, m * x, d).to(keys.dtype)
+        out = room[: part[..., 0].numel() * end].view(b * h, m * x, end)
+        yield heads, at, end, torch.bmm(flat, turned[..., :end], out=out).view(b, h, m, x, end)
 
 
 def tiles(queries: Tensor, keys: Tensor, ends: Int[Tensor, " x"], most: int) -> list[tuple[slice, slice, int]]:

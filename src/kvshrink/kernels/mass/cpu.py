@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvshrink.kernels import native
 from kvshrink.kernels.held.cpu import FORMS
-from kvshrink.kernels.score_tiles import gather, score, tiles
+from kvshrink.kernels.score_tiles import gather, scored
 from kvshrink.shapes import Bool, Float, Int
 
-TILE = 2**22  # scores alive at a time
+TILE = 2**21  # scores alive at a time: of 16 bits they stay in a core's share of the last cache
 
 
 class _Job(Structure):
@@ -33,12 +33,7 @@ def mass(
     library = native.library()
     assert library is not None
     out = torch.zeros(keys.shape[:3], dtype=torch.float32, device="cpu")
-    parts = tiles(queries, keys, ends, TILE)
-    # one piece of memory for all: a fresh one must be cleared by the system, which takes as long as the product
-    size = max((queries[:, heads, :, at, 0].numel() * end for heads, at, end in parts), default=0)
-    room = torch.empty(size, dtype=keys.dtype, device="cpu")
-    for heads, at, end in parts:
-        scores = score(queries, keys, heads, at, end, room)
+    for heads, at, end, scores in scored(queries, keys, ends, TILE):
         b, h, m, x, t = scores.shape
         found = torch.zeros(b, h, t, dtype=torch.float32, device="cpu")
         job = _Job(b, h, m, x, t, FORMS[scores.dtype], most, torch.get_num_threads())

@@ -7,7 +7,7 @@ Of each query first the logarithm of its sum, then the mass: softmax must be com
 import torch
 from torch import Tensor
 
-from kvshrink.kernels.score_tiles import gather, score, tiles
+from kvshrink.kernels.score_tiles import gather, scored
 from kvshrink.shapes import Bool, Float, Int
 
 TILE = 2**22  # scores alive at a time
@@ -28,8 +28,8 @@ def mass(
     not the sum.
     """
     out = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-    for heads, at, end in tiles(queries, keys, ends, TILE):
-        scores = score(queries, keys, heads, at, end).float()
+    for heads, at, end, rounded in scored(queries, keys, ends, TILE):
+        scores = rounded.float()
         scores.masked_fill_(torch.arange(end, device=keys.device) >= ends[at, None], -torch.inf)
         if real is not None:
             scores.masked_fill_(~real[:, None, None, None, :end], -torch.inf)
