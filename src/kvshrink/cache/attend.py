@@ -51,7 +51,7 @@ def attend(
     if logits is not None:
         segments.append([_sink(part, logits.float().unflatten(0, (h, -1)), values.shape[3]) for part in chunks])
     merged = [merge(list(parts)).unflatten(2, (heads // h, -1)).flatten(1, 2) for parts in zip(*segments, strict=True)]
-    return torch.cat(merged, 2).to(query.dtype)
+    return (merged[0] if len(merged) == 1 else torch.cat(merged, 2)).to(query.dtype)
 
 
 def attend_all(

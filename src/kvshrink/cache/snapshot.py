@@ -122,9 +122,10 @@ class TierView:
     def skips(self, hidden: "Hidden") -> Int[Tensor, " b"] | None:
         """Leading slots of each row that are not read."""
         begin = self.pages.first[:, 0]
-        if not begin.any():
+        columns: list[int] = begin.tolist()  # of a few rows, which numpy's own loops take longer for
+        if not any(columns):
             return hidden.columns
-        if begin.min() >= hidden.most:
+        if min(columns) >= hidden.most:
             return None
         return (hidden.columns - torch.from_numpy(begin).to(hidden.columns.device)).clamp_min(0)
 
