@@ -5,8 +5,8 @@
 kvpress answers in its own environment, by its own pipeline (bench/peers/kvpress_answers.py); ours by kvshrink's runner.
 The context is compressed before the question is seen, unless --seen. Two rows of ours stand beside each of theirs: at
 the same nominal share of tokens, and at that share of real bytes (window, sinks and index counted). Differences are
-paired by prompt, with a bootstrap's 95 % interval. Times are of a decode step over that of an uncompressed cache of the
-same environment. Run again to resume.
+paired by prompt, with a bootstrap's 95 % interval. Times are of a decode step over that of an uncompressed cache under
+kvpress, ours too: one machine, one torch, one after the other. Run again to resume.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def entries(args: argparse.Namespace, model) -> list[Entry]:
 
 
 def steps(model, tokenizer, asked: list, every: list[Entry]) -> dict[str, float]:
-    """Time of a decode step over the uncompressed cache's, one prompt."""
+    """Seconds of a decode step, one prompt."""
     import copy
     import statistics
     import time
@@ -132,7 +132,7 @@ def steps(model, tokenizer, asked: list, every: list[Entry]) -> dict[str, float]
                 model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
                 times.append(time.perf_counter() - started)
             found[entry.label] = statistics.median(times[1:])
-    return {label: round(t / found["full"], 3) for label, t in found.items()}
+    return found
 
 
 def table(args: argparse.Namespace, asked: list, theirs: list[dict], ours: dict, times: dict) -> list[dict]:
@@ -141,6 +141,7 @@ def table(args: argparse.Namespace, asked: list, theirs: list[dict], ours: dict,
     whole, rows = sum(r["nbytes"] for r in full), []
     prefill_full = np.mean([r["prefill"] for r in full])
     step_full = next(r["step"] for r in full if "step" in r)
+    times = {label: round(seconds / step_full, 3) for label, seconds in times.items()}
 
     def row(
         press: str, kept: float, side: str, hits: list[float], share: float, step: float | None, beside: list | None
