@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvshrink.attach.families import LayerInfo
 from kvshrink.cache.layout import try_out
-from kvshrink.errors import ArtifactError, KVShrinkError, SettingError
+from kvshrink.errors import ArtifactError, CacheError, KVShrinkError, SettingError
 from kvshrink.methods import name_of
 from kvshrink.methods._roles import Fitted, Method, Stored
 from kvshrink.methods._stats import SOME, LayerShape
@@ -92,7 +92,10 @@ def _refusing(artifact: Artifact, layer: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not artifact.layers or isinstance(error, KVShrinkError):
+        told = isinstance(error, KVShrinkError) and not isinstance(
+            error, CacheError
+        )  # the latter of a page that was tried
+        if not artifact.layers or told:
             raise
         raise ArtifactError(
             f"layer {layer} of the artifact does not fit this model ({line(error)}). Fit one for this model."

@@ -96,6 +96,12 @@ def _check_side(name: str, packed: Packed, b: int, heads: int, device: torch.dev
     return found
 
 
+def check_pages(packed: Packed, records: Records) -> None:
+    """Raises CacheError on pages, as these records, that a kernel would read beyond their end."""
+    groups = records.field("codes").shape[0] * records.lanes if "codes" in records else 0
+    _check_side("pages", packed._replace(stored=records), len(records.addresses), groups or 1, records.holder.device)
+
+
 def form_of(packed: Packed) -> tuple[Any, ...]:
     """All that a Packed says beside its records."""
     return packed.form, packed.width, packed.page, packed.runs, packed.group, id(packed.levels)

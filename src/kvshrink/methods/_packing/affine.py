@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.affine import dequantize, quantize
-from kvshrink.kernels.latents import Packed, load
+from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.load import load
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, slots_of
 from kvshrink.methods._packing.grouping import Grouping

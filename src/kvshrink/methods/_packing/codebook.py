@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.load import load
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
 from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, checked, slots_of
 from kvshrink.methods._packing.grouping import Axis, Grouping
@@ -95,6 +96,8 @@ class Codebook(Packing, MovesSlots):
         return {"codes": codes, **metadata}
 
     def load(self, stored: Stored) -> Float[Tensor, "b G t r"]:
+        if (packed := self.packed(stored)) is not None:
+            return load(packed)
         count = self.page * self.width
         codes = unpack(stored["codes"], self.bits) if self.bits else unpack_trits(stored["codes"], count)
         pages = self._table.to(codes.device)[codes.int()].unflatten(-1, (self.page, self.width))

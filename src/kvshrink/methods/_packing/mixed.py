@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvshrink.errors import DataError
 from kvshrink.kernels.groups import runs_of
-from kvshrink.kernels.latents import Packed, load
+from kvshrink.kernels.latents import Packed
+from kvshrink.kernels.load import load
 from kvshrink.kernels.mixed import encode
 from kvshrink.kernels.pack import packed_bytes
 from kvshrink.methods._packing.base import Importance, Packing, Stored, paged, there
