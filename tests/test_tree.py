@@ -15,7 +15,7 @@ ROOT = Path(kvshrink.__file__).parent
 REPO = Path(__file__).parents[1]
 # low to high; a package may import from itself and from what stands before it
 LAYERS = "errors called half_linear shapes identity data reference kernels store methods cache attach fit eval".split()
-LAYERS += ["plan", "cli"]
+LAYERS += ["plan", "serve", "cli"]
 SOURCES = sorted(p for p in ROOT.rglob("*.py"))
 
 

@@ -3,6 +3,7 @@
 Read the tree in the order the data takes; each line may import only from the lines below it:
 
     cli/         one module per command: demo, plan, fit, generate, eval (suite, ...), report, inspect, lm-eval
+    serve/       pages as records, a store of prefixes on disk, the connector of vLLM
     plan/        search of methods and settings for a budget of bytes or KL: space, bench, search, plan.json
     eval/        run/, tasks/, metrics/, report/: suite, perplexity, fidelity, lm-eval plug-in, figures
     fit/         statistics (streamed moments), layer-by-layer run, key/value split, training and its guard

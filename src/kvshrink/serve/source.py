@@ -1,0 +1,25 @@
+"""Records of pages for a model in files, as an engine has it: what the method makes of the model, without its weights
+in memory."""
+
+from contextlib import ExitStack
+
+from kvshrink.attach.families import decoder_layers, text_tower
+from kvshrink.attach.hook import detach
+from kvshrink.fit.source import OnDisk
+from kvshrink.methods._roles import Method
+from kvshrink.methods.artifact import Artifact
+from kvshrink.serve.records import PageRecords
+
+
+def records_of(name: str, method: Method | Artifact) -> PageRecords:
+    """name: a folder, or a hub id. Raises what `OnDisk` and `PageRecords.of` raise."""
+    disk = OnDisk(name)
+    with ExitStack() as stack:
+        stack.enter_context(disk.embeddings())
+        for i in range(len(decoder_layers(disk.model))):
+            stack.enter_context(disk.layer(i))  # views of mapped files
+        decoder = text_tower(disk.model)  # without its head, which may be tied and in no file
+        try:
+            return PageRecords.of(decoder, method)
+        finally:
+            detach(decoder)
