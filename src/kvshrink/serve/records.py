@@ -24,7 +24,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
-from kvshrink.shapes import Float, Int, UInt8
+from kvshrink.shapes import Bool, Float, Int, UInt8
 from kvshrink.store.inference import outside_inference_mode
 
 Rows = Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys as attention uses them and values, [p, h, t, d]
@@ -32,20 +32,54 @@ Rows = Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys as attention uses t
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Layers that go through the same codecs. codecs: None where rows are kept as they are."""
+    """Layers that go through the same codecs. codecs: None where rows are kept as they are; layout: of one page."""
 
     layers: list[int]
     shape: LayerShape
     codecs: tuple[Codec, Codec] | None
     rope: Rope | None
     layout: Layout
+    page: int
+
+    def pack(
+        self,
+        keys: Float[Tensor, "b h t d"],
+        values: Float[Tensor, "b h t e"],
+        first: Int[Tensor, " b"],
+        valid: Bool[Tensor, "b t"] | None = None,
+    ) -> UInt8[Tensor, "b p size"]:
+        """Records of rows of whole pages. valid: which tokens are to matter."""
+        pages = keys.shape[2] // self.page
+        assert keys.shape[2] % self.page == 0, "a block is whole pages"
+        if self.codecs is None:
+            stored = {"k": keys.unflatten(2, (pages, -1)), "v": values.unflatten(2, (pages, -1))}
+            stored = {name: x.movedim(2, 1).to(self.shape.dtype) for name, x in stored.items()}
+        else:
+            own = as_stored(self.codecs[0], keys, _positions(first, keys.shape[2]), self.rope)
+            stored = encode(self.codecs, own, values, valid, None, None)
+        records = torch.zeros(len(keys), 1, pages, self.layout.size, dtype=torch.uint8, device=keys.device)
+        self.layout.write(records, stored)
+        return records[:, 0]
+
+    def unpack(
+        self, records: UInt8[Tensor, "b p size"], first: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t e"]]:
+        """Rows as `pack` takes them."""
+        stored = {name: self.layout.read(name, records[:, None]) for name in self.layout.fields}
+        if self.codecs is None:
+            return stored["k"].movedim(1, 2).flatten(2, 3), stored["v"].movedim(1, 2).flatten(2, 3)
+        key_codec, value_codec = self.codecs
+        own, other = ({n.removeprefix(p): t for n, t in stored.items() if n.startswith(p)} for p in ("k.", "v."))
+        keys = key_codec.decode(own, self.shape.heads)
+        values = value_codec.decode(own if value_codec.joint else other, self.shape.heads)
+        return as_used(key_codec, keys, _positions(first, keys.shape[2]), self.rope), values
 
 
 class PageRecords:
-    """Records of one method for one model. page: tokens of a record; nbytes: bytes of one, of all layers."""
+    """Records of a method for one model. page: tokens of a record; nbytes: bytes of one, of all layers."""
 
-    def __init__(self, alike: list[Alike], page: int) -> None:
-        self.alike, self.page = alike, page
+    def __init__(self, alike: list[Alike], method: Method) -> None:
+        self.alike, self.method, self.page = alike, method, method.page
         self.nbytes = sum(part.layout.size * len(part.layers) for part in alike)
 
     @classmethod
@@ -64,7 +98,7 @@ class PageRecords:
                 if not info.heads:
                     raise SettingError(f"layer {i} ({info.kind}) keeps no keys and values of tokens. It has no pages.")
                 shape = shape_of(info)
-                found.append(Alike([i], shape, None, None, _layout(None, shape, own.page)))
+                found.append(Alike([i], shape, None, None, _layout(None, shape, own.page), own.page))
                 continue
             codecs = _codecs_of(layer, own)
             turns = info.rope is not None and info.rope.long is not None
@@ -73,10 +107,16 @@ class PageRecords:
             learnt = isinstance(method, Artifact) and bool(method.layers)
             known = next((p for p in found if not learnt and _same(p, layer.shape, codecs, info.rope)), None)
             if known is None:
-                found.append(Alike([i], layer.shape, codecs, info.rope, _layout(codecs, layer.shape, own.page)))
+                found.append(
+                    Alike([i], layer.shape, codecs, info.rope, _layout(codecs, layer.shape, own.page), own.page)
+                )
             else:
                 known.layers.append(i)
-        return cls(found, own.page)
+        return cls(found, own)
+
+    def at(self, layer: int) -> Alike:
+        """Of the layers that this one is among."""
+        return next(part for part in self.alike if layer in part.layers)
 
     @outside_inference_mode
     def pack(self, rows: Rows, first: Int[Tensor, " p"]) -> UInt8[Tensor, "p n"]:
@@ -84,19 +124,11 @@ class PageRecords:
         block's first token."""
         p, parts = len(first), []
         for part in self.alike:
+            count = len(part.layers)
             keys, values = (torch.cat([rows[i][side] for i in part.layers]) for side in (0, 1))
-            pages = keys.shape[2] // self.page
-            assert keys.shape[2] % self.page == 0, "a block is whole pages"
-            if part.codecs is None:
-                stored = {"k": keys.unflatten(2, (pages, -1)), "v": values.unflatten(2, (pages, -1))}
-                stored = {name: x.movedim(2, 1).to(part.shape.dtype) for name, x in stored.items()}
-            else:
-                own = as_stored(part.codecs[0], keys, self._positions(first, part, keys.shape[2]), part.rope)
-                stored = encode(part.codecs, own, values, None, None, None)
-            records = torch.zeros(len(part.layers) * p, 1, pages, part.layout.size, dtype=torch.uint8, device="cpu")
-            part.layout.write(records, stored)
-            size = pages * part.layout.size
-            parts.append(records.view(len(part.layers), p, size).transpose(0, 1).reshape(p, len(part.layers) * size))
+            records = part.pack(keys, values, first.repeat(count))
+            size = records.shape[1] * part.layout.size
+            parts.append(records.view(count, p, size).transpose(0, 1).reshape(p, count * size))
         return torch.cat(parts, 1)
 
     @outside_inference_mode
@@ -108,27 +140,15 @@ class PageRecords:
         assert records.shape[1] == pages * self.nbytes, "records are whole"
         for part in self.alike:
             count, size = len(part.layers), pages * part.layout.size
-            own = records[:, at : at + count * size].unflatten(1, (count, size)).transpose(0, 1)
+            own = records[:, at : at + count * size].unflatten(1, (count, pages, -1)).transpose(0, 1)
             at += count * size
-            keys, values = self._rows(part, own.reshape(count * p, 1, pages, part.layout.size), first)
+            keys, values = part.unpack(own.reshape(count * p, pages, part.layout.size), first.repeat(count))
             found |= {i: (keys[n * p : (n + 1) * p], values[n * p : (n + 1) * p]) for n, i in enumerate(part.layers)}
         return dict(sorted(found.items()))
 
-    def _rows(
-        self, part: Alike, records: UInt8[Tensor, "b 1 n size"], first: Int[Tensor, " p"]
-    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t e"]]:
-        stored = {name: part.layout.read(name, records) for name in part.layout.fields}
-        if part.codecs is None:
-            return stored["k"].movedim(1, 2).flatten(2, 3), stored["v"].movedim(1, 2).flatten(2, 3)
-        key_codec, value_codec = part.codecs
-        own = {n.removeprefix("k."): t for n, t in stored.items() if n.startswith("k.")}
-        other = own if value_codec.joint else {n.removeprefix("v."): t for n, t in stored.items() if n.startswith("v.")}
-        keys, values = key_codec.decode(own, part.shape.heads), value_codec.decode(other, part.shape.heads)
-        return as_used(key_codec, keys, self._positions(first, part, keys.shape[2]), part.rope), values
 
-    def _positions(self, first: Int[Tensor, " p"], part: Alike, tokens: int) -> Int[Tensor, "b t"]:
-        own = first[:, None] + torch.arange(tokens, device="cpu")
-        return own.to(torch.int32).repeat(len(part.layers), 1)
+def _positions(first: Int[Tensor, " b"], tokens: int) -> Int[Tensor, "b t"]:
+    return (first[:, None] + torch.arange(tokens, device=first.device)).to(torch.int32)
 
 
 def _codecs_of(layer: CompressedLayer, method: Method) -> tuple[Codec, Codec]:

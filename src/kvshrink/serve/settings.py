@@ -21,32 +21,10 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
 SAMPLES, SAMPLE = 64, 4096  # parts of a file that are looked at, and bytes of one
 
 
-@dataclass(frozen=True)
-class StoreSettings:
-    """path: the folder. method: as on the command line, or a folder of an artifact; "none": rows as they are.
-    limit: bytes. exact: how many of a prompt's first blocks are kept as they are, since the first tokens are attended
-    to by all others."""
+class Named:
+    """What names a method: `method`, as on the command line, or `artifact`, a folder."""
 
-    path: str
-    method: str = "turboquant:bits=4"
-    limit: int | None = 32 * 2**30
-    exact: int = 1
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "StoreSettings":
-        """From JSON's values. Raises SettingError on anything that is no setting."""
-        known = ("path", "method", "limit", "exact")
-        if other := sorted(set(given) - set(known)):
-            raise SettingError(f"a prefix store has no setting {shown(other[0])}. It has {', '.join(known)}.")
-        path, method = given.get("path"), given.get("method", cls.method)
-        if not isinstance(path, str) or not path:
-            raise SettingError(f'a prefix store needs a folder, not path={shown(path)}. Give "path": "/where/to".')
-        if not isinstance(method, str) or not method:
-            raise SettingError(f'method={shown(method)} is no text. Give one such as "{cls.method}".')
-        exact = given.get("exact", cls.exact)
-        if not isinstance(exact, int) or isinstance(exact, bool) or exact < 0:
-            raise SettingError(f"exact={shown(exact)} is no number of blocks. Give 0 or more.")
-        return cls(path, method, size_of(given["limit"]) if "limit" in given else cls.limit, exact)
+    method: str
 
     def made(self) -> Method | Artifact | None:
         """The method; None: rows are kept as they are."""
@@ -58,6 +36,73 @@ class StoreSettings:
         if method is None:
             raise SettingError(f'method={shown(self.method)} stores nothing else than rows. Say "none" for that.')
         return method
+
+
+def _method_of(given: dict[str, Any], default: str | None, what: str, known: tuple[str, ...]) -> str:
+    """Takes the method's name. Raises SettingError if there is none, are two, or is anything unknown beside it."""
+    if other := sorted(set(given) - {"method", "artifact", *known}):
+        raise SettingError(
+            f"{what} has no setting {shown(other[0])}. It has {', '.join(('method', 'artifact', *known))}."
+        )
+    named = [given.pop(name) for name in ("method", "artifact") if name in given]
+    if len(named) > 1:
+        raise SettingError(f"{what} takes a method or an artifact, not both. Leave one out.")
+    found = named[0] if named else default
+    if not isinstance(found, str) or not found:
+        raise SettingError(f'{what} needs a method, not {shown(found)}. Give one such as "turboquant:bits=4".')
+    return found
+
+
+@dataclass(frozen=True)
+class StoreSettings(Named):
+    """path: the folder. method: "none" keeps rows as they are. limit: bytes. exact: how many of a prompt's first blocks
+    are kept as they are, since the first tokens are attended to by all others."""
+
+    path: str
+    method: str = "turboquant:bits=4"
+    limit: int | None = 32 * 2**30
+    exact: int = 1
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "StoreSettings":
+        """From JSON's values. Raises SettingError on anything that is no setting."""
+        own = dict(given)
+        method = _method_of(own, cls.method, "a prefix store", ("path", "limit", "exact"))
+        path = own.get("path")
+        if not isinstance(path, str) or not path:
+            raise SettingError(f'a prefix store needs a folder, not path={shown(path)}. Give "path": "/where/to".')
+        limit = size_of(own["limit"]) if "limit" in own else cls.limit
+        return cls(path, method, limit, _count("exact", own.get("exact", cls.exact), "blocks"))
+
+
+@dataclass(frozen=True)
+class EngineSettings(Named):
+    """prefill: what a prompt's tokens see of those before them: "chunk", all of their own step exactly and older ones
+    as stored; "window", the window exactly and older ones as stored, whatever the steps. sinks: None: the method's."""
+
+    method: str
+    prefill: str = "chunk"
+    sinks: int | None = None
+
+    @classmethod
+    def of(cls, given: object) -> "EngineSettings":
+        """From JSON's values. Raises SettingError on anything that is no setting."""
+        if not isinstance(given, Mapping):
+            raise SettingError(
+                f'"kvshrink" takes settings by name, not {shown(given)}. Give {{"artifact": "/a/folder"}}.'
+            )
+        own = dict(given)
+        method = _method_of(own, None, '"kvshrink"', ("prefill", "sinks"))
+        prefill = own.get("prefill", cls.prefill)
+        if prefill not in ("chunk", "window"):
+            raise SettingError(f'prefill={shown(prefill)} is not known. Give "chunk" or "window".')
+        return cls(method, prefill, _count("sinks", own["sinks"], "tokens") if "sinks" in own else None)
+
+
+def _count(name: str, given: object, what: str) -> int:
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        raise SettingError(f"{name}={shown(given)} is no number of {what}. Give 0 or more.")
+    return given
 
 
 def size_of(given: object) -> int | None:

@@ -3,6 +3,8 @@ in memory."""
 
 from contextlib import ExitStack
 
+import torch
+
 from kvshrink.attach.families import decoder_layers, text_tower
 from kvshrink.attach.hook import detach
 from kvshrink.fit.source import OnDisk
@@ -11,13 +13,16 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.serve.records import PageRecords
 
 
-def records_of(name: str, method: Method | Artifact) -> PageRecords:
-    """name: a folder, or a hub id. Raises what `OnDisk` and `PageRecords.of` raise."""
+def records_of(name: str, method: Method | Artifact, dtype: torch.dtype | None = None) -> PageRecords:
+    """name: a folder, or a hub id. dtype: the engine's, if it may be another than that of the files, whose layers are
+    then held in it while this looks at them. Raises what `OnDisk` and `PageRecords.of` raise."""
     disk = OnDisk(name)
     with ExitStack() as stack:
         stack.enter_context(disk.embeddings())
         for i in range(len(decoder_layers(disk.model))):
-            stack.enter_context(disk.layer(i))  # views of mapped files
+            layer = stack.enter_context(disk.layer(i))  # views of mapped files
+            if dtype is not None:
+                layer.to(dtype)
         decoder = text_tower(disk.model)  # without its head, which may be tied and in no file
         try:
             return PageRecords.of(decoder, method)

