@@ -26,7 +26,7 @@ from kvshrink.kernels import compiler, private
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math")
 SECONDS = 300  # after which a compiler that hangs is ended, and no longer waited for in another process
-NAMES = ("decode", "prepare", "forget", "trellis", "mixed", "held", "round", "unround", "mass", "load")
+NAMES = ("decode", "prepare", "forget", "trellis", "mixed", "held", "round", "unround", "mass", "load", "nearest")
 FUNCTIONS = tuple(f"kvshrink_{name}" for name in NAMES)
 BUILDING = "building-"  # how folders of builds begin
 

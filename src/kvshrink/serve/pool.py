@@ -44,8 +44,8 @@ class PoolPages(Pages):
 class Reading:
     """Some requests of a step, each of which has `new` tokens that attend to all before them.
 
-    lengths: tokens of each, the new ones included. codes, exact: tables of blocks [b, blocks] of the two pools, a block
-    being `size` tokens. window, page, sinks: of the method. A request of n tokens has (n - window) // page pages.
+    lengths: tokens of each, the new ones included. codes: table [b, blocks] of their blocks of pages, a block being
+    `size` tokens. window, page, sinks: of the method. A request of n tokens has (n - window) // page pages.
     """
 
     def __init__(
@@ -53,13 +53,12 @@ class Reading:
         lengths: Sequence[int],
         new: int,
         codes: np.ndarray,
-        exact: np.ndarray,
         size: int,
         window: int,
         page: int,
         sinks: int,
     ) -> None:
-        self.length, self.new, self.codes, self.exact = np.asarray(lengths), new, codes, exact
+        self.length, self.new, self.codes = np.asarray(lengths), new, codes
         self.size, self.window, self.page, self.sinks = size, window, page, sinks
         self.pages = pages_of(self.length - new, window, page)
         own = self.length - self.pages * page  # exact tokens of each
@@ -71,28 +70,12 @@ class Reading:
         return len(self.length)
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """(block, slot) of each exact token, rows ending together: int64 [b, w]; any where a row has none."""
-        at = np.maximum(0, self.length[:, None] - self.width + np.arange(self.width))
-        return self._of(self.exact, at)
-
-    @cached_property
-    def sink_places(self) -> tuple[Tensor, Tensor]:
-        return self._of(self.exact, np.broadcast_to(np.arange(self.sinks), (self.rows, self.sinks)))
-
-    @cached_property
     def leaving(self) -> tuple[np.ndarray, np.ndarray]:
         """(row, page) of all pages that leave their window in this step."""
         after = pages_of(self.length, self.window, self.page)
         counts = after - self.pages
         row = np.repeat(np.arange(self.rows), counts)
         return row, np.concatenate([np.arange(a, b) for a, b in zip(self.pages, after, strict=True)])
-
-    @cached_property
-    def leaving_places(self) -> tuple[Tensor, Tensor]:
-        """(block, slot) of their tokens, [p, page]."""
-        row, number = self.leaving
-        return self._of(self.exact[row], number[:, None] * self.page + np.arange(self.page))
 
     @cached_property
     def leaving_valid(self) -> Tensor | None:
@@ -106,12 +89,8 @@ class Reading:
     def leaving_records(self) -> tuple[Tensor, Tensor]:
         """(block, record in it) where they go."""
         row, number = self.leaving
-        block, slot = self._of(self.codes[row], number[:, None] * self.page)
+        block, slot = _of(self.codes[row], number[:, None] * self.page, self.size)
         return block[:, 0], slot[:, 0] // self.page
-
-    def _of(self, table: np.ndarray, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-        block = np.take_along_axis(table, tokens // self.size, 1)
-        return torch.from_numpy(block.astype(np.int64)), torch.from_numpy(tokens % self.size)
 
     @cached_property
     def _records(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,6 +144,35 @@ class Reading:
             shifts=None if shifts is None else shifts.to(device),
             hidden=hidden,
         )
+
+
+class Places:
+    """(block, slot) of a reading's exact tokens, for layers whose windows share a table [b, blocks]."""
+
+    def __init__(self, reading: Reading, table: np.ndarray) -> None:
+        self.reading, self.table = reading, table
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """Of each exact token, rows ending together: int64 [b, w]; any where a row has none."""
+        own = self.reading
+        return _of(self.table, np.maximum(0, own.length[:, None] - own.width + np.arange(own.width)), own.size)
+
+    @cached_property
+    def sinks(self) -> tuple[Tensor, Tensor]:
+        own = self.reading
+        return _of(self.table, np.broadcast_to(np.arange(own.sinks), (own.rows, own.sinks)), own.size)
+
+    @cached_property
+    def leaving(self) -> tuple[Tensor, Tensor]:
+        """Of the tokens of pages that leave, [p, page]."""
+        own, (row, number) = self.reading, self.reading.leaving
+        return _of(self.table[row], number[:, None] * own.page + np.arange(own.page), own.size)
+
+
+def _of(table: np.ndarray, tokens: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    block = np.take_along_axis(table, tokens // size, 1)
+    return torch.from_numpy(block.astype(np.int64)), torch.from_numpy(tokens % size)
 
 
 def pages_of(tokens: np.ndarray, window: int, page: int) -> np.ndarray:

@@ -6,10 +6,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.nearest import nearest
 from kvshrink.kernels.normal.reference import levels
 from kvshrink.kernels.pack import pack, packed_bytes, unpack
 from kvshrink.methods._packing.base import Importance, Packing, Stored, checked, joined, paged, there
-from kvshrink.methods._packing.codebook import nearest
 from kvshrink.shapes import Bool, Float
 
 WIDTHS = (1, 2, 3, 4)  # bits

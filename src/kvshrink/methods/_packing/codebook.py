@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.load import load
+from kvshrink.kernels.nearest import nearest
 from kvshrink.kernels.pack import pack, pack_trits, packed_bytes, trit_bytes, unpack, unpack_trits
 from kvshrink.methods._packing.base import Importance, MovesSlots, Packing, Stored, checked, slots_of
 from kvshrink.methods._packing.grouping import Axis, Grouping
@@ -159,12 +160,6 @@ class Codebook(Packing, MovesSlots):
         if self.scale == "rms":
             return (sizes.square().sum(-1) / there).sqrt() * self.clip, None
         return sizes.sum(-1) / there * self.clip, None
-
-
-def nearest(x: Float[Tensor, "*rows k"], levels: Float[Tensor, " levels"]) -> Tensor:
-    """The code of the nearest level, uint8."""
-    borders = ((levels[1:] + levels[:-1]) / 2).to(x.device)
-    return torch.bucketize(x.contiguous(), borders).to(torch.uint8)
 
 
 def _ends(rows: Tensor, real: Tensor | None, sign: float) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvshrink.methods._packing.codebook import nearest
+from kvshrink.kernels.nearest import nearest
 from kvshrink.shapes import Float
 
 ROUNDS = 200

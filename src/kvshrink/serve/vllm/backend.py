@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvshrink.cache.attend import attend
-from kvshrink.serve.pool import Reading, pages_of, rows_at
+from kvshrink.serve.pool import Places, Reading, pages_of, rows_at
 from kvshrink.serve.records import Alike
 from kvshrink.serve.vllm.window import WindowLayer
 
@@ -126,66 +126,66 @@ class KVShrinkImpl(AttentionImpl[Step]):
         pages, codes = layer.kvshrink, attn_metadata
         exact = get_forward_context().attn_metadata[pages.window_layer.prefix]
         pages.window_layer.write(key[: exact.count], value[: exact.count], exact.slots, exact.size)
-        for reading, at in readings(codes, exact, pages):
+        for reading, at, places in readings(codes, exact, pages):
             own = query[at] if isinstance(at, slice) else query[at.to(query.device)]
             shape = (reading.rows, reading.new, self.num_heads, self.head_size)
-            found = self._attend(own.view(shape).transpose(1, 2), reading, pages, kv_cache)
+            found = self._attend(own.view(shape).transpose(1, 2), reading, places, pages, kv_cache)
             output[at] = found.transpose(1, 2).reshape(own.shape).to(output.dtype)
-            self._leave(reading, pages, kv_cache)
+            self._leave(reading, places, pages, kv_cache)
         return output
 
-    def _attend(self, query: Tensor, reading: Reading, pages: Pages, pool: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> Tensor:
         """[b, q, s, d]."""
         rows, d = pages.window_layer.kv_cache, self.head_size
-        keys, values = rows_at(rows, reading.places, d)
+        keys, values = rows_at(rows, places.exact, d)
         if not reading.pages.any() and self.softcap is None and not reading.starts.any():
             first = reading.width == reading.new
             mask = None if first or reading.new == 1 else _causal(reading.new, reading.width, query.device)
+            keys, values = keys.contiguous(), values.contiguous()  # a head's tokens are read faster side by side
             return F.scaled_dot_product_attention(
                 query, keys, values, mask, is_causal=first and reading.new > 1, scale=self.scale, enable_gqa=True
             )
-        sinks = rows_at(rows, reading.sink_places, d) if pages.sinks else None
+        sinks = rows_at(rows, places.sinks, d) if pages.sinks else None
         snapshot = reading.snapshot(pool, pages.records, sinks)
         return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
 
-    def _leave(self, reading: Reading, pages: Pages, pool: Tensor) -> None:
+    def _leave(self, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> None:
         if not len(reading.leaving[0]):
             return
-        keys, values = rows_at(pages.window_layer.kv_cache, reading.leaving_places, self.head_size)
+        keys, values = rows_at(pages.window_layer.kv_cache, places.leaving, self.head_size)
         first = torch.from_numpy(reading.leaving[1] * PAGE).to(keys.device)
         packed = pages.records.pack(keys, values, first, reading.leaving_valid)
         block, inner = (x.to(pool.device) for x in reading.leaving_records)
         pool[block, 0, inner, : packed.shape[-1]] = packed[:, 0]
 
 
-def readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any]]:
-    """(what is read, which of the step's tokens read it), in order: a request's parts one after the other."""
-    key = id(exact), pages.window, pages.sinks, pages.by_window
+def readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any, Places]]:
+    """(what is read, which of the step's tokens read it, where exact tokens are), in order: a request's parts one after
+    the other. All but the last is the same for all layers of a step, and that for those that share a table."""
+    key = pages.window, pages.sinks, pages.by_window
     if key not in codes.known:
-        codes.known[key] = _readings(codes, exact, pages)
-    found: list[tuple[Reading, Any]] = codes.known[key]
+        codes.known[key] = _readings(codes, pages)
+    if key not in exact.known:
+        exact.known[key] = [(r, at, Places(r, exact.table[rows])) for r, at, rows in codes.known[key]]
+    found: list[tuple[Reading, Any, Places]] = exact.known[key]
     return found
 
 
-def _readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any]]:
+def _readings(codes: Step, pages: Pages) -> list[tuple[Reading, Any, list[int]]]:
     new = np.diff(codes.starts)
     more = (codes.size, pages.window, PAGE, pages.sinks)
-
-    def of(rows: list[int], lengths: list[int], count: int) -> Reading:
-        return Reading(lengths, count, codes.table[rows], exact.table[rows], *more)
-
-    found: list[tuple[Reading, Any]] = []
+    found: list[tuple[Reading, Any, list[int]]] = []
     single = [i for i, count in enumerate(new) if count == 1]
     if single:
-        found.append(
-            (of(single, [codes.lengths[i] for i in single], 1), torch.tensor([codes.starts[i] for i in single]))
-        )
+        lengths, begins = ([x[i] for i in single] for x in (codes.lengths, codes.starts))
+        found.append((Reading(lengths, 1, codes.table[single], *more), torch.tensor(begins), single))
     for i in (i for i, count in enumerate(new) if count > 1):
         end, first = codes.lengths[i], codes.lengths[i] - int(new[i])
         cuts = [first, *(_cuts(first, end, pages.window) if pages.by_window else ()), end]
         for a, b in pairwise(cuts):
             begin = codes.starts[i] + a - first
-            found.append((of([i], [b], b - a), slice(begin, begin + b - a)))
+            reading = Reading([b], b - a, codes.table[i : i + 1], *more)
+            found.append((reading, slice(begin, begin + b - a), [i]))
     return found
 
 
