@@ -134,7 +134,7 @@ class Reading:
         return Snapshot(
             shape=layer.shape,
             rope=layer.rope,
-            tiers=(TierView(layer.codecs, self.stored(pool, layer)),),
+            tiers=(TierView(layer.codecs, self.stored(pool, layer)),) if self.pages.any() else (),
             sinks=held,
             positions=self._positions.to(device),
             padded=False,

@@ -16,12 +16,13 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from kvshrink.cache.attend import attend
+from kvshrink.cache.attend import attend, rebuild
 from kvshrink.serve.pool import Places, Reading, pages_of, rows_at
 from kvshrink.serve.records import Alike
 from kvshrink.serve.vllm.window import WindowLayer
 
 PAGE = 32
+FEW = 16  # new tokens of a request up to which stored pages are read as they are
 NAME = "CUSTOM"  # vLLM's own name for what is not its own
 
 
@@ -138,16 +139,19 @@ class KVShrinkImpl(AttentionImpl[Step]):
         """[b, q, s, d]."""
         rows, d = pages.window_layer.kv_cache, self.head_size
         keys, values = rows_at(rows, places.exact, d)
-        if not reading.pages.any() and self.softcap is None and not reading.starts.any():
-            first = reading.width == reading.new
-            mask = None if first or reading.new == 1 else _causal(reading.new, reading.width, query.device)
-            keys, values = keys.contiguous(), values.contiguous()  # a head's tokens are read faster side by side
-            return F.scaled_dot_product_attention(
-                query, keys, values, mask, is_causal=first and reading.new > 1, scale=self.scale, enable_gqa=True
+        if reading.pages.any():
+            sinks = rows_at(rows, places.sinks, d) if pages.sinks else None
+            snapshot = reading.snapshot(pool, pages.records, sinks)
+            if reading.new <= FEW or self.softcap is not None:
+                return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
+            keys, values = rebuild(
+                snapshot, keys, values
+            )  # a long part of a prompt: read once, not once for each query
+        elif self.softcap is not None or reading.starts.any():
+            return attend(
+                query, keys, values, None, self.scale, self.softcap, reading.snapshot(pool, pages.records, None)
             )
-        sinks = rows_at(rows, places.sinks, d) if pages.sinks else None
-        snapshot = reading.snapshot(pool, pages.records, sinks)
-        return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
+        return _dense(query, keys.contiguous(), values.contiguous(), self.scale)
 
     def _leave(self, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> None:
         if not len(reading.leaving[0]):
@@ -195,5 +199,11 @@ def _cuts(first: int, end: int, window: int) -> list[int]:
     return [first + int(n) for n in np.nonzero(np.diff(seen))[0] + 1]
 
 
-def _causal(new: int, width: int, device: torch.device) -> Tensor:
-    return torch.ones(new, width, dtype=torch.bool, device=device).tril(width - new)
+def _dense(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last tokens to all, aligned at their end."""
+    new, width = query.shape[2], keys.shape[2]
+    mask = None
+    if 1 < new < width:
+        mask = torch.ones(new, width, dtype=torch.bool, device=query.device).tril(width - new)
+    causal = mask is None and new > 1
+    return F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=True)
