@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check package plain sanitize bench bench-gpu models clean
+.PHONY: demo test quick check package plain sanitize bench bench-gpu models serve-vllm clean
 
 demo: $(STAMP)
 	$(BIN)/kvshrink demo --out demo
@@ -56,6 +56,12 @@ bench: $(STAMP)
 # Every model type that transformers knows, tiny and random: which run, into src/kvshrink/data/models.json and docs/models.md.
 models: $(STAMP)
 	$(BIN)/python bench/sweep.py
+
+# In an environment of its own, 3.4 GB, with vLLM for CPUs
+serve-vllm: $(STAMP)
+	test -x bench/peers/vllm/venv/bin/python || bench/peers/make.sh vllm
+	$(BIN)/python -c "from kvshrink.cli._common import model_name; model_name('smollm2')"
+	bench/peers/vllm/venv/bin/python bench/serve_vllm.py
 
 # With the Python at hand, since it needs a torch built for the GPU; triton comes with that.
 bench-gpu:

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvshrink.errors import SettingError
 from kvshrink.methods.artifact import Artifact
-from kvshrink.serve.records import PageRecords
+from kvshrink.serve.records import Alike, PageRecords
 from kvshrink.serve.settings import EngineSettings
 from kvshrink.serve.source import records_of
 from kvshrink.serve.vllm.backend import PAGE, KVShrinkBackend, Pages
@@ -59,7 +59,7 @@ def install() -> None:
         pages = getattr(self, "kvshrink", None)
         if pages is None:
             return spec(self, vllm_config)
-        size = -(-pages.records.layout.size // ROUND) * ROUND
+        size = state_bytes(pages.records)
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
@@ -70,6 +70,11 @@ def install() -> None:
         )
 
     Attention.__init__, Attention.get_kv_cache_spec, Attention._kvshrink = wrapped_init, wrapped_spec, True
+
+
+def state_bytes(records: Alike) -> int:
+    """Bytes of a page of a layer in vLLM's pool: some also where all bits are other layers'."""
+    return max(1, -(-records.layout.size // ROUND)) * ROUND
 
 
 def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[str, Any]) -> None:
