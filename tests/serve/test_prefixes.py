@@ -80,6 +80,7 @@ def test_the_least_recently_used_go_beyond_the_limit(tmp_path):
     assert again.nbytes == 9 * size
     assert not again.put(key(11), bytes(20 * size))
     assert again.counts["failed"] == 1
+    assert PrefixStore(tmp_path, limit=5 * size).nbytes <= 5 * size, "of a folder that held more"
 
 
 def test_a_full_disk_costs_nothing_but_the_block(tmp_path, monkeypatch, caplog):

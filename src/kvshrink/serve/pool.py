@@ -126,7 +126,13 @@ class Reading:
             columns = torch.arange(self.sinks, dtype=torch.int32).expand(self.rows, -1)
             columns = columns if shifts is None else columns + shifts[:, None]
             some = bool((self.pages == 0).any())  # whose first tokens are in their windows still
-            columns = columns.masked_fill(torch.from_numpy(self.pages == 0)[:, None], -1) if some else columns
+            if some:  # of a short one there may be anything in their places
+                none = torch.from_numpy(self.pages == 0).to(device)[:, None]
+                columns = columns.to(device).masked_fill(none, -1)
+                sinks = (
+                    sinks[0].masked_fill(none[..., None, None], 0.0),
+                    sinks[1].masked_fill(none[..., None, None], 0.0),
+                )
             held = ExactSinks(*sinks, columns.to(device), self.sinks, not apart and not some)
             count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
             hidden = Hidden(count, self.sinks)

@@ -55,6 +55,8 @@ class PrefixStore:
         )
         self._lock, self._told = threading.Lock(), False
         self._bytes = sum(entry.size for entry in self._entries())
+        if limit is not None and self._bytes > limit:  # it was more before
+            self._shrink(limit)
 
     def __contains__(self, key: str) -> bool:
         return self._path(key).is_file()

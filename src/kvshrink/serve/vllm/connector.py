@@ -9,10 +9,16 @@ last token is computed, and encoded and written in a thread; loads run in anothe
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from kvshrink.errors import SettingError
@@ -27,6 +33,11 @@ from kvshrink.serve.vllm.planning import Orders, Planner
 from kvshrink.serve.vllm.stats import StoreStats
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Sent(Orders, KVConnectorMetadata):
+    """Orders as vLLM hands them from the scheduler to workers."""
 
 
 class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
@@ -44,7 +55,7 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             tokens, model = vllm_config.cache_config.block_size, vllm_config.model_config
             same = identity(model.model, self.method, self.settings.exact, dtype=str(model.dtype), tokens=tokens)
-            self.planner = Planner(self.store, same, tokens)
+            self.planner = Planner(self.store, same, tokens, Sent)
 
     # --- the scheduler's side ---
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
-
 from kvshrink.serve.prefixes import PrefixStore
 from kvshrink.serve.settings import key_of
 
@@ -21,7 +19,7 @@ class Block:
 
 
 @dataclass
-class Orders(KVConnectorMetadata):
+class Orders:
     """Of one step. loads: by request; idle: whether the step computes nothing."""
 
     loads: dict[str, list[Block]] = field(default_factory=dict)
@@ -40,10 +38,12 @@ class Followed:
 
 
 class Planner:
-    def __init__(self, store: PrefixStore, identity: str, tokens: int) -> None:
-        self.store, self.identity, self.tokens = store, identity, tokens
+    """tokens: of a block; orders: the class of a step's orders."""
+
+    def __init__(self, store: PrefixStore, identity: str, tokens: int, orders: type[Orders] = Orders) -> None:
+        self.store, self.identity, self.tokens, self.made = store, identity, tokens, orders
         self.followed: dict[str, Followed] = {}
-        self.orders = Orders()
+        self.orders = orders()
 
     def matched(self, request: Any, computed: int) -> int:
         """Tokens behind the first `computed` that can be loaded. At least one is left to be computed."""
@@ -67,7 +67,7 @@ class Planner:
 
     def step(self, output: Any) -> Orders:
         """What is to be done beside this step."""
-        orders, self.orders = self.orders, Orders()
+        orders, self.orders = self.orders, self.made()
         orders.idle = not output.num_scheduled_tokens
         cached = output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))

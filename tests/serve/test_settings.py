@@ -1,0 +1,112 @@
+"""What is told of a store and of an engine: JSON of any content, in one line each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvshrink
+from kvshrink.errors import KVShrinkError
+from kvshrink.serve.settings import EngineSettings, StoreSettings, identity, key_of, size_of, weights_of
+from kvshrink.serve.source import records_of
+from kvshrink.serve.vllm import why_not
+
+WRONG_STORES = [
+    {},
+    {"path": ""},
+    {"path": 3},
+    {"path": "/x", "limit": "much"},
+    {"path": "/x", "limit": 0},
+    {"path": "/x", "limit": True},
+    {"path": "/x", "exact": -1},
+    {"path": "/x", "exact": 1.5},
+    {"path": "/x", "method": None},
+    {"path": "/x", "method": "a", "artifact": "b"},
+    {"path": "/x", "depth": 3},
+]
+WRONG_ENGINES = [
+    None,
+    [],
+    "rtn",
+    {},
+    {"method": 3},
+    {"artifact": "a", "prefill": "all"},
+    {"method": "rtn", "sinks": -1},
+]
+
+
+@pytest.mark.parametrize("given", WRONG_STORES, ids=str)
+def test_a_store_that_cannot_be(given):
+    with pytest.raises(KVShrinkError, match=r"^[^\n]+\.$"):
+        StoreSettings.of(given)
+
+
+@pytest.mark.parametrize("given", WRONG_ENGINES, ids=str)
+def test_an_engine_that_cannot_be(given):
+    with pytest.raises(KVShrinkError, match=r"^[^\n]+\.$"):
+        EngineSettings.of(given)
+
+
+@pytest.mark.parametrize("method", ["nothing", "rtn:bits=40", "/no/such/folder", "full"])
+def test_a_method_that_is_none(method):
+    with pytest.raises(KVShrinkError, match=r"^[^\n]+[.?]$"):
+        StoreSettings.of({"path": "/x", "method": method}).made()
+
+
+def test_settings_and_sizes():
+    store = StoreSettings.of({"path": "/x", "artifact": "a", "limit": "1.5 GiB", "exact": 0})
+    assert (store.path, store.method, store.limit, store.exact) == ("/x", "a", 3 * 2**29, 0)
+    assert StoreSettings.of({"path": "/x", "limit": None}).limit is None
+    assert StoreSettings.of({"path": "/x", "method": "none"}).made() is None
+    assert [size_of(x) for x in ("20GB", "3", "2KiB", "1 t")] == [20 * 10**9, 3, 2048, 10**12]
+    assert EngineSettings.of({"method": "rtn"}) == EngineSettings("rtn", "chunk", None)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = kvshrink.reference_model("float32")[0]
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_blocks_of_other_weights_methods_or_adapters_are_others(saved, tmp_path):
+    model, folder = saved
+    weights = next(folder.glob("*.safetensors"))
+    method = StoreSettings.of({"path": "/x"}).made()
+    same = identity(str(folder), method, 1, tokens=32)
+    assert same == identity(str(folder), method, 1, tokens=32)
+    assert same != identity(str(folder), method, 0, tokens=32)
+    assert same != identity(str(folder), method, 1, tokens=64)
+    assert same != identity(str(folder), None, 1, tokens=32)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight += 0.01
+    model.save_pretrained(tmp_path)
+    assert weights.stat().st_size == next(tmp_path.glob("*.safetensors")).stat().st_size
+    assert weights_of(folder) != weights_of(tmp_path)
+    keys = {key_of(same, b"ab"), key_of(same, b"a", "b"), key_of(same, b"", "ab"), key_of(same + "a", b"b")}
+    assert len(keys) == 4
+    assert all(len(key) == 64 for key in keys)
+
+
+def test_records_of_files_are_those_of_the_model_in_memory(saved):
+    model, folder = saved
+    method = StoreSettings.of({"path": "/x"}).made()
+    from kvshrink.serve.records import PageRecords
+
+    one, other = records_of(str(folder), method, torch.float32), PageRecords.of(model, method)
+    assert (one.nbytes, [p.layers for p in one.alike]) == (other.nbytes, [p.layers for p in other.alike])
+    assert torch.equal(one.alike[0].rope.inv_freq, other.alike[0].rope.inv_freq)
+    with pytest.raises(KVShrinkError, match="no model"):
+        records_of(str(Path(folder) / "nowhere"), method)
+
+
+def test_another_vllm_is_named(monkeypatch):
+    assert "Install vllm>=0.32,<0.34" in str(why_not(("no-such-package",)))
+    monkeypatch.setattr("kvshrink.serve.vllm.version", lambda name: "0.32.1+cpu")
+    assert why_not() is None
+    monkeypatch.setattr("kvshrink.serve.vllm.version", lambda name: "0.34.0")
+    assert "vLLM 0.34.0" in why_not()
+    json.dumps(StoreSettings.of({"path": "/x"}).__dict__)
