@@ -133,12 +133,13 @@ def window(table: Table, folder: Path) -> None:
     settings = {"method": "turboquant:bits=4", "sinks": 0, "prefill": "window"}
     long = [ids(200 + 30 * i, 500 * i) for i in range(4)], 24
     short = [ids(40, 300 * i) for i in range(4)], 110  # that outgrow a small pool
+    small = {"max_model_len": 256, "max_num_batched_tokens": 256}
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "in one step": (long, {}),
         "in steps of 64": (long, {"max_num_batched_tokens": 64}),
         "a prefix hit": (long, {"enable_prefix_caching": True}),
         "in one step, short": (short, {}),
-        "put back": (short, {"num_gpu_blocks_override": 300, "disable_log_stats": False}),
+        "put back": (short, {"num_gpu_blocks_override": 130, "disable_log_stats": False} | small),
     }
     known: dict[int, list[list[int]]] = {}
     for way, ((prompts, count), more) in ways.items():
