@@ -61,7 +61,7 @@ models: $(STAMP)
 serve-vllm: $(STAMP)
 	test -x bench/peers/vllm/venv/bin/python || bench/peers/make.sh vllm
 	$(BIN)/python -c "from kvshrink.cli._common import model_name; model_name('smollm2')"
-	bench/peers/vllm/venv/bin/python bench/serve_vllm.py
+	bench/peers/vllm/venv/bin/python bench/peers/serve_vllm.py
 
 # With the Python at hand, since it needs a torch built for the GPU; triton comes with that.
 bench-gpu:

@@ -26,6 +26,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 os.environ.update({k: v for k, v in SETTINGS.items() if k not in os.environ})
+sys.path.append(str(Path(__file__).parents[1]))  # what benchmarks share
 
 import torch  # noqa: E402
 from timing import setting  # noqa: E402
