@@ -1,4 +1,4 @@
-"""Parts of bench/peers/serve_vllm.py: how much the pool holds, the store of prefixes, the server with the openai client."""
+"""Parts of bench/peers/serve_vllm.py: how much the pool holds, the store of prefixes, the server and its clients."""
 
 import json
 import os
