@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def window(table: Table, folder: Path) -> None:
 
 
 def speed(table: Table, folder: Path) -> None:
-    """Generated tokens a CPU second, beside dense vLLM in turn: 33 tokens with their prompts; then the last 32 alone, of
-    prompts that are in the prefix cache."""
+    """Generated tokens a CPU second, beside dense vLLM in turn: 33 tokens with their prompts; then the last 32 alone,
+    behind prompts that are in the prefix cache."""
     contenders = {"dense": None, "turboquant 4": {"method": "turboquant:bits=4", "sinks": 0}}
     contenders["spectral"] = {**named("spectral", folder)[0], "sinks": 0}
     for context, n in ((256, 8), (256, 32), (4096, 8)):
@@ -168,7 +169,7 @@ def speed(table: Table, folder: Path) -> None:
             llm = engine(settings, dtype="bfloat16", enable_prefix_caching=True, **sizes)
             generate(llm, [ids(64)], 2)
             prompts = [ids(context, 100 * i) for i in range(n)]
-            first, one, all_ = (cpu_of(lambda k=k: generate(llm, prompts, k)) for k in (33, 1, 33))  # noqa: B023
+            first, one, all_ = (cpu_of(partial(generate, llm, prompts, k)) for k in (33, 1, 33))
             closed(llm)
             found = n * 33 / first, n * 32 / (all_ - one)
             dense = found if settings is None else dense

@@ -100,28 +100,44 @@ class Reading:
         block = np.where(there, np.take_along_axis(self.codes, np.where(there, at // self.size, 0), 1), 0)
         return block.astype(np.int64), at % self.size // self.page, there
 
+    @cached_property
+    def _marks(self) -> tuple[np.ndarray, np.ndarray]:
+        """(slots used, first column) of every page."""
+        there = self._records[2]
+        first = np.broadcast_to(np.arange(there.shape[1], dtype=np.int32) * self.page, there.shape)
+        return np.where(there, self.page, 0).astype(np.uint8)[:, None], np.ascontiguousarray(first)
+
     def stored(self, pool: Pool, layer: Alike) -> PoolPages:
         """A layer's records."""
         block, inner, there = self._records
-        table = np.where(there, pool.data_ptr() + block * pool.stride(0) + inner * pool.stride(2), 0)[:, None]
-        used = np.where(there, self.page, 0).astype(np.uint8)[:, None]
-        first = np.broadcast_to(np.arange(there.shape[1], dtype=np.int32) * self.page, there.shape)
+        strides = pool.stride(0), pool.stride(2)  # of one pool, the same for all layers
+        if strides not in self._offsets:
+            self._offsets[strides] = np.ascontiguousarray((block * strides[0] + inner * strides[1])[:, None])
+        table = np.where(there[:, None], pool.data_ptr() + self._offsets[strides], 0)
         return PoolPages(
-            self.page, 1, np.ascontiguousarray(table), used, np.ascontiguousarray(first), layer.layout,
-            pool=pool, block=block, inner=inner, size=layer.layout.size,
-        )  # fmt: skip
+            self.page, 1, table, *self._marks, layer.layout, pool=pool, block=block, inner=inner, size=layer.layout.size
+        )
+
+    @cached_property
+    def _offsets(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
 
     @cached_property
     def _positions(self) -> Int[Tensor, "b seen"]:
         own = np.maximum(-1, np.arange(self.seen) - self.shifts[:, None])
         return torch.from_numpy(own.astype(np.int32))
 
+    @cached_property
+    def _rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """(starts, shifts) as a snapshot has them."""
+        starts = torch.from_numpy(self.starts) if self.starts.any() else None
+        return starts, torch.from_numpy(self.shifts.astype(np.int32)) if self.shifts.any() else None
+
     def snapshot(self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None) -> Snapshot:
         """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]."""
         assert layer.codecs is not None
-        device, apart = pool.device, bool(self.shifts.any())
-        shifts = torch.from_numpy(self.shifts.astype(np.int32)) if apart else None
-        held, hidden = None, None
+        device, held, hidden = pool.device, None, None
+        starts, shifts = self._rows
         if sinks is not None:
             columns = torch.arange(self.sinks, dtype=torch.int32).expand(self.rows, -1)
             columns = columns if shifts is None else columns + shifts[:, None]
@@ -133,10 +149,9 @@ class Reading:
                     sinks[0].masked_fill(none[..., None, None], 0.0),
                     sinks[1].masked_fill(none[..., None, None], 0.0),
                 )
-            held = ExactSinks(*sinks, columns.to(device), self.sinks, not apart and not some)
+            held = ExactSinks(*sinks, columns.to(device), self.sinks, shifts is None and not some)
             count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
             hidden = Hidden(count, self.sinks)
-        starts = torch.from_numpy(self.starts) if self.starts.any() else None
         return Snapshot(
             shape=layer.shape,
             rope=layer.rope,

@@ -5,6 +5,7 @@ requests that decode are one batch; a prompt is read by itself.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -40,6 +41,14 @@ class Step:
     @property
     def count(self) -> int:
         return self.starts[-1]
+
+    @cached_property
+    def places(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(which new tokens have a place, their blocks, their slots); padding of a step has none."""
+        there = self.slots >= 0
+        every = bool(there.all())
+        slots = self.slots if every else self.slots[there]
+        return None if every else there, slots // self.size, slots % self.size
 
 
 class KVShrinkBuilder(AttentionMetadataBuilder[Step]):
@@ -126,7 +135,7 @@ class KVShrinkImpl(AttentionImpl[Step]):
             return output.fill_(0)
         pages, codes = layer.kvshrink, attn_metadata
         exact = get_forward_context().attn_metadata[pages.window_layer.prefix]
-        pages.window_layer.write(key[: exact.count], value[: exact.count], exact.slots, exact.size)
+        pages.window_layer.write(key[: exact.count], value[: exact.count], *exact.places)
         for reading, at, places in readings(codes, exact, pages):
             own = query[at] if isinstance(at, slice) else query[at.to(query.device)]
             shape = (reading.rows, reading.new, self.num_heads, self.head_size)

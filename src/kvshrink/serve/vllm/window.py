@@ -33,11 +33,10 @@ class WindowLayer(nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: Any) -> SlidingWindowSpec:
         return self.make(vllm_config)
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor, size: int) -> None:
-        """New tokens [n, h, d] to their slots; those without one are padding of a step."""
-        there = slots >= 0
-        slots, rows = slots[there], torch.cat([keys, values], -1)[there]
-        self.kv_cache[slots // size, :, slots % size] = rows.to(self.kv_cache.dtype)
+    def write(self, keys: Tensor, values: Tensor, there: Tensor | None, block: Tensor, slot: Tensor) -> None:
+        """New tokens [n, h, d] to their places. there: which of them have one; None: all."""
+        rows = torch.cat([keys, values], -1)
+        self.kv_cache[block, :, slot] = (rows if there is None else rows[there]).to(self.kv_cache.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
