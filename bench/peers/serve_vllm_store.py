@@ -68,7 +68,7 @@ def by_form(settings: dict[str, Any], blocks: int, length: int = 8192, chunk: in
     from kvshrink.serve.settings import EngineSettings
     from kvshrink.serve.vllm.install import records_for, state_bytes
 
-    records = records_for(MODEL, EngineSettings.of(settings), torch.bfloat16)
+    records = records_for(Path(MODEL), EngineSettings.of(settings), torch.bfloat16)
     sizes = [state_bytes(part) for part in records.alike for _ in part.layers]
     window_page = 32 * DENSE // len(sizes)
     groups = -(-len(sizes) // max(1, sum(sizes) // window_page))

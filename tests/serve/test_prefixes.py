@@ -83,6 +83,28 @@ def test_the_least_recently_used_go_beyond_the_limit(tmp_path):
     assert PrefixStore(tmp_path, limit=5 * size).nbytes <= 5 * size, "of a folder that held more"
 
 
+def test_a_limit_is_of_the_folder_whoever_writes(tmp_path):
+    size = HEAD.size + 1000
+    stores = [PrefixStore(tmp_path, limit=32 * size) for _ in range(4)]
+    for n in range(200):
+        stores[n % 4].put(key(n), bytes(1000))
+    held = sum(p.stat().st_size for p in files(tmp_path))
+    assert held <= 32 * size * (1 + 4 * prefixes.SHARE)
+
+
+def test_files_that_may_not_be_deleted_end_nothing(tmp_path, monkeypatch):
+    size = HEAD.size + 1000
+    store = PrefixStore(tmp_path, limit=4 * size)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prefixes.Path, "unlink", refuse)
+    assert all(store.put(key(n), bytes(1000)) for n in range(9))
+    assert store.nbytes == 9 * size
+    assert PrefixStore(tmp_path, limit=4 * size).nbytes == 9 * size
+
+
 def test_a_full_disk_costs_nothing_but_the_block(tmp_path, monkeypatch, caplog):
     store = PrefixStore(tmp_path)
 

@@ -1,6 +1,5 @@
 """What is told of a store and of an engine: JSON of any content, in one line each."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 import kvshrink
 from kvshrink.errors import KVShrinkError
-from kvshrink.serve.settings import EngineSettings, StoreSettings, identity, key_of, size_of, weights_of
+from kvshrink.serve.settings import EngineSettings, Named, StoreSettings, identity, key_of, size_of, weights_of
 from kvshrink.serve.source import records_of
 from kvshrink.serve.vllm import why_not
 
@@ -51,16 +50,18 @@ def test_an_engine_that_cannot_be(given):
 @pytest.mark.parametrize("method", ["nothing", "rtn:bits=40", "/no/such/folder", "full"])
 def test_a_method_that_is_none(method):
     with pytest.raises(KVShrinkError, match=r"^[^\n]+[.?]$"):
-        StoreSettings.of({"path": "/x", "method": method}).made()
+        StoreSettings.of({"path": "/x", "method": method}).method.made()
 
 
 def test_settings_and_sizes():
     store = StoreSettings.of({"path": "/x", "artifact": "a", "limit": "1.5 GiB", "exact": 0})
-    assert (store.path, store.method, store.limit, store.exact) == ("/x", "a", 3 * 2**29, 0)
+    assert (store.path, store.method, store.limit, store.exact) == ("/x", Named("a", True), 3 * 2**29, 0)
+    with pytest.raises(KVShrinkError, match="no artifact"):
+        StoreSettings.of({"path": "/x", "artifact": "/no/such"}).method.made()
     assert StoreSettings.of({"path": "/x", "limit": None}).limit is None
-    assert StoreSettings.of({"path": "/x", "method": "none"}).made() is None
+    assert StoreSettings.of({"path": "/x", "method": "none"}).method.made() is None
     assert [size_of(x) for x in ("20GB", "3", "2KiB", "1 t")] == [20 * 10**9, 3, 2048, 10**12]
-    assert EngineSettings.of({"method": "rtn"}) == EngineSettings("rtn", "chunk", None)
+    assert EngineSettings.of({"method": "rtn"}) == EngineSettings(Named("rtn"), "chunk", None)
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +75,33 @@ def saved(tmp_path_factory):
 def test_blocks_of_other_weights_methods_or_adapters_are_others(saved, tmp_path):
     model, folder = saved
     weights = next(folder.glob("*.safetensors"))
-    method = StoreSettings.of({"path": "/x"}).made()
-    same = identity(str(folder), method, 1, tokens=32)
-    assert same == identity(str(folder), method, 1, tokens=32)
-    assert same != identity(str(folder), method, 0, tokens=32)
-    assert same != identity(str(folder), method, 1, tokens=64)
-    assert same != identity(str(folder), None, 1, tokens=32)
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight += 0.01
+    method = StoreSettings.of({"path": "/x"}).method.made()
+    same = identity(folder, method, 1, tokens=32)
+    assert same == identity(folder, method, 1, tokens=32)
+    others = [(0, method, 32), (1, method, 64), (1, None, 32)]
+    assert all(same != identity(folder, m, exact, tokens=t) for exact, m, t in others)
+    for name in ("layers.2.mlp.up_proj.weight", "layers.0.self_attn.k_proj.weight", "norm.weight"):
+        weight = model.model.get_parameter(name)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight += 0.01
+        model.save_pretrained(tmp_path)
+        assert weights.stat().st_size == next(tmp_path.glob("*.safetensors")).stat().st_size
+        assert weights_of(folder) != weights_of(tmp_path), name
+        with torch.no_grad():
+            weight.copy_(before)
     model.save_pretrained(tmp_path)
-    assert weights.stat().st_size == next(tmp_path.glob("*.safetensors")).stat().st_size
-    assert weights_of(folder) != weights_of(tmp_path)
+    assert weights_of(folder) == weights_of(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(KVShrinkError, match="no weights are in"):
+        weights_of(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"a")
+    one = weights_of(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"b")
+    assert one != weights_of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no header at all")
+    with pytest.raises(KVShrinkError, match="is no safetensors file"):
+        weights_of(tmp_path)
     keys = {key_of(same, b"ab"), key_of(same, b"a", "b"), key_of(same, b"", "ab"), key_of(same + "a", b"b")}
     assert len(keys) == 4
     assert all(len(key) == 64 for key in keys)
@@ -93,7 +109,7 @@ def test_blocks_of_other_weights_methods_or_adapters_are_others(saved, tmp_path)
 
 def test_records_of_files_are_those_of_the_model_in_memory(saved):
     model, folder = saved
-    method = StoreSettings.of({"path": "/x"}).made()
+    method = StoreSettings.of({"path": "/x"}).method.made()
     from kvshrink.serve.records import PageRecords
 
     one, other = records_of(str(folder), method, torch.float32), PageRecords.of(model, method)
@@ -109,4 +125,3 @@ def test_another_vllm_is_named(monkeypatch):
     assert why_not() is None
     monkeypatch.setattr("kvshrink.serve.vllm.version", lambda name: "0.34.0")
     assert "vLLM 0.34.0" in why_not()
-    json.dumps(StoreSettings.of({"path": "/x"}).__dict__)

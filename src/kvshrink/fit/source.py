@@ -142,8 +142,8 @@ class OnDisk:
             module.load_state_dict(empty, assign=True)
 
 
-def local_folder(name: str | Path) -> Path:
-    """A local folder, or the hub's copy in the local cache."""
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """A local folder, or the hub's copy, of this revision, in the local cache."""
     folder = Path(name)
     if folder.is_dir() and str(name):
         return folder
@@ -151,7 +151,9 @@ def local_folder(name: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
         )
     except Exception as error:
         raise KVShrinkError(

@@ -26,6 +26,7 @@ HEAD = struct.Struct("<16sIQ32s")  # magic, format version, bytes of the content
 KEY = re.compile(r"[0-9a-f]{64}")
 PART = ".part"  # ending of a file that is being written
 ABANDONED = 600  # seconds after which such a file's writer is taken to be gone
+SHARE = 1 / 16  # of the size allowed that a process writes before it looks again at what others wrote
 SPARE = 0.9  # of the size allowed is what stays after files were deleted
 
 
@@ -53,7 +54,7 @@ class PrefixStore:
         self.counts = dict.fromkeys(
             ("hits", "misses", "damaged", "deleted", "failed", "bytes_read", "bytes_written"), 0
         )
-        self._lock, self._told = threading.Lock(), False
+        self._lock, self._told, self._written = threading.Lock(), False, 0
         self._bytes = sum(entry.size for entry in self._entries())
         if limit is not None and self._bytes > limit:  # it was more before
             self._shrink(limit)
@@ -104,10 +105,15 @@ class PrefixStore:
             return False
         self._count(bytes_written=len(data))
         with self._lock:
-            self._bytes += len(data) - before
-            if self.limit is not None and self._bytes > self.limit:
-                self._shrink(self.limit)
+            self._bytes, self._written = self._bytes + len(data) - before, self._written + len(data)
+            if self.limit is not None and (self._bytes > self.limit or self._written > self.limit * SHARE):
+                self._shrink(self.limit)  # what other processes wrote counts too
         return True
+
+    def drop(self, key: str) -> None:
+        """Delete a block that is whole but of no use."""
+        with suppress(OSError):
+            self._delete(self._path(key), self._path(key).stat().st_size)
 
     @property
     def nbytes(self) -> int:
@@ -116,13 +122,20 @@ class PrefixStore:
 
     def _shrink(self, limit: int) -> None:
         """Delete what was used longest ago; other processes may do the same."""
-        entries = sorted(self._entries())
+        entries, self._written = sorted(self._entries()), 0
         self._bytes = sum(entry.size for entry in entries)
+        if self._bytes <= limit:
+            return
         for entry in entries:
             if self._bytes <= limit * SPARE:
                 return
-            with suppress(FileNotFoundError):
+            try:
                 entry.path.unlink()
+            except FileNotFoundError:  # another process did the same
+                pass
+            except OSError:  # another user's
+                continue
+            else:
                 self.counts["deleted"] += 1
             self._bytes -= entry.size
 

@@ -2,64 +2,72 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvshrink.attach.factory import digest_of
 from kvshrink.errors import SettingError
 from kvshrink.eval.run.entries import parse
-from kvshrink.fit.source import local_folder
 from kvshrink.methods._roles import Method
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
+from kvshrink.store.reason import line
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
-SAMPLES, SAMPLE = 64, 4096  # parts of a file that are looked at, and bytes of one
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+SAMPLE = 4096  # bytes of a tensor that are looked at, twice
+RECORDS = 1  # version of how rows lie in a record: another one is another store
 
 
+@dataclass(frozen=True)
 class Named:
-    """What names a method: `method`, as on the command line, or `artifact`, a folder."""
+    """A method: its text, as on the command line, or where an artifact is (fitted)."""
 
-    method: str
+    text: str
+    fitted: bool = False
 
     def made(self) -> Method | Artifact | None:
         """The method; None: rows are kept as they are."""
-        if self.method == "none":
+        if self.fitted:
+            return Artifact.from_pretrained(Path(self.text).expanduser())
+        if self.text == "none":
             return None
-        if Path(self.method).expanduser().is_dir():
-            return Artifact.from_pretrained(Path(self.method).expanduser())
-        method = parse(self.method).method
+        method = parse(self.text).method
         if method is None:
-            raise SettingError(f'method={shown(self.method)} stores nothing else than rows. Say "none" for that.')
+            raise SettingError(f'method={shown(self.text)} stores nothing else than rows. Say "none" for that.')
         return method
 
 
-def _method_of(given: dict[str, Any], default: str | None, what: str, known: tuple[str, ...]) -> str:
+def _method_of(given: dict[str, Any], default: str | None, what: str, known: tuple[str, ...]) -> Named:
     """Takes the method's name. Raises SettingError if there is none, are two, or is anything unknown beside it."""
     if other := sorted(set(given) - {"method", "artifact", *known}):
         raise SettingError(
             f"{what} has no setting {shown(other[0])}. It has {', '.join(('method', 'artifact', *known))}."
         )
-    named = [given.pop(name) for name in ("method", "artifact") if name in given]
-    if len(named) > 1:
+    if "method" in given and "artifact" in given:
         raise SettingError(f"{what} takes a method or an artifact, not both. Leave one out.")
-    found = named[0] if named else default
+    fitted = "artifact" in given
+    found = given.pop("artifact") if fitted else given.pop("method", default)
     if not isinstance(found, str) or not found:
         raise SettingError(f'{what} needs a method, not {shown(found)}. Give one such as "turboquant:bits=4".')
-    return found
+    return Named(found, fitted)
+
+
+DEFAULT = "turboquant:bits=4"  # which is not fitted
 
 
 @dataclass(frozen=True)
-class StoreSettings(Named):
+class StoreSettings:
     """path: the folder. method: "none" keeps rows as they are. limit: bytes. exact: how many of a prompt's first blocks
     are kept as they are, since the first tokens are attended to by all others."""
 
     path: str
-    method: str = "turboquant:bits=4"
+    method: Named
     limit: int | None = 32 * 2**30
     exact: int = 1
 
@@ -67,7 +75,7 @@ class StoreSettings(Named):
     def of(cls, given: Mapping[str, Any]) -> "StoreSettings":
         """From JSON's values. Raises SettingError on anything that is no setting."""
         own = dict(given)
-        method = _method_of(own, cls.method, "a prefix store", ("path", "limit", "exact"))
+        method = _method_of(own, DEFAULT, "a prefix store", ("path", "limit", "exact"))
         path = own.get("path")
         if not isinstance(path, str) or not path:
             raise SettingError(f'a prefix store needs a folder, not path={shown(path)}. Give "path": "/where/to".')
@@ -76,11 +84,11 @@ class StoreSettings(Named):
 
 
 @dataclass(frozen=True)
-class EngineSettings(Named):
+class EngineSettings:
     """prefill: what a prompt's tokens see of those before them: "chunk", all of their own step exactly and older ones
     as stored; "window", the window exactly and older ones as stored, whatever the steps. sinks: None: the method's."""
 
-    method: str
+    method: Named
     prefill: str = "chunk"
     sinks: int | None = None
 
@@ -117,25 +125,45 @@ def size_of(given: object) -> int | None:
     return given
 
 
-def identity(model: str, method: Method | Artifact | None, exact: int, **more: Any) -> str:
+def identity(folder: Path, method: Method | Artifact | None, exact: int, **more: Any) -> str:
     """What all blocks of a store that may be read for one another have in common. more: of the engine."""
-    same = {"model": weights_of(local_folder(model)), "method": "none" if method is None else digest_of(method)}
+    same = {"model": weights_of(folder), "method": "none" if method is None else digest_of(method), "records": RECORDS}
     return json.dumps({**same, "exact": exact, **more}, sort_keys=True)
 
 
 def weights_of(folder: Path) -> str:
-    """A hash of a model's config and of parts all over its files of weights: what is trained further has other ones."""
+    """A hash of a model's, or an adapter's, settings and weights: of safetensors some bytes of each tensor, whose names
+    and sizes are known without the rest; other files whole. Raises SettingError where no weights are."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS) if folder.is_dir() else []
+    if not paths:
+        raise SettingError(f"no weights are in {folder}, by which blocks of its model are told from others'.")
     found = hashlib.sha256()
-    config = folder / "config.json"
-    found.update(config.read_bytes() if config.is_file() else b"")
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")):
-        size = path.stat().st_size
-        found.update(json.dumps([path.name, size]).encode())
+    for path in sorted(folder.glob("*config.json")):
+        found.update(path.read_bytes())
+    for path in paths:
+        found.update(json.dumps([path.name, path.stat().st_size]).encode())
         with path.open("rb") as file:
-            for n in range(SAMPLES):
-                file.seek(n * max(0, size - SAMPLE) // (SAMPLES - 1))
-                found.update(file.read(SAMPLE))
+            if path.suffix == ".safetensors":
+                _sample(file, found)
+            else:
+                found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
+
+
+def _sample(file: BinaryIO, found: Any) -> None:
+    """The header, and of each tensor its first bytes and some of its middle."""
+    size = int.from_bytes(file.read(8), "little")
+    header = file.read(min(size, os.fstat(file.fileno()).st_size))  # a file of any content may say any size
+    found.update(header)
+    try:
+        tensors = json.loads(header)
+        places = sorted(t["data_offsets"] for name, t in tensors.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingError(f"{file.name} is no safetensors file: {line(error)}. Save the model again.") from error
+    for begin, end in places:
+        for at in (begin, (begin + end) // 2):
+            file.seek(8 + size + at)
+            found.update(file.read(min(SAMPLE, end - at)))
 
 
 def key_of(identity: str, block: bytes, *more: str) -> str:

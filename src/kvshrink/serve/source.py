@@ -2,6 +2,7 @@
 in memory."""
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.serve.records import PageRecords
 
 
-def records_of(name: str, method: Method | Artifact, dtype: torch.dtype | None = None) -> PageRecords:
+def records_of(name: str | Path, method: Method | Artifact, dtype: torch.dtype | None = None) -> PageRecords:
     """name: a folder, or a hub id. dtype: the engine's, if it may be another than that of the files, whose layers are
     then held in it while this looks at them. Raises what `OnDisk` and `PageRecords.of` raise."""
     disk = OnDisk(name)

@@ -86,8 +86,9 @@ def merge(
     # a row no segment shows anything to has weight 0 / 0; it is a left pad, whose output nobody reads
     if len(parts) == 2:  # nearly all steps: half as many operations
         (one, of_one), (two, of_two) = parts
-        return torch.lerp(two, one, (of_one - of_two).sigmoid().nan_to_num(0.0))
+        share = (of_one - of_two).sigmoid().nan_to_num(0.0)
+        return torch.lerp(two.to(share.dtype), one.to(share.dtype), share)
     lse = torch.stack([p[1] for p in parts])
-    share = torch.softmax(lse, 0).nan_to_num(0.0)
-    found: Tensor = sum(out * w for (out, _), w in zip(parts, share, strict=True))
+    shares = torch.softmax(lse, 0).nan_to_num(0.0)
+    found: Tensor = sum(out * w for (out, _), w in zip(parts, shares, strict=True))
     return found

@@ -80,7 +80,12 @@ def layers_of(
     """{layer: (its group of blocks, its blocks)}, in order. Raises SettingError for what is no keys and values."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    modules, found = vllm_config.compilation_config.static_forward_context, {}
+    modules, size = vllm_config.compilation_config.static_forward_context, vllm_config.cache_config.block_size
+    found: dict[int, tuple[int, LayerBlocks]] = {}
+    if (hashed := getattr(kv_cache_config, "hash_block_size", None)) not in (None, size):
+        raise SettingError(
+            f"blocks are hashed by {hashed} tokens and held by {size}. Give one --block-size to all layers."
+        )
     for group, own in enumerate(kv_cache_config.kv_cache_groups):
         spec = own.kv_cache_spec
         for name in own.layer_names:
@@ -89,6 +94,18 @@ def layers_of(
             if kind not in ("FullAttentionSpec", "SlidingWindowSpec") or each.tokens_per_state != 1:
                 raise SettingError(f"{name} has a {kind}: only blocks of plain keys and values can be stored.")
             value_dim = getattr(each, "head_size_v", None) or each.head_size
-            shape = (each.block_size, each.num_kv_heads, each.head_size, value_dim)
-            found[extract_layer_index(name)] = group, LayerBlocks(modules[name], pools[name], *shape)
+            shape, pool, index = (
+                (each.block_size, each.num_kv_heads, each.head_size, value_dim),
+                pools[name],
+                extract_layer_index(name),
+            )
+            if each.block_size != size or pool.shape[0] != kv_cache_config.num_blocks:
+                raise SettingError(
+                    f"{name} has blocks of {each.block_size} tokens, the engine of {size}: they must be alike."
+                )
+            if index in found:
+                raise SettingError(
+                    f"two layers are number {index}, {name} the second: their blocks cannot be told apart."
+                )
+            found[index] = group, LayerBlocks(modules[name], pool, *shape)
     return dict(sorted(found.items()))

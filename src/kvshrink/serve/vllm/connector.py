@@ -11,17 +11,20 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from kvshrink.errors import SettingError
+from kvshrink.fit.source import local_folder
 from kvshrink.serve.prefixes import PrefixStore
 from kvshrink.serve.records import PageRecords
 from kvshrink.serve.settings import StoreSettings, identity
@@ -45,7 +48,8 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         _check(vllm_config)
         self.settings = StoreSettings.of(self._kv_transfer_config.kv_connector_extra_config)
-        self.method, self.config = self.settings.made(), vllm_config
+        self.method, self.config = self.settings.method.made(), vllm_config
+        self.folder = local_folder(vllm_config.model_config.model, vllm_config.model_config.revision)
         self.store = PrefixStore(self.settings.path, self.settings.limit)
         # a file that is gone or damaged is computed again, not a request that fails
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -53,8 +57,8 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
         self.told: dict[str, int] = {}
         self.planner: Planner | None = None
         if role == KVConnectorRole.SCHEDULER:
-            tokens, model = vllm_config.cache_config.block_size, vllm_config.model_config
-            same = identity(model.model, self.method, self.settings.exact, dtype=str(model.dtype), tokens=tokens)
+            tokens = vllm_config.cache_config.block_size
+            same = identity(self.folder, self.method, self.settings.exact, tokens=tokens, **_engine(vllm_config))
             self.planner = Planner(self.store, same, tokens, Sent)
 
     # --- the scheduler's side ---
@@ -85,11 +89,11 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         layers = layers_of(self.config, kv_caches, self._kv_cache_config)
-        records = None if self.method is None else records_of(self.config.model_config.model, self.method)
+        records = None if self.method is None else records_of(self.folder, self.method)
         if records is not None:
             _check_records(records, layers, self.config.cache_config.block_size)
         self.mover = Mover(self.store, layers, records, self.settings.exact)
-        log.info("kvshrink: prefixes are kept in %s by %s.", self.store.folder, self.settings.method)
+        log.info("kvshrink: prefixes are kept in %s by %s.", self.store.folder, self.settings.method.text)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         for name, blocks in self._orders().loads.items():
@@ -104,11 +108,18 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         self._mover.save(self._orders().saves)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str] | None]:
-        return None, self._mover.loaded(self._orders().idle) or None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """A request whose load failed is named, not its blocks: their numbers mean nothing where there are groups."""
+        ended = self._mover.loaded(self._orders().idle)
+        failed = {name for name, whole in ended.items() if not whole}
+        return KVConnectorTransferResults(finished_recving=set(ended), failed_recving=failed)
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._mover.take_failed()
+    def reset_cache(self) -> bool:
+        """What is stored is of weights that may have changed in memory: nothing of it is read again by this engine."""
+        if self.planner is not None:
+            self.planner.identity = f"{self.planner.identity} {uuid4().hex}"
+            self.planner.followed.clear()
+        return True
 
     def shutdown(self) -> None:
         if self.mover is not None:
@@ -134,6 +145,18 @@ class KVShrinkStore(KVConnectorBase_V1, SupportsHMA):
         orders = self._get_connector_metadata()
         assert isinstance(orders, Orders)
         return orders
+
+
+def _engine(config: Any) -> dict[str, str]:
+    """What else of an engine a block's content depends on."""
+    model, cache = config.model_config, config.cache_config
+    return {
+        "config": model.hf_config.to_json_string(),  # with what was overridden
+        "dtype": str(model.dtype),
+        "cache_dtype": str(cache.cache_dtype),
+        "quantization": str(model.quantization),
+        "load_format": str(config.load_config.load_format),
+    }
 
 
 def _check(config: Any) -> None:

@@ -9,16 +9,19 @@ import dataclasses
 import functools
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvshrink.errors import SettingError
+from kvshrink.fit.source import local_folder
 from kvshrink.methods.artifact import Artifact
 from kvshrink.serve.records import Alike, PageRecords
 from kvshrink.serve.settings import EngineSettings
@@ -51,8 +54,9 @@ def install() -> None:
             return init(self, *args, **kwargs)
         settings = EngineSettings.of(given)
         _check(config, settings)
-        init(self, *args, **{**kwargs, "attn_backend": KVShrinkBackend})
-        _give_pages(self, config, settings, kwargs)
+        asked = inspect.signature(init).bind(self, *args, **{**kwargs, "attn_backend": KVShrinkBackend})
+        init(*asked.args, **asked.kwargs)
+        _give_pages(self, config, settings, asked.arguments)
 
     @functools.wraps(spec)
     def wrapped_spec(self: Any, vllm_config: Any) -> Any:
@@ -70,6 +74,15 @@ def install() -> None:
         )
 
     Attention.__init__, Attention.get_kv_cache_spec, Attention._kvshrink = wrapped_init, wrapped_spec, True
+    latents = MLAAttention.__init__
+
+    @functools.wraps(latents)
+    def refused(self: Any, *args: Any, **kwargs: Any) -> None:
+        if (get_current_vllm_config().additional_config or {}).get("kvshrink") is not None:
+            raise SettingError('kvshrink\'s pages cannot serve latents of all heads (MLA). Leave "kvshrink" out.')
+        latents(self, *args, **kwargs)
+
+    MLAAttention.__init__ = refused
 
 
 def state_bytes(records: Alike) -> int:
@@ -80,7 +93,7 @@ def state_bytes(records: Alike) -> int:
 def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[str, Any]) -> None:
     """An attention layer its records and its window."""
     name, dtype = layer.layer_name, config.model_config.dtype
-    if given.get("per_layer_sliding_window") is not None or given.get("kv_sharing_target_layer_name") is not None:
+    if getattr(layer, "sliding_window", None) is not None or given.get("kv_sharing_target_layer_name") is not None:
         raise SettingError(
             f"{name} has a sliding window, or another layer's cache: kvshrink's pages are for plain attention."
         )
@@ -90,7 +103,8 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
         or given.get("sinks") is not None
     ):
         raise SettingError(f"{name} is no attention of a decoder with plain scores: kvshrink's pages cannot serve it.")
-    records = records_for(config.model_config.model, settings, dtype)
+    folder = local_folder(config.model_config.model, config.model_config.revision)
+    records = records_for(folder, settings, dtype)
     sinks, window = records.method.sinks, records.method.window
     if sinks and config.cache_config.enable_prefix_caching:
         raise SettingError(
@@ -98,6 +112,8 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
             'say "sinks": 0.'
         )
     part = records.at(extract_layer_index(name))
+    if part.codecs is None:
+        raise SettingError(f"{name} is no layer that {settings.method.text} stores: kvshrink's pages cannot serve it.")
     if (part.shape.heads, part.shape.head_dim) != (layer.num_kv_heads, layer.head_size):
         raise SettingError(
             f"{name} has {layer.num_kv_heads} KV heads of {layer.head_size}, the model's files {part.shape}."
@@ -111,9 +127,9 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
 
 
 @functools.cache
-def records_for(model: str, settings: EngineSettings, dtype: torch.dtype) -> PageRecords:
+def records_for(folder: Path, settings: EngineSettings, dtype: torch.dtype) -> PageRecords:
     """Of all layers of a model, once in a process."""
-    method = settings.made()
+    method = settings.method.made()
     if method is None:
         raise SettingError('"none" has no pages. Leave "kvshrink" out, or name a method.')
     own = method.method if isinstance(method, Artifact) else method
@@ -122,7 +138,9 @@ def records_for(model: str, settings: EngineSettings, dtype: torch.dtype) -> Pag
         raise SettingError(
             f"pages of {own.page} tokens and {own.sinks} sinks: vLLM's blocks take {PAGE}, and at most {PAGE} sinks."
         )
-    records = records_of(model, dataclasses.replace(method, method=own) if isinstance(method, Artifact) else own, dtype)
+    records = records_of(
+        folder, dataclasses.replace(method, method=own) if isinstance(method, Artifact) else own, dtype
+    )
     log.info(
         "kvshrink: %s, prompts by %s, %d bytes a page of all layers", settings.method, settings.prefill, records.nbytes
     )
@@ -137,7 +155,8 @@ def _check(config: Any, settings: EngineSettings) -> None:
         > 1,
         f"{parallel.pipeline_parallel_size} pipeline ranks": parallel.pipeline_parallel_size > 1,
         "speculation, which takes tokens back that were stored": config.speculative_config is not None,
-        "latents of all heads (MLA)": getattr(config.model_config, "use_mla", False),
+        f"a cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
+        not in ("auto", "bfloat16", "float16"),
     }
     for what, yes in refused.items():
         if yes:

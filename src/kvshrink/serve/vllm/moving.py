@@ -30,8 +30,11 @@ class Mover:
         self.store, self.layers, self.records, self.exact = store, layers, records, exact
         self.tokens = next(iter(layers.values()))[1].tokens
         self.loader, self.saver = (ThreadPoolExecutor(1, f"kvshrink-{name}") for name in ("load", "save"))
-        self.loading: dict[str, Future[set[int]]] = {}
-        self.failed: set[int] = set()
+        self.loading: dict[str, Future[bool]] = {}
+        rows = [
+            torch.Size(shape).numel() * layer.pool.itemsize for _, layer in layers.values() for shape in layer.shapes
+        ]
+        self.sizes = {True: sum(rows), False: 0 if records is None else self.tokens // records.page * records.nbytes}
         self.waiting, self.dropped, self._lock = 0, 0, threading.Lock()
 
     # --- loads ---
@@ -40,40 +43,37 @@ class Mover:
         """Begin to fill a request's blocks."""
         self.loading[name] = self.loader.submit(self._load, list(blocks))
 
-    def loaded(self, idle: bool) -> set[str]:
-        """Requests whose loads have ended since the last call. idle: nothing else is to be done, and the engine would
-        ask again at once, which takes the processor from the load."""
+    def loaded(self, idle: bool) -> dict[str, bool]:
+        """Requests whose loads have ended since the last call, and whether all is there. idle: nothing else is to be
+        done, and the engine would ask again at once, which takes the processor from the load."""
         if idle and self.loading:
             wait(self.loading.values(), PATIENCE, return_when=FIRST_COMPLETED)
-        done = {name for name, future in self.loading.items() if future.done()}
-        for name in done:
-            self.failed |= self.loading.pop(name).result()
-        return done
-
-    def take_failed(self) -> set[int]:
-        """Blocks that could not be filled."""
-        failed, self.failed = self.failed, set()
-        return failed
+        done = [name for name, future in self.loading.items() if future.done()]
+        return {name: self.loading.pop(name).result() for name in done}
 
     @torch.inference_mode()
-    def _load(self, blocks: list[Block]) -> set[int]:
-        """Ids of the blocks that were not filled: from the first one that is not there, all are of no use."""
+    def _load(self, blocks: list[Block]) -> bool:
+        """Whether all blocks were filled; what is of no use is deleted, so that it is not asked for again."""
+        part: list[Block] = []
         try:
             for at in range(0, len(blocks), TOGETHER):
                 part = blocks[at : at + TOGETHER]
-                found = [self.store.get(block.key) for block in part]
-                there = next((n for n, data in enumerate(found) if data is None), len(part))
-                whole = [data for data in found[:there] if data is not None]
+                found = {block.key: self.store.get(block.key) for block in part}
+                if any(data is None for data in found.values()):
+                    return False
                 for exact in (True, False):
-                    own = [n for n, block in enumerate(part[:there]) if self._exact(block) == exact]
+                    own = [block for block in part if self._exact(block) == exact]
+                    contents = [data for block in own if (data := found[block.key]) is not None]
+                    if wrong := next((len(data) for data in contents if len(data) != self.sizes[exact]), None):
+                        raise ValueError(f"a block of {wrong} bytes, not {self.sizes[exact]}")
                     if own:
-                        self._write([part[n] for n in own], [whole[n] for n in own], exact)
-                if there < len(part):
-                    return _ids(blocks[at + there :])
+                        self._write(own, contents, exact)
         except Exception as error:  # whatever a file or a codec does, the engine computes the tokens itself
             log.warning("kvshrink: a stored prefix cannot be read (%s). It is computed again.", line(error))
-            return _ids(blocks)
-        return set()
+            for block in part:
+                self.store.drop(block.key)
+            return False
+        return True
 
     def _write(self, blocks: list[Block], contents: list[bytes], exact: bool) -> None:
         data = torch.stack([torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents])
@@ -151,7 +151,3 @@ class Mover:
                 at += size
             found[i] = pair[0], pair[1]
         return found
-
-
-def _ids(blocks: list[Block]) -> set[int]:
-    return {n for block in blocks for n in block.ids if n}

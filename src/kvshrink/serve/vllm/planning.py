@@ -1,10 +1,11 @@
 """The scheduler's half of the connector: which blocks of a request are in the store, and which are to be put there."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvshrink.serve.prefixes import PrefixStore
-from kvshrink.serve.settings import key_of
+from kvshrink.serve.settings import key_of, weights_of
 
 TRIES = 2  # loads of one request: what was damaged is deleted when it is met, so that a second one meets less
 
@@ -29,12 +30,15 @@ class Orders:
 
 @dataclass
 class Followed:
-    """A request. saved: blocks that were looked at; hit: (first, how many) blocks that the store has; tries: loads."""
+    """A request. adapter: what tells its adapter from others; saved: blocks that were looked at; hit: (first, how many)
+    blocks that the store has; tries: loads; keys: names of its first blocks."""
 
     request: Any
+    adapter: tuple[str, ...] = ()
     saved: int = 0
     hit: tuple[int, int] = (0, 0)
     tries: int = 0
+    keys: list[str] = field(default_factory=list)
 
 
 class Planner:
@@ -46,12 +50,16 @@ class Planner:
         self.orders = orders()
 
     def matched(self, request: Any, computed: int) -> int:
-        """Tokens behind the first `computed` that can be loaded. At least one is left to be computed."""
-        own = self.followed.setdefault(request.request_id, Followed(request))
+        """Tokens behind the first `computed` that can be loaded. At least one is left to be computed.
+
+        None of a request that was put back: it would go on over its own tokens as they were stored.
+        """
+        if (own := self.followed.get(request.request_id)) is None:
+            own = self.followed[request.request_id] = Followed(request, _adapter(request))
         own.request, first = request, computed // self.tokens
         most = min((request.num_tokens - 1) // self.tokens, len(request.block_hashes))
-        last = first
-        while own.tries < TRIES and last < most and self._key(request, last) in self.store:
+        last, again = first, own.tries >= TRIES or getattr(request, "num_preemptions", 0) > 0
+        while not again and last < most and self._key(own, last) in self.store:
             last += 1
         own.hit = first, last - first
         return (last - first) * self.tokens
@@ -63,7 +71,8 @@ class Planner:
             return
         first, count = own.hit[0], tokens // self.tokens
         own.tries += 1
-        self.orders.loads[request.request_id] = [self._block(request, n, ids) for n in range(first, first + count)]
+        own.saved = max(own.saved, first + count)  # what was loaded is not stored again
+        self.orders.loads[request.request_id] = [self._block(own, n, ids) for n in range(first, first + count)]
 
     def step(self, output: Any) -> Orders:
         """What is to be done beside this step."""
@@ -79,7 +88,7 @@ class Planner:
                 continue
             whole = min((computed[name] + count) // self.tokens, len(own.request.block_hashes), *map(len, ids))
             for n in range(min(own.saved, whole), whole):
-                block = self._block(own.request, n, ids)
+                block = self._block(own, n, ids)
                 if 0 not in block.ids and block.key not in named and block.key not in self.store:
                     named.add(block.key)
                     orders.saves.append(block)
@@ -89,11 +98,16 @@ class Planner:
     def finished(self, name: str) -> None:
         self.followed.pop(name, None)
 
-    def _block(self, request: Any, n: int, ids: tuple[list[int], ...]) -> Block:
-        return Block(self._key(request, n), n, tuple(group[n] for group in ids))
+    def _block(self, own: Followed, n: int, ids: tuple[list[int], ...]) -> Block:
+        return Block(self._key(own, n), n, tuple(group[n] for group in ids))
 
-    def _key(self, request: Any, n: int) -> str:
-        """vLLM's hash knows tokens, images, a salt and an adapter's name; where the adapter lies is added."""
-        adapter = getattr(request, "lora_request", None)
-        more = () if adapter is None else (str(adapter.lora_path),)
-        return key_of(self.identity, bytes(request.block_hashes[n]), *more)
+    def _key(self, own: Followed, n: int) -> str:
+        """vLLM's hash knows tokens, images, a salt and an adapter's name; what the adapter is comes from its files."""
+        for block in own.request.block_hashes[len(own.keys) : n + 1]:
+            own.keys.append(key_of(self.identity, bytes(block), *own.adapter))
+        return own.keys[n]
+
+
+def _adapter(request: Any) -> tuple[str, ...]:
+    lora = getattr(request, "lora_request", None)
+    return () if lora is None else (weights_of(Path(lora.lora_path)),)
