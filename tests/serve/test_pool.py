@@ -50,7 +50,7 @@ class Engine:
         if len(reading.leaving[0]):
             keys, values = rows_at(self.rows, places.leaving, D)
             first = torch.from_numpy(reading.leaving[1] * PAGE)
-            packed = self.part.pack(keys, values, first, reading.leaving_valid)
+            packed = self.part.pack(keys, values, first)
             block, inner = reading.leaving_records
             self.pool[block, 0, inner, : packed.shape[-1]] = packed[:, 0]
 
@@ -59,8 +59,7 @@ class Engine:
         keys, values = self.keys[i].clone(), self.values[i].clone()
         for n in range(int(pages_of(np.array(seen), WINDOW, PAGE))):
             at, first = slice(n * PAGE, (n + 1) * PAGE), torch.tensor([n * PAGE])
-            valid = (torch.arange(PAGE) + n * PAGE >= self.sinks)[None] if self.sinks and n == 0 else None
-            k, v = self.part.unpack(self.part.pack(keys[:, :, at], values[:, :, at], first, valid), first)
+            k, v = self.part.unpack(self.part.pack(keys[:, :, at], values[:, :, at], first), first)
             own = slice(self.sinks if n == 0 else n * PAGE, (n + 1) * PAGE)
             keys[:, :, own], values[:, :, own] = k[:, :, own.start - n * PAGE :], v[:, :, own.start - n * PAGE :]
         return keys, values

@@ -78,14 +78,6 @@ class Reading:
         return row, np.concatenate([np.arange(a, b) for a, b in zip(self.pages, after, strict=True)])
 
     @cached_property
-    def leaving_valid(self) -> Tensor | None:
-        """Which of these tokens are no sinks; None: all."""
-        number = self.leaving[1]
-        if not self.sinks or number.min(initial=1) > 0:
-            return None
-        return torch.from_numpy(number[:, None] * self.page + np.arange(self.page) >= self.sinks)
-
-    @cached_property
     def leaving_records(self) -> tuple[Tensor, Tensor]:
         """(block, record in it) where they go."""
         row, number = self.leaving

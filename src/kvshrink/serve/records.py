@@ -24,7 +24,7 @@ from kvshrink.methods import name_of
 from kvshrink.methods._roles import Codec, Method
 from kvshrink.methods._stats import LayerShape
 from kvshrink.methods.artifact import Artifact
-from kvshrink.shapes import Bool, Float, Int, UInt8
+from kvshrink.shapes import Float, Int, UInt8
 from kvshrink.store.inference import outside_inference_mode
 
 Rows = Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys as attention uses them and values, [p, h, t, d]
@@ -46,9 +46,8 @@ class Alike:
         keys: Float[Tensor, "b h t d"],
         values: Float[Tensor, "b h t e"],
         first: Int[Tensor, " b"],
-        valid: Bool[Tensor, "b t"] | None = None,
     ) -> UInt8[Tensor, "b p size"]:
-        """Records of rows of whole pages. valid: which tokens are to matter."""
+        """Records of rows of whole pages, as a cache encodes them: sinks are in their page too."""
         pages = keys.shape[2] // self.page
         assert keys.shape[2] % self.page == 0, "a block is whole pages"
         if self.codecs is None:
@@ -56,7 +55,7 @@ class Alike:
             stored = {name: x.movedim(2, 1).to(self.shape.dtype) for name, x in stored.items()}
         else:
             own = as_stored(self.codecs[0], keys, _positions(first, keys.shape[2]), self.rope)
-            stored = encode(self.codecs, own, values, valid, None, None)
+            stored = encode(self.codecs, own, values, None, None, None)
         records = torch.zeros(len(keys), 1, pages, self.layout.size, dtype=torch.uint8, device=keys.device)
         self.layout.write(records, stored)
         return records[:, 0]

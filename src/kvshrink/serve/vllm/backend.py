@@ -167,7 +167,7 @@ class KVShrinkImpl(AttentionImpl[Step]):
             return
         keys, values = rows_at(pages.window_layer.kv_cache, places.leaving, self.head_size)
         first = torch.from_numpy(reading.leaving[1] * PAGE).to(keys.device)
-        packed = pages.records.pack(keys, values, first, reading.leaving_valid)
+        packed = pages.records.pack(keys, values, first)
         block, inner = (x.to(pool.device) for x in reading.leaving_records)
         pool[block, 0, inner, : packed.shape[-1]] = packed[:, 0]
 
