@@ -1,6 +1,6 @@
 """What of vLLM is changed so that attention layers get our pages: two methods of its Attention, for engines that ask.
 
-    --attention-backend CUSTOM --additional-config '{"kvshrink": {"artifact": "/a/folder", "prefill": "chunk"}}'
+    --block-size 32 --additional-config '{"kvshrink": {"artifact": "/a/folder", "prefill": "chunk"}}'
 
 vLLM gives a backend no way to say a layer's bytes by its name, so that both are wrapped; their arguments are checked.
 """
@@ -53,7 +53,7 @@ def install() -> None:
         if given is None:
             return init(self, *args, **kwargs)
         settings = EngineSettings.of(given)
-        _check(config, settings)
+        _check(config)
         asked = inspect.signature(init).bind(self, *args, **{**kwargs, "attn_backend": KVShrinkBackend})
         init(*asked.args, **asked.kwargs)
         _give_pages(self, config, settings, asked.arguments)
@@ -141,22 +141,19 @@ def records_for(folder: Path, settings: EngineSettings, dtype: torch.dtype) -> P
     records = records_of(
         folder, dataclasses.replace(method, method=own) if isinstance(method, Artifact) else own, dtype
     )
-    log.info(
-        "kvshrink: %s, prompts by %s, %d bytes a page of all layers", settings.method, settings.prefill, records.nbytes
-    )
+    what = settings.method.text, settings.prefill, records.nbytes
+    log.info("kvshrink: %s, prompts by %s, %d bytes a page of all layers", *what)
     return records
 
 
-def _check(config: Any, settings: EngineSettings) -> None:
+def _check(config: Any) -> None:
     """Raise SettingError for an engine that these pages cannot serve."""
-    size, parallel = config.cache_config.block_size, config.parallel_config
+    size, kind = config.cache_config.block_size, config.cache_config.cache_dtype
+    ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
     refused = {
-        f"{parallel.tensor_parallel_size} tensor ranks, of which each has some heads": parallel.tensor_parallel_size
-        > 1,
-        f"{parallel.pipeline_parallel_size} pipeline ranks": parallel.pipeline_parallel_size > 1,
+        f"{ranks} ranks, each of which has a part of a page": ranks > 1,
         "speculation, which takes tokens back that were stored": config.speculative_config is not None,
-        f"a cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
-        not in ("auto", "bfloat16", "float16"),
+        f"a cache of {kind}": kind not in ("auto", "bfloat16", "float16"),
     }
     for what, yes in refused.items():
         if yes:
