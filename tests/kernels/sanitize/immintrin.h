@@ -134,6 +134,12 @@ inline float _mm512_reduce_max_ps(__m512 x) {
     for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
     return most;
 }
+inline __m512 _mm512_reduce_ps(__m512 x, int) {  // less the whole number below
+    return plain::floats([&](int i) { return std::isinf(x[i]) ? 0.0f : x[i] - std::floor(x[i]); });
+}
+inline __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
+    return plain::floats([&](int i) { return a[i] * std::exp2(std::floor(b[i])); });
+}
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     return plain::floats([&](int i) {
         const float second = plain::float_of(a[2 * i + 1]) * plain::float_of(b[2 * i + 1]);

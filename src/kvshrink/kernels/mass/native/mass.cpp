@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t PARALLEL = 1 << 18;  // scores, from which a second thread gains more than it costs
 
 // 2^x to 8e-5, enough for scores that were rounded to 16 bits; 0 far below, huge or infinite far above.
-#if defined(__AVX512DQ__)
+#if defined(__AVX512DQ__) && defined(__AVX512F__)
 inline v16 near_exp2(v16 x) {
     const v16 r = (v16)_mm512_reduce_ps((__m512)x, 9);  // less the whole number below
     const v16 p = ((r * 0.07802452f + 0.22606717f) * r + 0.69583353f) * r + 0.99992522f;
