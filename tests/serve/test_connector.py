@@ -82,6 +82,7 @@ def test_whole_blocks_are_saved_once_and_matched_but_for_the_last_token(tmp_path
     adapter.mkdir()
     (adapter / "adapter_model.bin").write_bytes(b"weights")
     assert planner.matched(request("f", 100, lora=Told(lora_path=str(adapter))), 0) == 0
+    assert planner.matched(request("j", 100, lora=Told(lora_path="some/adapter")), 0) == 0
     back = request("i", 100)
     back.num_preemptions = 1
     assert planner.matched(back, 0) == 0, "over its own tokens as they were stored"

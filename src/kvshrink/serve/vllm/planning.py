@@ -110,4 +110,7 @@ class Planner:
 
 def _adapter(request: Any) -> tuple[str, ...]:
     lora = getattr(request, "lora_request", None)
-    return () if lora is None else (weights_of(Path(lora.lora_path)),)
+    if lora is None:
+        return ()
+    folder = Path(lora.lora_path)  # or a hub id
+    return (weights_of(folder) if folder.is_dir() else str(lora.lora_path),)
