@@ -7,7 +7,9 @@ from kvshrink.attach.budget import CacheBudget
 from kvshrink.errors import SettingError
 
 MOST = 2**63  # bytes
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+POWERS = {letter: n + 1 for n, letter in enumerate("KMGT")}
+UNITS = {"": 1, "B": 1} | {f"{x}{b}": 1000**n for x, n in POWERS.items() for b in ("", "B")}
+UNITS |= {f"{x}I{b}": 1024**n for x, n in POWERS.items() for b in ("", "B")}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from kvshrink.eval.run.entries import parse
 from kvshrink.methods._roles import Method
 from kvshrink.methods._types import shown
 from kvshrink.methods.artifact import Artifact
+from kvshrink.plan.budget import parse_bytes
 from kvshrink.store.reason import line
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+DEFAULT = "turboquant:bits=4"  # which is not fitted
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SAMPLE = 4096  # bytes of a tensor that are looked at, twice
 RECORDS = 1  # version of how rows lie in a record: another one is another store
@@ -56,9 +55,6 @@ def _method_of(given: dict[str, Any], default: str | None, what: str, known: tup
     if not isinstance(found, str) or not found:
         raise SettingError(f'{what} needs a method, not {shown(found)}. Give one such as "turboquant:bits=4".')
     return Named(found, fitted)
-
-
-DEFAULT = "turboquant:bits=4"  # which is not fitted
 
 
 @dataclass(frozen=True)
@@ -117,12 +113,9 @@ def size_of(given: object) -> int | None:
     """Bytes, from a number or a text such as "20GB" or "1.5 TiB"; None: no limit."""
     if given is None:
         return None
-    found = SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
-    if found is not None:
-        given = int(float(found[1]) * UNITS[found[2].upper()])
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+    if isinstance(given, bool) or not isinstance(given, int | str):
         raise SettingError(f'{shown(given)} is no size. Give bytes, a text such as "20GB", or null for no limit.')
-    return given
+    return parse_bytes(str(given))
 
 
 def identity(folder: Path, method: Method | Artifact | None, exact: int, **more: Any) -> str:
