@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvshrink.cache.leaving import left
 from kvshrink.cache.snapshot import ExactSinks, Hidden, Snapshot, TierView
 from kvshrink.serve.records import Alike
 from kvshrink.shapes import Float, Int, UInt8
@@ -125,25 +126,31 @@ class Reading:
         starts = torch.from_numpy(self.starts) if self.starts.any() else None
         return starts, torch.from_numpy(self.shifts.astype(np.int32)) if self.shifts.any() else None
 
+    @cached_property
+    def _short(self) -> Tensor | None:
+        """Rows [b, 1] whose first tokens are in their windows still; None: none."""
+        short = self.pages == 0
+        return torch.from_numpy(short)[:, None] if short.any() else None
+
+    @cached_property
+    def _sink_columns(self) -> Int[Tensor, "b n"]:
+        columns = torch.from_numpy(self.shifts.astype(np.int32))[:, None] + torch.arange(self.sinks, dtype=torch.int32)
+        return columns if self._short is None else columns.masked_fill(self._short, -1)
+
+    def _held(self, keys: Tensor, values: Tensor) -> tuple[ExactSinks, Hidden]:
+        """Sinks, and what the body hides for them."""
+        device, short = keys.device, self._short
+        if short is not None:  # there may be anything in their places
+            keys, values = (x.masked_fill(short.to(device)[..., None, None], 0.0) for x in (keys, values))
+        simple = short is None and self._rows[1] is None
+        count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
+        return ExactSinks(keys, values, self._sink_columns.to(device), self.sinks, simple), Hidden(count, self.sinks)
+
     def snapshot(self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None) -> Snapshot:
         """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]."""
         assert layer.codecs is not None
-        device, held, hidden = pool.device, None, None
-        starts, shifts = self._rows
-        if sinks is not None:
-            columns = torch.arange(self.sinks, dtype=torch.int32).expand(self.rows, -1)
-            columns = columns if shifts is None else columns + shifts[:, None]
-            some = bool((self.pages == 0).any())  # whose first tokens are in their windows still
-            if some:  # of a short one there may be anything in their places
-                none = torch.from_numpy(self.pages == 0).to(device)[:, None]
-                columns = columns.to(device).masked_fill(none, -1)
-                sinks = (
-                    sinks[0].masked_fill(none[..., None, None], 0.0),
-                    sinks[1].masked_fill(none[..., None, None], 0.0),
-                )
-            held = ExactSinks(*sinks, columns.to(device), self.sinks, shifts is None and not some)
-            count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
-            hidden = Hidden(count, self.sinks)
+        device, (starts, shifts) = pool.device, self._rows
+        held, hidden = (None, None) if sinks is None else self._held(*sinks)
         return Snapshot(
             shape=layer.shape,
             rope=layer.rope,
@@ -190,7 +197,7 @@ def _of(table: np.ndarray, tokens: np.ndarray, size: int) -> tuple[Tensor, Tenso
 
 def pages_of(tokens: np.ndarray, window: int, page: int) -> np.ndarray:
     """Whole pages that have left the window, of so many tokens: a function of the count alone."""
-    return np.asarray(np.maximum(0, tokens - window) // page)
+    return np.asarray(left(tokens, window, page) // page)
 
 
 def rows_at(pool: Tensor, places: tuple[Tensor, Tensor], d: int) -> tuple[Float[Tensor, "b h t d"], Tensor]:
