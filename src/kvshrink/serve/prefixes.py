@@ -1,7 +1,8 @@
 """Blocks of a prefix cache in a folder: a file a block, whole or not there; beyond a size the least recently used go.
 
 A file is a cache, not an archive: what is damaged, cut short, of another format or of another name is deleted and taken
-as not there, and what cannot be written is let go. Any number of processes may share a folder.
+as not there, and what cannot be written is let go. Any number of processes may share a folder. So a block is written
+without store/atomic.py, which syncs each file to the disk under a lock: the digest says what a crash left of it.
 """
 
 import hashlib

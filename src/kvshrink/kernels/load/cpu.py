@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import inputs, native
-from kvshrink.kernels.decode.reference import ALL  # noqa: F401 # decode's files before jobs, which they share
 from kvshrink.kernels.jobs import PAGE, side_of
 from kvshrink.kernels.latents import Packed
 from kvshrink.kernels.records import Records

@@ -153,13 +153,11 @@ class KVShrinkImpl(AttentionImpl[Step]):
             snapshot = reading.snapshot(pool, pages.records, sinks)
             if reading.new <= FEW or self.softcap is not None:
                 return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
-            keys, values = rebuild(
-                snapshot, keys, values
-            )  # a long part of a prompt: read once, not once for each query
+            # a long part of a prompt: pages are read once, not once for each query
+            keys, values = rebuild(snapshot, keys, values)
         elif self.softcap is not None or reading.starts.any():
-            return attend(
-                query, keys, values, None, self.scale, self.softcap, reading.snapshot(pool, pages.records, None)
-            )
+            snapshot = reading.snapshot(pool, pages.records, None)
+            return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
         return _dense(query, keys.contiguous(), values.contiguous(), self.scale)
 
     def _leave(self, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> None:

@@ -94,11 +94,8 @@ def layers_of(
             if kind not in ("FullAttentionSpec", "SlidingWindowSpec") or each.tokens_per_state != 1:
                 raise SettingError(f"{name} has a {kind}: only blocks of plain keys and values can be stored.")
             value_dim = getattr(each, "head_size_v", None) or each.head_size
-            shape, pool, index = (
-                (each.block_size, each.num_kv_heads, each.head_size, value_dim),
-                pools[name],
-                extract_layer_index(name),
-            )
+            shape = each.block_size, each.num_kv_heads, each.head_size, value_dim
+            pool, index = pools[name], extract_layer_index(name)
             if each.block_size != size or pool.shape[0] != kv_cache_config.num_blocks:
                 raise SettingError(
                     f"{name} has blocks of {each.block_size} tokens, the engine of {size}: they must be alike."

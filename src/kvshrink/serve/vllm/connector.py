@@ -165,10 +165,10 @@ def _check(config: Any) -> None:
         raise SettingError(found)
     parallel, cache = config.parallel_config, config.cache_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    rounded = cache.cache_dtype not in ("auto", "bfloat16", "float16")
     refused = {
         f"{ranks} ranks, each of which has a part of a block": ranks > 1,
-        f"a cache of {cache.cache_dtype}, which is rounded already": cache.cache_dtype
-        not in ("auto", "bfloat16", "float16"),
+        f"a cache of {cache.cache_dtype}, which is rounded already": rounded,
         f"blocks hashed by {cache.prefix_caching_hash_algo}, which differ from run to run": not _lasting(cache),
         f"speculation by {getattr(config.speculative_config, 'method', '')}": config.speculative_config is not None,
     }
