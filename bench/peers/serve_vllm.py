@@ -192,9 +192,11 @@ def main() -> None:
         begun = time.process_time()
         parts[name](table, args.folder)
         print(f"{name}: {time.process_time() - begun:.0f} CPU seconds", flush=True)
+        where = setting(torch.device("cpu"))
+        for row in table.rows:  # parts may be run apart, of other sources
+            row.setdefault("source", where["source"])
         rows = [row for row in known if row["part"] not in {r["part"] for r in table.rows}] + table.rows
-        record = {"command": "make serve-vllm", "setting": setting(torch.device("cpu"))}
-        files.write_json(args.out, record | {"rows": rows})
+        files.write_json(args.out, {"command": "make serve-vllm", "setting": where, "rows": rows})
     if short := [row for row in table.rows if row["holds"] is False]:
         sys.exit(f"{len(short)} of {len(table.rows)} rows fell short")
 
