@@ -34,7 +34,7 @@ plain: $(STAMP)
 # `guarded` puts inputs at the end of memory. EPISODES: how many of random use.
 EPISODES ?= 300
 SANITIZER = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -I$(CURDIR)/tests/kernels/sanitize \
-	-U__AVX512F__ -D__AVX512F__ -U__AVX512BF16__ -D__AVX512BF16__ -U__AVX512VBMI__ -D__AVX512VBMI__
+	-U__AVX512F__ -D__AVX512F__ -U__AVX512BF16__ -D__AVX512BF16__ -U__AVX512VBMI__ -D__AVX512VBMI__ -U__AVX512VNNI__ -D__AVX512VNNI__
 sanitize: export LD_PRELOAD = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: export ASAN_OPTIONS = detect_leaks=0:handle_segv=0
 sanitize: export KVSHRINK_CACHE = $(CURDIR)/build/sanitize

@@ -53,7 +53,7 @@ def test_pages_of_a_few_tokens_are_searched_by_the_reference():
 def test_kernel_is_as_good_as_the_reference(bits, page):
     """Its costs are integers, and no larger than they must be to tell levels apart: beyond all levels it is coarser."""
     near, far = normal(5, 3, page, 40), 30 * normal(1, 3, page, 40)
-    for x, worst, mean in ((near, 0.01, 1e-4), (near[:, :, :, :7], 0.01, 1e-4), (far, 0.1, 0.05)):
+    for x, worst, mean in ((near, 0.02, 1e-4), (near[:, :, :, :7], 0.02, 1e-4), (far, 0.1, 0.05)):
         mine, wanted = (
             (trellis.from_codes(code(x, bits), bits) - x).double().square().sum(2)
             for code in (cpu.to_codes, reference.to_codes)

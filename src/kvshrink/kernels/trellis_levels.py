@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvshrink.kernels.normal.reference import in_bytes
 from kvshrink.shapes import Float, Int, UInt8
 
 STATES = 16  # what the last four coded bits can be
@@ -35,8 +36,8 @@ ERRORS = {1: 0.29975, 2: 0.08457, 3: 0.02309, 4: 0.00621}
 
 @cache
 def levels(bits: int) -> Float[Tensor, " levels"]:
-    """The 2^(bits + 1) levels from the lowest to the highest, float64; number i is in subset i % 4."""
-    half = torch.tensor(HALF[bits], dtype=torch.float64)
+    """The 2^(bits + 1) levels from the lowest to the highest, float64, in_bytes; number i is in subset i % 4."""
+    half = in_bytes(torch.tensor(HALF[bits], dtype=torch.float64))
     return torch.cat([-half.flip(0), half])
 
 

@@ -17,6 +17,7 @@ typedef uint32_t __mmask32;
 typedef float __m128 __attribute__((vector_size(16)));
 typedef double __m512d __attribute__((vector_size(64)));
 typedef uint64_t __mmask64;
+typedef uint8_t __mmask8;
 
 namespace plain {
 
@@ -311,4 +312,98 @@ inline uint64_t _pdep_u64(uint64_t bits, uint64_t mask) {
     for (int i = 0; i < 64; i++)
         if (mask >> i & 1) found |= (bits & 1) << i, bits >>= 1;
     return found;
+}
+
+// --- bytes, and products of them ---
+
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+    const plain::Lanes<uint8_t, 64> x(a);
+    const plain::Lanes<int8_t, 64> y(b);
+    plain::Ints out(sum);
+    for (int i = 0; i < 64; i++) out.at[i / 4] += x.at[i] * y.at[i];
+    return out.as<__m512i>();
+}
+inline __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
+    const plain::Lanes<uint8_t, 64> at(index), one(a), two(b);
+    plain::Lanes<uint8_t, 64> out;
+    for (int i = 0; i < 64; i++) out.at[i] = (at.at[i] & 64 ? two : one).at[at.at[i] & 63];
+    return out.as<__m512i>();
+}
+inline __m512i _mm512_set1_epi8(char x) {
+    plain::Lanes<char, 64> out;
+    for (char &own : out.at) own = x;
+    return out.as<__m512i>();
+}
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+    const plain::Lanes<uint8_t, 64> x(a), y(b);
+    plain::Lanes<uint8_t, 64> out;
+    for (int i = 0; i < 64; i++) out.at[i] = x.at[i] + y.at[i];
+    return out.as<__m512i>();
+}
+inline __m512i _mm512_srli_epi16(__m512i a, unsigned by) {
+    plain::Lanes<uint16_t, 32> x(a);
+    for (uint16_t &own : x.at) own >>= by;
+    return x.as<__m512i>();
+}
+inline __m512i _mm512_srlv_epi32(__m512i a, __m512i by) {
+    const plain::Words x(a), n(by);
+    return plain::words([&](int i) { return n.at[i] < 32 ? x.at[i] >> n.at[i] : 0; });
+}
+inline __m512i _mm512_srai_epi32(__m512i a, unsigned by) {
+    const plain::Ints x(a);
+    return plain::words([&](int i) { return uint32_t(x.at[i] >> by); });
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
+    const plain::Words x(a), y(b);
+    return plain::words([&](int i) { return x.at[i] - y.at[i]; });
+}
+inline __m512i _mm512_cvtps_epi32(__m512 x) {
+    return plain::words([&](int i) { return uint32_t(int32_t(std::nearbyint(x[i]))); });
+}
+inline __m128i _mm512_cvtepi32_epi8(__m512i a) {
+    const plain::Words x(a);
+    plain::Lanes<uint8_t, 16> out;
+    for (int i = 0; i < 16; i++) out.at[i] = x.at[i];
+    return out.as<__m128i>();
+}
+inline __m512i _mm512_castsi128_si512(__m128i a) {
+    __m512i out = {};
+    std::memcpy(&out, &a, 16);
+    return out;
+}
+inline __m512i _mm512_inserti32x4(__m512i a, __m128i b, int quarter) {
+    std::memcpy(reinterpret_cast<char *>(&a) + 16 * quarter, &b, 16);
+    return a;
+}
+inline __m512i _mm512_mask_blend_epi64(__mmask8 m, __m512i a, __m512i b) {
+    for (int i = 0; i < 8; i++)
+        if (m >> i & 1) a[i] = b[i];
+    return a;
+}
+inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
+    return plain::floats([&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
+}
+inline __m512 _mm512_abs_ps(__m512 a) {
+    return plain::floats([&](int i) { return std::fabs(a[i]); });
+}
+inline __m512 _mm512_maskz_mul_ps(__mmask16 m, __m512 a, __m512 b) {
+    return plain::floats([&](int i) { return m >> i & 1 ? a[i] * b[i] : 0.0f; });
+}
+inline __m512 _mm512_mask3_fmadd_ps(__m512 a, __m512 b, __m512 c, __mmask16 m) {
+    return plain::floats([&](int i) { return m >> i & 1 ? std::fma(a[i], b[i], c[i]) : c[i]; });
+}
+// Which lanes are of these kinds: 0x01 and 0x80 not a number, 0x08 and 0x10 infinities, 0x40 below 0 and finite.
+inline __mmask16 _mm512_fpclass_ps_mask(__m512 x, int kinds) {
+    __mmask16 found = 0;
+    for (int i = 0; i < 16; i++) {
+        const bool none = std::isnan(x[i]), endless = std::isinf(x[i]);
+        const bool is = (none && kinds & 0x81) || (endless && kinds & (x[i] > 0 ? 0x08 : 0x10)) ||
+                        (!none && !endless && x[i] < 0 && kinds & 0x40);
+        if (is) found |= 1 << i;
+    }
+    return found;
+}
+inline void _mm512_mask_storeu_ps(void *p, __mmask16 m, __m512 v) {
+    for (int i = 0; i < 16; i++)
+        if (m >> i & 1) std::memcpy(static_cast<char *>(p) + 4 * i, &v[i], 4);
 }

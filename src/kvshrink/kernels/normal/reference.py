@@ -4,6 +4,9 @@ Lloyd, IEEE Trans. Inf. Theory 28 (1982); Max, IRE Trans. 6 (1960). Each level i
 lies half way between two levels. Nothing is stored beside the codes. Its error is .363, .118, .0345 and .0095 of the
 variance at 1 to 4 bits, where an affine grid between minimum and maximum of 32 numbers has .018 at 4 and two more
 numbers to store.
+
+Up to 4 bits levels are whole multiples of the 127th part of the largest (`in_bytes`), so that a kernel's products of
+bytes are exact: the error grows by a hundredth of itself at most.
 """
 
 from functools import cache
@@ -55,7 +58,14 @@ def levels(bits: int) -> Float[Tensor, " levels"]:
     found: Tensor = sqrt(3) * torch.special.ndtri(rank)
     for _ in range(ROUNDS):
         found = _cells(found)[1]
-    return found
+    return in_bytes(found) if bits <= COUNTED else found
+
+
+def in_bytes(levels: Float[Tensor, " levels"]) -> Float[Tensor, " levels"]:
+    """The nearest whole multiples of the 127th part of the largest one."""
+    unit = levels.abs().max() / 127
+    rounded: Tensor = (levels / unit).round() * unit
+    return rounded
 
 
 def _cells(levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,13 +124,18 @@ template <class T> struct Shared {
     const Constant constant;
     const Rebuild<T> &how;  // empty where scores are products with the latents
     const int depth, rows, value_wide;
+    const typename T::KeyBytes key_bytes;
+    const typename T::ValueBytes value_bytes;
+    const int sum_wide;             // of a row's sums
     int key_shares = 1;             // groups of channels that have a scale, of keys
     std::vector<float> query_sums;  // of each group's channels, [b][rows][key_shares]
     std::vector<Lane> query;   // as products read it, [b][rows][depth]; or
     std::vector<float> asked;  // in the order of the blocks, [b][rows][wide]
 
     Shared(const Job &j, const Rebuild<T> &how)
-        : job(j), constant(j, T::still > 0), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)) {
+        : job(j), constant(j, T::still > 0), how(how), depth(T::key_depth(j.keys.width)), rows(j.heads * j.x), value_wide(padded(j.values.width, 32)),
+          key_bytes(j),
+          value_bytes(j.values, rows / std::max(j.values.groups, 1)), sum_wide(value_wide + value_bytes.extra) {
         const int64_t count = int64_t(j.batch) * rows;
         if (!j.rebuild) {
             query.resize(count * depth);

@@ -22,7 +22,7 @@ template <class T> void merge(const Job &job, const Shared<T> &all, std::vector<
             std::fill(out, out + width, 0.0f);
             for (auto &task : tasks) {
                 if (task->row != row || task->top[q] == NEVER) continue;
-                const float share = std::exp(task->top[q] - top), *sum = task->sums.data + q * all.value_wide;
+                const float share = std::exp(task->top[q] - top), *sum = task->sums.data + q * all.sum_wide;
                 mass += share * sum16(load16(task->mass.data() + 16 * q));
                 for (int c = 0; c < width; c++) out[c] += share * sum[c];
             }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #if defined(__AVX512VBMI__)
 #include <immintrin.h>
@@ -63,6 +64,28 @@ struct Spot {
         scale = record + s.scale_at + own * s.scale_group;
         low = s.zeros ? s.zeros : record + s.low_at + own * s.low_group;
     }
+};
+
+// The page of a group that is read some steps later, brought nearer a few lines at a time: a record is too short for the
+// processor to guess that it goes on elsewhere, and all lines at once would hold up what is read now. Inlined, since to the
+// compiler a function that does nothing else does nothing.
+class Ahead {
+    const char *at = nullptr, *end = nullptr;
+
+  public:
+    __attribute__((always_inline)) void begin(const Side &s, const Spot &next) {
+        if (!next.there) return;
+        for (int64_t i = 0; i < s.scale_group; i += LINE) __builtin_prefetch(next.scale + i, 0, NEAR);
+        for (int64_t i = 0; i < s.low_group; i += LINE) __builtin_prefetch(next.low + i, 0, NEAR);
+        at = next.data, end = at + s.data_group;
+    }
+    // As many bytes as have just been read, or are about to be.
+    __attribute__((always_inline)) void step(int64_t bytes) {
+        for (const char *to = std::min(end, at + bytes); at < to; at += LINE) __builtin_prefetch(at, 0, NEAR);
+    }
+    __attribute__((always_inline)) void finish() { step(end - at), at = end = nullptr; }
+
+    static constexpr int LINE = 64, NEAR = 3;
 };
 
 inline int64_t run_bytes(int bits, int channels) { return int64_t(PAGE) * channels * bits / 8; }
@@ -210,15 +233,66 @@ inline void follow_trellis(uint8_t *codes, int channels, int stride) {
     });
 }
 
-// All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels. stride is a multiple of 64.
-inline void unpack_page(const Side &s, const Spot &at, uint8_t *out, int stride) {
-    const uint8_t *in = reinterpret_cast<const uint8_t *>(at.data);
-    int channel = 0, first = s.width;  // of a trellis' runs, which come behind those of 8 bits
-    for (int run = 0; run < s.runs; run++) {
-        unpack_run(in, s.bits[run], s.channels[run], out + channel, stride);
-        if (s.bits[run] <= 4) first = std::min(first, channel);
-        in += run_bytes(s.bits[run], s.channels[run]);
-        channel += s.channels[run];
-    }
-    if (s.trellis && first < channel) follow_trellis(out + first, first % 64 ? channel - first : (channel - first + 63) / 64 * 64, stride);
+// A trellis' run of 1 bit, four rows of codes, as one of 2 bits, eight rows: the numbers of the levels. A bit of a byte is
+// a token of its own, four tokens from the next one; the token before is a row higher, and the first one follows the last.
+inline void expand_one(const uint8_t *in, int channels, uint8_t *out) {
+    by_bytes(channels, [&](int c, auto count) {
+        typedef typename Bytes<count>::V V;
+        V x[4], later[4];  // later: by four tokens
+        for (int i = 0; i < 4; i++) x[i] = Bytes<count>::load(in + i * channels + c), later[i] = x[i] << 1 | x[i] >> 7;
+        for (int i = 0; i < 4; i++) {
+            const V first = x[i] ^ (i ? x[i - 1] : later[3]) ^ later[i], second = i < 2 ? later[i + 2] : x[i - 2];
+            const V even = (second & 0x55) | (first & 0x55) << 1, odd = (second >> 1 & 0x55) | (first & 0xaa);
+            std::memcpy(out + i * channels + c, &even, count), std::memcpy(out + (i + 4) * channels + c, &odd, count);
+        }
+    });
 }
+
+// The same of 2 bits, eight rows, as one of 4 bits, sixteen rows.
+inline void expand_two(const uint8_t *in, int channels, uint8_t *out) {
+    by_bytes(channels, [&](int c, auto count) {
+        typedef typename Bytes<count>::V V;
+        V x[8], coded[8], later[8];  // later: by eight tokens
+        for (int i = 0; i < 8; i++) {
+            x[i] = Bytes<count>::load(in + i * channels + c), coded[i] = x[i] & 0x55;
+            later[i] = coded[i] << 2 | coded[i] >> 6;
+        }
+        for (int i = 0; i < 8; i++) {
+            const V first = coded[i] ^ (i ? coded[i - 1] : later[7]) ^ (i < 4 ? later[i + 4] : coded[i - 4]);
+            const V second = i < 2 ? later[i + 6] : coded[i - 2], next = x[i] >> 1;
+            const V even = (second & 0x11) | (first & 0x11) << 1 | (next & 0x11) << 2;
+            const V odd = (second & 0x44) >> 2 | (first & 0x44) >> 1 | (next & 0x44);
+            std::memcpy(out + i * channels + c, &even, count), std::memcpy(out + (i + 8) * channels + c, &odd, count);
+        }
+    });
+}
+
+// All codes of a page, [PAGE][stride]; of a trellis the numbers of its levels. stride is a multiple of 64; spare: room for
+// half as many bytes.
+inline void unpack_page(const Side &s, const Spot &at, uint8_t *out, int stride, uint8_t *spare) {
+    const uint8_t *in = reinterpret_cast<const uint8_t *>(at.data);
+    int channel = 0;
+    for (int run = 0; run < s.runs; run++) {
+        const int n = s.channels[run], bits = s.bits[run];
+        if (s.trellis && bits <= 2) {
+            (bits == 1 ? expand_one : expand_two)(in, n, spare);
+            unpack_run(spare, 2 * bits, n, out + channel, stride);
+        } else {
+            unpack_run(in, bits, n, out + channel, stride);
+            if (s.trellis && bits <= 4) follow_trellis(out + channel, n, stride);
+        }
+        in += run_bytes(bits, n);
+        channel += n;
+    }
+}
+
+// What a page is made of while it is read.
+struct Scratch {
+    uint8_t *codes;  // [PAGE][stride]
+    uint8_t *spare;  // half as many
+    int stride;
+    float *numbers;  // scales, then minima: PAGE * stride each
+    float *floats;   // [PAGE][stride], where a page goes through floats
+    Ahead ahead;
+    std::vector<int32_t> asked;  // queries of one page
+};

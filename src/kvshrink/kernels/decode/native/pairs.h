@@ -7,10 +7,21 @@
 
 #include <algorithm>
 
+#include "numbers.h"
 #include "transpose.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#include "byte_keys.h"
+#include "byte_values.h"
+#else
+typedef NoByteKeys ByteKeys;
+typedef NoByteValues ByteValues;
+#endif
 
 struct PairTiles {
     typedef uint32_t Lane;
+    typedef ByteKeys KeyBytes;
+    typedef ByteValues ValueBytes;
     static constexpr float still = 0.0625f;  // its square over 2 is what bfloat16 rounds by
     static int key_depth(int width) { return (width + 3) / 4 * 2; }
     static constexpr int value_depth = HALF;
@@ -37,17 +48,17 @@ struct PairTiles {
         if (!direct_keys(s)) return pack(from, n, to);
         for (int i = 0; i < key_depth(n); i++) to[i] = pair(2 * i < n ? from[2 * i] : 0.0f, 2 * i + 1 < n ? from[2 * i + 1] : 0.0f);
     }
-    static void dot_rows(const Side &s, const Spot &at, const uint32_t *query, int query_row, int rows, float *to) {
+    static void dot_rows(const Side &s, const Spot &at, const uint32_t *query, int query_row, int rows, float *to, Ahead &ahead) {
         by_few(rows, [&](int r, auto count) {
-            dot_pairs<count>(at.data, s.width, query + r * query_row, query_row, to + r * PAGE);
+            dot_pairs<count>(at.data, s.width, query + r * query_row, query_row, to + r * PAGE, ahead);
         });
     }
     static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, uint32_t *packed, float *sums,
-                         int width) {
+                         int width, Ahead &ahead) {
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < PAGE; t += 2) packed[r * HALF + t / 2] = pair(weights[r * PAGE + t], weights[r * PAGE + t + 1]);
-        by_few<2>(rows, [&](int r, auto count) {
-            add_pairs<count>(at.data, s.width, packed + r * HALF, sums + r * width, width);
+        by_few(rows, [&](int r, auto count) {
+            add_pairs<count>(at.data, s.width, packed + r * HALF, sums + r * width, width, ahead);
         });
     }
     static void done(const Side &s, float *sums, int rows) {
@@ -58,8 +69,11 @@ struct PairTiles {
     static void load_keys(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
         if (s.form == RAW_BF16) return raw_keys(s.width, at.data, z);
         if (s.form <= RAW_F16) return through_floats_keys(s, at, room, z);
+        if (mixes_keys(s)) {
+            unpack_keys(s, at, room);
+            return some_keys(s, room, 0, s.width, z);
+        }
         sides(s, at, room, true);
-        if (s.form == NORMAL && s.group == 16) return mixed_keys(s, at, room, z);
         by_quads(s, at, room, [&](int c, int half, __m512i codes) {
             uint32_t *to = z + c / 2 * PAGE + half * HALF;
             const __m512 none = _mm512_setzero_ps();
@@ -72,22 +86,28 @@ struct PairTiles {
     }
 
     // Runs of several widths, of which sixteen channels have one gain: it goes into their levels.
-    static void mixed_keys(const Side &s, const Spot &at, Scratch &room, uint32_t *z) {
-        unpack_page(s, at, room.codes, room.stride);
+    static bool mixes_keys(const Side &s) { return s.form == NORMAL && s.group == 16; }
+    static void unpack_keys(const Side &s, const Spot &at, Scratch &room) {
+        sides(s, at, room, true);
+        unpack_page(s, at, room.codes, room.stride, room.spare);
+    }
+    // Channels from `from`, a multiple of 64, to `to` of the page that was unpacked.
+    static void some_keys(const Side &s, Scratch &room, int from, int to_channel, uint32_t *z) {
         const char *codes = reinterpret_cast<const char *>(room.codes);
         int run = 0, end = s.channels[0];
-        for (int c0 = 0; c0 < s.width; c0 += 64) {
+        for (int c0 = from; c0 < to_channel; c0 += 64) {
+            room.ahead.step(PAGE * 64 / 8 * s.bits[run]);
             __m512i v[2][16];
             for (int half = 0; half < 2; half++)
                 rows_of(codes + half * HALF * room.stride + c0, room.stride, s.width - c0, v[half]);
-            for (int c = c0; c < std::min(c0 + 64, s.width); c += 16) {
+            for (int c = c0; c < std::min(c0 + 64, to_channel); c += 16) {
                 while (c >= end) end += s.channels[++run];
                 const int bits = s.bits[run], quads = std::min(4, (s.width - c + 3) / 4);
                 const __m512i table = scaled(s, bits, room.numbers[c]);
                 for (int i = 0; i < quads; i++)
                     for (int half = 0; half < 2; half++) {
                         const __m512i own = v[half][(c - c0) / 4 + i];
-                        uint32_t *to = z + (c / 2 + 2 * i) * PAGE + half * HALF;
+                        uint32_t *to = z + ((c - from) / 2 + 2 * i) * PAGE + half * HALF;
                         if (bits <= 4) {
                             _mm512_storeu_si512(to, _mm512_permutexvar_epi16(own, table));
                             _mm512_storeu_si512(to + PAGE, _mm512_permutexvar_epi16(_mm512_srli_epi32(own, 8), table));
@@ -154,7 +174,7 @@ struct PairTiles {
         const bool nibbles = s.runs == 1 && s.bits[0] == 4 && !s.trellis;
         const uint8_t *codes = nibbles ? reinterpret_cast<const uint8_t *>(at.data) : room.codes;
         const int stride = nibbles ? s.width : room.stride;
-        if (!nibbles) unpack_page(s, at, room.codes, room.stride);
+        if (!nibbles) unpack_page(s, at, room.codes, room.stride, room.spare);
         for (int c = 0; c < s.width; c += 16) {
             const __mmask16 there = mask16(s.width - c);
             const int bits = bits_at(s, c), g = s.form == TOKEN ? c / s.group : 0;
@@ -215,7 +235,7 @@ struct PairTiles {
     static void load_codes(const Side &s, const Spot &at, Scratch &room, uint32_t *z, int width) {
         const __m512i table = scaled(s, s.bits[0], 1.0f);
         const bool nibbles = s.bits[0] == 4;  // a byte has a token of each half
-        if (!nibbles) unpack_page(s, at, room.codes, room.stride);
+        if (!nibbles) unpack_page(s, at, room.codes, room.stride, room.spare);
         for (int t = 0; t < HALF; t++)
             for (int c = 0; c < s.width; c += 16) {
                 const __mmask16 there = mask16(s.width - c);
@@ -237,10 +257,6 @@ struct PairTiles {
         _mm256_mask_storeu_epi32(to, (1 << std::min(8, key_depth(left))) - 1, lanes);
     }
 
-    static __m128i bytes16(__mmask16 there, const void *p) {  // masks cost time, and nearly all bytes are there
-        return there == 0xffff ? _mm_loadu_si128(static_cast<const __m128i *>(p)) : _mm_maskz_loadu_epi8(there, p);
-    }
-    static __mmask16 mask16(int left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
 
     // The levels of codes of up to 4 bits, times a gain, as bfloat16: 16 twice, or 32 of a trellis.
     static __m512i scaled(const Side &s, int bits, float gain) {
@@ -254,10 +270,11 @@ struct PairTiles {
     // use(c, half, codes): lane = token of this half, byte i = code of channel c + i, in its low 4 bits, or all 8 if it was unpacked.
     template <class F> static void by_quads(const Side &s, const Spot &at, Scratch &room, F use) {
         const bool nibbles = s.runs == 1 && s.bits[0] == 4 && !s.trellis;  // a byte has a token of each half: no need to unpack
-        if (!nibbles) unpack_page(s, at, room.codes, room.stride);
+        if (!nibbles) unpack_page(s, at, room.codes, room.stride, room.spare);
         const char *codes = reinterpret_cast<const char *>(room.codes);
         for (int c0 = 0; c0 < s.width; c0 += 64)
             for (int half = 0; half < (nibbles ? 1 : 2); half++) {
+                room.ahead.step(nibbles ? 1024 : 64 * s.bits[0]);
                 __m512i v[16];
                 if (nibbles)
                     rows_of(at.data + c0, s.width, s.width - c0, v);
@@ -303,66 +320,6 @@ struct PairTiles {
         if (s.form != TOKEN) return _mm512_fmadd_ps(x, _mm512_set1_ps(scale[c]), _mm512_set1_ps(low[c]));
         const int at = c / s.group * PAGE + half * HALF;
         return _mm512_fmadd_ps(x, _mm512_loadu_ps(scale + at), _mm512_loadu_ps(low + at));
-    }
-
-    // scale and low as floats: per channel, or for TOKEN as stored, or [group][PAGE] where channels are the rows.
-    static void sides(const Side &s, const Spot &at, Scratch &room, bool channels_are_rows) {
-        float *scale = room.numbers, *low = scale + PAGE * room.stride;
-        const int groups = (s.width + s.group - 1) / std::max(s.group, 1);
-        if (s.form == CHANNEL) {
-            halves(at.scale, s.width, scale), halves(at.low, s.width, low);
-        } else if (s.form == NORMAL) {
-            spread(s, at, scale);
-            std::fill(low, low + padded(s.width, 16), 0.0f);
-        } else if (!channels_are_rows) {
-            halves(at.scale, PAGE * groups, scale), halves(at.low, PAGE * groups, low);
-        } else {
-            by_group(at.scale, groups, scale), by_group(at.low, groups, low);
-        }
-    }
-    // float16 numbers [PAGE][groups] -> [groups][PAGE].
-    static void by_group(const char *from, int groups, float *to) {
-        if (groups == 1) return halves(from, PAGE, to);
-        if (groups != 2 && groups != 4) {
-            for (int t = 0; t < PAGE; t++)
-                for (int g = 0; g < groups; g++) to[g * PAGE + t] = half_of(from, t * groups + g);
-            return;
-        }
-        for (int g = 0; g < groups; g += 2) {  // sixteen tokens of two groups at a time
-            const Interleaved index(groups, g);
-            for (int t = 0; t < PAGE; t += 16) {
-                const char *own = from + 2 * int64_t(t) * groups;
-                const __m512i a = _mm512_loadu_si512(own), b = groups == 2 ? a : _mm512_loadu_si512(own + 64);
-                const __m512i both = _mm512_permutex2var_epi16(a, index.lanes, b);
-                _mm512_storeu_ps(to + g * PAGE + t, _mm512_cvtph_ps(_mm512_castsi512_si256(both)));
-                _mm512_storeu_ps(to + (g + 1) * PAGE + t, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1)));
-            }
-        }
-    }
-    // Where sixteen tokens' numbers of group g, then of g + 1, are among those of all groups.
-    struct Interleaved {
-        __m512i lanes;
-        Interleaved(int groups, int g) {
-            uint16_t at[32];
-            for (int i = 0; i < 32; i++) at[i] = i % 16 * groups + g + i / 16;
-            lanes = _mm512_loadu_si512(at);
-        }
-    };
-    // A page's gains, channel by channel.
-    static void spread(const Side &s, const Spot &at, float *scale) {
-        for (int c = 0, g = 0; c < s.width; c += s.group, g++) {
-            const float gain = half_of(at.scale, g);
-            if (s.group % 16 == 0)
-                for (int i = c; i < std::min(c + s.group, padded(s.width, 16)); i += 16) store16(scale + i, all16(gain));
-            else
-                for (int i = c; i < std::min(c + s.group, s.width); i++) scale[i] = gain;
-        }
-    }
-    static void halves(const char *from, int n, float *to) {
-        int i = 0;
-        for (; i + 16 <= n; i += 16)
-            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + 2 * i))));
-        for (; i < n; i++) to[i] = half_of(from, i);
     }
 
     static void raw_keys(int width, const char *data, uint32_t *z) {

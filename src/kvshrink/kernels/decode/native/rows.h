@@ -97,9 +97,10 @@ inline void dot_block(const char *data, int64_t stride, const uint32_t *query, i
 }
 
 // As dot_floats, of bfloat16; query: pairs of neighbouring channels.
-template <int R> inline void dot_pairs(const char *data, int width, const uint32_t *query, int query_row, float *to) {
+template <int R> inline void dot_pairs(const char *data, int width, const uint32_t *query, int query_row, float *to, Ahead &ahead) {
     const int64_t stride = 2 * width;
     for (int t = 0; t < PAGE; t += 4, data += 4 * stride) {
+        ahead.step(4 * stride);
         __m512 sum[FEW][4];
         for (auto &own : sum)
             for (auto &x : own) x = _mm512_setzero_ps();
@@ -129,14 +130,15 @@ template <int R> inline void dot_pairs(const char *data, int width, const uint32
 // As add_floats, of bfloat16, in the order that unpacking leaves: `ordered` puts it right. BLOCKS: of 32 channels, as many
 // as registers hold for R rows, so that memory is read in order: by columns it takes twice the time.
 template <int R, int BLOCKS>
-inline void add_pairs(const char *data, int width, const uint32_t *weights, float *sums, int sums_row) {
+inline void add_pairs(const char *data, int width, const uint32_t *weights, float *sums, int sums_row, Ahead &ahead) {
     __m512 low[R][BLOCKS], high[R][BLOCKS];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < BLOCKS; c++) {
             low[r][c] = _mm512_loadu_ps(sums + r * sums_row + 32 * c);
             high[r][c] = _mm512_loadu_ps(sums + r * sums_row + 32 * c + 16);
         }
-    for (int t = 0; t < PAGE; t += 2)
+    for (int t = 0; t < PAGE; t += 2) {
+        ahead.step(2 * 64 * BLOCKS);
         for (int c = 0; c < BLOCKS; c++) {
             const __m512i a = _mm512_loadu_si512(data + 2 * (int64_t(t) * width + 32 * c));
             const __m512i b = _mm512_loadu_si512(data + 2 * (int64_t(t + 1) * width + 32 * c));
@@ -146,6 +148,7 @@ inline void add_pairs(const char *data, int width, const uint32_t *weights, floa
                 low[r][c] = product32(low[r][c], x, w), high[r][c] = product32(high[r][c], y, w);
             }
         }
+    }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < BLOCKS; c++) {
             _mm512_storeu_ps(sums + r * sums_row + 32 * c, low[r][c]);
@@ -154,14 +157,11 @@ inline void add_pairs(const char *data, int width, const uint32_t *weights, floa
 }
 
 // All channels; width a multiple of 32.
-template <int R> inline void add_pairs(const char *data, int width, const uint32_t *weights, float *sums, int sums_row) {
-    for (int c = 0; c < width; c += 128) {
-        const int left = width - c;
-        if (left >= 128) add_pairs<R, 4>(data + 2 * c, width, weights, sums + c, sums_row);
-        if (left == 96) add_pairs<R, 3>(data + 2 * c, width, weights, sums + c, sums_row);
-        if (left == 64) add_pairs<R, 2>(data + 2 * c, width, weights, sums + c, sums_row);
-        if (left == 32) add_pairs<R, 1>(data + 2 * c, width, weights, sums + c, sums_row);
-    }
+template <int R>
+inline void add_pairs(const char *data, int width, const uint32_t *weights, float *sums, int sums_row, Ahead &ahead) {
+    int c = 0;
+    for (; c + 64 <= width; c += 64) add_pairs<R, 2>(data + 2 * c, width, weights, sums + c, sums_row, ahead);
+    if (c < width) add_pairs<R, 1>(data + 2 * c, width, weights, sums + c, sums_row, ahead);
 }
 
 // Sums of `add_pairs` as their channels lie. Of each 128 bits of a row the first four channels are in `low`.

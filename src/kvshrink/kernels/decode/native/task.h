@@ -12,7 +12,7 @@ template <class T> struct Task {
     const Job &job;
     const int row, first, last, group_heads;
     std::vector<float> top, mass, added;  // mass in 16 parts
-    Buffer<float> sums;  // [rows][value_wide]
+    Buffer<float> sums;  // [rows][sum_wide]
     // tiles of the page at hand
     Buffer<Lane> keys, values, weights, folded;
     Buffer<float> scores, products, turned, cos, sin, block;
@@ -30,12 +30,12 @@ template <class T> struct Task {
     Task(const Shared<T> &s, int row, int first, int last)
         : all(s), job(s.job), row(row), first(first), last(last),
           group_heads(s.job.heads / s.job.keys.groups), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
-          sums(size_t(s.rows) * s.value_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
+          sums(size_t(s.rows) * s.sum_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
           weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), products(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.how.wide),
           cos(size_t(s.how.turning) * 4 * PAGE), sin(size_t(s.how.turning) * 4 * PAGE), block(BLOCK * PAGE),
-          codes(size_t(PAGE) * stride_of(s.job)), numbers(size_t(2) * PAGE * stride_of(s.job)),
+          codes(size_t(PAGE) * stride_of(s.job) * 3 / 2), numbers(size_t(2) * PAGE * stride_of(s.job)),
           floats(size_t(PAGE) * stride_of(s.job)),
-          room{codes.data, stride_of(s.job), numbers.data, floats.data}, far_cos(s.how.step_cos.size()), far_sin(s.how.step_cos.size()),
+          room{codes.data, codes.data + size_t(PAGE) * stride_of(s.job), stride_of(s.job), numbers.data, floats.data}, far_cos(s.how.step_cos.size()), far_sin(s.how.step_cos.size()),
           constant(s.constant, s.job, row),
           back_cos(s.how.wide), back_sin(s.how.wide), slopes(size_t(s.rows) * s.how.wide),
           slow_latent(size_t(2) * s.job.x * s.how.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
@@ -46,8 +46,8 @@ template <class T> struct Task {
     // Queries of all rows, or weights of all rows for each group of channels.
     static size_t folded_of(const Shared<T> &s) {
         const Side &v = s.job.values;
-        const size_t groups = (v.width + v.group - 1) / v.group;
-        return s.rows * std::max<size_t>(s.depth, (v.form == TOKEN ? groups : 0) * T::value_depth);
+        const size_t groups = (v.width + v.group - 1) / std::max(v.group, 1);
+        return s.rows * std::max<size_t>(s.depth, (v.form == TOKEN ? groups : 1) * T::value_depth);
     }
     static int stride_of(const Job &j) { return padded(std::max(j.keys.width, j.values.width), 64); }
 
@@ -71,7 +71,7 @@ template <class T> struct Task {
                 std::memset(scores.data, 0, size_t(all.rows) * PAGE * 4);
             for (int g = 0; g < job.keys.groups; g++) {
                 const Spot at(job.keys, row, job.pages, page, g);
-                fetch(job.keys, page + 1, g);
+                ahead(job.keys, page, g);
                 if (!at.there) continue;
                 if (job.rebuild) {
                     T::load_keys(job.keys, at, room, keys.data);
@@ -83,18 +83,19 @@ template <class T> struct Task {
             soften(page);
             for (int g = 0; g < job.values.groups && !job.only_scores; g++) {
                 const Spot at(job.values, row, job.pages, page, g);
-                fetch(job.values, page + 1, g);
+                ahead(job.values, page, g);
                 if (at.there) add(at, g);
             }
         }
-        if (!job.only_scores) T::done(job.values, sums.data, all.rows);
+        if (job.only_scores) return;
+        T::done(job.values, sums.data, all.rows);
+        all.value_bytes.done(sums.data, all.rows, all.sum_wide);
     }
 
-    // Bring a group of the next page nearer: a record is too short for the processor to guess that it goes on elsewhere.
-    void fetch(const Side &side, int page, int g) const {
-        if (page >= last) return;
-        const Spot next(side, row, job.pages, page, g);
-        for (int64_t i = 0; next.there && i < side.data_group; i += 64) __builtin_prefetch(next.data + i, 0, 2);
+    // The group of the next page begins to come nearer.
+    __attribute__((always_inline)) void ahead(const Side &side, int page, int g) {
+        room.ahead.finish();
+        if (page + 1 < last) room.ahead.begin(side, Spot(side, row, job.pages, page + 1, g));
     }
 
     // Slots of a page that a lane's rows may read, as [begin, end): what is filled, but for the row's first ones.
@@ -116,9 +117,13 @@ template <class T> struct Task {
         const int count = group_heads * job.x, first_row = g * count;
         float *to = scores.data + first_row * PAGE;
         const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
-        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to);
+        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to, room.ahead);
+        const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
+        if (all.key_bytes.fits && all.key_bytes.score(at, room, int64_t(row) * all.rows + first_row, query,
+                                                      reinterpret_cast<uint8_t *>(keys.data), to))
+            return;
+        if (T::mixes_keys(job.keys)) return by_parts(at, rows, count, to);
         if (T::folds_keys(job.keys)) {
-            const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
             T::fold_keys(job.keys, at, room, query, count, folded.data, added.data(), keys.data);
             for (int r = 0; r < count; r++)
                 for (int v = 0; v < PAGE; v += 16) store16(to + r * PAGE + v, load16(to + r * PAGE + v) + added[r]);
@@ -130,6 +135,17 @@ template <class T> struct Task {
         }
         multiply_rows<T>(count, rows, all.depth, keys.data, PAGE, all.depth, PAGE, to, PAGE);
     }
+
+    // The same of keys of many channels, of which the nearest memory holds a part.
+    void by_parts(const Spot &at, const Lane *rows, int count, float *to) {
+        T::unpack_keys(job.keys, at, room);
+        for (int c = 0; c < job.keys.width; c += PART) {
+            const int end = std::min(job.keys.width, c + PART);
+            T::some_keys(job.keys, room, c, end, keys.data);
+            multiply_rows<T>(count, rows + T::key_depth(c), all.depth, keys.data, PAGE, T::key_depth(end - c), PAGE, to, PAGE);
+        }
+    }
+    static constexpr int PART = 256;
 
     // The same of keys whose tokens have a scale and a minimum for each group of channels, which come to the products.
     void by_token(const Spot &at, const Lane *rows, int count, int first_row, float *to) {
@@ -151,22 +167,26 @@ template <class T> struct Task {
 
     // The weighted sum of a group's values.
     void add(const Spot &at, int g) {
-        const int count = all.rows / job.values.groups, wide = all.value_wide, group = job.values.group;
-        float *to = sums.data + int64_t(g) * count * wide;
+        const int count = all.rows / job.values.groups, wide = all.value_wide, apart = all.sum_wide, group = job.values.group;
+        float *to = sums.data + int64_t(g) * count * apart;
         if (T::direct_values(job.values))
-            return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, wide);
+            return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, apart, room.ahead);
+        if (all.value_bytes.fits) {
+            auto *bytes = reinterpret_cast<uint8_t *>(folded.data);
+            if (all.value_bytes.add(at, room, scores.data + g * count * PAGE, count, bytes, to, apart)) return;
+        }
         if (T::folds_values(job.values, count)) {
-            T::fold_values(job.values, at, room, scores.data + g * count * PAGE, count, folded.data, to, wide);
+            T::fold_values(job.values, at, room, scores.data + g * count * PAGE, count, folded.data, to, apart);
             T::load_codes(job.values, at, room, values.data, wide);
             for (int c = 0; c < job.values.width; c += group)
                 multiply_rows<T>(count, folded.data + c / group * count * T::value_depth, T::value_depth, values.data + c,
-                                 wide, T::value_depth, std::min(group, wide - c), to + c, wide);
+                                 wide, T::value_depth, std::min(group, wide - c), to + c, apart);
             return;
         }
         T::load_values(job.values, at, room, values.data, wide);
         for (int r = 0; r < count; r++)
             T::pack_weights(scores.data + (g * count + r) * PAGE, weights.data + r * T::value_depth);
-        multiply_rows<T>(count, weights.data, T::value_depth, values.data, wide, T::value_depth, wide, to, wide);
+        multiply_rows<T>(count, weights.data, T::value_depth, values.data, wide, T::value_depth, wide, to, apart);
     }
 
     // Queries for this page. Tokens of a page nearly always follow each other; where they do not (pads, cut pages), the
@@ -329,8 +349,8 @@ template <class T> struct Task {
             if (highest > top[q]) {
                 const float shrink = std::exp(top[q] - highest);  // 0 at first
                 store16(mass.data() + 16 * q, load16(mass.data() + 16 * q) * shrink);
-                float *sum = sums.data + q * all.value_wide;
-                for (int i = 0; i < all.value_wide; i += 16) store16(sum + i, load16(sum + i) * shrink);
+                float *sum = sums.data + q * all.sum_wide;
+                for (int i = 0; i < all.sum_wide; i += 16) store16(sum + i, load16(sum + i) * shrink);
                 top[q] = highest;
             }
             const float base = top[q] == NEVER ? 0.0f : top[q];

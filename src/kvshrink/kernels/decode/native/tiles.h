@@ -10,20 +10,30 @@
 #pragma once
 #include <algorithm>
 
+#include "job.h"
 #include "rows.h"
 
 inline int padded(int width, int to) { return (width + to - 1) / to * to; }
 
-struct Scratch {
-    uint8_t *codes;  // [PAGE][stride]
-    int stride;
-    float *numbers;  // scales, then minima: PAGE * stride each
-    float *floats;   // [PAGE][stride], where a page goes through floats
+// Keys and values whose products are of bytes: none.
+struct NoByteKeys {
+    static constexpr bool fits = false;
+    NoByteKeys(const Job &) {}
+    bool score(const Spot &, Scratch &, int64_t, const float *, void *, float *) const { return false; }
+};
+struct NoByteValues {
+    static constexpr bool fits = false;
+    static constexpr int extra = 0;
+    NoByteValues(const Side &, int) {}
+    bool add(const Spot &, Scratch &, const float *, int, void *, float *, int) const { return false; }
+    void done(float *, int, int) const {}
 };
 
 // still: the largest change of a turn within half a page, in radians, that may be taken as linear.
 struct FloatTiles {
     typedef float Lane;
+    typedef NoByteKeys KeyBytes;
+    typedef NoByteValues ValueBytes;
     static constexpr float still = 0.0f;
     static int key_depth(int width) { return width; }
     static constexpr int value_depth = PAGE;
@@ -37,12 +47,12 @@ struct FloatTiles {
     static bool direct_keys(const Side &s) { return s.form <= RAW_F16; }
     static bool direct_values(const Side &s) { return s.form <= RAW_F16; }
     static void pack_asked(const Side &, const float *from, int n, float *to) { pack(from, n, to); }
-    static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to) {
+    static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to, Ahead &) {
         by_few(rows, [&](int r, auto count) {
             dot_floats<count>(s.form, at.data, s.width, query + r * query_row, query_row, to + r * PAGE);
         });
     }
-    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width) {
+    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width, Ahead &) {
         by_few(rows, [&](int r, auto count) {
             add_floats<count>(s.form, at.data, s.width, weights + r * PAGE, sums + r * width, width);
         });
@@ -50,6 +60,9 @@ struct FloatTiles {
     static void done(const Side &, float *, int) {}
     static bool scales_tokens(const Side &) { return false; }
     static void load_levels(const Side &, const Spot &, Scratch &, float *) {}
+    static bool mixes_keys(const Side &) { return false; }
+    static void unpack_keys(const Side &, const Spot &, Scratch &) {}
+    static void some_keys(const Side &, Scratch &, int, int, float *) {}
     static bool folds_keys(const Side &) { return false; }
     static bool folds_values(const Side &, int) { return false; }
     static void fold_keys(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, float *) {}
@@ -68,7 +81,7 @@ struct FloatTiles {
                 for (int c = 0; c < w; c++) z[t * by_token + c * by_channel] = raw_of(s.form, at.data, int64_t(t) * w + c);
             return;
         }
-        unpack_page(s, at, room.codes, room.stride);
+        unpack_page(s, at, room.codes, room.stride, room.spare);
         const int groups = s.form == TOKEN || s.form == NORMAL ? (w + s.group - 1) / s.group : w;
         float *scale = room.numbers, *low = scale + PAGE * room.stride;
         const int count = s.form == TOKEN ? PAGE * groups : groups;

@@ -10,7 +10,7 @@
 namespace {
 
 struct Room {
-    std::vector<uint8_t> codes;
+    std::vector<uint8_t> codes, spare;
     std::vector<float> scale, low;  // of each channel, or of each token's groups of channels
 };
 
@@ -46,7 +46,7 @@ void spread(const char *halves, int at, int groups, int group, int width, float 
 
 void page_of(const Side &s, const Spot &at, Room &room, float *out) {
     const int width = s.width, stride = int(room.codes.size()) / PAGE;
-    unpack_page(s, at, room.codes.data(), stride);
+    unpack_page(s, at, room.codes.data(), stride, room.spare.data());
     const int group = s.form == CHANNEL ? 1 : s.group, groups = (width + group - 1) / group;
     const bool shifted = s.form == CHANNEL || (s.form == TOKEN && !s.zeros);
     for (int t = 0; t < PAGE; t++) {
@@ -74,7 +74,7 @@ int32_t kvshrink_load(const Side *side, int32_t rows, int32_t pages, int32_t thr
     const int64_t size = int64_t(PAGE) * side->width, count = int64_t(rows) * side->groups * pages;
     std::vector<Room> rooms(std::max(1, threads));
     for (Room &room : rooms) {
-        room.codes.resize(size_t(PAGE) * stride);
+        room.codes.resize(size_t(PAGE) * stride), room.spare.resize(size_t(HALF) * stride);
         room.scale.resize(side->width), room.low.resize(side->width);
     }
 #pragma omp parallel for num_threads(int(rooms.size())) schedule(static, 1) if (rooms.size() > 1)
