@@ -50,7 +50,7 @@ class ByteKeys {
     bool score(const Spot &at, Scratch &room, int64_t row, const float *query, uint8_t *z, float *to) const {
         sides(s, at, room, true);
         float unit[MOST];
-        Rows from{unit_asked(room), nullptr, unit, nullptr};
+        Queries from{unit_asked(room), nullptr, unit, nullptr};
         if (s.form != CHANNEL)
             from = {asked.data() + row / count * head(), start.data() + row * 2 * spans.size(), units.data() + row,
                     sums.data() + row * spans.size()};
@@ -59,13 +59,12 @@ class ByteKeys {
         by_runs(s, at, room, [&](const uint8_t *in, auto bits, int stride, int run, int first) {
             tiles<bits>(in, stride, levels[run], s.channels[run], z + 32 * first, room.ahead);
         });
-        for (size_t i = 0; i < spans.size(); i++)
-            by_few(count, [&](int r, auto few) { products<few>(i, from, r, z, room, to); });
+        by_few(count, [&](int r, auto few) { products<few>(from, r, z, room, to); });
         return true;
     }
 
   private:
-    struct Rows {
+    struct Queries {
         const int32_t *asked, *start;
         const float *units, *sums;
     };
@@ -194,40 +193,48 @@ class ByteKeys {
         return bytes == 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((__mmask64(1) << bytes) - 1, p);
     }
 
-    template <int R> void products(int i, const Rows &from, int first, const uint8_t *z, const Scratch &room, float *to) const {
-        const Span &span = spans[i];
+    // All spans' scores of R rows, summed in registers.
+    template <int R> void products(const Queries &from, int first, const uint8_t *z, const Scratch &room, float *to) const {
         const int32_t *q = from.asked + first / FEW * lot(), *p = q + FEW * quads;
-        RowSums<R> sums;
-        sums.each([&](auto r, Sums &own) {
-            const int32_t *start = from.start ? from.start + 2 * ((first + r) * spans.size() + i) : nullptr;
-            own.high_one = own.high_two = _mm512_set1_epi32(start ? start[0] : 0);
-            own.low_one = own.low_two = _mm512_set1_epi32(start ? start[1] : 0);
+        Rows<Scores, R> scores;
+        scores.each([&](auto r, Scores &own) {
+            own.one = load16(to + (first + r) * PAGE), own.two = load16(to + (first + r) * PAGE + HALF);
         });
-        for (int k = span.begin / 4; 4 * k < span.end; k++) {
-            const __m512i x = _mm512_loadu_si512(z + k * 4 * PAGE), y = _mm512_loadu_si512(z + k * 4 * PAGE + 64);
+        for (size_t i = 0; i < spans.size(); i++) {
+            const Span &span = spans[i];
+            Rows<Sums, R> sums;
             sums.each([&](auto r, Sums &own) {
-                const __m512i high = _mm512_set1_epi32(q[FEW * k + r]), low = _mm512_set1_epi32(p[FEW * k + r]);
-                add_four(own.high_one, x, high), add_four(own.high_two, y, high);
-                add_four(own.low_one, x, low), add_four(own.low_two, y, low);
+                const int32_t *start = from.start ? from.start + 2 * ((first + r) * spans.size() + i) : nullptr;
+                own.high_one = own.high_two = _mm512_set1_epi32(start ? start[0] : 0);
+                own.low_one = own.low_two = _mm512_set1_epi32(start ? start[1] : 0);
+            });
+            for (int k = span.begin / 4; 4 * k < span.end; k++) {
+                const __m512i x = _mm512_loadu_si512(z + k * 4 * PAGE), y = _mm512_loadu_si512(z + k * 4 * PAGE + 64);
+                sums.each([&](auto r, Sums &own) {
+                    const __m512i high = _mm512_set1_epi32(q[FEW * k + r]), low = _mm512_set1_epi32(p[FEW * k + r]);
+                    add_four(own.high_one, x, high), add_four(own.high_two, y, high);
+                    add_four(own.low_one, x, low), add_four(own.low_two, y, low);
+                });
+            }
+            const float unit = levels[span.run].unit * (s.form == NORMAL ? room.numbers[span.begin] : 1.0f);
+            const float *scale = room.numbers + span.group * PAGE, *low = scale + PAGE * room.stride;
+            scores.each([&](auto r, Scores &own) {
+                const Sums &whole = sums.template of<r>();
+                v16 x = number(whole.high_one, whole.low_one) * (unit * from.units[first + r]);
+                v16 y = number(whole.high_two, whole.low_two) * (unit * from.units[first + r]);
+                if (s.form == TOKEN) {
+                    x *= load16(scale), y *= load16(scale + HALF);
+                    const float sum = s.zeros ? 0.0f : from.sums[(first + r) * spans.size() + i];
+                    if (!s.zeros) x += load16(low) * sum, y += load16(low + HALF) * sum;
+                }
+                own.one += x, own.two += y;
             });
         }
-        sums.each([&](auto r, const Sums &own) {
-            const __m512i one = _mm512_add_epi32(_mm512_slli_epi32(own.high_one, 7), own.low_one);
-            const __m512i two = _mm512_add_epi32(_mm512_slli_epi32(own.high_two, 7), own.low_two);
-            flush(one, two, span, from.units[first + r], from.sums ? from.sums[(first + r) * spans.size() + i] : 0, room,
-                  to + (first + r) * PAGE);
+        scores.each([&](auto r, const Scores &own) {
+            store16(to + (first + r) * PAGE, own.one), store16(to + (first + r) * PAGE + HALF, own.two);
         });
     }
-    // Whole numbers of a row to its scores. sum: of the query's channels.
-    void flush(__m512i one, __m512i two, const Span &span, float unit, float sum, const Scratch &room, float *to) const {
-        const float *scale = room.numbers + span.group * PAGE, *low = scale + PAGE * room.stride;
-        unit *= levels[span.run].unit;
-        if (s.form == NORMAL) unit *= room.numbers[span.begin];
-        v16 x = (v16)_mm512_cvtepi32_ps(one) * unit, y = (v16)_mm512_cvtepi32_ps(two) * unit;
-        if (s.form == TOKEN) {
-            x *= load16(scale), y *= load16(scale + HALF);
-            if (!s.zeros) x += load16(low) * sum, y += load16(low + HALF) * sum;
-        }
-        store16(to, load16(to) + x), store16(to + HALF, load16(to + HALF) + y);
+    static v16 number(__m512i high, __m512i low) {
+        return (v16)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
     }
 };

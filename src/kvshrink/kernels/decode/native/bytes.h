@@ -49,15 +49,26 @@ struct Sums {
     __m512i high_one, high_two, low_one, low_two;
 };
 
-// As many as FEW rows of them.
-template <int R> struct RowSums {
-    Sums a, b, c, d;
-    // use(row, sums), the row being a constant
+// A page's scores.
+struct Scores {
+    v16 one, two;
+};
+
+// Of as many as FEW rows.
+template <class Each, int R> struct Rows {
+    Each a, b, c, d;
+    // use(row, its own), the row being a constant
     template <class F> __attribute__((always_inline)) void each(F use) {
         use(std::integral_constant<int, 0>(), a);
         if constexpr (R > 1) use(std::integral_constant<int, 1>(), b);
         if constexpr (R > 2) use(std::integral_constant<int, 2>(), c);
         if constexpr (R > 3) use(std::integral_constant<int, 3>(), d);
+    }
+    template <int row> const Each &of() const {
+        if constexpr (row == 0) return a;
+        if constexpr (row == 1) return b;
+        if constexpr (row == 2) return c;
+        if constexpr (row == 3) return d;
     }
 };
 
