@@ -196,13 +196,13 @@ class ByteKeys {
     // All spans' scores of R rows, summed in registers.
     template <int R> void products(const Queries &from, int first, const uint8_t *z, const Scratch &room, float *to) const {
         const int32_t *q = from.asked + first / FEW * lot(), *p = q + FEW * quads;
-        Rows<Scores, R> scores;
+        Few<Scores, R> scores;
         scores.each([&](auto r, Scores &own) {
             own.one = load16(to + (first + r) * PAGE), own.two = load16(to + (first + r) * PAGE + HALF);
         });
         for (size_t i = 0; i < spans.size(); i++) {
             const Span &span = spans[i];
-            Rows<Sums, R> sums;
+            Few<Sums, R> sums;
             sums.each([&](auto r, Sums &own) {
                 const int32_t *start = from.start ? from.start + 2 * ((first + r) * spans.size() + i) : nullptr;
                 own.high_one = own.high_two = _mm512_set1_epi32(start ? start[0] : 0);

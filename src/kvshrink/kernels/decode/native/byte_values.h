@@ -158,7 +158,7 @@ class ByteValues {
     void products(const __m512i *tile, float level, int c, __mmask16 there, int first, const Asked &asked) const {
         const int at = (s.form == TOKEN ? c / s.group : 0) * asked.rows + first;
         const uint8_t *bytes = asked.bytes + at * BYTES;
-        Rows<Sums, R> sums;
+        Few<Sums, R> sums;
         sums.each([&](auto, Sums &own) { own.high_one = own.high_two = own.low_one = own.low_two = _mm512_setzero_si512(); });
         for (int q = 0; q < QUADS; q++) {
             const __m512i x = tile[q], y = tile[q + QUADS];

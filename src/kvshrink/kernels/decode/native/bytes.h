@@ -55,7 +55,7 @@ struct Scores {
 };
 
 // Of as many as FEW rows.
-template <class Each, int R> struct Rows {
+template <class Each, int R> struct Few {
     Each a, b, c, d;
     // use(row, its own), the row being a constant
     template <class F> __attribute__((always_inline)) void each(F use) {
