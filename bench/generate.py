@@ -1,12 +1,13 @@
 """Time of a new token in `generate` after the prompt: shrunken caches beside DynamicCache + sdpa, in turn.
 
     python bench/generate.py                      # writes bench/results/generate.json and .png
+    python bench/generate.py --model smollm2 --tokens 256 1024 4096 8192 --out bench/results/generate_smollm2.json
 
-A model of 4 layers with Llama-3.1-8B's attention shape and random weights. Every cache is filled with the same random
-keys and values through its own `update`, as a one-shot prefill would (see kvshrink.attach.fill: methods' prefills are
-the model's own). Then `model.generate` is timed from its first new token to its last. A contender whose next logits
-with the fused kernel are not those of the reference path ends the run (SALS reads single tokens without it, so that
-nothing differs). Run again to go on where it stopped.
+A model of 4 layers with Llama-3.1-8B's attention shape and random weights, or a real one, as large as it is. Every cache
+is filled with the same random keys and values through its own `update`, as a one-shot prefill would (see
+kvshrink.attach.fill: methods' prefills are the model's own). Then `model.generate` is timed from its first new token to
+its last. A contender whose next logits with the fused kernel are not those of the reference path ends the run (SALS
+reads single tokens without it, so that nothing differs). Run again to go on where it stopped.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from decode import METHODS
-from models import artifact, random_model
+from models import artifact, model_of
 from timing import against, setting
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -90,8 +91,8 @@ def dense(model: LlamaForCausalLM, tokens: int) -> DynamicCache:
     return cache
 
 
-def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype) -> list[dict]:
-    plain, attached = (random_model(dtype, torch.device("cpu")) for _ in range(2))
+def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype, name: str | None = None) -> list[dict]:
+    plain, attached = (model_of(dtype, torch.device("cpu"), name) for _ in range(2))
     attachment = attach(attached)
     found = {
         BASE: Contender(plain, dense(plain, tokens), tokens),
@@ -145,6 +146,7 @@ def draw(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--model", help="as the commands' --model; without it four layers of Llama-3.1-8B's shape")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=16, help="new tokens of a round")
@@ -153,6 +155,8 @@ def main() -> None:
     if min(args.tokens) < 1 or args.rounds < 1 or args.count < 1:
         parser.error("use --tokens, --rounds and --count of at least 1")
     asked = {k: v for k, v in vars(args).items() if k in ("dtype", "rounds", "count")}
+    if args.model is not None:
+        asked["model"] = args.model
     record = {
         "what": f"time of a new token in generate over that of {BASE}; `faster` is its inverse",
         "command": " ".join(["python", *sys.argv]),
@@ -168,7 +172,7 @@ def main() -> None:
         if tokens in [p["tokens"] for p in record["points"]]:
             continue
         with torch.inference_mode():
-            rows = measure(tokens, args.rounds, args.count, getattr(torch, args.dtype))
+            rows = measure(tokens, args.rounds, args.count, getattr(torch, args.dtype), args.model)
         record["points"].append({"tokens": tokens, "rows": rows})
         files.write_json(args.out, record)
         print(f"\n{tokens} tokens")

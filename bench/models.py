@@ -3,11 +3,12 @@ step's time is the cache's; and artifacts for it without a fit."""
 
 import torch
 from layer import fitted
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
 from kvshrink.attach.identity import identity_of
+from kvshrink.cli._common import load
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
@@ -35,7 +36,16 @@ def random_model(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     return model
 
 
-def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
+def model_of(dtype: torch.dtype, device: torch.device, name: str | None) -> PreTrainedModel:
+    """The model that the commands' --model names, which generates whatever comes; without a name the one above."""
+    if name is None:
+        return random_model(dtype, device)
+    model = load(name)[0].to(device, dtype).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def artifact(model: PreTrainedModel, method: Method) -> Artifact:
     """The method for all layers alike, as if fitted on random rows: speed and bytes do not depend on that."""
     attachment = attach(model)
     shape = shapes(attachment)[0]
@@ -43,5 +53,5 @@ def artifact(model: LlamaForCausalLM, method: Method) -> Artifact:
     method = method.resolve_auto([shape], model.device)
     if not method.needs_fit:
         return Artifact(method, {})
-    learnt = fitted(method, shape)
-    return Artifact(method, dict.fromkeys(range(LAYERS), learnt), {"identity": identity_of(model).to_dict()})
+    learnt = dict.fromkeys(range(model.config.num_hidden_layers), fitted(method, shape))
+    return Artifact(method, learnt, {"identity": identity_of(model).to_dict()})

@@ -38,7 +38,8 @@ with torch.inference_mode():
         job = json.loads(line)
         if "name" in job and job["generate"]:
             import generate as g
-            plain, model = (g.random_model(torch.bfloat16, torch.device("cpu")) for _ in range(2))
+            make = getattr(g, "random_model", None) or __import__("models").random_model
+            plain, model = (make(torch.bfloat16, torch.device("cpu")) for _ in range(2))
             attachment = g.attach(model)
             cache = g.make_cache(model, g.artifact(model, decode.METHODS[job["name"]]))
             g.fill(cache, g.dense(plain, job["tokens"]), attachment)
