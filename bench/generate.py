@@ -3,7 +3,7 @@
     python bench/generate.py                      # writes bench/results/generate.json and .png
     python bench/generate.py --model smollm2 --tokens 256 1024 4096 8192 --out bench/results/generate_smollm2.json
 
-A model of 4 layers with Llama-3.1-8B's attention shape and random weights, or a real one, as large as it is. Every cache
+A model of 4 layers with Llama-3.1-8B's attention shape and random weights, or a real one as large as it is. Every cache
 is filled with the same random keys and values through its own `update`, as a one-shot prefill would (see
 kvshrink.attach.fill: methods' prefills are the model's own). Then `model.generate` is timed from its first new token to
 its last. A contender whose next logits with the fused kernel are not those of the reference path ends the run (SALS
