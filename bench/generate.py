@@ -3,11 +3,11 @@
     python bench/generate.py                      # writes bench/results/generate.json and .png
     python bench/generate.py --model smollm2 --tokens 256 1024 4096 8192 --out bench/results/generate_smollm2.json
 
-A model of 4 layers with Llama-3.1-8B's attention shape and random weights, or a real one as large as it is. Every cache
-is filled with the same random keys and values through its own `update`, as a one-shot prefill would (see
-kvshrink.attach.fill: methods' prefills are the model's own). Then `model.generate` is timed from its first new token to
-its last. A contender whose next logits with the fused kernel are not those of the reference path ends the run (SALS
-reads single tokens without it, so that nothing differs). Run again to go on where it stopped.
+A model of 4 layers with Llama-3.1-8B's attention shape and random weights, keys and values; or a real one, with methods
+fitted to it and text in the cache. Every cache is filled with the same keys and values through its own `update`, as a
+one-shot prefill would (see kvshrink.attach.fill: methods' prefills are the model's own). Then `model.generate` is timed
+from its first new token to its last. A contender whose next logits with the fused kernel are not those of the reference
+path ends the run (SALS reads single tokens without it, so that nothing differs). Run again to go on where it stopped.
 """
 
 import argparse
@@ -16,13 +16,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from decode import METHODS
-from models import artifact, model_of
+from models import artifact, random_model, real_model, text_ids
 from timing import against, setting
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvshrink import make_cache
@@ -30,6 +32,9 @@ from kvshrink.attach import attach
 from kvshrink.attach.fill import fill
 from kvshrink.eval.report.old_keys import renamed
 from kvshrink.eval.report.plots import pyplot, save
+from kvshrink.eval.run import calibration
+from kvshrink.fit.job import fit_all
+from kvshrink.methods.artifact import Artifact
 from kvshrink.store import files
 
 BASE = "DynamicCache + sdpa"
@@ -53,9 +58,8 @@ class Stopwatch(BaseStreamer):
 class Contender:
     """A model and its cache; `seconds` generates some tokens more and gives the time of one."""
 
-    def __init__(self, model: LlamaForCausalLM, cache: object, tokens: int) -> None:
-        self.model, self.cache = model, cache
-        self.ids = torch.randint(1, 512, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    def __init__(self, model: PreTrainedModel, cache: object, ids: torch.Tensor) -> None:
+        self.model, self.cache, self.ids = model, cache, ids
 
     def seconds(self, count: int) -> float:
         watch = Stopwatch()
@@ -91,17 +95,53 @@ def dense(model: LlamaForCausalLM, tokens: int) -> DynamicCache:
     return cache
 
 
-def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype, name: str | None = None) -> list[dict]:
-    plain, attached = (model_of(dtype, torch.device("cpu"), name) for _ in range(2))
+@dataclass
+class Setup:
+    """Two models alike, the second of which is attached; what is in the cache; how methods are fitted."""
+
+    plain: PreTrainedModel
+    attached: PreTrainedModel
+    ids: Callable[[int], torch.Tensor]
+    full: Callable[[int], DynamicCache]
+    artifacts: dict[str, Artifact]
+
+    @classmethod
+    def random(cls, dtype: torch.dtype) -> "Setup":
+        plain, attached = (random_model(dtype, torch.device("cpu")) for _ in range(2))
+
+        def ids(count: int) -> torch.Tensor:
+            return torch.randint(1, 512, (1, count), generator=torch.Generator().manual_seed(0))
+
+        made = {name: artifact(attached, method) for name, method in METHODS.items()}
+        return cls(plain, attached, ids, lambda count: dense(plain, count), made)
+
+    @classmethod
+    def real(cls, name: str, dtype: torch.dtype) -> "Setup":
+        """With a text in the cache, and methods fitted to it."""
+        (plain, tokenizer), (attached, _) = (real_model(name, dtype) for _ in range(2))
+        learns = {n: m for n, m in METHODS.items() if m.needs_fit}
+        fits = fit_all(attached, list(learns.values()), calibration.texts(None), tokenizer, batch=4)
+        made = {n: Artifact(m, {}) for n, m in METHODS.items()} | dict(zip(learns, fits, strict=True))
+
+        def full(count: int) -> DynamicCache:
+            found: DynamicCache = plain(text_ids(tokenizer, count), logits_to_keep=1).past_key_values
+            return found
+
+        return cls(plain, attached, lambda count: text_ids(tokenizer, count), full, made)
+
+
+def measure(setup: Setup, tokens: int, rounds: int, count: int) -> list[dict]:
+    plain, attached, ids = setup.plain, setup.attached, setup.ids(tokens + 1)
     attachment = attach(attached)
     found = {
-        BASE: Contender(plain, dense(plain, tokens), tokens),
-        "DynamicCache, attached": Contender(attached, dense(plain, tokens), tokens),
+        BASE: Contender(plain, setup.full(tokens), ids),
+        "DynamicCache, attached": Contender(attached, setup.full(tokens), ids),
     }
-    for name, method in METHODS.items():
-        cache = make_cache(attached, artifact(attached, method))
+    full = sum(t.nbytes for layer in found[BASE].cache.layers for t in (layer.keys, layer.values))
+    for name, made in setup.artifacts.items():
+        cache = make_cache(attached, made)
         fill(cache, found[BASE].cache, attachment)
-        found[name] = Contender(attached, cache, tokens)
+        found[name] = Contender(attached, cache, ids)
     differences = {name: contender.difference() for name, contender in found.items()}
     if wrong := {name: round(d, 4) for name, d in differences.items() if not d < WRONG}:
         raise SystemExit(f"wrong logits, no times: {wrong}")
@@ -111,7 +151,6 @@ def measure(tokens: int, rounds: int, count: int, dtype: torch.dtype, name: str 
             seconds = contender.seconds(count)
             if round_:
                 times[name].append(seconds)
-    full = sum(t.nbytes for layer in dense(plain, tokens).layers for t in (layer.keys, layer.values))
     return [
         {
             "contender": name,
@@ -168,11 +207,14 @@ def main() -> None:
         before = renamed(json.loads(args.out.read_text()))
         if before.get("asked") == asked and before.get("setting") == record["setting"]:
             record["points"] = before["points"]
+    dtype, setup = getattr(torch, args.dtype), None
     for tokens in args.tokens:
         if tokens in [p["tokens"] for p in record["points"]]:
             continue
+        if setup is None:
+            setup = Setup.random(dtype) if args.model is None else Setup.real(args.model, dtype)
         with torch.inference_mode():
-            rows = measure(tokens, args.rounds, args.count, getattr(torch, args.dtype), args.model)
+            rows = measure(setup, tokens, args.rounds, args.count)
         record["points"].append({"tokens": tokens, "rows": rows})
         files.write_json(args.out, record)
         print(f"\n{tokens} tokens")

@@ -1,6 +1,8 @@
 """A model of random weights whose attention has Llama-3.1-8B's shape and which is small in everything else, so that a
 step's time is the cache's; and artifacts for it without a fit."""
 
+from typing import Any
+
 import torch
 from layer import fitted
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -9,6 +11,7 @@ from kvshrink.attach import attach
 from kvshrink.attach.factory import shapes
 from kvshrink.attach.identity import identity_of
 from kvshrink.cli._common import load
+from kvshrink.eval.run import calibration
 from kvshrink.methods._roles import Method
 from kvshrink.methods.artifact import Artifact
 
@@ -36,13 +39,18 @@ def random_model(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     return model
 
 
-def model_of(dtype: torch.dtype, device: torch.device, name: str | None) -> PreTrainedModel:
-    """The model that the commands' --model names, which generates whatever comes; without a name the one above."""
-    if name is None:
-        return random_model(dtype, device)
-    model = load(name)[0].to(device, dtype).eval()
+def real_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model that the commands' --model names, which generates whatever comes, and its tokenizer."""
+    model, tokenizer = load(name)
+    model = model.to(dtype).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return model
+    return model, tokenizer
+
+
+def text_ids(tokenizer: Any, count: int) -> torch.Tensor:
+    """So many tokens [1, count] of the calibration text."""
+    ids = tokenizer("\n".join(calibration.texts(None)), return_tensors="pt").input_ids
+    return ids.repeat(1, -(-count // ids.shape[1]))[:, :count]
 
 
 def artifact(model: PreTrainedModel, method: Method) -> Artifact:

@@ -38,12 +38,13 @@ with torch.inference_mode():
         job = json.loads(line)
         if "name" in job and job["generate"]:
             import generate as g
-            make = getattr(g, "random_model", None) or __import__("models").random_model
-            plain, model = (make(torch.bfloat16, torch.device("cpu")) for _ in range(2))
+            plain, model = (g.random_model(torch.bfloat16, torch.device("cpu")) for _ in range(2))
             attachment = g.attach(model)
             cache = g.make_cache(model, g.artifact(model, decode.METHODS[job["name"]]))
             g.fill(cache, g.dense(plain, job["tokens"]), attachment)
-            side = (getattr(g, "Contender", None) or g.Side)(model, cache, job["tokens"])
+            ids = torch.randint(1, 512, (1, job["tokens"] + 1), generator=torch.Generator().manual_seed(0))
+            given = ids if hasattr(g, "Setup") else job["tokens"]
+            side = (getattr(g, "Contender", None) or g.Side)(model, cache, given)
             state["step"] = lambda: side.seconds(1)
             print("{}", flush=True)
         elif "name" in job:

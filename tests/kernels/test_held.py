@@ -56,6 +56,29 @@ def test_nothing_held_is_the_sinks_alone_and_far_scores_stay_numbers():
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_lie_in_blocks_anywhere(dtype):
+    """Of an engine's pool [blocks, h, slots, keys and values]; some rows lack tokens, one has none."""
+    d, h, pool = 24, 3, rows(7, 3, 8, 48, dtype=dtype, seed=5)
+    block = torch.randint(0, 7, (4, 70), generator=torch.Generator().manual_seed(6))
+    slot = torch.arange(70).expand(4, -1) % 8
+    at = (block * pool.stride(0) + slot * pool.stride(2)) * pool.itemsize
+    at[1, :33], at[2, 60:], at[3] = -1, -1, -1
+    whole, query = pool[block, :, slot].transpose(1, 2), 3 * rows(4, h, 5, d, seed=7) / d**0.5
+    keys, values = (held.Placed(part, at) for part in (pool[0, :, 0, :d], pool[0, :, 0, d:]))
+    for softcap in (None, 2.0):
+        for code in (cpu, reference):
+            out, lse = code.attend(query, keys, values, None, softcap, dtype)
+            for row in range(3):
+                own = at[row] >= 0
+                parts = (whole[row : row + 1, :, own, :d], whole[row : row + 1, :, own, d:])
+                wanted = reference.attend(query[row : row + 1], *parts, None, softcap, dtype)
+                torch.testing.assert_close(out[row : row + 1], wanted[0], rtol=2e-5, atol=2e-5)
+                torch.testing.assert_close(lse[row : row + 1], wanted[1], rtol=2e-5, atol=2e-5)
+            assert (out[3] == 0).all()
+            assert (lse[3] == -torch.inf).all()
+
+
 def test_kernels_that_are_left_out_are_not_asked(monkeypatch):
     monkeypatch.setenv("KVSHRINK_REFERENCE", "1")
     for name in ("rounded", "unrounded", "attend"):

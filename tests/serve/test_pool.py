@@ -7,7 +7,7 @@ import torch
 import kvshrink
 from kvshrink.cache.attend import attend, rebuild
 from kvshrink.eval.run.entries import parse
-from kvshrink.serve.pool import Places, Reading, pages_of, rows_at
+from kvshrink.serve.pool import Places, PoolRows, Reading, pages_of, rows_at
 from kvshrink.serve.records import PageRecords
 
 PAGE, WINDOW, LENGTHS = 32, 32, (20, 63, 64, 65, 100, 203)
@@ -91,11 +91,13 @@ def test_requests_of_any_length_decode_together(fast, name, size, sinks):
     places = Places(reading, engine.exact)
     keys, values = rows_at(engine.rows, places.exact, D)
     held = rows_at(engine.rows, places.sinks, D) if sinks else None
-    snapshot = reading.snapshot(engine.pool, engine.part, held)
-    got = attend(query, keys, values, None, D**-0.5, None, snapshot)
-    for i, n in enumerate(LENGTHS):
-        want = written_out(query[i : i + 1], *engine.held(i, n - 1), 1)
-        torch.testing.assert_close(got[i : i + 1], want, rtol=2e-3, atol=2e-3)
+    gathered = reading.snapshot(engine.pool, engine.part, held)
+    there = reading.snapshot(engine.pool, engine.part, None, PoolRows(engine.rows, places, D))
+    for snapshot in (gathered, there):
+        got = attend(query, keys, values, None, D**-0.5, None, snapshot)
+        for i, n in enumerate(LENGTHS):
+            want = written_out(query[i : i + 1], *engine.held(i, n - 1), 1)
+            torch.testing.assert_close(got[i : i + 1], want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("sinks", [0, 4])

@@ -16,7 +16,6 @@ from kvshrink.cache.snapshot import Block, HeldRows, Snapshot, TierView
 from kvshrink.cache.view import Mask, QueryChunk, Visibility, both, visible
 from kvshrink.kernels.attention import Running, finish, fold, merge, start
 from kvshrink.kernels.decode import MOST_ROWS, Constant, Turn, left_out
-from kvshrink.kernels.held import attend as attend_held
 from kvshrink.kernels.rope import wave_table, waves
 from kvshrink.methods._codec import Codec
 from kvshrink.shapes import Float
@@ -131,12 +130,9 @@ def _exact(chunks: list[QueryChunk], keys: Tensor, values: Tensor, softcap: floa
 def _held(part: QueryChunk, held: HeldRows, softcap: float | None) -> tuple[Tensor, Tensor] | None:
     """All exact tokens in one operation; None without a kernel, or where the chunk does not see all of them."""
     query, view = part
-    sinks = view.snapshot.sinks
-    plain = view.rows is None and view.biases is None and view.snapshot.starts is None
-    if not plain or query.shape[2] > MOST_ROWS or (sinks is not None and not sinks.simple):
+    if view.rows is not None or view.biases is not None or query.shape[2] > MOST_ROWS:
         return None
-    first = None if sinks is None else (sinks.keys, sinks.values)
-    return attend_held(query, held.keys, held.values, first, softcap, view.snapshot.shape.dtype)
+    return held.attend(query, view.snapshot, softcap)
 
 
 def _sink(part: QueryChunk, logits: Float[Tensor, "h m"], width: int) -> tuple[Tensor, Tensor]:

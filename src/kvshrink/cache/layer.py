@@ -19,7 +19,7 @@ from kvshrink.cache.leaving import left, quiet
 from kvshrink.cache.rope import Rope
 from kvshrink.cache.rows_layer import RowsLayer
 from kvshrink.cache.sinks import Sinks
-from kvshrink.cache.snapshot import ExactSinks, HeldRows, Snapshot
+from kvshrink.cache.snapshot import ExactSinks, HeldRows, Snapshot, WindowRows
 from kvshrink.cache.step import SNAPSHOT, Staged, appending
 from kvshrink.cache.window import Window
 from kvshrink.cache.writing import Leave
@@ -108,8 +108,8 @@ class CompressedLayer(RowsLayer):
         joined, held = self.window.put(key_states, value_states, self.leaves), None
         learns = key_states.requires_grad or value_states.requires_grad  # then attention must see the returned keys
         if joined is None and staged.own_attention and not learns and self._only_attended(before):
-            held = HeldRows(*self.window.stored(), self.window.form)
-        if held is not None and held.form.bits is not None:  # rows are not made where a kernel reads what is held
+            held = WindowRows(*self.window.stored(), self.window.form)
+        if held is not None and self.window.form.bits is not None:  # rows are not made where a kernel reads what is held
             keys, values, count = key_states, value_states, self.window.count
         else:
             keys, values = joined or (self.window.view() if held is None else held.rows())

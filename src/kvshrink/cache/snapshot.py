@@ -3,6 +3,7 @@
 It knows no layer, so that attention can be tested, and a batch be put together, without one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvshrink.cache.rope import Rope
 from kvshrink.kernels.decode import Choice, Live, fused
+from kvshrink.kernels.held import attend as attend_held
 from kvshrink.kernels.latents import Packed
 from kvshrink.methods._roles import Codec, Stored
 from kvshrink.methods._stats import LayerShape
@@ -147,8 +149,23 @@ class ExactSinks(NamedTuple):
     simple: bool  # whether they are the first columns in every row
 
 
-class HeldRows(NamedTuple):
-    """The exact tokens as their window holds them: `form` gives keys and values [b, h, w, d] of them."""
+class HeldRows(ABC):
+    """The exact tokens where something else than the returned tensor holds them."""
+
+    @abstractmethod
+    def rows(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w e"]]:
+        """Keys and values of them."""
+
+    @abstractmethod
+    def attend(
+        self, query: Float[Tensor, "b h x d"], snapshot: "Snapshot", softcap: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """(output, log-sum-exp) of attention to all of them and to the snapshot's sinks; None where it takes rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class WindowRows(HeldRows):
+    """As their window holds them: `form` gives keys and values [b, h, w, d] of them."""
 
     keys: Tensor
     values: Tensor
@@ -156,6 +173,15 @@ class HeldRows(NamedTuple):
 
     def rows(self) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w e"]]:
         return self.form.rows(self.keys), self.form.rows(self.values)
+
+    def attend(
+        self, query: Float[Tensor, "b h x d"], snapshot: "Snapshot", softcap: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        sinks = snapshot.sinks
+        if snapshot.starts is not None or (sinks is not None and not sinks.simple):
+            return None
+        first = None if sinks is None else (sinks.keys, sinks.values)
+        return attend_held(query, self.keys, self.values, first, softcap, snapshot.shape.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvshrink.errors import CacheError
 from kvshrink.kernels.decode.reference import Basis, Constant, Live, Turn
+from kvshrink.kernels.known import Known
 from kvshrink.kernels.latents import MIXED, Packed
 from kvshrink.kernels.pack import packed_bytes
 from kvshrink.kernels.records import Records, recorded
@@ -108,15 +109,27 @@ def form_of(packed: Packed) -> tuple[Any, ...]:
 
 
 def _checked_side(name: str, packed: Packed, b: int, heads: int, device: torch.device) -> tuple[int, int]:
-    of: Callable[..., Found] = _tensor
     stored = packed.stored
-    if isinstance(stored, Records):
-        of = _field
-        if stored.holder.device != device:
-            raise _refusal(name, f"on {stored.holder.device}", f"on {device}")
-        table, lanes = stored.addresses.shape, (b, stored.lanes, stored.pages)
-        if table != lanes:
-            raise _refusal(f"table of {name}", str(list(table)), str(list(lanes)))
+    if not isinstance(stored, Records):
+        return _checked_parts(name, packed, b, heads, device, _tensor)
+    if stored.holder.device != device:
+        raise _refusal(name, f"on {stored.holder.device}", f"on {device}")
+    table, lanes = stored.addresses.shape, (b, stored.lanes, stored.pages)
+    if table != lanes:
+        raise _refusal(f"table of {name}", str(list(table)), str(list(lanes)))
+    # an engine puts pages of one layout together in each step: their tensors are looked at once
+    key, owners = (name, heads, *form_of(packed), *stored.identity), (packed.levels, stored.layout.fields)
+    groups = _GROUPS.find(key, owners, lambda: _checked_parts(name, packed, b, heads, device, _field)[1])
+    return stored.pages, groups
+
+
+_GROUPS = Known[int]()
+
+
+def _checked_parts(
+    name: str, packed: Packed, b: int, heads: int, device: torch.device, of: "Callable[..., Found]"
+) -> tuple[int, int]:
+    stored = packed.stored
     first = of(stored, next(iter(stored), ""))
     pages, groups = first[0][1:3] if first is not None and len(first[0]) >= 3 else (0, 0)
     if groups == 0 or heads % groups:

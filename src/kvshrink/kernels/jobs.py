@@ -8,13 +8,14 @@ import threading
 import weakref
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvshrink.kernels import inputs, native
 from kvshrink.kernels.decode.reference import Basis, Constant, Live, Turn
+from kvshrink.kernels.known import Known
 from kvshrink.kernels.latents import MIXED, Packed, level_table
 from kvshrink.kernels.records import Records
 from kvshrink.shapes import Bool, Float
@@ -141,10 +142,29 @@ def side_of(packed: Packed, held: list[Any]) -> Side:
 
 
 def _made_side(packed: Packed, records: Records, held: list[Any]) -> Side:
+    key = (*inputs.form_of(packed), *records.identity)
+    owners = (packed.levels, records.layout.fields)
+    made = _DESCRIBED.find(key, owners, lambda: _describe(packed, records))
+    side, table = Side.from_buffer_copy(made.side), records.addresses
+    held += [table, made]
+    side.table = table.ctypes.data
+    return side
+
+
+class _Described(NamedTuple):
+    """A side but for its table, the same for all pages of a layout. held: what it points to."""
+
+    side: Side
+    held: list[Any]
+
+
+_DESCRIBED = Known[_Described]()
+
+
+def _describe(packed: Packed, records: Records) -> _Described:
+    held: list[Any] = []
     raw = packed.form == "raw"
     data = records.field("latent" if raw else "codes")
-    table = records.addresses
-    held += [table, packed.levels]
     side = Side(
         form=RAW[data.dtype] if raw else FORMS[packed.form],
         groups=data.shape[0] * records.lanes,
@@ -153,7 +173,6 @@ def _made_side(packed: Packed, records: Records, held: list[Any]) -> Side:
         runs=len(packed.runs),
         lanes=records.lanes,
         trellis=packed.form == "trellis",
-        table=table.ctypes.data,
         levels=pointer(_levels(packed), held),
     )
     side.bits, side.channels = (ctypes.addressof(a) for a in _runs(packed.runs))
@@ -163,7 +182,7 @@ def _made_side(packed: Packed, records: Records, held: list[Any]) -> Side:
     for part, field in {"data": data, **{part: records.field(name) for part, name in parts.items()}}.items():
         setattr(side, f"{part}_at", field.offset)
         setattr(side, f"{part}_group", field.nbytes // max(1, field.shape[0]))
-    return side
+    return _Described(side, held)
 
 
 def pointer(tensor: Tensor, held: list[Any]) -> int:

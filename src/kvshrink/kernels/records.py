@@ -173,6 +173,11 @@ class Records(Mapping):  # type: ignore[type-arg] # checkers in tests would read
         return self.holder.device_addresses(self.start, self.stop)
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """The same for all pages of one layout."""
+        return id(self.layout.fields), self.layout.lanes, self.prefix
+
+    @property
     def lanes(self) -> int:
         return self.layout.lanes
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from kvshrink.cache.leaving import left
-from kvshrink.cache.snapshot import ExactSinks, Hidden, Snapshot, TierView
+from kvshrink.cache.snapshot import ExactSinks, HeldRows, Hidden, Snapshot, TierView
+from kvshrink.kernels.held import Placed, reference
+from kvshrink.kernels.held import attend as attend_held
 from kvshrink.serve.records import Alike
 from kvshrink.shapes import Float, Int, UInt8
 from kvshrink.store.lanes import Pages
@@ -137,32 +139,39 @@ class Reading:
         columns = torch.from_numpy(self.shifts.astype(np.int32))[:, None] + torch.arange(self.sinks, dtype=torch.int32)
         return columns if self._short is None else columns.masked_fill(self._short, -1)
 
-    def _held(self, keys: Tensor, values: Tensor) -> tuple[ExactSinks, Hidden]:
-        """Sinks, and what the body hides for them."""
+    def _sinks(self, keys: Tensor, values: Tensor) -> ExactSinks:
         device, short = keys.device, self._short
         if short is not None:  # there may be anything in their places
             keys, values = (x.masked_fill(short.to(device)[..., None, None], 0.0) for x in (keys, values))
         simple = short is None and self._rows[1] is None
-        count = torch.full((self.rows,), self.sinks, dtype=torch.int32, device=device)
-        return ExactSinks(keys, values, self._sink_columns.to(device), self.sinks, simple), Hidden(count, self.sinks)
+        return ExactSinks(keys, values, self._sink_columns.to(device), self.sinks, simple)
 
-    def snapshot(self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None) -> Snapshot:
-        """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]."""
+    @cached_property
+    def _hidden(self) -> Hidden:
+        """What the body does not show, since it is exact."""
+        return Hidden(torch.full((self.rows,), self.sinks, dtype=torch.int32), self.sinks)
+
+    def snapshot(
+        self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None, held: HeldRows | None = None
+    ) -> Snapshot:
+        """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]; held: what has the
+        exact tokens, and the sinks if there are any."""
         assert layer.codecs is not None
         device, (starts, shifts) = pool.device, self._rows
-        held, hidden = (None, None) if sinks is None else self._held(*sinks)
+        hidden = self._hidden if self.sinks and (sinks is not None or held is not None) else None
         return Snapshot(
             shape=layer.shape,
             rope=layer.rope,
             tiers=(TierView(layer.codecs, self.stored(pool, layer)),) if self.pages.any() else (),
-            sinks=held,
+            sinks=None if sinks is None else self._sinks(*sinks),
             positions=self._positions.to(device),
             padded=False,
             first=self.seen - self.width,
             seen=self.seen,
             starts=None if starts is None else starts.to(device),
             shifts=None if shifts is None else shifts.to(device),
-            hidden=hidden,
+            hidden=None if hidden is None else hidden._replace(columns=hidden.columns.to(device)),
+            held=held,
         )
 
 
@@ -188,6 +197,50 @@ class Places:
         """Of the tokens of pages that leave, [p, page]."""
         own, (row, number) = self.reading, self.reading.leaving
         return _of(self.table[row], number[:, None] * own.page + np.arange(own.page), own.size)
+
+
+    def offsets(self, pool: Tensor) -> Int[Tensor, "b n"]:
+        """Bytes from a pool's first token to each sink and exact token, the same for all pools of such strides; -1 where
+        a row has none."""
+        key = pool.stride(0), pool.stride(2), pool.itemsize
+        if key not in self._offsets:
+            self._offsets[key] = self._offsets_of(*key)
+        return self._offsets[key]
+
+    @cached_property
+    def _offsets(self) -> dict[tuple[int, int, int], Tensor]:
+        return {}
+
+    def _offsets_of(self, block_step: int, slot_step: int, size: int) -> Tensor:
+        own, (block, slot) = self.reading, self.exact
+        starts = torch.from_numpy(own.starts)[:, None]
+        found = [((block * block_step + slot * slot_step) * size).masked_fill(torch.arange(own.width) < starts, -1)]
+        if own.sinks and own.pages.any():
+            block, slot = self.sinks
+            short = torch.from_numpy(own.pages == 0)[:, None]  # they are in the window still
+            found.insert(0, ((block * block_step + slot * slot_step) * size).masked_fill(short, -1))
+        return torch.cat(found, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PoolRows(HeldRows):
+    """Exact tokens, and sinks, where they are in a pool [blocks, h, size, keys and values of a token] of d channels each:
+    for one new token of each request."""
+
+    pool: Tensor
+    places: Places
+    d: int
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return rows_at(self.pool, self.places.exact, self.d)
+
+    def attend(
+        self, query: Float[Tensor, "b h x d"], snapshot: Snapshot, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        first, at = self.pool[0, :, 0], self.places.offsets(self.pool)
+        keys, values = (Placed(part, at) for part in (first[:, : self.d], first[:, self.d :]))
+        found = attend_held(query, keys, values, None, softcap, self.pool.dtype)
+        return reference.attend(query, keys, values, None, softcap, self.pool.dtype) if found is None else found
 
 
 def _of(table: np.ndarray, tokens: np.ndarray, size: int) -> tuple[Tensor, Tensor]:

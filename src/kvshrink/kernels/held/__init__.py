@@ -5,11 +5,11 @@ from torch import Tensor
 
 from kvshrink.kernels import native
 from kvshrink.kernels.held import cpu, reference
-from kvshrink.kernels.held.reference import SCALE
+from kvshrink.kernels.held.reference import SCALE, Placed
 from kvshrink.kernels.native import left_out
 from kvshrink.shapes import Float, UInt8
 
-__all__ = ["SCALE", "attend", "rounded", "unrounded"]
+__all__ = ["SCALE", "Placed", "attend", "rounded", "unrounded"]
 
 
 def rounded(rows: Float[Tensor, "b h w d"]) -> UInt8[Tensor, "b h w n"]:
@@ -25,8 +25,8 @@ def unrounded(stored: UInt8[Tensor, "b h w n"], dtype: torch.dtype) -> Float[Ten
 
 def attend(
     query: Float[Tensor, "b h x d"],
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Placed,
+    values: Tensor | Placed,
     sinks: tuple[Tensor, Tensor] | None,
     softcap: float | None,
     dtype: torch.dtype,

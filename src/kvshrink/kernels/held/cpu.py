@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvshrink.kernels import native
-from kvshrink.kernels.held.reference import SCALE
+from kvshrink.kernels.held.reference import SCALE, Placed
 from kvshrink.shapes import Float, UInt8
 
 FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,6 +18,7 @@ class _Rows(Structure):
         ("data", c_void_p),
         *((name, c_int32) for name in ("form", "count")),
         *((name, c_int64) for name in ("row", "head", "token")),
+        ("table", c_void_p),
     )
 
 
@@ -53,29 +54,49 @@ def unrounded(stored: UInt8[Tensor, "b h w n"], dtype: torch.dtype) -> Float[Ten
 
 def attend(
     query: Float[Tensor, "b h x d"],
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Placed,
+    values: Tensor | Placed,
     sinks: tuple[Tensor, Tensor] | None,
     softcap: float | None,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "b h x e"], Float[Tensor, "b h x 1"]]:
     """As the reference, up to the order of sums."""
     b, h, x, d = query.shape
-    e = values.shape[3] - (SCALE.itemsize if values.dtype == torch.uint8 else 0)
+    if isinstance(values, Placed):
+        e = values.first.shape[1]
+    else:
+        e = values.shape[3] - (SCALE.itemsize if values.dtype == torch.uint8 else 0)
     query = query.float().contiguous()
     out, lse = (torch.empty(b, h, x, n, dtype=torch.float32, device="cpu") for n in (e, 1))
     job = _Job(b, h, x, d, e, FORMS[dtype], torch.get_num_threads(), softcap or 0.0)
-    parts = {"keys": keys, "values": values}
-    parts |= {} if sinks is None else {"sink_keys": sinks[0], "sink_values": sinks[1]}
-    parts = {name: rows if rows.stride(3) == 1 else rows.contiguous() for name, rows in parts.items()}
-    for name, rows in parts.items():
-        size, (row, head, token, _) = rows.itemsize, rows.stride()
-        form = EIGHT if rows.dtype == torch.uint8 else FORMS[rows.dtype]
-        setattr(job, name, _Rows(rows.data_ptr(), form, rows.shape[2], size * row, size * head, size * token))
+    held = [(name, _contiguous(part)) for name, part in (("keys", keys), ("values", values))]
+    if sinks is not None:
+        held += [("sink_keys", _contiguous(sinks[0])), ("sink_values", _contiguous(sinks[1]))]
+    for name, part in held:
+        setattr(job, name, _rows(part))
     job.query, job.out, job.lse = query.data_ptr(), out.data_ptr(), lse.data_ptr()
     if _library().kvshrink_held(byref(job)):
         raise MemoryError("attention: not enough memory")
     return out, lse
+
+
+def _contiguous(part: Tensor | Placed) -> Tensor | Placed:
+    """With numbers of a row, and places of a table, side by side."""
+    if isinstance(part, Placed):
+        fits = part.at.is_contiguous() and part.at.dtype == torch.int64 and part.first.stride(1) == 1
+        assert fits, "places are int64, one after the other, of rows whose numbers are so too"
+        return part
+    return part if part.stride(3) == 1 else part.contiguous()
+
+
+def _rows(part: Tensor | Placed) -> _Rows:
+    if isinstance(part, Placed):
+        first, size = part.first, part.first.itemsize
+        at = part.at.data_ptr() or None
+        return _Rows(first.data_ptr(), FORMS[first.dtype], part.at.shape[1], 0, size * first.stride(0), 0, at)
+    size, (row, head, token, _) = part.itemsize, part.stride()
+    form = EIGHT if part.dtype == torch.uint8 else FORMS[part.dtype]
+    return _Rows(part.data_ptr(), form, part.shape[2], size * row, size * head, size * token, None)
 
 
 def _library() -> CDLL:

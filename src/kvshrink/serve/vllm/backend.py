@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvshrink.cache.attend import attend, rebuild
-from kvshrink.serve.pool import Places, Reading, pages_of, rows_at
+from kvshrink.kernels.decode import MOST_ROWS
+from kvshrink.serve.pool import Places, PoolRows, Reading, pages_of, rows_at
 from kvshrink.serve.records import Alike
 from kvshrink.serve.vllm.window import WindowLayer
 
@@ -147,6 +148,10 @@ class KVShrinkImpl(AttentionImpl[Step]):
     def _attend(self, query: Tensor, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> Tensor:
         """[b, q, s, d]."""
         rows, d = pages.window_layer.kv_cache, self.head_size
+        if reading.new == 1 and query.is_cpu and self.num_heads // self.num_kv_heads <= MOST_ROWS:
+            snapshot = reading.snapshot(pool, pages.records, None, PoolRows(rows, places, d))
+            first = rows[:1, :, :1]  # for its shape
+            return attend(query, first[..., :d], first[..., d:], None, self.scale, self.softcap, snapshot)
         keys, values = rows_at(rows, places.exact, d)
         if reading.pages.any():
             sinks = rows_at(rows, places.sinks, d) if pages.sinks else None

@@ -90,18 +90,20 @@ struct Constant {
 struct ConstantPages {
     const Constant &own;
     const Job &job;
-    const int row, count;
+    int row = 0;
+    const int count;
     std::vector<float> even, odd, table, cos, sin;  // even, odd: [depth][wide], of this page
     std::vector<double> far_cos, far_sin;
     int64_t far = -1;
 
-    ConstantPages(const Constant &constant, const Job &job, int row)
-        : own(constant), job(job), row(row), count(job.heads * job.x) {
+    ConstantPages(const Constant &constant, const Job &job) : own(constant), job(job), count(job.heads * job.x) {
         if (!own.waves) return;
         const Waves &all = *own.waves;
         even.resize(size_t(all.depth) * own.wide), odd.resize(size_t(all.depth) * own.wide);
         cos.resize(all.count), sin.resize(all.count), far_cos.resize(all.count), far_sin.resize(all.count);
     }
+
+    void restart(int next_row) { row = next_row, far = -1; }
 
     // Scores of a page, [rows][PAGE], as they begin.
     void begin(int page, float *scores) {

@@ -6,13 +6,23 @@
 
 #include "basis.h"
 
+// What a run of pages leaves: of each row the highest score, and the mass (in 16 parts) and sum of values relative to it.
+struct Result {
+    const int row;
+    std::vector<float> top, mass;
+    Buffer<float> sums;  // [rows][sum_wide]
+    Result(int row, int rows, int sum_wide) : row(row), top(rows, NEVER), mass(rows * 16, 0.0f), sums(size_t(rows) * sum_wide) {}
+};
+
+// A thread's, for one run after the other.
 template <class T> struct Task {
     typedef typename T::Lane Lane;
     const Shared<T> &all;
     const Job &job;
-    const int row, first, last, group_heads;
-    std::vector<float> top, mass, added;  // mass in 16 parts
-    Buffer<float> sums;  // [rows][sum_wide]
+    int row = 0, first = 0, last = 0;
+    const int group_heads;
+    float *top = nullptr, *mass = nullptr, *sums = nullptr;  // of the result
+    std::vector<float> added;
     // tiles of the page at hand
     Buffer<Lane> keys, values, weights, folded;
     Buffer<float> scores, products, turned, cos, sin, block;
@@ -27,16 +37,15 @@ template <class T> struct Task {
     Buffer<float> slopes, slow_latent, slow_scores;        // [rows][wide], [2x][rank_wide], [2x][PAGE]
     Buffer<Lane> slow_packed, slow_asked;                  // [2x][slow_depth], [2x][depth]
 
-    Task(const Shared<T> &s, int row, int first, int last)
-        : all(s), job(s.job), row(row), first(first), last(last),
-          group_heads(s.job.heads / s.job.keys.groups), top(s.rows, NEVER), mass(s.rows * 16, 0.0f), added(s.rows),
-          sums(size_t(s.rows) * s.sum_wide), keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
+    explicit Task(const Shared<T> &s)
+        : all(s), job(s.job), group_heads(s.job.heads / s.job.keys.groups), added(s.rows),
+          keys(size_t(s.depth) * PAGE), values(size_t(T::value_depth) * s.value_wide),
           weights(size_t(s.rows) * T::value_depth), folded(folded_of(s)), scores(size_t(s.rows) * PAGE), products(size_t(s.rows) * PAGE), turned(size_t(s.rows) * s.how.wide),
           cos(size_t(s.how.turning) * 4 * PAGE), sin(size_t(s.how.turning) * 4 * PAGE), block(BLOCK * PAGE),
           codes(size_t(PAGE) * stride_of(s.job) * 3 / 2), numbers(size_t(2) * PAGE * stride_of(s.job)),
           floats(size_t(PAGE) * stride_of(s.job)),
           room{codes.data, codes.data + size_t(PAGE) * stride_of(s.job), stride_of(s.job), numbers.data, floats.data}, far_cos(s.how.step_cos.size()), far_sin(s.how.step_cos.size()),
-          constant(s.constant, s.job, row),
+          constant(s.constant, s.job),
           back_cos(s.how.wide), back_sin(s.how.wide), slopes(size_t(s.rows) * s.how.wide),
           slow_latent(size_t(2) * s.job.x * s.how.rank_wide), slow_scores(size_t(2) * s.job.x * PAGE),
           slow_packed(size_t(2) * s.job.x * s.how.slow_depth), slow_asked(size_t(2) * s.job.x * s.depth) {
@@ -51,16 +60,11 @@ template <class T> struct Task {
     }
     static int stride_of(const Job &j) { return padded(std::max(j.keys.width, j.values.width), 64); }
 
-    // Only sums, tops and masses are wanted after a run; whichever task comes next takes tiles of its own.
-    void release() {
-        for (auto *lanes : {&keys, &values, &weights, &folded, &slow_packed, &slow_asked}) lanes->release();
-        for (auto *floats : {&scores, &products, &turned, &cos, &sin, &block, &numbers, &this->floats, &back_cos, &back_sin, &slopes,
-                             &slow_latent, &slow_scores})
-            floats->release();
-        codes.release();
-    }
-
-    void run() {
+    void run(Result &result, int begin, int end) {
+        row = result.row, first = begin, last = end, far = -1;
+        top = result.top.data(), mass = result.mass.data(), sums = result.sums.data;
+        constant.restart(row);
+        room.ahead = Ahead();
         for (int page = first; page < last; page++) {
             if (!any(page)) continue;
             const float *near_cos = all.how.near_cos.data(), *near_sin = all.how.near_sin.data();
@@ -88,8 +92,8 @@ template <class T> struct Task {
             }
         }
         if (job.only_scores) return;
-        T::done(job.values, sums.data, all.rows);
-        all.value_bytes.done(sums.data, all.rows, all.sum_wide);
+        T::done(job.values, sums, all.rows);
+        all.value_bytes.done(sums, all.rows, all.sum_wide);
     }
 
     // The group of the next page begins to come nearer.
@@ -168,7 +172,7 @@ template <class T> struct Task {
     // The weighted sum of a group's values.
     void add(const Spot &at, int g) {
         const int count = all.rows / job.values.groups, wide = all.value_wide, apart = all.sum_wide, group = job.values.group;
-        float *to = sums.data + int64_t(g) * count * apart;
+        float *to = sums + int64_t(g) * count * apart;
         if (T::direct_values(job.values))
             return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, apart, room.ahead);
         if (all.value_bytes.fits) {
@@ -348,14 +352,14 @@ template <class T> struct Task {
             const float highest = std::max(max16(lo), max16(hi));
             if (highest > top[q]) {
                 const float shrink = std::exp(top[q] - highest);  // 0 at first
-                store16(mass.data() + 16 * q, load16(mass.data() + 16 * q) * shrink);
-                float *sum = sums.data + q * all.sum_wide;
+                store16(mass + 16 * q, load16(mass + 16 * q) * shrink);
+                float *sum = sums + q * all.sum_wide;
                 for (int i = 0; i < all.sum_wide; i += 16) store16(sum + i, load16(sum + i) * shrink);
                 top[q] = highest;
             }
             const float base = top[q] == NEVER ? 0.0f : top[q];
             lo = exp16(lo - base), hi = exp16(hi - base);
-            store16(mass.data() + 16 * q, load16(mass.data() + 16 * q) + lo + hi);
+            store16(mass + 16 * q, load16(mass + 16 * q) + lo + hi);
             store16(s, lo), store16(s + 16, hi);
         }
     }

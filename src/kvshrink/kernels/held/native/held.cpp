@@ -10,6 +10,7 @@ struct Rows {
     const char *data;
     int32_t form, count;  // form EIGHT: codes, and a scale in bfloat16 behind them
     int64_t row, head, token;
+    const int64_t *table;  // [b][count]: where each token is, from `data` on, in place of row and token; -1: nowhere
 };
 
 struct Held {
@@ -37,11 +38,17 @@ float scale_of(const char *codes, int d) { return raw_of(RAW_BF16, codes + d, 0)
 
 _Float16 half_near(float x) { return _Float16(std::min(std::max(x, -HALF_MOST), HALF_MOST)); }
 
+// A token's row; null where a row of the batch has no such token.
+const char *row_of(const Rows &rows, int64_t row, int64_t head, int i) {
+    const int64_t at = rows.table ? rows.table[row * rows.count + i] : row * rows.row + i * rows.token;
+    return at < 0 ? nullptr : rows.data + at + head * rows.head;
+}
+
 // A row's d numbers, and zeros up to a multiple of 16.
-void read(const Rows &rows, int64_t at, int d, int dtype, float *to) {
-    const char *row = rows.data + at;
-    if (rows.form != EIGHT) {
-        for (int c = 0; c < d; c += 16) store16(to + c, row16(rows.form, row, d, c));
+void read(int form, const char *row, int d, int dtype, float *to) {
+    if (!row) return std::fill(to, to + (d + 15) / 16 * 16, 0.0f);
+    if (form != EIGHT) {
+        for (int c = 0; c < d; c += 16) store16(to + c, row16(form, row, d, c));
         return;
     }
     const float scale = scale_of(row, d);
@@ -59,45 +66,92 @@ void read(const Rows &rows, int64_t at, int d, int dtype, float *to) {
     for (int c = d; c % 16; c++) to[c] = 0;
 }
 
-// One KV head of one row of the batch. room: [x][d], [x][e], [x][tokens] and a row, each line padded to 16.
-void attend(const Held &job, int64_t row, int64_t head, std::vector<float> &room) {
-    const int d = (job.d + 15) / 16 * 16, e = (job.e + 15) / 16 * 16, tokens = job.sink_keys.count + job.keys.count;
-    const int line = (tokens + 15) / 16 * 16;
-    std::fill(room.begin(), room.end(), 0.0f);
-    float *query = room.data(), *sums = query + job.x * d, *scores = sums + job.x * e, *one = scores + int64_t(job.x) * line;
-    const int64_t first = (row * job.heads + head) * job.x;
-    for (int r = 0; r < job.x; r++) std::copy_n(job.query + (first + r) * job.d, job.d, query + r * d);
-    int t = 0;
-    for (const Rows *part : {&job.sink_keys, &job.keys})
-        for (int i = 0; i < part->count; i++, t++) {
-            read(*part, row * part->row + head * part->head + i * part->token, job.d, job.dtype, one);
-            for (int r = 0; r < job.x; r++) {
-                v16 sum{};
-                for (int c = 0; c < d; c += 16) sum += load16(query + r * d + c) * load16(one + c);
-                scores[r * line + t] = sum16(sum);
+constexpr int SOME = 64;  // tokens whose rows are read together
+
+// One KV head of one row of the batch; widths are multiples of 16.
+struct Head {
+    const Held &job;
+    const int64_t row, head;
+    const int d, e, tokens, line;
+    float *const query, *const sums, *const scores, *const block;  // [x][d], [x][e], [x][line], [SOME][d or e]
+
+    Head(const Held &job, int64_t n, float *room)
+        : job(job), row(n / job.heads), head(n % job.heads), d((job.d + 15) / 16 * 16), e((job.e + 15) / 16 * 16),
+          tokens(job.sink_keys.count + job.keys.count), line((tokens + 15) / 16 * 16), query(room), sums(query + job.x * d),
+          scores(sums + job.x * e), block(scores + int64_t(job.x) * line) {}
+
+    static int64_t room(const Held &job) {
+        const int64_t d = (job.d + 15) / 16 * 16, e = (job.e + 15) / 16 * 16, tokens = job.sink_keys.count + job.keys.count;
+        return job.x * (d + e + (tokens + 15) / 16 * 16) + SOME * std::max(d, e);
+    }
+
+    // use(first token, count), whose rows are in `block`; `wide` apart.
+    template <class F> void by_some(const Rows &sinks, const Rows &rows, int own, int wide, F use) const {
+        int first = 0;
+        for (const Rows *part : {&sinks, &rows})
+            for (int i = 0; i < part->count; i += SOME) {
+                const int count = std::min(SOME, part->count - i);
+                for (int t = 0; t < count; t++)
+                    read(part->form, row_of(*part, row, head, i + t), own, job.dtype, block + t * wide);
+                use(first, count), first += count;
             }
+    }
+
+    void attend() const {
+        const int64_t at = (row * job.heads + head) * job.x;
+        std::fill(query, block, 0.0f);
+        for (int r = 0; r < job.x; r++) std::copy_n(job.query + (at + r) * job.d, job.d, query + r * d);
+        by_some(job.sink_keys, job.keys, job.d, d, [&](int first, int count) {
+            by_few(job.x, [&](int r, auto few) { dots<few>(r, first, count); });
+        });
+        for (int r = 0; r < job.x; r++) soften(scores + r * line, job.lse[at + r]);
+        by_some(job.sink_values, job.values, job.e, e, [&](int first, int count) {
+            by_few(job.x, [&](int r, auto few) { add<few>(r, first, count); });
+        });
+        for (int r = 0; r < job.x; r++) std::copy_n(sums + r * e, job.e, job.out + (at + r) * job.e);
+    }
+
+    template <int R> void dots(int r, int first, int count) const {
+        for (int t = 0; t < count; t++) {
+            v16 sum[R] = {};
+            for (int c = 0; c < d; c += 16) {
+                const v16 x = load16(block + t * d + c);
+                for (int i = 0; i < R; i++) sum[i] += x * load16(query + (r + i) * d + c);
+            }
+            for (int i = 0; i < R; i++) scores[(r + i) * line + first + t] = sum16(sum[i]);
         }
-    for (int r = 0; r < job.x; r++) {
-        float *own = scores + r * line, top = NEVER, mass = 0;
-        for (t = 0; t < tokens; t++) {
-            if (job.softcap > 0) own[t] = std::tanh(own[t] / job.softcap) * job.softcap;
-            top = std::max(top, own[t]);
-        }
+    }
+
+    // Scores to weights, and their log-sum-exp.
+    void soften(float *own, float &lse) const {
+        float top = NEVER, mass = 0;
+        int t = 0;
+        for (const Rows *part : {&job.sink_keys, &job.keys})
+            for (int i = 0; i < part->count; i++, t++) {
+                if (part->table && part->table[row * part->count + i] < 0) own[t] = NEVER;
+                else if (job.softcap > 0) own[t] = std::tanh(own[t] / job.softcap) * job.softcap;
+                top = std::max(top, own[t]);
+            }
+        lse = NEVER;
+        if (top == NEVER) return std::fill(own, own + line, 0.0f);
         for (t = 0; t < line; t += 16) store16(own + t, exp16(load16(own + t) - top));
         for (t = 0; t < tokens; t++) mass += own[t];
-        job.lse[first + r] = tokens ? top + std::log(mass) : NEVER;
+        lse = top + std::log(mass);
         for (t = 0; t < tokens; t++) own[t] /= mass;
     }
-    t = 0;
-    for (const Rows *part : {&job.sink_values, &job.values})
-        for (int i = 0; i < part->count; i++, t++) {
-            read(*part, row * part->row + head * part->head + i * part->token, job.e, job.dtype, one);
-            for (int r = 0; r < job.x; r++)
-                for (int c = 0; c < e; c += 16)
-                    store16(sums + r * e + c, load16(sums + r * e + c) + load16(one + c) * scores[r * line + t]);
+
+    template <int R> void add(int r, int first, int count) const {
+        for (int c = 0; c < e; c += 16) {
+            v16 sum[R];
+            for (int i = 0; i < R; i++) sum[i] = load16(sums + (r + i) * e + c);
+            for (int t = 0; t < count; t++) {
+                const v16 x = load16(block + t * e + c);
+                for (int i = 0; i < R; i++) sum[i] += x * scores[(r + i) * line + first + t];
+            }
+            for (int i = 0; i < R; i++) store16(sums + (r + i) * e + c, sum[i]);
         }
-    for (int r = 0; r < job.x; r++) std::copy_n(sums + r * e, job.e, job.out + (first + r) * job.e);
-}
+    }
+};
 
 }  // namespace
 
@@ -105,13 +159,13 @@ extern "C" {
 
 // 0, or 1 where memory is short.
 int32_t kvshrink_held(const Held *job) try {
-    const int64_t wide = (job->d + 15) / 16 * 16 + (job->e + 15) / 16 * 16, tokens = job->sink_keys.count + job->keys.count;
-    const int64_t each = job->x * (wide + (tokens + 15) / 16 * 16) + wide, all = int64_t(job->batch) * job->heads;
-    std::vector<std::vector<float>> rooms(std::max(1, job->threads));
-    for (auto &room : rooms) room.resize(each);
-#pragma omp parallel for num_threads(job->threads) schedule(static, 1) if (all * tokens * wide > PARALLEL)
-    for (int thread = 0; thread < int(rooms.size()); thread++)  // as many parts as threads, each with a room of its own
-        for (int64_t n = thread; n < all; n += rooms.size()) attend(*job, n / job->heads, n % job->heads, rooms[thread]);
+    const int64_t all = int64_t(job->batch) * job->heads, size = Head::room(*job);
+    const int64_t tokens = job->sink_keys.count + job->keys.count, numbers = all * tokens * (job->d + job->e);
+    const int parts = numbers > PARALLEL ? std::max(1, job->threads) : 1;
+    std::vector<float> room(size * parts);
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int part = 0; part < parts; part++)
+        for (int64_t n = part; n < all; n += parts) Head(*job, n, room.data() + part * size).attend();
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
