@@ -44,17 +44,16 @@ class BasisCodec(PackedCodec):
     def project(self, rows: Float[Tensor, "b h t d"]) -> Float[Tensor, "b G t r"]:
         groups = self.mean.shape[0]
         flat = rows.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)  # [b, G, t, a]
-        found: Tensor = (flat.float() - self.mean[:, None]) @ self.down
-        return found
+        return products(flat.float() - self.mean[:, None], self.down)
 
     def expand(self, latent: Float[Tensor, "b H x r"], heads: int) -> Float[Tensor, "b h x d"]:
         groups = self.mean.shape[0]
         members = heads // groups
         if latent.shape[1] == groups:
-            rows = (latent @ self.up).add_(self.mean[:, None])  # [b, G, x, a]
+            rows = products(latent, self.up).add_(self.mean[:, None])  # [b, G, x, a]
             found: Tensor = rows.unflatten(-1, (members, -1)).transpose(2, 3).flatten(1, 2)
             return found
-        found = latent @ self._by_head(heads) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
+        found = products(latent, self._by_head(heads)) + self.mean.unflatten(-1, (members, -1)).flatten(0, 1)[:, None]
         return found
 
     @cached_property
@@ -66,7 +65,7 @@ class BasisCodec(PackedCodec):
         """q . (z up) = (q up^T) . z."""
         if self.site == "v" or self._rebuilt:
             return None
-        return query @ self._by_head(query.shape[1]).transpose(1, 2)
+        return products(query, self._by_head(query.shape[1]).transpose(1, 2))
 
     @cached_property
     def expansion(self) -> Basis | None:
@@ -84,8 +83,21 @@ class BasisCodec(PackedCodec):
         return self.expand(self.project(rows), rows.shape[1])
 
     def _by_head(self, heads: int) -> Float[Tensor, "h r d"]:
+        if heads == len(self.up):
+            return self.up
         found: Tensor = self.up.unflatten(-1, (heads // len(self.up), -1)).transpose(1, 2).flatten(0, 1)
         return found
+
+
+def products(rows: Float[Tensor, "b G x n"], matrices: Float[Tensor, "G n m"]) -> Float[Tensor, "b G x m"]:
+    """Of each group's rows with its matrix, which torch would copy for every row of the batch."""
+    b, groups = rows.shape[:2]
+    if groups > 1 and matrices.stride(0) == 0:  # one rotation for all
+        return rows @ matrices[0]
+    if b == 1:
+        return rows @ matrices
+    found: Tensor = torch.bmm(rows.transpose(0, 1).flatten(1, 2), matrices).unflatten(1, (b, -1)).transpose(0, 1)
+    return found
 
 
 def leading(fitted: Fitted, kv: str, rank: int) -> dict[str, Tensor]:
