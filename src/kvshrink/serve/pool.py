@@ -109,9 +109,16 @@ class Reading:
         if strides not in self._offsets:
             self._offsets[strides] = np.ascontiguousarray((block * strides[0] + inner * strides[1])[:, None])
         table = np.where(there[:, None], pool.data_ptr() + self._offsets[strides], 0)
-        return PoolPages(
+        found = PoolPages(
             self.page, 1, table, *self._marks, layer.layout, pool=pool, block=block, inner=inner, size=layer.layout.size
         )
+        vars(found).update(full=self._whole, even=self._whole)  # which each layer would work out again
+        return found
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether all requests have as many pages."""
+        return bool(self._records[2].all())
 
     @cached_property
     def _offsets(self) -> dict[tuple[int, int], np.ndarray]:

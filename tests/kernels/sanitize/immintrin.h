@@ -357,6 +357,12 @@ inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
     const plain::Words x(a), y(b);
     return plain::words([&](int i) { return x.at[i] - y.at[i]; });
 }
+inline int _mm512_reduce_add_epi32(__m512i a) {
+    const plain::Words x(a);
+    uint32_t sum = 0;
+    for (uint32_t own : x.at) sum += own;
+    return sum;
+}
 inline __m512i _mm512_cvtps_epi32(__m512 x) {
     return plain::words([&](int i) { return uint32_t(int32_t(std::nearbyint(x[i]))); });
 }

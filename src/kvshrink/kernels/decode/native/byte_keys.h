@@ -82,44 +82,49 @@ class ByteKeys {
         const int64_t all = int64_t(job.batch) * job.heads * job.x;
         asked.resize(all / count * head()), start.resize(all * 2 * spans.size());
         units.resize(all), sums.resize(all * spans.size());
-        std::vector<float> padded_rows(size_t(FEW) * 4 * quads);
+        std::vector<float> few_rows(size_t(FEW) * 4 * quads);
+        __mmask16 strange = 0;
         for (int64_t row = 0; row < all; row += count)
             for (int r = 0; r < count; r += FEW) {
                 const int few = std::min(FEW, count - r);
                 float top[FEW] = {};
                 for (int i = 0; i < few; i++) {
-                    const float *q = job.query + (row + r + i) * job.wide;
-                    std::copy_n(q, s.width, padded_rows.data() + i * 4 * quads);
-                    for (int c = 0; c < s.width; c++) top[i] = std::max(top[i], std::fabs(q[c])), fits = fits && std::isfinite(q[c]);
-                    for (size_t n = 0; n < spans.size(); n++)
-                        for (int c = spans[n].begin; c < spans[n].end; c++) sums[(row + r + i) * spans.size() + n] += q[c];
+                    float *own = few_rows.data() + i * 4 * quads;
+                    std::copy_n(job.query + (row + r + i) * job.wide, s.width, own);
+                    __m512 most = _mm512_setzero_ps();
+                    by_sixteens([&](int c, size_t span) {
+                        const __m512 x = _mm512_loadu_ps(own + c);
+                        strange |= _mm512_fpclass_ps_mask(x, ENDLESS);
+                        most = _mm512_max_ps(most, _mm512_abs_ps(x));
+                        sums[(row + r + i) * spans.size() + span] += _mm512_reduce_add_ps(x);
+                    });
+                    top[i] = _mm512_reduce_max_ps(most);
                 }
-                if (!fits) return;
                 int32_t *to = asked.data() + row / count * head() + r / FEW * lot();
-                as_bytes(padded_rows.data(), 4 * quads, top, to, units.data() + row + r, few);
-                begin(to, few, start.data() + 2 * (row + r) * spans.size());
+                as_bytes(few_rows.data(), 4 * quads, top, to, units.data() + row + r, few, start.data() + 2 * (row + r) * spans.size());
             }
-    }
-    // What sums begin with: -128 times those of the bytes of a query.
-    void begin(const int32_t *bytes, int few, int32_t *to) const {
-        for (int i = 0; i < few; i++)
-            for (const Span &span : spans)
-                for (int plane = 0; plane < 2; plane++, to++)
-                    for (int c = span.begin; c < span.end; c++) {
-                        const auto *own = reinterpret_cast<const int8_t *>(bytes + (plane * quads + c / 4) * FEW + i);
-                        *to -= 128 * own[c % 4];
-                    }
+        fits = !strange;
     }
 
-    // rows [FEW][wide] of numbers up to `top` each -> to [2][quads][FEW], and what 1 stands for.
-    void as_bytes(const float *rows, int wide, const float *top, int32_t *to, float *unit, int few) const {
+    // use(channel, its span), sixteen channels at a time: spans end with them.
+    template <class F> void by_sixteens(F use) const {
+        size_t span = 0;
+        for (int c = 0; c < s.width; c += 16) {
+            while (c >= spans[span].end) span++;
+            use(c, span);
+        }
+    }
+
+    // rows [FEW][wide] of numbers up to `top` each -> to [2][quads][FEW], and what 1 stands for. first: [rows][spans][2], takes
+    // what sums begin with, -128 times those of these bytes; or null.
+    void as_bytes(const float *rows, int wide, const float *top, int32_t *to, float *unit, int few, int32_t *first) const {
         __m512 by[FEW];
         for (int i = 0; i < FEW; i++) {
             by[i] = _mm512_set1_ps(i < few && top[i] > 1e-30f ? LARGEST / top[i] : 0.0f);
             if (i < few) unit[i] = top[i] / LARGEST;
         }
         const __m512i index = _mm512_loadu_si512(TWO_ROWS.index);
-        for (int c = 0; c < s.width; c += 16) {
+        by_sixteens([&](int c, size_t span) {
             __m512i high[FEW], low[FEW];
             for (int i = 0; i < FEW; i++) {
                 const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(rows + i * wide + c), by[i]));
@@ -127,7 +132,11 @@ class ByteKeys {
                 low[i] = _mm512_sub_epi32(n, _mm512_slli_epi32(high[i], 7));
             }
             four_rows(high, index, to + c), four_rows(low, index, to + FEW * quads + c);
-        }
+            for (int i = 0; first && i < few; i++) {
+                int32_t *own = first + 2 * (i * spans.size() + span);
+                own[0] -= 128 * _mm512_reduce_add_epi32(high[i]), own[1] -= 128 * _mm512_reduce_add_epi32(low[i]);
+            }
+        });
     }
     static void four_rows(const __m512i *n, __m512i index, int32_t *to) {
         const __m512i one = _mm512_permutex2var_epi8(n[0], index, n[1]), two = _mm512_permutex2var_epi8(n[2], index, n[3]);
@@ -155,7 +164,7 @@ class ByteKeys {
         }
         if (strange) return false;
         for (int r = 0; r < count; r += FEW)
-            as_bytes(room.floats + r * 4 * quads, 4 * quads, top + r, to + r / FEW * lot(), unit + r, std::min(FEW, count - r));
+            as_bytes(room.floats + r * 4 * quads, 4 * quads, top + r, to + r / FEW * lot(), unit + r, std::min(FEW, count - r), nullptr);
         for (int r = 0; r < count; r++)
             for (int v = 0; v < PAGE; v += 16) store16(scores + r * PAGE + v, load16(scores + r * PAGE + v) + added[r]);
         return true;
