@@ -32,7 +32,8 @@ except ImportError:
 import decode
 from layer import Layer
 state = {}
-print(json.dumps(sorted(decode.METHODS)), flush=True)
+methods = {**getattr(decode, "QUANTISERS", {}), **decode.METHODS}
+print(json.dumps(sorted(methods)), flush=True)
 with torch.inference_mode():
     for line in sys.stdin:
         job = json.loads(line)
@@ -40,7 +41,7 @@ with torch.inference_mode():
             import generate as g
             plain, model = (g.random_model(torch.bfloat16, torch.device("cpu")) for _ in range(2))
             attachment = g.attach(model)
-            cache = g.make_cache(model, g.artifact(model, decode.METHODS[job["name"]]))
+            cache = g.make_cache(model, g.artifact(model, methods[job["name"]]))
             g.fill(cache, g.dense(plain, job["tokens"]), attachment)
             ids = torch.randint(1, 512, (1, job["tokens"] + 1), generator=torch.Generator().manual_seed(0))
             given = ids if hasattr(g, "Setup") else job["tokens"]
@@ -49,7 +50,7 @@ with torch.inference_mode():
             print("{}", flush=True)
         elif "name" in job:
             layer = Layer("llama-3.1-8b", job["tokens"], 1, torch.bfloat16, torch.device("cpu"))
-            state["step"] = made.shrunken(layer, job["name"], decode.METHODS[job["name"]]).step
+            state["step"] = made.shrunken(layer, job["name"], methods[job["name"]]).step
             state["step"]()
             print("{}", flush=True)
         else:
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--generate", action="store_true", help="steps of generate, not of one layer")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", help="default: all of bench/decode.py")
+    parser.add_argument("--methods", nargs="*", help="default: all of bench/decode.py, its quantisers too")
     parser.add_argument("--out", type=Path, default=Path("bench/results/versions.json"))
     args = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
