@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--generate", action="store_true", help="steps of generate, not of one layer")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="with more, the version that waits disturbs the other")
     parser.add_argument("--methods", nargs="*", help="default: all of bench/decode.py, its quantisers too")
     parser.add_argument("--out", type=Path, default=Path("bench/results/versions.json"))
     args = parser.parse_args()

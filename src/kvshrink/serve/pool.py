@@ -205,7 +205,6 @@ class Places:
         own, (row, number) = self.reading, self.reading.leaving
         return _of(self.table[row], number[:, None] * own.page + np.arange(own.page), own.size)
 
-
     def offsets(self, pool: Tensor) -> Int[Tensor, "b n"]:
         """Bytes from a pool's first token to each sink and exact token, the same for all pools of such strides; -1 where
         a row has none."""
