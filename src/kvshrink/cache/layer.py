@@ -109,9 +109,7 @@ class CompressedLayer(RowsLayer):
         learns = key_states.requires_grad or value_states.requires_grad  # then attention must see the returned keys
         if joined is None and staged.own_attention and not learns and self._only_attended(before):
             held = WindowRows(*self.window.stored(), self.window.form)
-        if (
-            held is not None and self.window.form.bits is not None
-        ):  # rows are not made where a kernel reads what is held
+        if held is not None and self.window.form.bits is not None:  # rows are not made where a kernel reads them
             keys, values, count = key_states, value_states, self.window.count
         else:
             keys, values = joined or (self.window.view() if held is None else held.rows())

@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Known(Generic[T]):
-    """Answers by a key that has ids of `owners` in it. They are kept alive as long as it is, so that no other has their id.
+    """Answers by a key that has ids of `owners` in it. These are kept alive as long, so that no other has their id.
 
     most: answers that are kept; when there are more, all are forgotten.
     """

@@ -161,8 +161,8 @@ class Reading:
     def snapshot(
         self, pool: Pool, layer: Alike, sinks: tuple[Tensor, Tensor] | None, held: HeldRows | None = None
     ) -> Snapshot:
-        """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]; held: what has the
-        exact tokens, and the sinks if there are any."""
+        """What a layer's attention reads beside the exact tokens. sinks: keys and values [b, h, n, d]; held: what has
+        the exact tokens, and the sinks if there are any."""
         assert layer.codecs is not None
         device, (starts, shifts) = pool.device, self._rows
         hidden = self._hidden if self.sinks and (sinks is not None or held is not None) else None
@@ -206,8 +206,8 @@ class Places:
         return _of(self.table[row], number[:, None] * own.page + np.arange(own.page), own.size)
 
     def offsets(self, pool: Tensor) -> Int[Tensor, "b n"]:
-        """Bytes from a pool's first token to each sink and exact token, the same for all pools of such strides; -1 where
-        a row has none."""
+        """Bytes from a pool's first token to each sink and exact token, the same for all pools of such strides; -1
+        where a row has none."""
         key = pool.stride(0), pool.stride(2), pool.itemsize
         if key not in self._offsets:
             self._offsets[key] = self._offsets_of(*key)
@@ -230,7 +230,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class PoolRows(HeldRows):
-    """Exact tokens, and sinks, where they are in a pool [blocks, h, size, keys and values of a token] of d channels each:
+    """Exact tokens, and sinks, where they are in a pool [blocks, h, size, keys and values of a token], d channels each:
     for one new token of each request."""
 
     pool: Tensor
