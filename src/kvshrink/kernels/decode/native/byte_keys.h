@@ -50,7 +50,7 @@ class ByteKeys {
     bool score(const Spot &at, Scratch &room, int64_t row, const float *query, uint8_t *z, float *to) const {
         sides(s, at, room, true);
         float unit[MOST];
-        Queries from{unit_asked(room), nullptr, unit, nullptr};
+        Queries from{asked_of_page(room), nullptr, unit, nullptr};
         if (s.form != CHANNEL)
             from = {asked.data() + row / count * head(), start.data() + row * 2 * spans.size(), units.data() + row,
                     sums.data() + row * spans.size()};
@@ -69,7 +69,7 @@ class ByteKeys {
         const float *units, *sums;
     };
 
-    const int32_t *unit_asked(Scratch &room) const {
+    const int32_t *asked_of_page(Scratch &room) const {
         if (s.form == CHANNEL) room.asked.resize(head());
         return room.asked.data();
     }
