@@ -50,12 +50,14 @@ class ByteKeys {
     bool score(const Spot &at, Scratch &room, int64_t row, const float *query, uint8_t *z, float *to) const {
         sides(s, at, room, true);
         float unit[MOST];
-        Queries from{asked_of_page(room), nullptr, unit, nullptr};
-        if (s.form != CHANNEL)
-            from = {asked.data() + row / count * head(), start.data() + row * 2 * spans.size(), units.data() + row,
-                    sums.data() + row * spans.size()};
-        else if (!fold(room, query, room.asked.data(), unit, to))
-            return false;
+        if (s.form == CHANNEL) {
+            room.asked.resize(head());
+            if (!fold(room, query, room.asked.data(), unit, to)) return false;
+        }
+        const Queries from = s.form == CHANNEL
+                                 ? Queries{room.asked.data(), nullptr, unit, nullptr}
+                                 : Queries{asked.data() + row / count * head(), start.data() + row * 2 * spans.size(),
+                                           units.data() + row, sums.data() + row * spans.size()};
         by_runs(s, at, room, [&](const uint8_t *in, auto bits, int stride, int run, int first) {
             tiles<bits>(in, stride, levels[run], s.channels[run], z + 32 * first, room.ahead);
         });
@@ -68,11 +70,6 @@ class ByteKeys {
         const int32_t *asked, *start;
         const float *units, *sums;
     };
-
-    const int32_t *asked_of_page(Scratch &room) const {
-        if (s.form == CHANNEL) room.asked.resize(head());
-        return room.asked.data();
-    }
 
     // Bytes of queries of all rows of a KV head, FEW rows together: see `asked`.
     int lot() const { return 2 * FEW * quads; }

@@ -9,7 +9,7 @@
 // Not a number, or an infinity; or below 0.
 constexpr int ENDLESS = 0x01 | 0x08 | 0x10 | 0x80, NEGATIVE = 0x40;
 
-// Up to 32 levels as bytes, for an index whose upper bits may be anything; less than `top`, in units.
+// Up to 32 levels as bytes, in units, for an index whose upper bits may be anything.
 struct ByteLevels {
     alignas(64) int8_t table[64];
     float unit = 1;

@@ -1,9 +1,9 @@
 // Decode attention over stored pages: ../reference.py says what it computes.
 //
-// Each thread goes through runs of pages, of one batch row each. Page by page: unpack the keys of a group, rebuild and turn them where there
-// is a basis, score, softmax over what was seen so far, unpack the values, add them up. A thread has one page's tile at a
-// time; runs leave their sums, which are merged by their log-sum-exp. Keys turn by their place in the page alone; the
-// query is turned back by the page's first position, once for 32 tokens.
+// Each thread goes through runs of pages, of one batch row each. Page by page: unpack the keys of a group, rebuild and turn
+// them where there is a basis, score, softmax over what was seen so far, unpack the values, add them up. A thread has one
+// page's tile at a time; runs leave their sums, which are merged by their log-sum-exp. Keys turn by their place in the page
+// alone; the query is turned back by the page's first position, once for 32 tokens.
 #include <atomic>
 #include <memory>
 

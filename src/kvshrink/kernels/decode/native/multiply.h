@@ -12,10 +12,8 @@ template <class T> struct Buffer {
         if (!data) throw std::bad_alloc();
         std::memset(data, 0, n * sizeof(T) + 64);
     }
-    Buffer(Buffer &&other) : data(other.data) { other.data = nullptr; }
     Buffer(const Buffer &) = delete;
     ~Buffer() { std::free(data); }
-    void release() { std::free(data), data = nullptr; }
 };
 
 constexpr int BLOCK = 8;  // rows of A at a time: their sums stay in registers
