@@ -136,7 +136,7 @@ class Reading:
         return starts, torch.from_numpy(self.shifts.astype(np.int32)) if self.shifts.any() else None
 
     @cached_property
-    def _short(self) -> Tensor | None:
+    def short(self) -> Tensor | None:
         """Rows [b, 1] whose first tokens are in their windows still; None: none."""
         short = self.pages == 0
         return torch.from_numpy(short)[:, None] if short.any() else None
@@ -144,10 +144,10 @@ class Reading:
     @cached_property
     def _sink_columns(self) -> Int[Tensor, "b n"]:
         columns = torch.from_numpy(self.shifts.astype(np.int32))[:, None] + torch.arange(self.sinks, dtype=torch.int32)
-        return columns if self._short is None else columns.masked_fill(self._short, -1)
+        return columns if self.short is None else columns.masked_fill(self.short, -1)
 
     def _sinks(self, keys: Tensor, values: Tensor) -> ExactSinks:
-        device, short = keys.device, self._short
+        device, short = keys.device, self.short
         if short is not None:  # there may be anything in their places
             keys, values = (x.masked_fill(short.to(device)[..., None, None], 0.0) for x in (keys, values))
         simple = short is None and self._rows[1] is None
@@ -218,13 +218,15 @@ class Places:
         return {}
 
     def _offsets_of(self, block_step: int, slot_step: int, size: int) -> Tensor:
-        own, (block, slot) = self.reading, self.exact
-        starts = torch.from_numpy(own.starts)[:, None]
-        found = [((block * block_step + slot * slot_step) * size).masked_fill(torch.arange(own.width) < starts, -1)]
+        def bytes_to(places: tuple[Tensor, Tensor]) -> Tensor:
+            return (places[0] * block_step + places[1] * slot_step) * size
+
+        own = self.reading
+        before = torch.arange(own.width) < torch.from_numpy(own.starts)[:, None]
+        found = [bytes_to(self.exact).masked_fill(before, -1)]
         if own.sinks and own.pages.any():
-            block, slot = self.sinks
-            short = torch.from_numpy(own.pages == 0)[:, None]  # they are in the window still
-            found.insert(0, ((block * block_step + slot * slot_step) * size).masked_fill(short, -1))
+            sinks = bytes_to(self.sinks)
+            found.insert(0, sinks if own.short is None else sinks.masked_fill(own.short, -1))
         return torch.cat(found, 1)
 
 
@@ -238,6 +240,7 @@ class PoolRows(HeldRows):
     d: int
 
     def rows(self) -> tuple[Tensor, Tensor]:
+        assert not self.places.reading.sinks, "rows of exact tokens have no sinks among them: attend reads both"
         return rows_at(self.pool, self.places.exact, self.d)
 
     def attend(
