@@ -21,8 +21,8 @@ STATES = 16  # what the last four coded bits can be
 SUBSETS = 4
 BITS = (1, 2, 3, 4)
 
-# The positive half of the levels, found by Lloyd's iteration over closed paths of 32 tokens, and their squared errors, both
-# before `in_bytes`, which adds a hundredth at 4 bits.
+# The positive half of the levels, found by Lloyd's iteration over closed paths of 32 tokens, and their squared errors,
+# both before `in_bytes`, which adds a hundredth at 4 bits.
 HALF = {
     1: (0.30823, 1.208),
     2: (0.18583, 0.58503, 1.05595, 1.8647),
