@@ -29,14 +29,14 @@ class Placed(NamedTuple):
     at: Int[Tensor, "b t"]
 
     def rows(self) -> Float[Tensor, "b h t d"]:
-        """Copies; of a token that is not there, some other."""
+        """Copies; zeros of a token that is not there, since there may be anything in its place."""
         first, device = self.first, self.first.device
         heads, channels = (torch.arange(n, device=device) for n in first.shape)
         heads, channels = heads * first.stride(0), channels * first.stride(1)
         tokens = self.at.clamp_min(0).to(device) // first.itemsize + int(first.storage_offset())
         index = tokens[:, None, :, None] + heads[:, None, None] + channels
         every = first.as_strided((int(first.untyped_storage().nbytes()) // first.itemsize,), (1,), 0)
-        found: Tensor = every[index]
+        found: Tensor = every[index].masked_fill(~self.there.transpose(2, 3), 0.0)
         return found
 
     @property
