@@ -77,8 +77,11 @@ def written_out(query, keys, values, new):
 @pytest.mark.parametrize("name", ["turboquant:bits=4", "kivi:bits=4", "fast"])
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("sinks", [0, 4, 32])
+@pytest.mark.parametrize("reference", ["0", "1"], ids=["kernels", "reference"])
 @torch.inference_mode()
-def test_requests_of_any_length_decode_together(fast, name, size, sinks):
+def test_requests_of_any_length_decode_together(fast, name, size, sinks, reference, monkeypatch):
+    """Where a request has no token or page its row has what is no number, and junk."""
+    monkeypatch.setenv("KVSHRINK_REFERENCE", reference)
     model = kvshrink.reference_model("float32")[0]
     records = PageRecords.of(model, fast if name == "fast" else parse(name).method)
     draw = torch.Generator().manual_seed(0)
@@ -89,7 +92,7 @@ def test_requests_of_any_length_decode_together(fast, name, size, sinks):
     reading = engine.reading(rows, 1)
     query = torch.randn(len(LENGTHS), H * MEMBERS, 1, D, generator=draw)
     places = Places(reading, engine.exact)
-    keys, values = rows_at(engine.rows, places.exact, D)
+    keys, values = places.rows(engine.rows, D)
     held = rows_at(engine.rows, places.sinks, D) if sinks else None
     gathered = reading.snapshot(engine.pool, engine.part, held)
     there = reading.snapshot(engine.pool, engine.part, None, PoolRows(engine.rows, places, D))

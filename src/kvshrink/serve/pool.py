@@ -17,7 +17,7 @@ from kvshrink.cache.snapshot import ExactSinks, HeldRows, Hidden, Snapshot, Tier
 from kvshrink.kernels.held import Placed, reference
 from kvshrink.kernels.held import attend as attend_held
 from kvshrink.serve.records import Alike
-from kvshrink.shapes import Float, Int, UInt8
+from kvshrink.shapes import Bool, Float, Int, UInt8
 from kvshrink.store.lanes import Pages
 
 Pool = UInt8[Tensor, "blocks 1 n bytes"]  # n records of pages in a block
@@ -25,7 +25,7 @@ Pool = UInt8[Tensor, "blocks 1 n bytes"]  # n records of pages in a block
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PoolPages(Pages):
-    """Pages in blocks of a pool. block, inner: of each page of a row."""
+    """Pages in blocks of a pool. block, inner: of each page of a row, any where a row has no such page."""
 
     pool: Tensor
     block: np.ndarray
@@ -38,7 +38,11 @@ class PoolPages(Pages):
 
     def bytes_of(self, start: int, stop: int) -> UInt8[Tensor, "b 1 p size"]:
         block, inner = (torch.from_numpy(x[:, start:stop]).to(self.device) for x in (self.block, self.inner))
-        return self.pool[block, 0, inner, : self.size][:, None]
+        found = self.pool[block, 0, inner, : self.size][:, None]
+        if self.even:
+            return found
+        # what is not there has a weight of 0, which makes nothing of any number, but not of what is none
+        return found.masked_fill(torch.from_numpy(self.table[:, :, start:stop] == 0).to(self.device)[..., None], 0)
 
     def device_addresses(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(self.addresses(start, stop)).to(self.device)
@@ -188,6 +192,19 @@ class Places:
     def __init__(self, reading: Reading, table: np.ndarray) -> None:
         self.reading, self.table = reading, table
 
+    def rows(self, pool: Tensor, d: int) -> tuple[Float[Tensor, "b h w d"], Tensor]:
+        """Exact keys and values, rows ending together: zeros where a row has none."""
+        keys, values = rows_at(pool, self.exact, d)
+        if not self.reading.starts.any():
+            return keys, values
+        before = self._before.to(pool.device)[:, None, :, None]  # there may be anything in a pool
+        return keys.masked_fill(before, 0.0), values.masked_fill(before, 0.0)
+
+    @cached_property
+    def _before(self) -> Bool[Tensor, "b w"]:
+        """Columns in front of a row's first exact token."""
+        return torch.arange(self.reading.width) < torch.from_numpy(self.reading.starts)[:, None]
+
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
         """Of each exact token, rows ending together: int64 [b, w]; any where a row has none."""
@@ -222,8 +239,7 @@ class Places:
             return (places[0] * block_step + places[1] * slot_step) * size
 
         own = self.reading
-        before = torch.arange(own.width) < torch.from_numpy(own.starts)[:, None]
-        found = [bytes_to(self.exact).masked_fill(before, -1)]
+        found = [bytes_to(self.exact).masked_fill(self._before, -1)]
         if own.sinks and own.pages.any():
             sinks = bytes_to(self.sinks)
             found.insert(0, sinks if own.short is None else sinks.masked_fill(own.short, -1))
@@ -241,7 +257,7 @@ class PoolRows(HeldRows):
 
     def rows(self) -> tuple[Tensor, Tensor]:
         assert not self.places.reading.sinks, "rows of exact tokens have no sinks among them: attend reads both"
-        return rows_at(self.pool, self.places.exact, self.d)
+        return self.places.rows(self.pool, self.d)
 
     def attend(
         self, query: Float[Tensor, "b h x d"], snapshot: Snapshot, softcap: float | None
