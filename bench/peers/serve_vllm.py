@@ -3,7 +3,7 @@
     make serve-vllm                    # its environment, then this; writes bench/results/serve_vllm.json
 
 SmolLM2-135M-Instruct, one thread, engines one after the other in one process; what must be another process is. Parts:
-parity, window, capacity, speed, store, server. Rows that hold are marked; the command fails if one does not.
+parity, window, prefixes, capacity, speed, store, server. Rows that hold are marked; the command fails if one does not.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def window(table: Table, folder: Path) -> None:
     for way, ((prompts, count), more) in ways.items():
         llm = engine(settings, **({"max_model_len": 512, "max_num_batched_tokens": 512} | more))
         found, times = generate(llm, prompts, count), 1
-        if way == "a prefix hit":
+        if way == "a prefix hit":  # more of them: prefixes
             found = generate(llm, prompts, count)
         if way == "put back":
             times = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
@@ -178,9 +178,10 @@ def cpu_of(run: Callable[[], Any]) -> float:
 
 
 def main() -> None:
+    from serve_vllm_prefixes import prefixes
     from serve_vllm_store import capacity, server, store
 
-    parts = {f.__name__: f for f in (parity, window, capacity, speed, store, server)}
+    parts = {f.__name__: f for f in (parity, window, prefixes, capacity, speed, store, server)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--folder", type=Path, default=Path("runs/serve_vllm"), help="for artifacts and stores")

@@ -21,9 +21,9 @@ from kvshrink.cache.attend import attend, rebuild
 from kvshrink.kernels.decode import MOST_ROWS
 from kvshrink.serve.pool import Places, PoolRows, Reading, pages_of, rows_at
 from kvshrink.serve.records import Alike
+from kvshrink.serve.vllm.specs import PAGE
 from kvshrink.serve.vllm.window import WindowLayer
 
-PAGE = 32
 FEW = 16  # new tokens of a request up to which stored pages are read as they are
 NAME = "CUSTOM"  # vLLM's own name for what is not its own
 
@@ -137,12 +137,14 @@ class KVShrinkImpl(AttentionImpl[Step]):
         pages, codes = layer.kvshrink, attn_metadata
         exact = get_forward_context().attn_metadata[pages.window_layer.prefix]
         pages.window_layer.write(key[: exact.count], value[: exact.count], *exact.places)
-        for reading, at, places in readings(codes, exact, pages):
+        plan = plan_of(codes, exact, pages)
+        # before anything is read: a request may have been given, in this step, blocks that another one writes in it
+        self._leave(plan, pages, kv_cache)
+        for reading, at, places in plan.parts:
             own = query[at] if isinstance(at, slice) else query[at.to(query.device)]
             shape = (reading.rows, reading.new, self.num_heads, self.head_size)
             found = self._attend(own.view(shape).transpose(1, 2), reading, places, pages, kv_cache)
             output[at] = found.transpose(1, 2).reshape(own.shape).to(output.dtype)
-            self._leave(reading, places, pages, kv_cache)
         return output
 
     def _attend(self, query: Tensor, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class KVShrinkImpl(AttentionImpl[Step]):
             snapshot = reading.snapshot(pool, pages.records, None, PoolRows(rows, places, d))
             first = rows[:1, :, :1]  # for its shape
             return attend(query, first[..., :d], first[..., d:], None, self.scale, self.softcap, snapshot)
-        keys, values = rows_at(rows, places.exact, d)
+        keys, values = places.rows(rows, d)
         if reading.pages.any():
             sinks = rows_at(rows, places.sinks, d) if pages.sinks else None
             snapshot = reading.snapshot(pool, pages.records, sinks)
@@ -165,25 +167,45 @@ class KVShrinkImpl(AttentionImpl[Step]):
             return attend(query, keys, values, None, self.scale, self.softcap, snapshot)
         return _dense(query, keys.contiguous(), values.contiguous(), self.scale)
 
-    def _leave(self, reading: Reading, places: Places, pages: Pages, pool: Tensor) -> None:
-        if not len(reading.leaving[0]):
+    def _leave(self, plan: "Plan", pages: Pages, pool: Tensor) -> None:
+        if plan.leaving is None:
             return
-        keys, values = rows_at(pages.window_layer.kv_cache, places.leaving, self.head_size)
-        first = torch.from_numpy(reading.leaving[1] * PAGE).to(keys.device)
-        packed = pages.records.pack(keys, values, first)
-        block, inner = (x.to(pool.device) for x in reading.leaving_records)
-        pool[block, 0, inner, : packed.shape[-1]] = packed[:, 0]
+        places, first, (block, inner) = plan.leaving
+        keys, values = rows_at(pages.window_layer.kv_cache, places, self.head_size)
+        packed = pages.records.pack(keys, values, first.to(keys.device))
+        pool[block.to(pool.device), 0, inner.to(pool.device), : packed.shape[-1]] = packed[:, 0]
 
 
-def readings(codes: Step, exact: Step, pages: Pages) -> list[tuple[Reading, Any, Places]]:
-    """(what is read, which of the step's tokens read it, where exact tokens are), in order: a request's parts one after
-    the other. All but the last is the same for all layers of a step, and that for those that share a table."""
+@dataclass
+class Plan:
+    """A step's readings: what is read, which of the step's tokens read it, where exact tokens are; a request's parts
+    one after the other. The same for all layers that share a table of exact tokens."""
+
+    parts: list[tuple[Reading, Any, Places]]
+
+    @cached_property
+    def leaving(self) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor]] | None:
+        """Of all pages that leave a window: (block, slot) [p, page] of their tokens, their first tokens [p], and
+        (block, record in it) [p] where they go. None: of none."""
+        each = [(r, p) for r, _, p in self.parts if len(r.leaving[0])]
+        if not each:
+            return None
+        places, records = (
+            [torch.cat(x) for x in zip(*found, strict=True)]
+            for found in ([p.leaving for _, p in each], [r.leaving_records for r, _ in each])
+        )
+        first = torch.cat([torch.from_numpy(r.leaving[1] * PAGE) for r, _ in each])
+        return (places[0], places[1]), first, (records[0], records[1])
+
+
+def plan_of(codes: Step, exact: Step, pages: Pages) -> Plan:
+    """Readings are worked out once a step, and places once for each table."""
     key = pages.window, pages.sinks, pages.by_window
     if key not in codes.known:
         codes.known[key] = _readings(codes, pages)
     if key not in exact.known:
-        exact.known[key] = [(r, at, Places(r, exact.table[rows])) for r, at, rows in codes.known[key]]
-    found: list[tuple[Reading, Any, Places]] = exact.known[key]
+        exact.known[key] = Plan([(r, at, Places(r, exact.table[rows])) for r, at, rows in codes.known[key]])
+    found: Plan = exact.known[key]
     return found
 
 

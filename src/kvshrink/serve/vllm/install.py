@@ -18,7 +18,6 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvshrink.errors import SettingError
 from kvshrink.fit.source import local_folder
@@ -26,8 +25,9 @@ from kvshrink.methods.artifact import Artifact
 from kvshrink.serve.records import Alike, PageRecords
 from kvshrink.serve.settings import EngineSettings
 from kvshrink.serve.source import records_of
-from kvshrink.serve.vllm.backend import PAGE, KVShrinkBackend, Pages
-from kvshrink.serve.vllm.window import SinkWindowSpec, WindowLayer, register_specs
+from kvshrink.serve.vllm.backend import KVShrinkBackend, Pages
+from kvshrink.serve.vllm.specs import PAGE, PageSpec, WindowSpec, register_specs
+from kvshrink.serve.vllm.window import WindowLayer
 
 log = logging.getLogger(__name__)
 ROUND = 16  # bytes: vLLM clears pages in words, and kernels read 16 at a time
@@ -64,7 +64,8 @@ def install() -> None:
         if pages is None:
             return spec(self, vllm_config)
         size = state_bytes(pages.records)
-        return FullAttentionSpec(
+        return PageSpec(
+            window=pages.window,
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
             head_size=size // 2,
@@ -106,11 +107,6 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
     folder = local_folder(config.model_config.model, config.model_config.revision)
     records = records_for(folder, settings, dtype)
     sinks, window = records.method.sinks, records.method.window
-    if sinks and config.cache_config.enable_prefix_caching:
-        raise SettingError(
-            f"{sinks} sinks and prefix caching give other tokens on a hit. Start with --no-enable-prefix-caching, or "
-            'say "sinks": 0.'
-        )
     part = records.at(extract_layer_index(name))
     if part.codecs is None:
         raise SettingError(f"{name} is no layer that {settings.method.text} stores: kvshrink's pages cannot serve it.")
@@ -118,10 +114,8 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
         raise SettingError(
             f"{name} has {layer.num_kv_heads} KV heads of {layer.head_size}, the model's files {part.shape}."
         )
-    kind = SinkWindowSpec if sinks else SlidingWindowSpec
-    make = functools.partial(
-        kind, num_kv_heads=layer.num_kv_heads, head_size=layer.head_size, dtype=dtype, sliding_window=window + PAGE
-    )
+    shape = {"num_kv_heads": layer.num_kv_heads, "head_size": layer.head_size, "dtype": dtype}
+    make = functools.partial(WindowSpec, sliding_window=window + PAGE, sinks=sinks, **shape)
     kept = WindowLayer(f"{name}.kvshrink_window", lambda c: make(block_size=c.cache_config.block_size), KVShrinkBackend)
     layer.kvshrink = Pages(part, kept, window, sinks, settings.prefill == "window")
 
@@ -153,6 +147,7 @@ def _check(config: Any) -> None:
     refused = {
         f"{ranks} ranks, each of which has a part of a page": ranks > 1,
         "speculation, which takes tokens back that were stored": config.speculative_config is not None,
+        "a KV connector, which would move pages as keys and values": config.kv_transfer_config is not None,
         f"a cache of {kind}": kind not in ("auto", "bfloat16", "float16"),
     }
     for what, yes in refused.items():

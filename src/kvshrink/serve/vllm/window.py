@@ -1,19 +1,13 @@
-"""The exact tokens of a layer in vLLM's pool: a cache layer of its own, whose blocks go when the window has passed.
-
-With sinks a request's first block stays for as long as the request does.
-"""
+"""The exact tokens of a layer in vLLM's pool: a cache layer of its own, whose blocks go when the window has passed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 
 class WindowLayer(nn.Module, AttentionLayerBase):
@@ -37,24 +31,3 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         """New tokens [n, h, d] to their places. there: which of them have one; None: all."""
         rows = torch.cat([keys, values], -1)
         self.kv_cache[block, :, slot] = (rows if there is None else rows[there]).to(self.kv_cache.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SinkWindowSpec(SlidingWindowSpec):
-    """The recent tokens, and a request's first block."""
-
-    def max_admission_blocks_per_request(self, *args: Any, **kwargs: Any) -> int:
-        return int(super().max_admission_blocks_per_request(*args, **kwargs)) + 1
-
-
-class SinkWindowManager(SlidingWindowManager):
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
-        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        self._remove_blocks_in_range(request_id, 1, min(skipped, len(self.req_to_blocks[request_id])))
-
-
-def register_specs() -> None:
-    KVCacheSpecRegistry._ensure_registered()  # it enters vLLM's own only where none is known
-    KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, uniform_type_base_spec=SlidingWindowSpec)
