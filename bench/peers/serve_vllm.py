@@ -3,7 +3,7 @@
     make serve-vllm                    # its environment, then this; writes bench/results/serve_vllm.json
 
 SmolLM2-135M-Instruct, one thread, engines one after the other in one process; what must be another process is. Parts:
-parity, window, prefixes, capacity, speed, store, server. Rows that hold are marked; the command fails if one does not.
+parity, window, prefixes, ranks, capacity, speed, store, server. Rows that hold are marked; it fails if one does not.
 """
 
 import argparse
@@ -179,9 +179,10 @@ def cpu_of(run: Callable[[], Any]) -> float:
 
 def main() -> None:
     from serve_vllm_prefixes import prefixes
+    from serve_vllm_ranks import ranks
     from serve_vllm_store import capacity, server, store
 
-    parts = {f.__name__: f for f in (parity, window, prefixes, capacity, speed, store, server)}
+    parts = {f.__name__: f for f in (parity, window, prefixes, ranks, capacity, speed, store, server)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--folder", type=Path, default=Path("runs/serve_vllm"), help="for artifacts and stores")
@@ -194,9 +195,10 @@ def main() -> None:
         parts[name](table, args.folder)
         print(f"{name}: {time.process_time() - begun:.0f} CPU seconds", flush=True)
         where = setting(torch.device("cpu"))
-        for row in table.rows:  # parts may be run apart, of other sources
-            row.setdefault("source", where["source"])
-        rows = [row for row in known if row["part"] not in {r["part"] for r in table.rows}] + table.rows
+        for row in table.rows:  # parts may be run apart, of other sources, on other processors
+            row.update({key: row.get(key, where[key]) for key in ("source", "device")})
+        new = {(row["part"], row["device"]) for row in table.rows}
+        rows = [row for row in known if (row["part"], row["device"]) not in new] + table.rows
         files.write_json(args.out, {"command": "make serve-vllm", "setting": where, "rows": rows})
     if short := [row for row in table.rows if row["holds"] is False]:
         sys.exit(f"{len(short)} of {len(table.rows)} rows fell short")

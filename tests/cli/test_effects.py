@@ -17,7 +17,8 @@ NONE = {
         "--bits 4": ["--method cskv:bits=2"],
     },
     "fit --out a": {
-        "--plan p": ["--method cskv", "--keep 0.5", "--bits 4"],
+        "--plan p": ["--method cskv", "--keep 0.5", "--bits 4", "--shards 2"],
+        "--shards 2": ["--method palu", "--method spectral:shards=3"],
         "--keep 0.5": ["--method cskv:keep=0.4"],
         "--bits 4": ["--method cskv:bits=2"],
         "--log-with tensorboard": ["", "--method cskv:keep=0.5", "--method spectral"],

@@ -1,5 +1,6 @@
 """kvshrink fit: fit a method to a model from text, layer by layer, and save the artifact."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +27,7 @@ from kvshrink.cli._common import (
 from kvshrink.cli._outputs import digest, place, run_folder
 from kvshrink.errors import ArtifactError, SettingError
 from kvshrink.eval.run import calibration
-from kvshrink.fit.given import in_memory
+from kvshrink.fit.given import in_memory, sharded
 from kvshrink.fit.job import fit_all
 from kvshrink.fit.resume import clear
 from kvshrink.fit.source import OnDisk
@@ -54,6 +55,9 @@ def fit(
     log_with: Annotated[
         Literal["tensorboard", "trackio"] | None, typer.Option(help="Tracker for training losses.")
     ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a tensor-parallel server, each with bases of its own heads.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Fit a method to a model and save it; run again to resume.
@@ -61,7 +65,10 @@ def fit(
     Weights are read one layer at a time, unless the method asks the whole model what a loss costs (spectral).
     """
     quiet()
-    chosen = one_method(method or "cskv", keep, bits) if plan is None else _planned(plan, model, method, keep, bits)
+    changes = {"method": method, "keep": keep, "bits": bits, "shards": shards}
+    chosen = one_method(method or "cskv", keep, bits) if plan is None else _planned(plan, model, changes)
+    if shards is not None:
+        chosen = sharded(chosen, shards)
     if log_with is not None and not getattr(chosen, "steps", 0):
         raise SettingError(f"--log-with {log_with} has no effect: {name_of(chosen)} trains nothing as it is set.")
     if not chosen.needs_fit:
@@ -92,9 +99,9 @@ def _show(artifact: Artifact, chosen: Method, out: Path) -> None:
     console.print(f"saved {out}: {human(artifact.nbytes)} per model, fitted in {artifact.provenance['seconds']} s")
 
 
-def _planned(plan: Path, model: str, method: str | None, keep: float | None, bits: int | None) -> Method:
+def _planned(plan: Path, model: str, changes: Mapping[str, object]) -> Method:
     """The plan's method. Raises if an option would change it, or if it was made for another model."""
-    given = [f"--{k}" for k, v in (("method", method), ("keep", keep), ("bits", bits)) if v is not None]
+    given = [f"--{k}" for k, v in changes.items() if v is not None]
     if given:
         raise SettingError(f"{', '.join(given)} cannot change the plan {plan}. Leave it out, or make another plan.")
     chosen, made_for = plans.read(plan)

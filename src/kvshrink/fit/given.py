@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvshrink.errors import DataError, SettingError
-from kvshrink.methods import name_of
+from kvshrink.methods import build, name_of
 from kvshrink.methods._roles import Method
 from kvshrink.methods._training import Objective
 from kvshrink.methods._types import shown
@@ -39,6 +39,18 @@ def check_given(
         raise SettingError(f"log_with={shown(log_with)} is not possible. Use one of {TRACKERS}.")
     if log_with is not None and importlib.util.find_spec(log_with) is None:  # accelerate would log nothing
         raise SettingError(f"log_with={log_with} needs {log_with}: pip install {log_with}.")
+
+
+def sharded(method: Any, shards: object) -> Any:
+    """The method with bases for so many ranks. Raises SettingError where it has none that heads are shared out by."""
+    if type(shards) is not int or shards < 1:
+        raise SettingError(f"shards={shown(shards)} is not possible. Use a whole number, 1 or more.")
+    if not isinstance(method, Method) or "shards" not in method.settings():
+        name = name_of(method) if isinstance(method, Method) else shown(method)
+        raise SettingError(f"{name} has no bases for several ranks. Take spectral or cskv, or leave shards out.")
+    if (own := method.settings()["shards"]) not in (1, shards):
+        raise SettingError(f"shards={shards} is not the method's own shards={own}. Leave one out.")
+    return build(name_of(method), {**method.settings(), "shards": shards})
 
 
 def enough(rows: Tensor, methods: Sequence[Method]) -> Tensor:

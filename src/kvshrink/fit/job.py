@@ -21,7 +21,7 @@ from kvshrink.fit.allocate import choose_split
 from kvshrink.fit.collector import StatsCollector
 from kvshrink.fit.data import rows_hash, rows_of
 from kvshrink.fit.distil import PredictionLoss
-from kvshrink.fit.given import ROW, check_given, check_ids, enough, in_memory, trains
+from kvshrink.fit.given import ROW, check_given, check_ids, enough, in_memory, sharded, trains
 from kvshrink.fit.layerwise import LayerRunner
 from kvshrink.fit.outputs import OutputLoss, float32
 from kvshrink.fit.probe import Recall
@@ -52,6 +52,7 @@ def fit(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     log_with: str | None = None,
+    shards: int | None = None,
 ) -> Artifact:
     """Fit a method to a model. Only one layer's activations are held at a time.
 
@@ -61,8 +62,11 @@ def fit(
     token rows [rows, length].
     batch: rows per forward pass. checkpoint: folder for finished layers; call again with it to resume.
     log_with: tracker of accelerate for training losses, "tensorboard" or "trackio".
+    shards: ranks of a tensor-parallel server, each of which has bases of its own KV heads; None: as the method says.
     Raises DataError on too little text, UnsupportedModelError, SettingError.
     """
+    if shards is not None:
+        method = sharded(method, shards)
     return fit_all(model, [method], data, tokenizer, length, batch, progress, checkpoint, log_with)[0]
 
 

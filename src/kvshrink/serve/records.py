@@ -97,7 +97,7 @@ class PageRecords:
                 if not info.heads:
                     raise SettingError(f"layer {i} ({info.kind}) keeps no keys and values of tokens. It has no pages.")
                 shape = shape_of(info)
-                found.append(Alike([i], shape, None, None, _layout(None, shape, own.page), own.page))
+                found.append(Alike([i], shape, None, None, layout_of(None, shape, own.page), own.page))
                 continue
             codecs = _codecs_of(layer, own)
             turns = info.rope is not None and info.rope.long is not None
@@ -107,7 +107,7 @@ class PageRecords:
             known = next((p for p in found if not learnt and _same(p, layer.shape, codecs, info.rope)), None)
             if known is None:
                 found.append(
-                    Alike([i], layer.shape, codecs, info.rope, _layout(codecs, layer.shape, own.page), own.page)
+                    Alike([i], layer.shape, codecs, info.rope, layout_of(codecs, layer.shape, own.page), own.page)
                 )
             else:
                 known.layers.append(i)
@@ -178,7 +178,7 @@ def _turned_alike(one: Rope | None, other: Rope | None) -> bool:
     return plain and same and torch.equal(one.inv_freq, other.inv_freq)
 
 
-def _layout(codecs: tuple[Codec, Codec] | None, shape: LayerShape, page: int) -> Layout:
+def layout_of(codecs: tuple[Codec, Codec] | None, shape: LayerShape, page: int) -> Layout:
     """How a layer's record lies, seen on a page of zeros."""
     keys = torch.zeros(1, shape.heads, page, shape.head_dim, dtype=shape.dtype, device="cpu")
     values = torch.zeros(1, shape.heads, page, shape.value_dim, dtype=shape.dtype, device="cpu")

@@ -12,6 +12,7 @@ def checked(method: Any) -> None:
     heads = method.group_heads
     if heads != "auto":
         require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
+    require(method.shards >= 1, f"shards={method.shards}", "Use a whole number, 1 or more.")
     codec, bits = method.own
     keep_and_bits(method.keep, None if codec else bits)
     share = method.key_share

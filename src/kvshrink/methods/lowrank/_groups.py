@@ -56,3 +56,9 @@ def bases_of(size: int | None, heads: int) -> int:
     size = size or heads
     require(heads % size == 0, f"group_heads={size} with {heads} KV heads", "Use a divisor of the heads.")
     return heads // size
+
+
+def shard_heads(shards: int, heads: int) -> int:
+    """KV heads of each of so many ranks. Raises SettingError if it is no divisor."""
+    require(heads % shards == 0, f"shards={shards} with {heads} KV heads", "Use a divisor of the heads.")
+    return heads // shards

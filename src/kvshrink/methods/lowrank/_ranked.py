@@ -75,7 +75,7 @@ def finish(
         own = {at: take(at, size)[0] for at, size in given.items()}
         return {i: method.codecs(shapes[i], _cut(method, fitted, own, i)) for i, fitted in layers.items()}
 
-    key = ("cskv", method.own, method.group_heads, method.key_metric, method.value_metric)
+    key = ("cskv", method.own, method.group_heads, method.shards, method.key_metric, method.value_metric)
     given, kl = by_kl(probe, key, points, budget, codecs)
     chosen, left = spent(given, budget, take)
     done, errors, named = {}, {}, dict[str, Any]()

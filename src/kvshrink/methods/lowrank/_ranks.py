@@ -50,17 +50,17 @@ def by_threshold(kept: Sequence[Sequence[float]], costs: Sequence[Sequence[int]]
         left -= step
 
 
-def split(keep: float, key_share: float, n: int, groups: int) -> tuple[int, int]:
-    """(rank of each key group, rank of values): the one place where channels are rounded, down.
+def split(keep: float, key_share: float, n: int, groups: int, shards: int = 1) -> tuple[int, int]:
+    """(rank of each key group, rank of each shard's values): the one place where channels are rounded, down.
 
     2 * keep * n channels are shared out; what keys or values cannot take (they have only n) goes to the other.
     Raises SettingError if one of them would have none.
     """
     total = 2 * keep * n
     key = min(max(total * key_share, total - n), n)
-    rank_k, rank_v = int(key / groups + 1e-6), int(total - key + 1e-6)
+    rank_k, rank_v = int(key / groups + 1e-6), int((total - key) / shards + 1e-6)
     if rank_k < 1 or rank_v < 1:
-        least = max(groups / key_share, 1 / (1 - key_share)) / (2 * n)
+        least = max(groups / key_share, shards / (1 - key_share)) / (2 * n)
         scale = 10 ** (2 - math.floor(math.log10(least)))  # three digits, rounded up so that they are enough
         raise SettingError(
             f"keep={keep} with key_share={key_share} gives key rank {rank_k} and value rank {rank_v} "

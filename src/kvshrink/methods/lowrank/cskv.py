@@ -22,12 +22,7 @@ from torch import Tensor
 from kvshrink.errors import SettingError
 from kvshrink.kernels.ceilings import measure
 from kvshrink.methods import _latents as latents
-from kvshrink.methods._codecs.basis import (
-    METRICS,
-    BasisCodec,
-    leading,
-    metrics_of,
-)
+from kvshrink.methods._codecs.basis import METRICS, BasisCodec, leading, metrics_of
 from kvshrink.methods._ladder import Ladder, aged, held
 from kvshrink.methods._packing import Packing, packing
 from kvshrink.methods._policy import Policy
@@ -39,7 +34,7 @@ from kvshrink.methods._tier import Tier
 from kvshrink.methods._training import Training
 from kvshrink.methods.lowrank import _ranked, _ranks
 from kvshrink.methods.lowrank._cskv_settings import checked
-from kvshrink.methods.lowrank._groups import Cost, bases_of, heads_per_basis
+from kvshrink.methods.lowrank._groups import Cost, bases_of, heads_per_basis, shard_heads
 from kvshrink.methods.lowrank._initial import initial
 
 KEY_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -70,6 +65,7 @@ class CSKV(Method):
     budget:      instead of `keep`: bytes of the body over the full cache's, over all layers; the rank of each layer's
                  keys and of its values is by measured KL of the whole model, which must be in memory. Latents are then
                  stored by `tcq`, each side's at 2, 3 or 4 bits as is best, unless bits or codec say otherwise.
+    shards:      ranks of a tensor-parallel server: no basis, of keys or of values, goes beyond one's heads.
     """
 
     keep: float = 0.2
@@ -86,6 +82,7 @@ class CSKV(Method):
     matryoshka: bool = False
     codec: str | None = None
     budget: float | None = None
+    shards: int = 1
 
     needs_fit: ClassVar[bool] = True
     byte_neutral: ClassVar[frozenset[str]] = frozenset(METRICS)
@@ -137,7 +134,7 @@ class CSKV(Method):
             every = dict.fromkeys(shapes)
             return [Cost(x.width, own.key_rank(x), own.bits_per_token(x, {}) / 8) for x in every]
 
-        heads = [shape.heads for shape in shapes]
+        heads = [shard_heads(self.shards, shape.heads) for shape in shapes]
         return replace(self, group_heads=heads_per_basis(heads, costs, measure(device, shapes[0].dtype)))
 
     def budget_values(self, shape: LayerShape, tokens: int) -> list[float]:
@@ -162,9 +159,9 @@ class CSKV(Method):
         return Training(self.loss, self.steps, self.lr, self.qat, rounds, DRAWN if self.matryoshka else (1.0,))
 
     def ranks(self, shape: LayerShape, key_share: float | None = None) -> tuple[int, int]:
-        """(rank of each key group, rank of values)."""
+        """(rank of each key group, rank of each shard's values)."""
         share = key_share if key_share is not None else 0.5 if self.key_share == "auto" else float(self.key_share)
-        return _ranks.split(self.keep, share, shape.width, self.groups(shape))
+        return _ranks.split(self.keep, share, shape.width, self.groups(shape), self.shards)
 
     def key_rank(self, shape: LayerShape) -> int:
         """Of each key group; at a budget what it would be if all had the same share."""
@@ -180,7 +177,7 @@ class CSKV(Method):
         rank_k, rank_v = self.ranks(stats.shape)
         groups = self.groups(stats.shape)
         fitted: dict[str, Tensor] = {}
-        sides = zip(KVS, (groups, 1), (rank_k, rank_v), metrics_of(self, stats), strict=True)
+        sides = zip(KVS, (groups, self.shards), (rank_k, rank_v), metrics_of(self, stats), strict=True)
         for kv, bases, rank, metric in sides:
             fitted |= {f"{kv}_{k}": t for k, t in initial(self.init, kv, stats, bases, rank, metric).items()}
         if self.samples:
@@ -227,7 +224,7 @@ class CSKV(Method):
     def cut(self, fitted: Fitted, record: Mapping[str, Any]) -> dict[str, Tensor]:
         """The share of keys in `record` is the one that key_share="auto" chose."""
         require(not self.samples, f"codec={self.codec!r} at another keep", "It is fitted to one basis. Fit it again.")
-        groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].shape[1]
+        groups, width = fitted["key_mean"].shape[0], fitted["value_mean"].numel()
         heads = groups * (self._settled() or 1)
         ranks = self.ranks(LayerShape(heads, width // heads, torch.float32), record.get("key_share"))
         return {**fitted, **leading(fitted, "key", ranks[0]), **leading(fitted, "value", ranks[1])}
@@ -249,7 +246,7 @@ class CSKV(Method):
         if fitted:
             sizes = [(fitted[f"{kv}_up"].shape[0], fitted[f"{kv}_up"].shape[1]) for kv in KVS]
         else:
-            sizes = list(zip((self.groups(shape), 1), self.ranks(shape), strict=True))
+            sizes = list(zip((self.groups(shape), self.shards), self.ranks(shape), strict=True))
         spaces = [Space(groups, rank, self.page, shape.dtype, False) for groups, rank in sizes]
         return [latents.ladder(self._quantiser(s, fitted), s, x, fitted) for s, x in zip(KVS, spaces, strict=True)]
 
@@ -259,16 +256,16 @@ class CSKV(Method):
             return super().bits_per_token(shape, fitted)
         if self.budget is not None:
             return _ranked.page_bytes(self, shape) * 8 / self.page
-        parts = zip(KVS, (self.groups(shape), 1), self.ranks(shape), strict=True)
+        parts = zip(KVS, (self.groups(shape), self.shards), self.ranks(shape), strict=True)
         pages = [self.stored(kv, groups, rank, shape.dtype, {}).page_bytes() for kv, groups, rank in parts]
         return sum(pages) * 8 / self.page
 
     def bases(self, kv: KV, shape: LayerShape) -> int:
-        return self.groups(shape) if kv == "key" else 1
+        return self.groups(shape) if kv == "key" else self.shards
 
     def groups(self, shape: LayerShape) -> int:
         """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
-        return bases_of(self._settled(), shape.heads)
+        return self.shards * bases_of(self._settled(), shard_heads(self.shards, shape.heads))
 
     def _settled(self) -> int | None:
         if self.group_heads == "auto":

@@ -29,7 +29,7 @@ from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
-from kvshrink.methods.lowrank._groups import bases_of
+from kvshrink.methods.lowrank._groups import bases_of, shard_heads
 from kvshrink.methods.lowrank._operand import energies_of, layout_of, trimmed
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
@@ -54,6 +54,7 @@ class Spectral(Method):
                 in common is in the basis.
                 docs/accuracy.md has the KL of each, docs/speed.md the time.
     group_heads: KV heads that share one key basis that is rebuilt; None: all.
+    shards:     ranks of a tensor-parallel server: no basis, of keys or of values, goes beyond one's heads.
     code:       what the bits of a channel are: of trellis-coded quantisation, 17 to 35 % less squared error at the same
                 bits, or of a Lloyd-Max quantiser, quicker to store.
     rotate:     Hadamard-rotate the channels of one width (folded into the basis): outliers are spread.
@@ -69,6 +70,7 @@ class Spectral(Method):
     rotate: bool = True
     key_metric: Literal["plain", "query"] = "plain"
     value_metric: Literal["plain", "output"] = "plain"
+    shards: int = 1
 
     needs_fit: ClassVar[bool] = True
     budget_setting: ClassVar[str] = "budget"
@@ -81,6 +83,7 @@ class Spectral(Method):
         require(ok, f"widths={self.widths}", "Use some of 1, 2, 3, 4, 8.")
         heads = self.group_heads
         require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, or None for all.")
+        require(self.shards >= 1, f"shards={self.shards}", "Use a whole number, 1 or more.")
         slow, given = self.speed == "accurate", f"speed={self.speed!r} with"
         require(slow or heads is None, f"{given} group_heads={heads}", "Give one of them.")
         require(
@@ -157,7 +160,7 @@ class Spectral(Method):
         elif self.allocation == "kl":
             assert probe is not None
             metrics = self.key_metric, self.value_metric
-            key = ("spectral", self.widths, self.code, self.speed, self.group_heads, metrics)
+            key = ("spectral", self.widths, self.code, self.speed, self.group_heads, self.shards, metrics)
             given, known["kl"] = by_kl(probe, key, points, budget, partial(self._codecs_at, layers, shapes))
 
         def take(at: At, room: float) -> tuple[Tensor, int]:
@@ -196,9 +199,10 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
+        own = shard_heads(self.shards, shape.heads)
         if kv == "value":
-            return shape.heads if self.speed == "apart" else 1
-        return bases_of(1 if self.speed in ("fast", "apart") else self.group_heads, shape.heads)
+            return shape.heads if self.speed == "apart" else self.shards
+        return self.shards * bases_of(1 if self.speed in ("fast", "apart") else self.group_heads, own)
 
     def lane_groups(self, shape: LayerShape) -> int:
         return shape.heads if self.speed == "apart" else 1

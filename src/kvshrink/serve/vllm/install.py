@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,6 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from kvshrink.errors import SettingError
 from kvshrink.fit.source import local_folder
 from kvshrink.methods.artifact import Artifact
+from kvshrink.serve.ranks import of_rank
 from kvshrink.serve.records import Alike, PageRecords
 from kvshrink.serve.settings import EngineSettings
 from kvshrink.serve.source import records_of
@@ -110,6 +112,10 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
     part = records.at(extract_layer_index(name))
     if part.codecs is None:
         raise SettingError(f"{name} is no layer that {settings.method.text} stores: kvshrink's pages cannot serve it.")
+    parallel = config.parallel_config
+    ranks = max(1, part.shape.heads // layer.num_kv_heads)  # of which several are alike where there are fewer heads
+    place = get_tensor_model_parallel_rank() * ranks // parallel.tensor_parallel_size
+    part = _share(part, place, ranks, records.method)
     if (part.shape.heads, part.shape.head_dim) != (layer.num_kv_heads, layer.head_size):
         raise SettingError(
             f"{name} has {layer.num_kv_heads} KV heads of {layer.head_size}, the model's files {part.shape}."
@@ -118,6 +124,9 @@ def _give_pages(layer: Any, config: Any, settings: EngineSettings, given: dict[s
     make = functools.partial(WindowSpec, sliding_window=window + PAGE, sinks=sinks, **shape)
     kept = WindowLayer(f"{name}.kvshrink_window", lambda c: make(block_size=c.cache_config.block_size), KVShrinkBackend)
     layer.kvshrink = Pages(part, kept, window, sinks, settings.prefill == "window")
+
+
+_share = functools.cache(of_rank)  # layers that are stored alike have one of them
 
 
 @functools.cache
@@ -143,9 +152,11 @@ def records_for(folder: Path, settings: EngineSettings, dtype: torch.dtype) -> P
 def _check(config: Any) -> None:
     """Raise SettingError for an engine that these pages cannot serve."""
     size, kind = config.cache_config.block_size, config.cache_config.cache_dtype
-    ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
+    parallel = config.parallel_config
+    shares = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
     refused = {
-        f"{ranks} ranks, each of which has a part of a page": ranks > 1,
+        f"{parallel.pipeline_parallel_size} stages of a pipeline": parallel.pipeline_parallel_size > 1,
+        f"{max(shares)} ranks, each of which has a part of the tokens": max(shares) > 1,
         "speculation, which takes tokens back that were stored": config.speculative_config is not None,
         "a KV connector, which would move pages as keys and values": config.kv_transfer_config is not None,
         f"a cache of {kind}": kind not in ("auto", "bfloat16", "float16"),
