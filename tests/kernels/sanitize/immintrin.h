@@ -2,6 +2,8 @@
 // machine without them runs that code, and so that sanitizers see each byte that a vector load reads. They watch neither
 // the compiler's masked loads nor anything that has no address in the source.
 #pragma once
+#undef __AVX2__  // whose own instructions are not here
+#undef __F16C__
 #include <cmath>
 #include <cstdint>
 #include <cstring>

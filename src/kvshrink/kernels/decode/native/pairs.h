@@ -48,9 +48,9 @@ struct PairTiles {
         if (!direct_keys(s)) return pack(from, n, to);
         for (int i = 0; i < key_depth(n); i++) to[i] = pair(2 * i < n ? from[2 * i] : 0.0f, 2 * i + 1 < n ? from[2 * i + 1] : 0.0f);
     }
-    static void dot_rows(const Side &s, const Spot &at, const uint32_t *query, int query_row, int rows, float *to, Ahead &ahead) {
+    static void dot_rows(const Side &s, const Spot &at, const uint32_t *query, int query_row, int rows, float *to, Scratch &room) {
         by_few(rows, [&](int r, auto count) {
-            dot_pairs<count>(at.data, s.width, query + r * query_row, query_row, to + r * PAGE, ahead);
+            dot_pairs<count>(at.data, s.width, query + r * query_row, query_row, to + r * PAGE, room.ahead);
         });
     }
     static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, uint32_t *packed, float *sums,

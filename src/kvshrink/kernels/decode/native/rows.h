@@ -8,70 +8,129 @@
 #include "pages.h"
 #include "vector.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 constexpr int FEW = 4;
 
-// 16 of a row's numbers from c on; zeros beyond its width.
-inline v16 row16(int form, const char *row, int width, int c) {
-    v16 x{};
-    const int n = std::min(16, width - c);
-    if (form == RAW_F32) {  // of a size that is a constant, else it is a call
-        if (n == 16)
-            std::memcpy(&x, row + 4 * c, 64);
-        else
-            std::memcpy(&x, row + 4 * c, 4 * n);
-        return x;
+#if defined(__AVX512F__)
+typedef v16 Wide;
+#else
+typedef v8 Wide;  // g++ converts sixteen numbers one by one where a register holds eight
+#endif
+constexpr int WIDE = sizeof(Wide) / 4;
+
+inline Wide load_wide(const float *p) {
+    Wide x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline float sum_wide(v16 x) { return sum16(x); }
+inline float sum_wide(v8 x) { return sum8(x); }
+
+// WIDE of a row's numbers from c on.
+template <int FORM> inline Wide row_wide(const char *row, int c) {
+    Wide x;
+    if constexpr (FORM == RAW_F32) {
+        std::memcpy(&x, row + 4 * c, sizeof x);
+    } else if constexpr (FORM == RAW_BF16) {
+        typedef uint16_t Halves __attribute__((vector_size(sizeof(Wide) / 2)));
+        typedef int32_t Ints __attribute__((vector_size(sizeof(Wide))));
+        Halves bits;
+        std::memcpy(&bits, row + 2 * c, sizeof bits);
+        const Ints all = __builtin_convertvector(bits, Ints) << 16;
+        std::memcpy(&x, &all, sizeof x);
+#if defined(__F16C__) && !defined(__AVX512F__)
+    } else {
+        x = (v8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(row + 2 * c)));
     }
-    uint16_t half[16] = {};
-    if (n == 16)
-        std::memcpy(half, row + 2 * c, 32);
-    else
-        std::memcpy(half, row + 2 * c, 2 * n);
-    if (form == RAW_F16) {
-        typedef _Float16 f16 __attribute__((vector_size(32)));
-        f16 all;
-        std::memcpy(&all, half, 32);
-        return __builtin_convertvector(all, v16);
+#else
+    } else {
+        typedef _Float16 Halves __attribute__((vector_size(sizeof(Wide) / 2)));
+        Halves all;
+        std::memcpy(&all, row + 2 * c, sizeof all);
+        x = __builtin_convertvector(all, Wide);
     }
-    typedef uint16_t h16 __attribute__((vector_size(32)));
-    h16 bits;
-    std::memcpy(&bits, half, 32);
-    const v16i wide = __builtin_convertvector(bits, v16i) << 16;
-    std::memcpy(&x, &wide, 64);
+#endif
     return x;
 }
 
-// to[r][t] += query[r] . row t, for all tokens of a page.
-template <int R>
-inline void dot_floats(int form, const char *data, int width, const float *query, int query_row, float *to) {
-    const int size = width * (form == RAW_F32 ? 4 : 2);
-    for (int t = 0; t < PAGE; t++) {
-        v16 sum[R] = {};
+// 16 of a row's numbers from c on; zeros beyond its width.
+template <int FORM> inline v16 row16_of(const char *row, int width, int c) {
+    v16 x{};
+    if (c + 16 > width) {
+        for (int i = 0; i < width - c; i++) x[i] = raw_of(FORM, row, c + i);
+        return x;
+    }
+    Wide part[16 / WIDE];
+    for (int i = 0; i < 16 / WIDE; i++) part[i] = row_wide<FORM>(row, c + i * WIDE);
+    std::memcpy(&x, part, sizeof x);
+    return x;
+}
+inline v16 row16(int form, const char *row, int width, int c) {
+    if (form == RAW_F32) return row16_of<RAW_F32>(row, width, c);
+    return form == RAW_BF16 ? row16_of<RAW_BF16>(row, width, c) : row16_of<RAW_F16>(row, width, c);
+}
+
+// to[r][t] += query[r] . row t, for all tokens of a page, two at a time: so each number of a query is read half as often.
+template <int FORM, int R>
+inline void dot_floats(const char *data, int width, const float *query, int query_row, float *to, Ahead &ahead) {
+    const int64_t size = int64_t(width) * (FORM == RAW_F32 ? 4 : 2);
+    for (int t = 0; t < PAGE; t += 2, data += 2 * size) {
+        ahead.step(2 * size);
+        Wide sum[R][2] = {};
         int c = 0;
-        for (; c + 16 <= width; c += 16) {
-            const v16 x = row16(form, data + int64_t(t) * size, width, c);
-            for (int r = 0; r < R; r++) sum[r] += x * load16(query + r * query_row + c);
+        for (; c + WIDE <= width; c += WIDE) {
+            const Wide x = row_wide<FORM>(data, c), y = row_wide<FORM>(data + size, c);
+            for (int r = 0; r < R; r++) {
+                const Wide q = load_wide(query + r * query_row + c);
+                sum[r][0] += x * q, sum[r][1] += y * q;
+            }
         }
-        for (int r = 0; r < R; r++) to[r * PAGE + t] += sum16(sum[r]);
-        for (; c < width; c++) {
-            const float x = raw_of(form, data + int64_t(t) * size, c);
-            for (int r = 0; r < R; r++) to[r * PAGE + t] += x * query[r * query_row + c];
-        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < 2; i++) to[r * PAGE + t + i] += sum_wide(sum[r][i]);
+        for (; c < width; c++)
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < 2; i++)
+                    to[r * PAGE + t + i] += raw_of(FORM, data + i * size, c) * query[r * query_row + c];
     }
 }
 
-// sums[r][c] += sum of weights[r][t] * row t.
-template <int R>
-inline void add_floats(int form, const char *data, int width, const float *weights, float *sums, int sums_row) {
-    const int size = width * (form == RAW_F32 ? 4 : 2);
-    for (int c = 0; c < width; c += 16) {
-        v16 sum[R];
-        for (int r = 0; r < R; r++) sum[r] = load16(sums + r * sums_row + c);
-        for (int t = 0; t < PAGE; t++) {
-            const v16 x = row16(form, data + int64_t(t) * size, width, c);
-            for (int r = 0; r < R; r++) sum[r] += x * weights[r * PAGE + t];
+// sums[r][c] += sum of weights[r][t] * row t, of BLOCKS * WIDE channels at a time.
+template <int FORM, int R, int BLOCKS>
+inline void add_block(const char *data, int64_t size, int c, const float *weights, float *sums, int sums_row) {
+    Wide sum[R][BLOCKS];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < BLOCKS; i++) sum[r][i] = load_wide(sums + r * sums_row + c + i * WIDE);
+    for (int t = 0; t < PAGE; t++, data += size)
+        for (int i = 0; i < BLOCKS; i++) {
+            const Wide x = row_wide<FORM>(data, c + i * WIDE);
+            for (int r = 0; r < R; r++) sum[r][i] += x * weights[r * PAGE + t];
         }
-        for (int r = 0; r < R; r++) store16(sums + r * sums_row + c, sum[r]);
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < BLOCKS; i++) std::memcpy(sums + r * sums_row + c + i * WIDE, &sum[r][i], sizeof(Wide));
+}
+
+template <int FORM, int R>
+inline void add_floats(const char *data, int width, const float *weights, float *sums, int sums_row, Ahead &ahead) {
+    const int64_t size = int64_t(width) * (FORM == RAW_F32 ? 4 : 2);
+    int c = 0;
+    for (; c + 2 * WIDE <= width; c += 2 * WIDE) {
+        ahead.step(2 * WIDE * PAGE * size / width);
+        add_block<FORM, R, 2>(data, size, c, weights, sums, sums_row);
     }
+    for (; c + WIDE <= width; c += WIDE) add_block<FORM, R, 1>(data, size, c, weights, sums, sums_row);
+    for (; c < width; c++)
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < PAGE; t++) sums[r * sums_row + c] += raw_of(FORM, data + t * size, c) * weights[r * PAGE + t];
+}
+
+// use, of the form as a constant.
+template <class F> inline void by_form(int form, F use) {
+    if (form == RAW_F32) return use(std::integral_constant<int, RAW_F32>());
+    if (form == RAW_BF16) return use(std::integral_constant<int, RAW_BF16>());
+    use(std::integral_constant<int, RAW_F16>());
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)

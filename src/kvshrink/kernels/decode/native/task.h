@@ -121,7 +121,7 @@ template <class T> struct Task {
         const int count = group_heads * job.x, first_row = g * count;
         float *to = scores.data + first_row * PAGE;
         const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
-        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to, room.ahead);
+        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to, room);
         const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
         if (all.key_bytes.fits && all.key_bytes.score(at, room, int64_t(row) * all.rows + first_row, query,
                                                       reinterpret_cast<uint8_t *>(keys.data), to))

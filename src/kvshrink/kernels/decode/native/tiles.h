@@ -10,8 +10,8 @@
 #pragma once
 #include <algorithm>
 
+#include "float_rows.h"
 #include "job.h"
-#include "rows.h"
 
 inline int padded(int width, int to) { return (width + to - 1) / to * to; }
 
@@ -43,18 +43,25 @@ struct FloatTiles {
     }
     static void pack(const float *from, int n, float *to) { std::copy(from, from + n, to); }
     static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
-    // Rows of floats are read as they lie; queries and weights as `pack_asked` and `pack_weights` give them.
-    static bool direct_keys(const Side &s) { return s.form <= RAW_F16; }
+    // Rows of floats are read as they lie, those of codes where they are unpacked; queries and weights as `pack_asked` and `pack_weights` give them.
+    static bool direct_keys(const Side &) { return true; }
     static bool direct_values(const Side &s) { return s.form <= RAW_F16; }
     static void pack_asked(const Side &, const float *from, int n, float *to) { pack(from, n, to); }
-    static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to, Ahead &) {
-        by_few(rows, [&](int r, auto count) {
-            dot_floats<count>(s.form, at.data, s.width, query + r * query_row, query_row, to + r * PAGE);
+    static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to, Scratch &room) {
+        const bool raw = s.form <= RAW_F16;
+        if (!raw) code_rows(s, at, room, room.floats, s.width);
+        by_form(raw ? s.form : RAW_F32, [&](auto form) {
+            const char *data = raw ? at.data : reinterpret_cast<const char *>(room.floats);
+            by_few(rows, [&](int r, auto count) {
+                dot_floats<form, count>(data, s.width, query + r * query_row, query_row, to + r * PAGE, room.ahead);
+            });
         });
     }
-    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width, Ahead &) {
-        by_few(rows, [&](int r, auto count) {
-            add_floats<count>(s.form, at.data, s.width, weights + r * PAGE, sums + r * width, width);
+    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width, Ahead &ahead) {
+        by_form(s.form, [&](auto form) {
+            by_few(rows, [&](int r, auto count) {
+                add_floats<form, count>(at.data, s.width, weights + r * PAGE, sums + r * width, width, ahead);
+            });
         });
     }
     static void done(const Side &, float *, int) {}
@@ -68,37 +75,21 @@ struct FloatTiles {
     static void fold_keys(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, float *) {}
     static void fold_values(const Side &, const Spot &, Scratch &, const float *, int, float *, float *, int) {}
     static void load_codes(const Side &, const Spot &, Scratch &, float *, int) {}
-    static void load_keys(const Side &s, const Spot &at, Scratch &room, float *z) { load(s, at, room, z, 1, PAGE); }
+    static void load_keys(const Side &s, const Spot &at, Scratch &room, float *z) {
+        if (s.form <= RAW_F16) return raw_rows(s, at, z, 1, PAGE);
+        code_rows(s, at, room, room.floats, s.width);
+        columns_of(room.floats, s.width, z);
+    }
     static void load_values(const Side &s, const Spot &at, Scratch &room, float *z, int width) {
-        load(s, at, room, z, width, 1);
+        if (s.form <= RAW_F16) return raw_rows(s, at, z, width, 1);
+        code_rows(s, at, room, z, width);
     }
 
   private:
-    static void load(const Side &s, const Spot &at, Scratch &room, float *z, int by_token, int by_channel) {
-        const int w = s.width;
-        if (s.form <= RAW_F16) {
-            for (int t = 0; t < PAGE; t++)
-                for (int c = 0; c < w; c++) z[t * by_token + c * by_channel] = raw_of(s.form, at.data, int64_t(t) * w + c);
-            return;
-        }
-        unpack_page(s, at, room.codes, room.stride, room.spare);
-        const int groups = s.form == TOKEN || s.form == NORMAL ? (w + s.group - 1) / s.group : w;
-        float *scale = room.numbers, *low = scale + PAGE * room.stride;
-        const int count = s.form == TOKEN ? PAGE * groups : groups;
-        for (int i = 0; i < count; i++) {
-            scale[i] = half_of(at.scale, i);
-            low[i] = s.form == NORMAL ? 0.0f : half_of(at.low, i);
-        }
-        int c = 0;
-        for (int run = 0; run < s.runs; run++) {
-            const float *levels = s.levels + 256 * s.bits[run];
-            for (int end = c + s.channels[run]; c < end; c++) {
-                const int g = s.form == CHANNEL ? c : c / s.group, step = s.form == TOKEN ? groups : 0;
-                for (int t = 0; t < PAGE; t++)
-                    z[t * by_token + c * by_channel] =
-                        levels[room.codes[t * room.stride + c]] * scale[g + t * step] + low[g + t * step];
-            }
-        }
+    static void raw_rows(const Side &s, const Spot &at, float *z, int by_token, int by_channel) {
+        for (int t = 0; t < PAGE; t++)
+            for (int c = 0; c < s.width; c++)
+                z[t * by_token + c * by_channel] = raw_of(s.form, at.data, int64_t(t) * s.width + c);
     }
 };
 

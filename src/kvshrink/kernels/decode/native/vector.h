@@ -24,6 +24,13 @@ inline v16 load16(const float *p) {
     return x;
 }
 inline void store16(float *p, v16 x) { std::memcpy(p, &x, 64); }
+inline float sum8(v8 x) {
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 half[2];
+    std::memcpy(half, &x, 32);
+    const v4 sum = half[0] + half[1];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
 inline v16 all16(float x) { return x - v16{}; }
 
 #if defined(__AVX512F__)
@@ -31,13 +38,16 @@ inline float sum16(v16 x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float max16(v16 x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 inline float sum16(v16 x) {
-    float s = 0;
-    for (int i = 0; i < 16; i++) s += x[i];
-    return s;
+    v8 half[2];
+    std::memcpy(half, &x, 64);
+    return sum8(half[0] + half[1]);
 }
 inline float max16(v16 x) {
-    float m = x[0];
-    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+    v8 half[2];
+    std::memcpy(half, &x, 64);
+    const v8 most = half[0] > half[1] ? half[0] : half[1];
+    float m = most[0];
+    for (int i = 1; i < 8; i++) m = most[i] > m ? most[i] : m;
     return m;
 }
 #endif
@@ -72,10 +82,6 @@ template <class V, class I> inline V tanh_of(V x) {
     return 1.0f - 2.0f / (exp_of<V, I>(twice) + 1.0f);
 }
 
-#if defined(__AVX512F__)
-inline v16 exp16(v16 x) { return exp_of<v16, v16i>(x); }
-inline v16 tanh16(v16 x) { return tanh_of<v16, v16i>(x); }
-#else
 template <v8 (*F)(v8)> inline v16 by_halves(v16 x) {
     v8 half[2];
     std::memcpy(half, &x, 64);
@@ -83,6 +89,10 @@ template <v8 (*F)(v8)> inline v16 by_halves(v16 x) {
     std::memcpy(&x, half, 64);
     return x;
 }
+#if defined(__AVX512F__)
+inline v16 exp16(v16 x) { return exp_of<v16, v16i>(x); }
+inline v16 tanh16(v16 x) { return tanh_of<v16, v16i>(x); }
+#else
 inline v16 exp16(v16 x) { return by_halves<exp_of<v8, v8i>>(x); }
 inline v16 tanh16(v16 x) { return by_halves<tanh_of<v8, v8i>>(x); }
 #endif
