@@ -54,11 +54,11 @@ struct PairTiles {
         });
     }
     static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, uint32_t *packed, float *sums,
-                         int width, Ahead &ahead) {
+                         int width, Scratch &room) {
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < PAGE; t += 2) packed[r * HALF + t / 2] = pair(weights[r * PAGE + t], weights[r * PAGE + t + 1]);
         by_few(rows, [&](int r, auto count) {
-            add_pairs<count>(at.data, s.width, packed + r * HALF, sums + r * width, width, ahead);
+            add_pairs<count>(at.data, s.width, packed + r * HALF, sums + r * width, width, room.ahead);
         });
     }
     static void done(const Side &s, float *sums, int rows) {

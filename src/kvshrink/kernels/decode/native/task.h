@@ -174,7 +174,7 @@ template <class T> struct Task {
         const int count = all.rows / job.values.groups, wide = all.value_wide, apart = all.sum_wide, group = job.values.group;
         float *to = sums + int64_t(g) * count * apart;
         if (T::direct_values(job.values))
-            return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, apart, room.ahead);
+            return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, apart, room);
         if (all.value_bytes.fits) {
             auto *bytes = reinterpret_cast<uint8_t *>(folded.data);
             if (all.value_bytes.add(at, room, scores.data + g * count * PAGE, count, bytes, to, apart)) return;

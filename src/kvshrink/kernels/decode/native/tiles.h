@@ -45,22 +45,19 @@ struct FloatTiles {
     static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
     // Rows of floats are read as they lie, those of codes where they are unpacked; queries and weights as `pack_asked` and `pack_weights` give them.
     static bool direct_keys(const Side &) { return true; }
-    static bool direct_values(const Side &s) { return s.form <= RAW_F16; }
+    static bool direct_values(const Side &) { return true; }
     static void pack_asked(const Side &, const float *from, int n, float *to) { pack(from, n, to); }
     static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to, Scratch &room) {
-        const bool raw = s.form <= RAW_F16;
-        if (!raw) code_rows(s, at, room, room.floats, s.width);
-        by_form(raw ? s.form : RAW_F32, [&](auto form) {
-            const char *data = raw ? at.data : reinterpret_cast<const char *>(room.floats);
+        by_rows(s, at, room, [&](auto form, const char *data) {
             by_few(rows, [&](int r, auto count) {
                 dot_floats<form, count>(data, s.width, query + r * query_row, query_row, to + r * PAGE, room.ahead);
             });
         });
     }
-    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width, Ahead &ahead) {
-        by_form(s.form, [&](auto form) {
+    static void add_rows(const Side &s, const Spot &at, const float *weights, int rows, float *, float *sums, int width, Scratch &room) {
+        by_rows(s, at, room, [&](auto form, const char *data) {
             by_few(rows, [&](int r, auto count) {
-                add_floats<form, count>(at.data, s.width, weights + r * PAGE, sums + r * width, width, ahead);
+                add_floats<form, count>(data, s.width, weights + r * PAGE, sums + r * width, width, room.ahead);
             });
         });
     }
@@ -86,6 +83,12 @@ struct FloatTiles {
     }
 
   private:
+    // use(form, data): a page's rows of floats.
+    template <class F> static void by_rows(const Side &s, const Spot &at, Scratch &room, F use) {
+        if (s.form <= RAW_F16) return by_form(s.form, [&](auto form) { use(form, at.data); });
+        code_rows(s, at, room, room.floats, s.width);
+        use(std::integral_constant<int, RAW_F32>(), reinterpret_cast<const char *>(room.floats));
+    }
     static void raw_rows(const Side &s, const Spot &at, float *z, int by_token, int by_channel) {
         for (int t = 0; t < PAGE; t++)
             for (int c = 0; c < s.width; c++)
