@@ -42,8 +42,8 @@ struct PairTiles {
         _mm512_storeu_si512(to, pair(_mm512_loadu_ps(p), _mm512_loadu_ps(p + HALF)));
     }
 
-    static bool direct_keys(const Side &s) { return s.form == RAW_BF16; }
-    static bool direct_values(const Side &s) { return s.form == RAW_BF16 && s.width % 32 == 0; }
+    static bool direct_keys(const Side &s, int = 1) { return s.form == RAW_BF16; }
+    static bool direct_values(const Side &s, int = 1) { return s.form == RAW_BF16 && s.width % 32 == 0; }
     static void pack_asked(const Side &s, const float *from, int n, uint32_t *to) {
         if (!direct_keys(s)) return pack(from, n, to);
         for (int i = 0; i < key_depth(n); i++) to[i] = pair(2 * i < n ? from[2 * i] : 0.0f, 2 * i + 1 < n ? from[2 * i + 1] : 0.0f);

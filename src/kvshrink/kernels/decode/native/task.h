@@ -121,7 +121,7 @@ template <class T> struct Task {
         const int count = group_heads * job.x, first_row = g * count;
         float *to = scores.data + first_row * PAGE;
         const Lane *rows = all.query.data() + (int64_t(row) * all.rows + first_row) * all.depth;
-        if (T::direct_keys(job.keys)) return T::dot_rows(job.keys, at, rows, all.depth, count, to, room);
+        if (T::direct_keys(job.keys, count)) return T::dot_rows(job.keys, at, rows, all.depth, count, to, room);
         const float *query = job.query + (int64_t(row) * all.rows + first_row) * job.wide;
         if (all.key_bytes.fits && all.key_bytes.score(at, room, int64_t(row) * all.rows + first_row, query,
                                                       reinterpret_cast<uint8_t *>(keys.data), to))
@@ -173,7 +173,7 @@ template <class T> struct Task {
     void add(const Spot &at, int g) {
         const int count = all.rows / job.values.groups, wide = all.value_wide, apart = all.sum_wide, group = job.values.group;
         float *to = sums + int64_t(g) * count * apart;
-        if (T::direct_values(job.values))
+        if (T::direct_values(job.values, count))
             return T::add_rows(job.values, at, scores.data + g * count * PAGE, count, weights.data, to, apart, room);
         if (all.value_bytes.fits) {
             auto *bytes = reinterpret_cast<uint8_t *>(folded.data);
