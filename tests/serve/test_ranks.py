@@ -99,3 +99,18 @@ def test_shards_that_heads_cannot_be_shared_out_to(model, shards):
 def test_only_methods_with_bases_take_shards(model):
     with pytest.raises(SettingError, match="palu"):
         kvshrink.fit(model, kvshrink.methods.get("palu")(), TEXTS, progress=False, shards=2)
+
+
+def test_the_budget_that_is_named_is_enough(model):
+    """A group of channels is one of each basis: two of them with two shards."""
+    for shards in (1, 2):
+        with pytest.raises(SettingError, match=r"Use (\S+) or more") as found:
+            kvshrink.fit(model, Spectral(budget=1e-5, allocation="energy"), TEXTS, progress=False, shards=shards)
+        named = float(str(found.value).split("Use ")[1].split()[0])
+        kvshrink.fit(model, Spectral(budget=named, allocation="energy"), TEXTS, progress=False, shards=shards)
+
+
+@pytest.mark.parametrize("settings", [{"key_share": "auto"}, {"group_heads": 2}])
+def test_settings_that_do_not_go_with_shards(model, settings):
+    with pytest.raises(SettingError, match="shards"):
+        kvshrink.fit(model, CSKV(keep=0.5, **settings), TEXTS, progress=False, shards=2)

@@ -13,6 +13,8 @@ def checked(method: Any) -> None:
     if heads != "auto":
         require(heads is None or heads >= 1, f"group_heads={heads}", "Use 1 or more, 'auto', or None for all.")
     require(method.shards >= 1, f"shards={method.shards}", "Use a whole number, 1 or more.")
+    alone = method.shards == 1 or method.key_share != "auto"
+    require(alone, f"shards={method.shards} with key_share='auto'", "Give a share: ranks of shards are rounded.")
     codec, bits = method.own
     keep_and_bits(method.keep, None if codec else bits)
     share = method.key_share

@@ -3,7 +3,8 @@
 A decode step reads the stored bytes of every token and rebuilds its keys from the latents of their group: n = KV heads
 x head dim channels, each a sum over the group's r latents, 2 n r floating-point operations a token. Both overlap, so a
 rebuild that takes no longer than the reading is free. The roofline model (Williams et al., CACM 52(4), 2009) with
-measured ceilings. Values are never rebuilt, so that theirs is one basis.
+measured ceilings. Values are never rebuilt, so that theirs is one
+basis, or one of each shard.
 """
 
 import math
@@ -51,10 +52,13 @@ def heads_per_basis(heads: Sequence[int], costs: Callable[[int], Sequence[Cost]]
     return max((size for size, free in possible if free), default=possible[0][0])
 
 
-def bases_of(size: int | None, heads: int) -> int:
-    """Bases of a layer where `size` of its KV heads, None: all, share one. Raises SettingError if it is no divisor."""
-    size = size or heads
-    require(heads % size == 0, f"group_heads={size} with {heads} KV heads", "Use a divisor of the heads.")
+def bases_of(size: int | None, heads: int, shards: int = 1) -> int:
+    """Bases of a layer where `size` of its KV heads, None: all of a shard, share one. Raises SettingError if it is no
+    divisor."""
+    own = shard_heads(shards, heads)
+    size = size or own
+    where = f"{heads} KV heads" if shards == 1 else f"{own} KV heads of each of {shards} shards"
+    require(own % size == 0, f"group_heads={size} with {where}", "Use a divisor of the heads.")
     return heads // size
 
 

@@ -265,7 +265,7 @@ class CSKV(Method):
 
     def groups(self, shape: LayerShape) -> int:
         """Key bases of a layer. Raises SettingError if group_heads does not divide its heads, or is still "auto"."""
-        return self.shards * bases_of(self._settled(), shard_heads(self.shards, shape.heads))
+        return bases_of(self._settled(), shape.heads, self.shards)
 
     def _settled(self) -> int | None:
         if self.group_heads == "auto":

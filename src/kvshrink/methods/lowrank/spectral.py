@@ -29,7 +29,7 @@ from kvshrink.methods._settings import require
 from kvshrink.methods._stats import KVS, CalibrationStats, LayerShape, Probe
 from kvshrink.methods.lowrank import _bits
 from kvshrink.methods.lowrank._balance import At, Point, by_kl, spent
-from kvshrink.methods.lowrank._groups import bases_of, shard_heads
+from kvshrink.methods.lowrank._groups import bases_of
 from kvshrink.methods.lowrank._operand import energies_of, layout_of, trimmed
 from kvshrink.methods.lowrank.rope_commuting import commuting_spectrum
 
@@ -179,7 +179,8 @@ class Spectral(Method):
         return done, known | {"widths": named, "unspent": left / max(1, budget), "layers": errors}
 
     def _too_little(self, group: int, shapes: Mapping[int, LayerShape], layers: Mapping[int, Any]) -> SettingError:
-        least = math.ceil(1e5 * group / sum(shapes[i].token_bytes * self.page for i in layers)) / 1e5
+        each = math.ceil(group / len(layers))  # whole bytes of a layer
+        least = math.ceil(1e5 * each / min(shapes[i].token_bytes * self.page for i in layers)) / 1e5
         return SettingError(f"budget={self.budget} is less than one group of channels takes. Use {least:g} or more.")
 
     def _codecs_at(
@@ -199,10 +200,10 @@ class Spectral(Method):
 
     def bases(self, kv: str, shape: LayerShape) -> int:
         """How many bases there are. Raises SettingError where the heads cannot be shared out so."""
-        own = shard_heads(self.shards, shape.heads)
+        own = bases_of(1 if self.speed in ("fast", "apart") else self.group_heads, shape.heads, self.shards)
         if kv == "value":
             return shape.heads if self.speed == "apart" else self.shards
-        return self.shards * bases_of(1 if self.speed in ("fast", "apart") else self.group_heads, own)
+        return own
 
     def lane_groups(self, shape: LayerShape) -> int:
         return shape.heads if self.speed == "apart" else 1
@@ -229,8 +230,9 @@ class Spectral(Method):
         return found
 
     def _least(self, shape: LayerShape) -> int:
-        """Bytes of a page of one group of channels."""
-        return group_bytes(min(group_sizes(shape.width)), min(self.widths), self.page)
+        """Bytes of a page of one group of channels, which all bases of keys or of values have."""
+        bases = [self.bases(kv, shape) for kv in KVS]
+        return min(n * group_bytes(min(group_sizes(shape.width // n)), min(self.widths), self.page) for n in bases)
 
     def _widths(self, fitted: Fitted, kv: str, budget: int) -> Tensor:
         bases, sizes = layout_of(fitted, kv)

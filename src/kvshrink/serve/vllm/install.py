@@ -154,11 +154,13 @@ def _check(config: Any) -> None:
     size, kind = config.cache_config.block_size, config.cache_config.cache_dtype
     parallel = config.parallel_config
     shares = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    hybrid = config.scheduler_config.disable_hybrid_kv_cache_manager
     refused = {
         f"{parallel.pipeline_parallel_size} stages of a pipeline": parallel.pipeline_parallel_size > 1,
         f"{max(shares)} ranks, each of which has a part of the tokens": max(shares) > 1,
         "speculation, which takes tokens back that were stored": config.speculative_config is not None,
         "a KV connector, which would move pages as keys and values": config.kv_transfer_config is not None,
+        "one group for all layers (--disable-hybrid-kv-cache-manager)": hybrid is True,
         f"a cache of {kind}": kind not in ("auto", "bfloat16", "float16"),
     }
     for what, yes in refused.items():
