@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from serve_vllm import Table, closed, engine, ids, named
 from vllm import LLM, SamplingParams
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from kvshrink.serve.pool import Reading
 from kvshrink.serve.vllm.backend import KVShrinkImpl, Pages, Plan
+from kvshrink.serve.vllm.specs import PageManager
 
 ROUNDS, COUNT, TIE = 4, 24, 0.05
 SMALL = {"max_model_len": 256, "max_num_batched_tokens": 100, "max_num_seqs": 8}
@@ -72,7 +74,7 @@ def requests(seed: int) -> list[list[list[int]]]:
 
 Told = list[
     dict[int, float]
-]  # of each token of a request: the two likeliest and their log probabilities, its own first
+]  # of each token of a request: the likeliest two, its own first, and their log probabilities
 
 
 def told(llm: LLM, prompts: list[list[int]]) -> list[Told]:
@@ -88,11 +90,23 @@ def told(llm: LLM, prompts: list[list[int]]) -> list[Told]:
 
 
 def equal(one: Told, other: Told) -> str:
-    """ "equal", "a tie" where they differ first, or "other"."""
+    """What a request's tokens are to those it should have: equal, a tie where they differ first, or other."""
     for a, b in zip(one, other, strict=True):
         if (x := next(iter(a))) != next(iter(b)):
             return "a tie" if x in b and max(b.values()) - b[x] < TIE else "other"
     return "equal"
+
+
+def watched(
+    settings: dict[str, Any], cached: bool, more: dict[str, Any]
+) -> tuple[list[Told], Shadow, dict[str, float]]:
+    """What an engine answers, what was read, and its counts."""
+    llm = engine(settings, enable_prefix_caching=cached, disable_log_stats=False, **more)
+    with Shadow() as shadow:
+        found = [x for prompts in requests(1) for x in told(llm, prompts)]
+    counts = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    closed(llm)
+    return found, shadow, counts
 
 
 def prefixes(table: Table, folder: Path) -> None:
@@ -112,11 +126,7 @@ def prefixes(table: Table, folder: Path) -> None:
         for way, more in ways.items():
             cached = way != "none cached"
             settings = {**method, "sinks": sinks, "prefill": "window"}
-            llm = engine(settings, enable_prefix_caching=cached, disable_log_stats=False, **more)
-            with Shadow() as shadow:
-                found = [x for prompts in requests(1) for x in told(llm, prompts)]
-            counts = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
-            closed(llm)
+            found, shadow, counts = watched(settings, cached, more)
             want = want or found
             each = Counter(equal(one, other) for one, other in zip(found, want, strict=True))
             wrong, hits = shadow.never + shadow.other, counts["prefix_cache_hits"]
@@ -124,3 +134,18 @@ def prefixes(table: Table, folder: Path) -> None:
             note += f"{dict(each)}, {wrong} of {shadow.read} records differ"
             holds = not each["other"] and each["a tie"] < 2 and not wrong and (hits > 0) == cached
             table.add("prefixes", f"{name}, {sinks} sinks, {way}", note, "all equal, no record differs", holds)
+    control(table, turboquant)
+
+
+def control(table: Table, method: dict[str, Any]) -> None:
+    """Pages offered as vLLM offers blocks, when their tokens are computed: the fault that all this is to show."""
+    own = PageManager.cache_blocks
+    PageManager.cache_blocks = FullAttentionManager.cache_blocks  # type: ignore[method-assign]
+    try:
+        _, shadow, _ = watched({**method, "sinks": 0, "prefill": "window"}, True, {})
+    finally:
+        PageManager.cache_blocks = own  # type: ignore[method-assign]
+    wrong = shadow.never + shadow.other
+    table.add(
+        "prefixes", "offered before they are written", f"{wrong} of {shadow.read} records differ", "some", wrong > 0
+    )

@@ -58,7 +58,7 @@ def test_a_rank_stores_its_heads_as_one_rank_does(model, name):
 
 @torch.inference_mode()
 def test_a_sharded_artifact_is_saved_and_decodes_as_any(model, tmp_path):
-    """Its latents are those of two bases: bytes as promised, and fused kernels as without them."""
+    """Its latents are those of two bases, which fused kernels read as torch does."""
     artifact = kvshrink.fit(model, Spectral(budget=0.2, allocation="energy"), TEXTS, progress=False, shards=2)
     artifact.save_pretrained(tmp_path)
     artifact = kvshrink.Artifact.from_pretrained(tmp_path)

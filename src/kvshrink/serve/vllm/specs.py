@@ -19,6 +19,11 @@ PAGE = 32
 Blocks = tuple[list[KVCacheBlock], ...]  # of each group
 
 
+def written(tokens: int, window: int) -> int:
+    """How many of a request's tokens are in pages that are written."""
+    return int(pages_of(np.array(tokens), window, PAGE)) * PAGE
+
+
 @dataclass(frozen=True, kw_only=True)
 class PageSpec(FullAttentionSpec):
     """Pages, each of which is written when it has left a window of so many tokens."""
@@ -34,8 +39,7 @@ class PageManager(FullAttentionManager):
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer blocks whose pages are written. vLLM offers all whose tokens are computed; the last of a request that
         ends has no page, and a request that goes on with the same tokens may be given it for one that has."""
-        written = int(pages_of(np.array(num_tokens), self.kv_cache_spec.window, PAGE)) * PAGE
-        super().cache_blocks(request, written, *args, **kwargs)
+        super().cache_blocks(request, written(num_tokens, self.kv_cache_spec.window), *args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +59,11 @@ class WindowManager(SlidingWindowManager):
     ) -> None:
         """Keep what hits begin with. vLLM keeps it where a prompt that is sent again could go on, if all its blocks
         were there; the last ones' pages are written later, or never."""
-        ends = {end for boundary in replay_boundaries for end in (boundary, *self._written(boundary))}
+        window = self.kv_cache_spec.sliding_window - PAGE
+        ends = {end for to in replay_boundaries for end in (to, *range(written(to, window), to, PAGE))}
         if self.kv_cache_spec.sinks:
             ends.add(self.block_size)
         super().cache_blocks(request, num_tokens, *args, replay_boundaries=sorted(ends), **kwargs)
-
-    def _written(self, boundary: int) -> range:
-        """Where hits end while not all pages in front of it are written."""
-        window = self.kv_cache_spec.sliding_window - PAGE
-        return range(int(pages_of(np.array(boundary), window, PAGE)) * PAGE, boundary, PAGE)
 
     @classmethod
     def find_longest_cache_hit(cls, *args: Any, **kwargs: Any) -> tuple[Blocks, int]:

@@ -44,8 +44,8 @@ struct FloatTiles {
     static void pack(const float *from, int n, float *to) { std::copy(from, from + n, to); }
     static void pack_weights(const float *p, float *to) { std::memcpy(to, p, PAGE * 4); }
     // Rows of floats are read as they lie, those of codes where they are unpacked and meet few others; queries and weights as `pack_asked` and `pack_weights` give them.
-    static bool direct_keys(const Side &s, int rows = 1) { return s.form <= RAW_F16 || rows <= 2 * FEW; }
-    static bool direct_values(const Side &s, int rows = 1) { return s.form <= RAW_F16 || rows <= 2 * FEW; }
+    static bool direct_keys(const Side &s, int rows) { return s.form <= RAW_F16 || rows <= 2 * FEW; }
+    static bool direct_values(const Side &s, int rows) { return s.form <= RAW_F16 || rows <= 2 * FEW; }
     static void pack_asked(const Side &, const float *from, int n, float *to) { pack(from, n, to); }
     static void dot_rows(const Side &s, const Spot &at, const float *query, int query_row, int rows, float *to, Scratch &room) {
         by_rows(s, at, room, [&](auto form, const char *data) {
